@@ -1,0 +1,109 @@
+"""The frame cache: every clip's candidate frames, decoded once, resized, as memory-mapped uint8 arrays.
+
+One `.npy` (K, H, W, 3) a clip, named after the clip and after a digest of the clip's size and time and of the
+settings: a changed clip or setting is a new name, so a stale file is never read. Files appear whole or not at all.
+"""
+
+import hashlib
+import logging
+import multiprocessing
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
+from cdc_mmpg.video import Decoder, read_frames
+
+logger = logging.getLogger(__name__)
+
+
+class FrameCache:
+    """Candidate frames of clips, on disk.
+
+    Args:
+        folder: where the arrays lie.
+        num_frames, image_size, decoder: see `frames` and `video`.
+    """
+
+    def __init__(self, folder: Path, num_frames: int, image_size: int, decoder: Decoder) -> None:
+        self.folder, self.num_frames, self.image_size, self.decoder = folder, num_frames, image_size, decoder
+
+    def path(self, clip: Path) -> Path:
+        """The array of a clip as it is now; the clip exists."""
+        stat = clip.stat()
+        settings = (stat.st_size, stat.st_mtime_ns, self.num_frames, CANDIDATES, self.image_size, self.decoder)
+        return self.folder / f"{clip.stem}.{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}.npy"
+
+    def read(self, clip: Path) -> Frames:
+        """Candidate frames (K, H, W, 3) of a clip, memory-mapped: only the frames that are used are read.
+
+        Raises:
+            DataError: not prepared, or the file was damaged from outside.
+        """
+        path = self.path(clip)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: the cached frames of {clip} cannot be read ({error}): delete the file") from error
+
+    def fill(self, clips: Iterable[Path], workers: int) -> dict[Path, str]:
+        """Decode what is not there yet, in `workers` processes; what was done stays if this is killed.
+
+        Returns:
+            The clips that cannot be decoded, with the reason.
+
+        Raises:
+            DataError: the disk has too little room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        there = {path.name for path in self.folder.iterdir()}
+        missing = [clip for clip in clips if self.path(clip).name not in there]
+        if not missing:
+            return {}
+        side = shorter_side(self.image_size)
+        frame_bytes = side * round(side * 4 / 3) * 3
+        needed = len(missing) * self.num_frames * CANDIDATES * frame_bytes
+        logger.info("decoding %d clips into %s, about %.1f GB", len(missing), self.folder, needed / 1e9)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise DataError(
+                f"{self.folder}: about {needed / 1e9:.1f} GB are needed for the frames of {len(missing)} clips, "
+                f"{free / 1e9:.1f} GB are free: make room, or set --data.init_args.cache_dir"
+            )
+        failures: dict[Path, str] = {}
+        # Fresh processes: a forked copy of a process with running threads may hang.
+        with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(self._decode, clip): clip for clip in missing}
+            for future in track(_as_completed(futures), description="decoding clips", total=len(futures)):
+                try:
+                    future.result()
+                except DataError as error:
+                    failures[futures[future]] = str(error)
+                except BrokenProcessPool as error:
+                    pending = [str(clip) for clip in missing if not self.path(clip).exists() and clip not in failures]
+                    raise DataError(
+                        f"a decoding process died, on one of {', '.join(pending[: 2 * max(1, workers)])}: "
+                        "remove the clip that kills it, or try the other decoder"
+                    ) from error
+        return failures
+
+    def _decode(self, clip: Path) -> None:
+        frames = read_frames(
+            clip, lambda count: candidate_indices(count, self.num_frames), self.image_size, self.decoder
+        )
+        with atomic_write(self.path(clip)) as file:
+            np.save(file, frames)
+
+
+def _as_completed(futures: Iterable[Future[None]]) -> Iterable[Future[None]]:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        yield from done

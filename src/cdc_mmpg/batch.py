@@ -1,0 +1,172 @@
+"""The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cdc_mmpg.frames import MEAN, STD, Frames
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class VideoTextBatch(NamedTuple):
+    """Clips with a question each."""
+
+    frames: Tensor  # (B, T, S, S, 3) uint8 RGB
+    text_ids: Tensor  # (B, L) int64, padded with 0 at the end
+    text_mask: Tensor  # (B, L) int64, 1 where there is a token
+    labels: Tensor  # (B,) int64, `heads.UNKNOWN` for an answer outside the vocabulary
+    index: Tensor  # (B,) int64, place of the sample in its split
+
+
+class FeatureBatch(NamedTuple):
+    """The same samples as a frozen encoder sees them."""
+
+    frame_features: Tensor  # (B, T, 192), `Encoded.frame_features`
+    labels: Tensor  # (B,)
+    index: Tensor  # (B,)
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """uint8 frames (B, T, H, W, 3) as the encoder takes them: (B, T, 3, H, W) floats, ImageNet mean and deviation."""
+    mean = torch.tensor(MEAN, device=frames.device) * 255
+    std = torch.tensor(STD, device=frames.device) * 255
+    return ((frames - mean) / std).movedim(-1, 2)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs of one process: an order that depends on seed and epoch alone.
+
+    Training pads the last round by samples from the start, so that all processes take as many steps; evaluation does
+    not, so that every sample counts once.
+
+    Args:
+        size: samples in the split.
+        seed: of the order.
+        shuffle: draw a new order every epoch (training).
+        rank, world: this process among all.
+        skip: samples of this process to leave out in the first epoch that is drawn: those that a run has seen
+            before it was stopped in the middle of an epoch.
+    """
+
+    def __init__(self, size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1, skip: int = 0) -> None:
+        self.size, self.seed, self.shuffle, self.rank, self.world, self.skip = size, seed, shuffle, rank, world, skip
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return -(-self.size // self.world)
+        return len(range(self.rank, self.size, self.world))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.size)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+            order = np.resize(order, len(self) * self.world)
+        own = order[self.rank :: self.world][self.skip :]
+        self.skip = 0
+        return iter([(self.epoch, int(index)) for index in own])
+
+
+class EpochDataModule(LightningDataModule):
+    """A DataModule whose order is a function of seed and epoch, and which can go on in the middle of an epoch.
+
+    Its datasets fetch whole batches: `__getitems__` takes (epoch, index) pairs.
+
+    Args:
+        batch_size: samples a step on each device, before gradient accumulation.
+        seed: of the order.
+    """
+
+    TIMEOUT_SECONDS = 30  # for a batch; a worker that hangs longer is reported
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+        self._seen_batches = 0
+
+    def batches(self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0) -> DataLoader[Any]:
+        """This process's share of a dataset as batches."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        world = torch.distributed.get_world_size() if distributed else 1
+        size = len(dataset)  # type: ignore[arg-type]
+        skip = self._seen_batches * self.batch_size if shuffle else 0
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(size, self.seed, shuffle, rank, world, skip),
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            timeout=self.TIMEOUT_SECONDS if num_workers else 0,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of the running epoch that were trained on; 0 between epochs."""
+        trainer = self.trainer
+        assert trainer is not None
+        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"seen_batches": processed % int(trainer.num_training_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next training epoch begins after these batches."""
+        self._seen_batches = state_dict["seen_batches"]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Example(NamedTuple):
+    """A sample as a person looks at it."""
+
+    clip: str
+    frames: Frames  # (T, H, W, 3)
+    question: str
+    answer: str
+
+
+class VideoTextData(Protocol):
+    """What the feature cache, the results and the logs ask of a DataModule."""
+
+    cache_dir: Path
+    batch_size: int
+    seed: int
+
+    def prepare_data(self) -> None:
+        """Check everything and fill the caches."""
+
+    def setup(self, stage: str) -> None:
+        """Build the splits."""
+
+    def loader(self, split: Split, augment: bool) -> DataLoader[VideoTextBatch]:
+        """Batches of a split: augmented in a new order every epoch, or plainly in the annotation's."""
+
+    def labels(self, split: Split) -> Tensor:
+        """(N,) the class of every sample."""
+
+    def fingerprint(self, split: Split) -> str:
+        """A digest of everything that decides what `loader(split, augment=False)` yields."""
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
+
+    def example(self, split: Split, index: int) -> Example:
+        """A sample to look at."""
+
+    def answer(self, label: int) -> str:
+        """The word of a class."""

@@ -1,0 +1,48 @@
+"""Which frames of a clip the model sees, and in which form: the same code in training and on a device.
+
+Frames travel as uint8 (T, H, W, 3) arrays, RGB, until `MEAN` and `STD` normalise them beside the model.
+"""
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+Frames = NDArray[np.uint8]
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference's
+STD = (0.229, 0.224, 0.225)
+CANDIDATES = 3  # frames kept of each segment of a clip: training takes any of them, evaluation the middle one
+
+
+def candidate_indices(count: int, num_frames: int) -> list[int]:
+    """Indices of the frames to keep of a clip of `count`: CANDIDATES evenly spaced ones in each of T equal segments.
+
+    A clip with fewer frames than that repeats some; one with fewer than T repeats its last.
+    """
+    parts = num_frames * CANDIDATES
+    return [min(int((part + 0.5) * count / parts), count - 1) for part in range(parts)]
+
+
+def middle_candidates(num_frames: int) -> list[int]:
+    """Which of the candidates evaluation takes: the middle of every segment."""
+    return [segment * CANDIDATES + CANDIDATES // 2 for segment in range(num_frames)]
+
+
+def shorter_side(image_size: int) -> int:
+    """Pixels to which a frame's shorter side is resized before the crop: 268 for 224, and in proportion."""
+    return round(image_size * 268 / 224)
+
+
+def resize(frame: av.VideoFrame, image_size: int) -> Frames:
+    """One frame, its shorter side `shorter_side(image_size)` (bilinear), as RGB (H, W, 3)."""
+    side = shorter_side(image_size)
+    scale = side / min(frame.width, frame.height)
+    width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
+    return frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+
+
+def crop(frames: Frames, image_size: int, generator: np.random.Generator | None = None) -> Frames:
+    """The same square of all frames: the centre, or a place drawn from `generator`. (T, H, W, 3) -> (T, S, S, 3)."""
+    spare = np.array(frames.shape[1:3]) - image_size
+    top, left = spare // 2 if generator is None else generator.integers(spare + 1)
+    return frames[:, top : top + image_size, left : left + image_size]

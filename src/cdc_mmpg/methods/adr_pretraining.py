@@ -1,0 +1,76 @@
+"""Phase one of CDC-MMPG (paper section 3.3): the AnchorFrame Distribution Reasoner is trained alone."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cdc_mmpg.batch import Split
+from cdc_mmpg.methods.base import Batch, Method, ParameterCounts, Traffic, count
+from cdc_mmpg.models.adr import ADR, Preset
+from cdc_mmpg.models.all_in_one import AllInOne
+
+
+def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
+    """The feature f (B, 192) of one frame of each clip, from the pass over all its frames (B, T, 192).
+
+    Deviation: the paper draws the frame when serving, too; there the middle one is taken, so that the same clip gets
+    the same head.
+    """
+    batch, frames, _ = frame_features.shape
+    if draw:
+        chosen = torch.randint(frames, (batch,), device=frame_features.device)
+    else:
+        chosen = torch.full((batch,), frames // 2, device=frame_features.device)
+    return encoder.pool(frame_features[torch.arange(batch, device=frame_features.device), chosen])
+
+
+class ADRPretraining(Method):
+    """KL, reconstruction and generation losses (eq. 14-18) on a frozen encoder's anchor features.
+
+    Its best epoch is the one with the least validation loss; the reasoner is left as `adr.safetensors`.
+
+    Args:
+        encoder, learning_rate, weight_decay, seed: see `Method`.
+        preset, axis, target: see `ADR`.
+    """
+
+    monitor: ClassVar[str] = "val/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        preset: Preset = "default",
+        axis: str = "feature",
+        target: Literal["anchor", "global"] = "anchor",
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder, False, learning_rate, weight_decay, seed)
+        self.adr = ADR(preset, axis, target)
+
+    def _step(self, batch: Batch, split: Split) -> Tensor:
+        frame_features = self.encode(batch)
+        training = split == "train"
+        anchor = anchor_feature(self.encoder, frame_features, draw=training)
+        losses = self.adr.losses(anchor, self.encoder.pool(frame_features.mean(1)), self.adr(anchor, sample=training))
+        if not training:
+            for name in ("kl", "reconstruction", "generation"):
+                self.log(f"{split}/{name}", getattr(losses, name), batch_size=len(batch.labels), sync_dist=True)
+            self.log(f"{split}/loss", losses.total, batch_size=len(batch.labels), sync_dist=True, prog_bar=True)
+        return losses.total
+
+    def parameter_counts(self) -> ParameterCounts:
+        """The encoder, the reasoner, and the reasoner again."""
+        return ParameterCounts(count(self.encoder), count(self.adr), count(self.adr))
+
+    def traffic(self) -> Traffic:
+        """None: there is nothing to install yet."""
+        return Traffic(0, 0)
+
+    def export(self, folder: Path) -> None:
+        """Write the reasoner, phase two's start."""
+        self.adr.save(folder / "adr.safetensors")

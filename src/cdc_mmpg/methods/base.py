@@ -1,0 +1,247 @@
+"""What all methods share: the one step, the optimizer, the seeds; and what those that answer questions share."""
+
+import hashlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import PolynomialLR
+from torchmetrics import MeanMetric
+
+from cdc_mmpg.batch import FeatureBatch, Split, VideoTextBatch, normalise
+from cdc_mmpg.errors import ConfigError, DivergedError
+from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.fda import FDA
+from cdc_mmpg.models.heads import LastLayer, OpenEnded
+
+Batch = VideoTextBatch | FeatureBatch
+
+ANCHOR_BYTES = 4 * WIDTH  # of the upload: 192 float32
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters by place, as the paper's tables count them; `trained` is those that this run changes."""
+
+    device: int  # D-Param: encoder, head, one last layer
+    cloud: int  # C-Param: what the cloud has beside them
+    trained: int
+
+
+class Traffic(NamedTuple):
+    """Bytes between device and cloud for one adaptation."""
+
+    up: int
+    down: int
+
+
+class Method(LightningModule):
+    """A training run: AdamW with polynomial decay to zero on whatever has a gradient.
+
+    Every random draw of a training step (dropout, latents, anchor frames) follows from seed, epoch, batch and process
+    alone, so that a run which goes on after an interruption does what an uninterrupted one does.
+
+    Args:
+        encoder: shared by cloud and device.
+        train_encoder: a frozen encoder stays in evaluation mode, and its features can be computed once.
+        learning_rate: at the start.
+        weight_decay: AdamW's.
+        seed: of the run.
+    """
+
+    monitor: ClassVar[str] = "val/accuracy"  # the best epoch is where this is best; the earlier one of two equals
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+
+    def __init__(
+        self, encoder: AllInOne, train_encoder: bool, learning_rate: float, weight_decay: float, seed: int
+    ) -> None:
+        super().__init__()
+        if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
+            raise ConfigError(f"learning_rate {learning_rate} must be positive and weight_decay {weight_decay} not negative")
+        self.encoder = encoder.requires_grad_(train_encoder)
+        self.train_encoder = train_encoder
+        self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
+
+    def frozen(self) -> list[nn.Module]:
+        """Parts that never train: no gradients, always in evaluation mode."""
+        return [] if self.train_encoder else [self.encoder]
+
+    def train(self, mode: bool = True) -> "Method":
+        """Training mode for all but the frozen parts."""
+        super().train(mode)
+        for module in self.frozen():
+            module.eval()
+        return self
+
+    def encode(self, batch: Batch) -> Tensor:
+        """(B, T, 192) the frame features x_t of a batch: from the encoder, or as they were kept."""
+        if isinstance(batch, FeatureBatch):
+            return batch.frame_features
+        return self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).frame_features
+
+    @abstractmethod
+    def _step(self, batch: Batch, split: Split) -> Tensor:
+        """Loss of a batch, a scalar; logs metrics in validation and test."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a training batch.
+
+        Raises:
+            DivergedError: it is not finite; names the samples.
+        """
+        loss = self._step(batch, "train")
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {float(loss)} at epoch {self.current_epoch}, step {self.global_step}, on training samples "
+                f"{batch.index.tolist()}: lower the learning rate ({self.learning_rate}), or look at these samples"
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Metrics of a validation batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Metrics of a test batch."""
+        self._step(batch, "test")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the step."""
+        place = f"{self.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
+
+    def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201  Lightning's union of nine types
+        """AdamW, its rate falling linearly to zero with every step (polynomial decay of power one)."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": PolynomialLR(optimizer, total_iters=steps), "interval": "step"},
+        }
+
+    @abstractmethod
+    def parameter_counts(self) -> ParameterCounts:
+        """D-Param, C-Param and what trains."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Bytes for one adaptation."""
+
+    def export(self, folder: Path) -> None:  # noqa: B027  most runs leave nothing but their checkpoint
+        """Write what later runs build on into the run's folder."""
+
+
+class Answering(Method):
+    """A method that answers questions: encoder, head, and a last layer that the subclass provides.
+
+    Args:
+        encoder, train_encoder, learning_rate, weight_decay, seed: see `Method`.
+        head: the task.
+    """
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: OpenEnded,
+        train_encoder: bool,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(encoder, train_encoder, learning_rate, weight_decay, seed)
+        self.head = head
+        self.accuracy = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # of a few samples, by index
+
+    KEPT_PREDICTIONS = 8  # of the first samples of a split, for people to look at
+
+    @abstractmethod
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """The last layer that belongs to clips with these features (B, T, 192)."""
+
+    @abstractmethod
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The same layers as a device installs them: weight (B, L, D), bias (B, L)."""
+
+    def forward(self, frame_features: Tensor) -> Tensor:
+        """Scores (B, L) of clips with their questions, from their frame features (B, T, 192)."""
+        fused = self.encoder.pool(frame_features.mean(1))
+        return self.head(fused, self.last_layer(frame_features))
+
+    def _step(self, batch: Batch, split: Split) -> Tensor:
+        scores = self(self.encode(batch))
+        loss = self.head.loss(scores, batch.labels)
+        if split != "train":
+            self.accuracy[split].update(self.head.correct(scores, batch.labels))
+            self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)
+            self.log(f"{split}/loss", loss, batch_size=len(batch.labels), sync_dist=True)
+            for index, label in zip(batch.index.tolist(), scores.argmax(-1).tolist(), strict=True):
+                if index < self.KEPT_PREDICTIONS:
+                    self.predictions[split][index] = label
+        return loss
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """What only the cloud has."""
+        return []
+
+    def parameter_counts(self) -> ParameterCounts:
+        """D-Param, C-Param and what trains."""
+        last_layer = self.head.outputs * (self.head.inputs + 1)
+        return ParameterCounts(
+            device=count(self.encoder) + count(self.head) + last_layer,
+            cloud=sum(map(count, self.cloud_modules())),
+            trained=sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+        )
+
+
+class Generating(Answering):
+    """A method whose last layer is made by a hypernetwork in the cloud.
+
+    Args:
+        encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Answering`.
+        fda: the hypernetwork.
+    """
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: OpenEnded,
+        fda: FDA,
+        train_encoder: bool,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
+        self.fda = fda
+
+    @abstractmethod
+    def generator_input(self, frame_features: Tensor) -> Tensor:
+        """What the hypernetwork reads, (B, 192), of clips with features (B, T, 192)."""
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """Every sample's own layer, applied without being held."""
+        feature = self.generator_input(frame_features)
+        return lambda hidden: self.fda(feature, hidden)
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Every sample's own layer."""
+        return self.fda.generate(self.generator_input(frame_features))
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """The hypernetwork."""
+        return [self.fda]
+
+    def traffic(self) -> Traffic:
+        """One feature up, one float32 layer down."""
+        return Traffic(ANCHOR_BYTES, 4 * self.head.outputs * (self.head.inputs + 1))
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

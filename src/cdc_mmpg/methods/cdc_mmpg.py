@@ -1,0 +1,58 @@
+"""Phase two of CDC-MMPG (paper sections 3.2, 3.3): one frame's feature -> reasoner -> hypernetwork -> last layer."""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.methods.adr_pretraining import anchor_feature
+from cdc_mmpg.methods.base import Generating
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import FDA, Init
+from cdc_mmpg.models.heads import OpenEnded
+
+
+class CDCMMPG(Generating):
+    """The method, one adaptation a sample; the reasoner is phase one's and stays as it is.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        adr: `adr.safetensors` of phase one.
+        recipe: "paper" trains the encoder on in this phase, as printed, which leaves the reasoner with features that
+            have moved since phase one; "frozen" keeps the encoder, which a fine-tuning run should have adapted first.
+        init: of the hypernetwork, see `FDA`. Deviation: not as printed by default, see there.
+        project: the MLP of eq. 11 before the hypernetwork; the counts of the paper's tables have no room for it.
+    """
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: OpenEnded,
+        adr: str | None = None,
+        recipe: Literal["paper", "frozen"] = "paper",
+        init: Init = "hyperfan_in",
+        project: bool = True,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        if adr is None:
+            raise ConfigError("phase two builds on phase one: give model.init_args.adr, its adr.safetensors")
+        fda = FDA(head.inputs, head.outputs, init, project)
+        super().__init__(encoder, head, fda, recipe == "paper", learning_rate, weight_decay, seed)
+        self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
+
+    def frozen(self) -> list[nn.Module]:
+        """The reasoner always, the encoder by recipe."""
+        return [self.adr, *super().frozen()]
+
+    def generator_input(self, frame_features: Tensor) -> Tensor:
+        """The generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
+        anchor = anchor_feature(self.encoder, frame_features, draw=self.training)
+        return self.adr(anchor, sample=self.training).generated
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """Reasoner and hypernetwork."""
+        return [self.adr, self.fda]

@@ -1,0 +1,34 @@
+"""F-hyper (paper section 4.4.1): the encoder is frozen, a hypernetwork makes the last layer from the fused feature."""
+
+from torch import Tensor
+
+from cdc_mmpg.methods.base import Generating
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import FDA, Init
+from cdc_mmpg.models.heads import OpenEnded
+
+
+class Hyper(Generating):
+    """The hypernetwork alone: no reasoner, no MLP before it, the feature of all frames (m̄) as its input.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        init: of the hypernetwork, see `FDA`. As printed, the paper's baseline is badly initialised, which is the likely
+            cause of its figures; "hyperfan_in" is the fair opponent.
+    """
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: OpenEnded,
+        init: Init = "printed",
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        fda = FDA(head.inputs, head.outputs, init, project=False)
+        super().__init__(encoder, head, fda, False, learning_rate, weight_decay, seed)
+
+    def generator_input(self, frame_features: Tensor) -> Tensor:
+        """The fused feature m̄, eq. 5 without its MLP."""
+        return self.encoder.pool(frame_features.mean(1))

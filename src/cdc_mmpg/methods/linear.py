@@ -1,0 +1,36 @@
+"""F-linear (paper section 4.4.1): the encoder is frozen, head and last layer train."""
+
+from torch import Tensor
+
+from cdc_mmpg.methods.base import Answering, Traffic
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import LastLayer, OpenEnded, StaticLayer
+
+
+class Linear(Answering):
+    """One last layer for all samples; nothing travels.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+    """
+
+    trains_encoder = False
+
+    def __init__(
+        self, encoder: AllInOne, head: OpenEnded, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
+    ) -> None:
+        super().__init__(encoder, head, self.trains_encoder, learning_rate, weight_decay, seed)
+        self.layer = StaticLayer(head.inputs, head.outputs)
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """The one layer."""
+        return self.layer
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The one layer, repeated."""
+        batch = len(frame_features)
+        return self.layer.weight.expand(batch, -1, -1), self.layer.bias.expand(batch, -1)
+
+    def traffic(self) -> Traffic:
+        """None."""
+        return Traffic(0, 0)

@@ -1,0 +1,167 @@
+"""AnchorFrame Distribution Reasoner (paper section 3.3): a VAE over the anchor feature, then a re-normalisation."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.models.all_in_one import WIDTH
+from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
+
+Preset = Literal["default", "paper_qa", "paper_mc"]
+
+# Hidden sizes of the encoder (the decoder's are the reverse) and size of the latent. The paper prints totals only:
+# `paper_qa` (27,802,816 parameters) and `paper_mc` (20,213,984) are sizes that fit them; nothing says they are the
+# authors'. Ours has 554,880.
+PRESETS: dict[Preset, tuple[tuple[int, int], int]] = {
+    "default": ((384, 384), 96),
+    "paper_qa": ((4096, 2048), 1536),
+    "paper_mc": ((3072, 3072), 16),
+}
+
+
+class Reasoned(NamedTuple):
+    """What the reasoner makes of a batch of anchor features."""
+
+    generated: Tensor  # (B, 192) g, eq. 16
+    decoded: Tensor  # (B, 192) f̃, eq. 13
+    mean: Tensor  # (B, Z) of the latent distribution
+    log_variance: Tensor  # (B, Z)
+
+
+class ReasonerLosses(NamedTuple):
+    """The terms of eq. 14, 15 and 17, scalars."""
+
+    kl: Tensor
+    reconstruction: Tensor
+    generation: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Eq. 18."""
+        return self.kl + self.reconstruction + self.generation
+
+
+class ADR(nn.Module):
+    """Anchor feature f -> latent distribution -> decoded f̃ -> f re-normalised to the statistics of f̃: g.
+
+    Source: eq. 8-10 and 12-18.
+
+    Deviation: eq. 16's "channel-wise" statistics of a single 192-vector are two scalars, so with axis "feature" g is
+    a·f + b, which the LayerNorm of eq. 11 undoes but for the sign of a. "group:G" takes G equal parts of the vector;
+    "batch" takes each channel's statistics over the batch, and running ones when evaluating (a batch of one has no
+    deviation).
+
+    Args:
+        preset: sizes, see `PRESETS`.
+        axis: over what eq. 16's mean and deviation are taken: "feature", "group:G" with G a divisor of 192, "batch".
+        target: what f̃ and g are drawn to: the "anchor" feature (eq. 15, 17) or the "global" feature of all frames.
+
+    Raises:
+        ConfigError: an unknown axis.
+    """
+
+    EPSILON = 1e-5
+    LAMBDA = 0.1  # of eq. 17
+    MOMENTUM = 0.1  # of the running statistics
+
+    running_mean: Tensor
+    running_std: Tensor
+
+    def __init__(
+        self, preset: Preset = "default", axis: str = "feature", target: Literal["anchor", "global"] = "anchor"
+    ) -> None:
+        super().__init__()
+        kind, _, parts = axis.partition(":")
+        if kind == "group" and parts.isdigit() and int(parts) > 0 and WIDTH % int(parts) == 0:
+            self.groups = int(parts)
+        elif axis in ("feature", "batch"):
+            self.groups = 1
+        else:
+            raise ConfigError(f"axis {axis!r}: use 'feature', 'batch', or 'group:G' with G a divisor of {WIDTH}")
+        self.preset, self.axis, self.target = preset, axis, target
+        (first, second), latent = PRESETS[preset]
+        self.encoder = _mlp(WIDTH, first, second, 2 * latent)
+        self.decoder = _mlp(latent, second, first, WIDTH)
+        if axis == "batch":  # of f in row 0 and of f̃ in row 1
+            self.register_buffer("running_mean", torch.zeros(2, WIDTH))
+            self.register_buffer("running_std", torch.ones(2, WIDTH))
+
+    def forward(self, anchor: Tensor, sample: bool) -> Reasoned:
+        """Reason about anchor features (B, 192).
+
+        Args:
+            anchor: f, the pooled features of one frame each.
+            sample: draw z from its distribution (training) instead of taking the mean (serving, where the same
+                upload must give the same head).
+        """
+        mean, log_variance = self.encoder(anchor).chunk(2, dim=-1)
+        latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean) if sample else mean
+        decoded = self.decoder(latent)
+        return Reasoned(self._renormalise(anchor, decoded), decoded, mean, log_variance)
+
+    def _renormalise(self, anchor: Tensor, decoded: Tensor) -> Tensor:
+        """Eq. 16: the anchor with the mean and deviation of the decoded feature, (B, 192) all."""
+        if self.axis != "batch":
+            parts = anchor.unflatten(-1, (self.groups, -1)), decoded.unflatten(-1, (self.groups, -1))
+            (std, mean), (new_std, new_mean) = (
+                torch.std_mean(part, dim=-1, correction=0, keepdim=True) for part in parts
+            )
+            return (new_std * (parts[0] - mean) / (std + self.EPSILON) + new_mean).flatten(-2)
+        if self.training:
+            if len(anchor) < 2:
+                raise ValueError("axis 'batch' cannot train on a batch of one: there is no deviation to take")
+            statistics = [torch.std_mean(feature, dim=0, correction=0) for feature in (anchor, decoded)]
+            std, mean = (torch.stack(rows) for rows in zip(*statistics, strict=True))  # (2, 192) each
+            self.running_mean.lerp_(mean.detach(), self.MOMENTUM)
+            self.running_std.lerp_(std.detach(), self.MOMENTUM)
+        else:
+            mean, std = self.running_mean, self.running_std
+        return std[1] * (anchor - mean[0]) / (std[0] + self.EPSILON) + mean[1]
+
+    def losses(self, anchor: Tensor, global_feature: Tensor, reasoned: Reasoned) -> ReasonerLosses:
+        """Eq. 14, 15 and 17 for anchors f and the global features m̄ of their clips, (B, 192) both.
+
+        Deviation: the KL divergence is the mean over the latent's dimensions, where the evidence lower bound sums:
+        the other terms are means over dimensions, too.
+        """
+        mean, log_variance = reasoned.mean, reasoned.log_variance
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        if self.target == "anchor":
+            target, other = anchor, reasoned.decoded
+        else:
+            target, other = global_feature, anchor
+        generation = F.mse_loss(reasoned.generated, target) + self.LAMBDA * F.mse_loss(reasoned.generated, other)
+        return ReasonerLosses(kl, F.mse_loss(reasoned.decoded, target), generation)
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors, with the arguments that `load` needs."""
+        save_safetensors(self.state_dict(), path, {"preset": self.preset, "axis": self.axis, "target": self.target})
+
+    @classmethod
+    def load(cls, path: Path) -> "ADR":
+        """A reasoner as `save` left it.
+
+        Raises:
+            CheckpointError: absent, unreadable, or not a reasoner.
+        """
+        state = read_state_dict(path)
+        settings = read_metadata(path)
+        try:
+            adr = cls(settings["preset"], settings["axis"], settings["target"])  # type: ignore[arg-type]
+            adr.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: not an AnchorFrame Distribution Reasoner ({str(error).splitlines()[-1].strip()}): "
+                "give phase one's adr.safetensors"
+            ) from error
+        return adr
+
+
+def _mlp(inputs: int, first: int, second: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, first), nn.GELU(), nn.Linear(first, second), nn.GELU(), nn.Linear(second, outputs)
+    )

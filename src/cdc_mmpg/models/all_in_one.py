@@ -1,0 +1,300 @@
+"""The All-in-One-Ti encoder (Wang et al. 2023; showlab/all-in-one at ae0e288): one transformer for video and text.
+
+Cloud and device share it. DeiT-Tiny comes from timm and the text embeddings from transformers, under the parameter
+names of the published checkpoint, so that it can be imported key by key.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings
+
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.weights import read_state_dict
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 192  # of every token, and so of the anchor feature: 768 bytes
+PATCH = 16
+DEIT = "deit_tiny_patch16_224"
+
+
+class Encoded(NamedTuple):
+    """What the encoder tells about a batch of clips with their texts."""
+
+    frame_features: Tensor  # (B, T, 192) text [CLS] of every frame after the final norm: x_t
+    fused: Tensor  # (B, 192) tanh(pooler(mean over t of x_t)): m̄
+
+
+class ImportReport(NamedTuple):
+    """What became of the keys of a foreign checkpoint."""
+
+    used: list[str]
+    dropped: list[str]  # heads of the pretraining, which this encoder has no place for
+    unexpected: list[str]  # neither the encoder's nor a known head's
+    missing: list[str]  # left at their random initial values (DeiT knows no text)
+
+
+class AllInOne(nn.Module):
+    """Early-fusion transformer over [text; frame] for each frame, with token rolling between the frames.
+
+    Source: paper section 3.1, eq. 2-4. At T = 3 and the defaults it has 11,431,104 parameters.
+
+    Deviation: the reference draws a new permutation of the patches for every frame and call before it rolls them, in
+    evaluation too; here they stay in raster order, because cloud and device must compute the same feature.
+
+    Args:
+        num_frames: most frames in a clip, T.
+        image_size: pixels of a side of the square for which position embeddings are held; a multiple of 16. Frames of
+            another size are accepted, with the embeddings resized bicubically at every call.
+        depth: transformer blocks.
+        vocab_size: WordPieces in the vocabulary.
+        text_length: most tokens in a text.
+        dropout: after positions, on the attention projection and in both linears of the MLP.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        checkpoint: weights to start from: an All-in-One or DeiT-Tiny file, an encoder of ours (safetensors), or
+            "deit_tiny_patch16_224" to fetch DeiT-Tiny through timm. None starts at random.
+
+    Raises:
+        ConfigError: a size that is not a multiple of 16, or a count below 1.
+        CheckpointError: the checkpoint lacks a key of the encoder, or has another shape.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 3,
+        image_size: int = 224,
+        depth: int = 12,
+        vocab_size: int = 30_522,
+        text_length: int = 40,
+        dropout: float = 0.1,
+        drop_path: float = 0.1,
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if image_size < PATCH or image_size % PATCH:
+            raise ConfigError(f"image_size {image_size} is not a multiple of {PATCH}: use e.g. 224")
+        if min(num_frames, depth, vocab_size, text_length) < 1:
+            raise ConfigError("num_frames, depth, vocab_size and text_length are at least 1")
+        self.num_frames = num_frames
+        self.text_embeddings = BertEmbeddings(
+            BertConfig(
+                vocab_size=vocab_size,
+                hidden_size=WIDTH,
+                max_position_embeddings=text_length,
+                hidden_dropout_prob=dropout,
+            )
+        )
+        self.token_type_embeddings = nn.Embedding(2, WIDTH)  # the modality: 0 text, 1 video
+        self.transformer = cast(
+            VisionTransformer,
+            timm.create_model(
+                DEIT,
+                img_size=image_size,
+                depth=depth,
+                num_classes=0,
+                pos_drop_rate=dropout,
+                proj_drop_rate=dropout,
+                drop_path_rate=drop_path,
+                dynamic_img_size=True,
+            ),
+        )
+        self.transformer.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, WIDTH))
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(WIDTH, WIDTH)})
+        for module in (*self.text_embeddings.modules(), self.token_type_embeddings, self.pooler["dense"]):
+            if isinstance(module, nn.Embedding | nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.pooler["dense"].bias)
+        if checkpoint is not None:
+            self.load_reference(checkpoint)
+
+    def pool(self, cls: Tensor) -> Tensor:
+        """tanh(pooler(x)): the fused feature of a mean [CLS], the anchor feature of one frame's. (..., 192) both."""
+        return torch.tanh(self.pooler["dense"](cls))
+
+    def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Encoded:
+        """Fuse clips with their texts.
+
+        Args:
+            video: (B, T, 3, H, W) normalised frames, 1 <= T <= num_frames.
+            text_ids: (B, L) WordPiece ids, padded at the end.
+            text_mask: (B, L) 1 where there is a token, 0 where there is padding.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        batch, frames = video.shape[:2]
+        text, lengths = self._embed_text(text_ids, text_mask)  # (B, L', 192)
+        visual = self._embed_video(video)  # (B*T, V, 192)
+        tokens = torch.cat([text.repeat_interleave(frames, dim=0), visual], dim=1)
+        mask = None
+        if lengths is not None:
+            text_keys = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # (B, L')
+            keys = F.pad(text_keys, (0, visual.shape[1]), value=True).repeat_interleave(frames, dim=0)
+            mask = keys[:, None, None]  # (B*T, 1, 1, N)
+        cls = self._transform(tokens, mask, frames=frames, text_tokens=text.shape[1])
+        frame_features = cls.view(batch, frames, WIDTH)
+        return Encoded(frame_features, self.pool(frame_features.mean(1)))
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """The text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
+        text, lengths = self._embed_text(text_ids, text_mask)
+        mask = None
+        if lengths is not None:
+            mask = (torch.arange(text.shape[1], device=text.device) < lengths[:, None])[:, None, None]
+        return self._transform(text, mask)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """The visual [CLS] (B, 192), mean over frames, of a pass without text or rolling; video (B, T, 3, H, W)."""
+        batch, frames = video.shape[:2]
+        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH).mean(1)
+
+    def _embed_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Text tokens (B, L', 192), trimmed to the longest text, and lengths (B,): None where none is padded."""
+        most = self.text_embeddings.position_embeddings.num_embeddings
+        if ids.shape != mask.shape or ids.dim() != 2 or ids.shape[1] > most:
+            raise ValueError(f"text ids {tuple(ids.shape)} and mask {tuple(mask.shape)}: both (B, L) with L <= {most}")
+        lengths = mask.sum(1)
+        shortest, longest = torch.stack(torch.aminmax(lengths)).tolist()
+        if shortest < 1:
+            raise ValueError("a text without any token: even an empty question is [CLS] [SEP]")
+        text = self.text_embeddings(ids[:, :longest]) + self.token_type_embeddings.weight[0]
+        return text, lengths if shortest < longest else None
+
+    def _embed_video(self, video: Tensor) -> Tensor:
+        """Visual tokens (B*T, V, 192): [CLS], then the patches in raster order."""
+        if video.dim() != 5 or video.shape[2] != 3 or video.shape[3] % PATCH or video.shape[4] % PATCH:
+            raise ValueError(f"video {tuple(video.shape)} is not (B, T, 3, H, W) with H and W multiples of {PATCH}")
+        batch, frames = video.shape[:2]
+        if not 1 <= frames <= self.num_frames:
+            raise ValueError(f"{frames} frames in a clip; this encoder was made for 1 to {self.num_frames}")
+        vit = self.transformer
+        patches = vit.patch_embed(video.flatten(0, 1))  # (B*T, h, w, 192)
+        position = resample_abs_pos_embed(
+            vit.pos_embed, list(patches.shape[1:3]), old_size=list(vit.patch_embed.grid_size)
+        )
+        patches = patches.flatten(1, 2) + position[:, 1:]
+        time = vit.temporal_embed[:, :frames].unsqueeze(2)  # (1, T, 1, 192)
+        patches = (patches.view(batch, frames, -1, WIDTH) + time).flatten(0, 1)
+        cls = (vit.cls_token + position[:, :1]).expand(len(patches), -1, -1)
+        return vit.pos_drop(torch.cat([cls, patches], dim=1)) + self.token_type_embeddings.weight[1]
+
+    def _transform(self, tokens: Tensor, mask: Tensor | None, frames: int = 1, text_tokens: int = 0) -> Tensor:
+        """Token 0 after all blocks and the final norm: (B*T, N, 192) -> (B*T, 192).
+
+        The last block computes keys and values for every token but the rest of itself for token 0 alone, since
+        nothing reads the other tokens.
+        """
+        *blocks, last = cast(list[Block], list(self.transformer.blocks))
+        for block in blocks:
+            tokens = block(roll_tokens(tokens, frames, text_tokens), attn_mask=mask)
+        cls = block_of_first_token(last, roll_tokens(tokens, frames, text_tokens), mask)
+        return self.transformer.norm(cls)
+
+    @classmethod
+    def from_reference(
+        cls, path_or_state_dict: str | Path | Mapping[str, Tensor], num_frames: int = 3, image_size: int = 224
+    ) -> "AllInOne":
+        """An encoder with the weights of a published checkpoint; see `load_reference`."""
+        encoder = cls(num_frames=num_frames, image_size=image_size)
+        encoder.load_reference(path_or_state_dict)
+        return encoder
+
+    def load_reference(self, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> ImportReport:
+        """Take over the weights of an All-in-One checkpoint, of DeiT-Tiny, or of an encoder saved by this project.
+
+        Temporal embeddings are cut or extended by zeros to `num_frames`, text positions keep their common prefix,
+        image positions are resized bicubically. No code in the file is ever run. The report is logged, too.
+
+        Raises:
+            CheckpointError: not a checkpoint, an encoder key is missing, or a shape differs.
+        """
+        if isinstance(path_or_state_dict, Mapping):
+            source, state = "the state dict", dict(path_or_state_dict)
+        elif str(path_or_state_dict) == DEIT:
+            source, state = DEIT, timm.create_model(DEIT, pretrained=True).state_dict()
+        else:
+            source, state = str(path_or_state_dict), read_state_dict(Path(path_or_state_dict))
+        own = self.state_dict()
+        is_deit = "cls_token" in state
+        if is_deit:
+            state = {f"transformer.{key}": value for key, value in state.items()}
+        used = {key: value for key, value in state.items() if key in own}
+        heads = ("mlm_score.", "itm_score.", "rank_output.", "vqa_classifier.", "mc_vqa_classifier.", "txt_proj.", "vid_proj.",
+                 "transformer.head.", "text_embeddings.position_ids", "text_embeddings.token_type_ids")  # fmt: skip
+        others = [key for key in state if key not in own]
+        missing = [key for key in own if key not in used]
+        absent = [key for key in missing if not (is_deit and not key.startswith("transformer."))]
+        if is_deit:
+            absent.remove("transformer.temporal_embed")
+        if absent:
+            raise CheckpointError(
+                f"{source} lacks {len(absent)} of the encoder's {len(own)} weights, the first {absent[0]!r}: "
+                "is it an All-in-One-Ti or DeiT-Tiny checkpoint?"
+            )
+        self.load_state_dict({key: self._fit(key, value, own[key], source) for key, value in used.items()}, strict=False)
+        dropped = [key for key in others if key.startswith(heads)]
+        report = ImportReport(list(used), dropped, [key for key in others if key not in dropped], missing)
+        logger.info(
+            "%s: %d keys used, %d of other heads dropped, unexpected %s, missing %s",
+            source, len(report.used), len(report.dropped), report.unexpected or "none", report.missing or "none",
+        )  # fmt: skip
+        return report
+
+    def _fit(self, key: str, value: Tensor, own: Tensor, source: str) -> Tensor:
+        """The foreign `value` in the shape of this encoder's `own`, for the embeddings whose size is a setting."""
+        if value.shape == own.shape:
+            return value
+        if key == "transformer.temporal_embed" and value.shape[::2] == own.shape[::2]:
+            return F.pad(value, (0, 0, 0, max(0, own.shape[1] - value.shape[1])))[:, : own.shape[1]]
+        if key == "text_embeddings.position_embeddings.weight" and value.shape[1] == own.shape[1]:
+            return torch.cat([value[: len(own)], own[len(value) :]])
+        if key == "transformer.pos_embed" and value.shape[::2] == own.shape[::2]:
+            return resample_abs_pos_embed(value, list(self.transformer.patch_embed.grid_size))
+        raise CheckpointError(f"{source}: {key!r} is {tuple(value.shape)}, this encoder has {tuple(own.shape)}")
+
+
+def roll_tokens(tokens: Tensor, frames: int, text_tokens: int) -> Tensor:
+    """Token rolling (Wang et al. 2023, section 3.2): an eighth of a frame's patches from either neighbour in time.
+
+    The text and the visual [CLS] stay; the first eighth of the patches come from the previous frame, the last from the
+    next, around the ends of the clip. (B*T, N, 192) both.
+    """
+    if frames == 1:
+        return tokens
+    fold = (tokens.shape[1] - text_tokens) // 8
+    start = text_tokens + 1
+    clips = tokens.view(-1, frames, *tokens.shape[1:])
+    return torch.cat(
+        [
+            clips[:, :, :start],
+            clips[:, :, start : start + fold].roll(1, dims=1),
+            clips[:, :, start + fold : -fold],
+            clips[:, :, -fold:].roll(-1, dims=1),
+        ],
+        dim=2,
+    ).flatten(0, 1)
+
+
+def block_of_first_token(block: Block, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """What `block` makes of token 0, attending to all tokens: (B, N, D) -> (B, D)."""
+    attention = block.attn
+    normed = block.norm1(tokens)
+    width, heads = tokens.shape[-1], attention.num_heads
+    query_weight, key_value_weight = attention.qkv.weight.split([width, 2 * width])
+    query_bias, key_value_bias = attention.qkv.bias.split([width, 2 * width])
+    query = F.linear(normed[:, :1], query_weight, query_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    keys_values = F.linear(normed, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1))
+    key, value = keys_values.permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    cls = tokens[:, :1] + block.drop_path1(attention.proj_drop(attention.proj(attended)))
+    return (cls + block.drop_path2(block.mlp(block.norm2(cls)))).squeeze(1)

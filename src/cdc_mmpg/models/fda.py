@@ -1,0 +1,78 @@
+"""Fast Domain Adaptor (paper section 3.2): a hypernetwork that turns a feature into the weights of the last layer."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdc_mmpg.models.all_in_one import WIDTH
+
+Init = Literal["printed", "hyperfan_in", "shared_head"]
+
+
+class FDA(nn.Module):
+    """Feature (B, 192) -> weight (B, L, D) and bias (B, L) of a device's last layer, L outputs on D inputs.
+
+    Source: eq. 5, 6 and 11. H is one linear layer with bias: 193 x (D + 1) L parameters, as the paper's counts say.
+
+    Deviation: `init`. The paper prints none; with PyTorch's default ("printed") the generated logits start with a
+    standard deviation of 5.7 and one step of gradient descent moves them about 190 times as far as a static head's.
+    "hyperfan_in" (Chang et al. 2020, "Principled weight initialization for hypernetworks") starts them near 1;
+    "shared_head" gives every input the same head at first, initialised as a static one: H's bias is that head, its
+    weight is zero.
+
+    Args:
+        inputs: D, hidden units that the last layer reads.
+        outputs: L, what the last layer tells apart.
+        init: see above.
+        project: put the MLP of eq. 5 and 11 (two linears, then a LayerNorm: 74,496 parameters) before H. The counts
+            of the paper's F-hyper leave no room for it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, init: Init, project: bool) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.mlp: nn.Module = nn.Identity()
+        if project:
+            self.mlp = nn.Sequential(
+                nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+            )
+        # Output (l, d) is weight d of answer l, the last of each row its bias: a row is what one answer needs.
+        self.hyper = nn.Linear(WIDTH, outputs * (inputs + 1))
+        with torch.no_grad():
+            weight = self.hyper.weight.view(outputs, inputs + 1, WIDTH)
+            bias = self.hyper.bias.view(outputs, inputs + 1)
+            if init == "hyperfan_in":
+                # For inputs of variance one: Var(w) = 1 / D, and so logits of variance one, plus the bias's third.
+                nn.init.normal_(weight[:, :-1], std=(inputs * WIDTH) ** -0.5)
+                bias[:, :-1] = 0
+            elif init == "shared_head":
+                shared = nn.Linear(inputs, outputs)
+                weight.zero_()
+                bias[:, :-1] = shared.weight
+                bias[:, -1] = shared.bias
+
+    def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (B, L) of every sample's own generated layer on `hidden` (B, D), for the upload-side `feature`.
+
+        The same as `generate`, then the layer, without holding B layers: H is linear, so the product over D and over
+        H's 192 inputs can be taken at once (B x 192 D numbers in place of B x (D + 1) L). Few answers make the layers
+        the smaller of the two. Always in float32.
+        """
+        with torch.autocast(feature.device.type, enabled=False):
+            feature, hidden = feature.float(), hidden.float()
+            if self.outputs <= WIDTH:
+                weight, bias = self.generate(feature)
+                return torch.baddbmm(bias.unsqueeze(-1), weight, hidden.unsqueeze(-1)).squeeze(-1)
+            latent = self.mlp(feature)
+            rows = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)  # (B, D + 1)
+            products = (rows.unsqueeze(2) * latent.unsqueeze(1)).flatten(1)  # (B, (D + 1) * 192)
+            return F.linear(products, self.hyper.weight.view(self.outputs, -1)) + F.linear(
+                rows, self.hyper.bias.view(self.outputs, -1)
+            )
+
+    def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The layers themselves, as the cloud sends them: weight (B, L, D) and bias (B, L) for features (B, 192)."""
+        layer = self.hyper(self.mlp(feature)).view(-1, self.outputs, self.inputs + 1)
+        return layer[..., :-1], layer[..., -1]

@@ -1,0 +1,56 @@
+"""Heads: what stands on a device after the encoder, for each task, and what a prediction there costs and counts."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdc_mmpg.models.all_in_one import WIDTH
+
+UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
+
+
+class LastLayer(Protocol):
+    """Scores from hidden units: a static layer, or generated ones."""
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...
+
+
+class OpenEnded(nn.Module):
+    """Open-ended question answering: one class per known answer, and one for the rest.
+
+    Source: eq. 7, scores = W φ(m̄) + b with φ = GELU∘LayerNorm∘Linear(192, hidden). φ is static, trains in all four
+    methods and has no dropout; W and b come from the method.
+
+    Args:
+        num_classes: answers known in training + 1.
+        hidden: D, width of φ.
+    """
+
+    def __init__(self, num_classes: int, hidden: int = 96) -> None:
+        super().__init__()
+        self.inputs, self.outputs = hidden, num_classes  # of the last layer
+        self.phi = nn.Sequential(nn.Linear(WIDTH, hidden), nn.LayerNorm(hidden), nn.GELU())
+
+    def forward(self, fused: Tensor, last_layer: LastLayer) -> Tensor:
+        """Scores (B, L) of fused features m̄ (B, 192)."""
+        return last_layer(self.phi(fused))
+
+    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over the samples whose answer is known, 0 where none is; (B, L) and (B,)."""
+        total = F.cross_entropy(scores.float(), labels, ignore_index=UNKNOWN, reduction="sum")
+        return total / (labels != UNKNOWN).sum().clamp(min=1)
+
+    def correct(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """1 where the best score is the answer's, 0 elsewhere and for unknown answers: (B,) floats."""
+        return (scores.argmax(-1) == labels).float()
+
+
+class StaticLayer(nn.Linear):
+    """A last layer that is trained, not generated: the same for every sample."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, L), in float32 as the generated ones."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())

@@ -1,0 +1,57 @@
+"""Questions as WordPiece ids: bert-base-uncased's tokenizer, from a local `vocab.txt` or from the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from cdc_mmpg.errors import DataError
+
+HUB_NAME = "google-bert/bert-base-uncased"
+REMEDY = "give a local one with VOCAB=path/to/vocab.txt (30,522 lines for bert-base-uncased)"
+
+
+class TextEncoder:
+    """Texts -> ids and masks, [CLS] first and [SEP] last, cut to a length.
+
+    Args:
+        vocab: a `vocab.txt`, one WordPiece a line; None fetches bert-base-uncased from the hub.
+        length: most tokens in a text, [CLS] and [SEP] included.
+
+    Raises:
+        DataError: the vocabulary is absent, or is none.
+    """
+
+    def __init__(self, vocab: str | Path | None = None, length: int = 40) -> None:
+        if vocab is None:
+            try:
+                self._tokenizer = Tokenizer.from_pretrained(HUB_NAME)
+            except Exception as error:  # the hub's client raises errors of many families
+                raise DataError(f"cannot fetch the vocabulary of {HUB_NAME} ({type(error).__name__}): {REMEDY}") from error
+        else:
+            if not Path(vocab).is_file():
+                raise DataError(f"{vocab}: no such vocabulary; {REMEDY}")
+            words = Path(vocab).read_text(encoding="utf-8").split("\n")
+            if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]:
+                raise DataError(f"{vocab}: not a WordPiece vocabulary, it lacks {' '.join(missing)}; {REMEDY}")
+            self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)._tokenizer
+        self._tokenizer.enable_truncation(length)
+        self._tokenizer.no_padding()
+        self.size = self._tokenizer.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text, unpadded."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+
+def pad(texts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids and mask (B, L), padded with 0 at the end to the longest text."""
+    ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return ids, mask

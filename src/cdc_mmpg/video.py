@@ -1,0 +1,103 @@
+"""Decoding: the exact frames of a clip, whatever its header says.
+
+Every clip is decoded from its start, so that frame k is the k-th frame that comes out: seeking by the average rate
+picks wrong frames where the rate varies, and headers count frames that do not decode. Of several video streams the
+one that FFmpeg holds best is taken; rotation is applied.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.frames import Frames, resize
+
+Decoder = Literal["pyav", "decord"]
+
+
+def read_frames(
+    path: Path, choose: Callable[[int], Sequence[int]], image_size: int, decoder: Decoder = "pyav"
+) -> Frames:
+    """Frames of a clip, resized: (K, H, W, 3) uint8 RGB.
+
+    Args:
+        path: the clip.
+        choose: from the number of frames in the clip (at least 1) to the K indices wanted, in ascending order.
+        image_size: see `frames.resize`.
+        decoder: "pyav", or "decord", which cannot read GIF or AV1 but is faster on some files.
+
+    Raises:
+        DataError: absent, empty, no video in it, or not decodable; it names the other decoder, which is never
+            taken in silence.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such clip")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: an empty file; fetch the clip again")
+    read = _read_pyav if decoder == "pyav" else _read_decord
+    try:
+        return read(path, choose, image_size)
+    except DataError:
+        raise
+    except (av.FFmpegError, OSError, RuntimeError, ValueError, IndexError) as error:
+        other = "decord" if decoder == "pyav" else "pyav"
+        raise DataError(
+            f"{path}: {decoder} cannot decode it ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"fetch the clip again, or try decoder {other}"
+        ) from error
+
+
+def _read_pyav(path: Path, choose: Callable[[int], Sequence[int]], image_size: int) -> Frames:
+    with av.open(str(path)) as container:
+        if (stream := container.streams.best("video")) is None:
+            raise DataError(f"{path}: no video in it, only {[s.type for s in container.streams] or 'nothing'}")
+        expected = sum(packet.size > 0 for packet in container.demux(stream))
+    while True:  # once, and once more where packets and frames do not agree in number
+        wanted = sorted(set(choose(expected))) if expected else []
+        kept: dict[int, Frames] = {}
+        count = 0
+        for frame in _decode(path):
+            if count in wanted:
+                kept[count] = np.rot90(resize(frame, image_size), k=_quarter_turns(frame.rotation))
+            count += 1
+        if count == 0:
+            raise DataError(f"{path}: no frame in it can be decoded; fetch the clip again")
+        if count == expected:
+            return _stack(path, [kept[index] for index in choose(count)])
+        expected = count
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        assert stream is not None
+        stream.codec_context.thread_type = "AUTO"
+        yield from container.decode(stream)
+
+
+def _quarter_turns(rotation: int) -> int:
+    """Counter-clockwise quarter turns for np.rot90 that bring a frame upright."""
+    return round(rotation / 90) % 4
+
+
+def _read_decord(path: Path, choose: Callable[[int], Sequence[int]], image_size: int) -> Frames:
+    try:
+        import decord  # noqa: PLC0415  no wheels for every platform
+    except ImportError as error:
+        raise DataError("decord is not installed here (it has no wheels for this platform): use decoder pyav") from error
+    try:
+        reader = decord.VideoReader(str(path))
+        indices = choose(len(reader))
+        frames = reader.get_batch(indices).asnumpy()
+    except decord.DECORDError as error:  # not an Exception of any common family
+        raise ValueError(str(error)) from error
+    return _stack(path, [resize(av.VideoFrame.from_ndarray(frame, format="rgb24"), image_size) for frame in frames])
+
+
+def _stack(path: Path, frames: list[Frames]) -> Frames:
+    if len({frame.shape for frame in frames}) > 1:
+        raise DataError(f"{path}: the picture changes its shape within the clip: {sorted({f.shape for f in frames})}")
+    return np.stack(frames)
