@@ -27,10 +27,6 @@ class Answers:
         """The class of an answer, `UNKNOWN` outside the vocabulary."""
         return self._labels.get(answer, self.UNKNOWN)
 
-    def word(self, label: int) -> str:
-        """The answer of a class; the last class, of all others, has none."""
-        return self.words[label] if 0 <= label < len(self.words) else "(unknown)"
-
     @classmethod
     def read(cls, path: Path, num_classes: int, training_answers: Iterable[str]) -> "Answers":
         """The distributed vocabulary, or, where it is absent, the most frequent training answers.

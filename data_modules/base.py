@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ class VideoQADataModule(EpochDataModule):
         num_frames: T, frames that the model sees of a clip.
         image_size: pixels of a side of what it sees.
         batch_size: samples a step on each device, before gradient accumulation.
-        num_workers: processes that load batches, and that decode the cache.
+        num_workers: processes that load batches, and that decode the cache; None is one a processor, at most 4.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
         text_length: most tokens in a question.
         decoder: see `cdc_mmpg.video`.
@@ -114,7 +115,7 @@ class VideoQADataModule(EpochDataModule):
         num_frames: int = 3,
         image_size: int = 224,
         batch_size: int = 256,
-        num_workers: int = 4,
+        num_workers: int | None = None,
         vocab: str | None = None,
         text_length: int = 40,
         decoder: Decoder = "pyav",
@@ -125,12 +126,13 @@ class VideoQADataModule(EpochDataModule):
         super().__init__(batch_size, seed)
         for name, value, least in (
             ("num_classes", num_classes, 2), ("num_frames", num_frames, 1), ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
+            ("num_workers", num_workers or 0, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"data.init_args.{name} is {value}: at least {least}")
         self.root, self.cache_dir = Path(root), Path(cache_dir)
-        self.num_classes, self.num_workers = num_classes, num_workers
+        self.num_classes = num_classes
+        self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
         self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder)
@@ -217,28 +219,28 @@ class VideoQADataModule(EpochDataModule):
                 seed=self.seed,
             )
 
-    def loader(self, split: Split, augment: bool) -> DataLoader[VideoTextBatch]:
-        """Batches of a split: augmented in a new order every epoch, or plainly in the annotation's."""
-        return self.batches(self._splits[split].augmented(augment), shuffle=augment, num_workers=self.num_workers)
+    def dataset(self, split: Split, augment: bool) -> QADataset:
+        """A split, its frames drawn anew for every epoch or always the same."""
+        return self._splits[split].augmented(augment)
 
     def train_dataloader(self) -> DataLoader[VideoTextBatch]:
-        """Augmented, shuffled."""
-        return self.loader("train", augment=True)
+        """Augmented, in a new order every epoch."""
+        return self.batches(self.dataset("train", augment=True), shuffle=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[VideoTextBatch]:
         """As annotated."""
-        return self.loader("val", augment=False)
+        return self.batches(self.dataset("val", augment=False), shuffle=False, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[VideoTextBatch]:
         """As annotated."""
-        return self.loader("test", augment=False)
+        return self.batches(self.dataset("test", augment=False), shuffle=False, num_workers=self.num_workers)
 
     def labels(self, split: Split) -> Tensor:
         """(N,) the class of every sample."""
         return self._splits[split].labels
 
     def fingerprint(self, split: Split) -> str:
-        """A digest of everything that decides what `loader(split, augment=False)` yields."""
+        """A digest of everything that decides what `dataset(split, augment=False)` holds."""
         digest = hashlib.sha256()
         dataset = self._splits[split]
         for path, ids, label in zip(dataset.paths, dataset.text_ids, dataset.labels.tolist(), strict=True):
@@ -265,6 +267,6 @@ class VideoQADataModule(EpochDataModule):
         sample = dataset.samples[index]
         return Example(sample.clip, dataset.frames(0, index).numpy(), sample.question, sample.answer)
 
-    def answer(self, label: int) -> str:
-        """The word of a class."""
-        return self._answers.word(label)
+    def answers(self) -> list[str]:
+        """The word of every class but the last, which stands for all others."""
+        return self._answers.words

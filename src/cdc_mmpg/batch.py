@@ -24,7 +24,7 @@ class VideoTextBatch(NamedTuple):
     text_ids: Tensor  # (B, L) int64, padded with 0 at the end
     text_mask: Tensor  # (B, L) int64, 1 where there is a token
     labels: Tensor  # (B,) int64, `heads.UNKNOWN` for an answer outside the vocabulary
-    index: Tensor  # (B,) int64, place of the sample in its split
+    indices: Tensor  # (B,) int64, place of the sample in its split
 
 
 class FeatureBatch(NamedTuple):
@@ -32,7 +32,7 @@ class FeatureBatch(NamedTuple):
 
     frame_features: Tensor  # (B, T, 192), `Encoded.frame_features`
     labels: Tensor  # (B,)
-    index: Tensor  # (B,)
+    indices: Tensor  # (B,)
 
 
 def normalise(frames: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         if self.shuffle:
-            return -(-self.size // self.world)
+            return (self.size + self.world - 1) // self.world
         return len(range(self.rank, self.size, self.world))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -97,9 +97,11 @@ class EpochDataModule(LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self._seen_batches = 0
 
-    def batches(self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0) -> DataLoader[Any]:
-        """This process's share of a dataset as batches."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def batches(
+        self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0, whole: bool = False
+    ) -> DataLoader[Any]:
+        """A dataset as batches: this process's share of it, or the whole."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and not whole
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
         size = len(dataset)  # type: ignore[arg-type]
@@ -145,6 +147,7 @@ class VideoTextData(Protocol):
 
     cache_dir: Path
     batch_size: int
+    num_workers: int
     seed: int
 
     def prepare_data(self) -> None:
@@ -153,14 +156,14 @@ class VideoTextData(Protocol):
     def setup(self, stage: str) -> None:
         """Build the splits."""
 
-    def loader(self, split: Split, augment: bool) -> DataLoader[VideoTextBatch]:
-        """Batches of a split: augmented in a new order every epoch, or plainly in the annotation's."""
+    def dataset(self, split: Split, augment: bool) -> Dataset[VideoTextBatch]:
+        """A split, its frames drawn anew for every epoch or always the same."""
 
     def labels(self, split: Split) -> Tensor:
         """(N,) the class of every sample."""
 
     def fingerprint(self, split: Split) -> str:
-        """A digest of everything that decides what `loader(split, augment=False)` yields."""
+        """A digest of everything that decides what `dataset(split, augment=False)` holds."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
@@ -168,5 +171,5 @@ class VideoTextData(Protocol):
     def example(self, split: Split, index: int) -> Example:
         """A sample to look at."""
 
-    def answer(self, label: int) -> str:
-        """The word of a class."""
+    def answers(self) -> list[str]:
+        """The word of every class but the last, which stands for all others."""

@@ -38,7 +38,8 @@ def resize(frame: av.VideoFrame, image_size: int) -> Frames:
     side = shorter_side(image_size)
     scale = side / min(frame.width, frame.height)
     width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
-    return frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+    resized = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR")
+    return resized.to_ndarray().astype(np.uint8, copy=False)
 
 
 def crop(frames: Frames, image_size: int, generator: np.random.Generator | None = None) -> Frames:

@@ -14,6 +14,16 @@ HUB_NAME = "google-bert/bert-base-uncased"
 REMEDY = "give a local one with VOCAB=path/to/vocab.txt (30,522 lines for bert-base-uncased)"
 
 
+BERT_SIZE = 30_522
+
+
+def vocabulary_size(vocab: str | Path | None) -> int:
+    """WordPieces in a `vocab.txt`; bert-base-uncased's where none is given or the file is absent."""
+    if vocab is None or not Path(vocab).is_file():
+        return BERT_SIZE
+    return len(Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n"))
+
+
 class TextEncoder:
     """Texts -> ids and masks, [CLS] first and [SEP] last, cut to a length.
 
@@ -30,7 +40,9 @@ class TextEncoder:
             try:
                 self._tokenizer = Tokenizer.from_pretrained(HUB_NAME)
             except Exception as error:  # the hub's client raises errors of many families
-                raise DataError(f"cannot fetch the vocabulary of {HUB_NAME} ({type(error).__name__}): {REMEDY}") from error
+                raise DataError(
+                    f"cannot fetch the vocabulary of {HUB_NAME} ({type(error).__name__}): {REMEDY}"
+                ) from error
         else:
             if not Path(vocab).is_file():
                 raise DataError(f"{vocab}: no such vocabulary; {REMEDY}")

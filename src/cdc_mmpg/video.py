@@ -75,7 +75,7 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
         stream = container.streams.best("video")
         assert stream is not None
         stream.codec_context.thread_type = "AUTO"
-        yield from container.decode(stream)
+        yield from container.decode(stream)  # type: ignore[misc]  # of a video stream, video frames
 
 
 def _quarter_turns(rotation: int) -> int:
@@ -87,7 +87,9 @@ def _read_decord(path: Path, choose: Callable[[int], Sequence[int]], image_size:
     try:
         import decord  # noqa: PLC0415  no wheels for every platform
     except ImportError as error:
-        raise DataError("decord is not installed here (it has no wheels for this platform): use decoder pyav") from error
+        raise DataError(
+            "decord is not installed here (it has no wheels for this platform): use decoder pyav"
+        ) from error
     try:
         reader = decord.VideoReader(str(path))
         indices = choose(len(reader))

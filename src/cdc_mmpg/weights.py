@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,7 +100,7 @@ class _Placeholder:
 class _DataUnpickler(pickle.Unpickler):
     """Builds tensors and containers only; `torch.load` resolves the storage types before it asks here."""
 
-    ALLOWED = {
+    ALLOWED: ClassVar = {
         ("collections", "OrderedDict"),
         ("collections", "defaultdict"),
         ("torch", "Size"),
@@ -110,9 +110,11 @@ class _DataUnpickler(pickle.Unpickler):
     INERT = ("pytorch_lightning", "lightning", "sacred", "argparse", "pathlib")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in self.ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
-        if module.split(".")[0] in self.INERT:
+        if module.partition(".")[0] in self.INERT:
             return _Placeholder
         raise CheckpointError(
             f"it names {module}.{name}, which is code: refused, nothing was run. "

@@ -10,6 +10,7 @@ from cdc_mmpg.batch import Split
 from cdc_mmpg.methods.base import Batch, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.adr import ADR, Preset
 from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import Head
 
 
 def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
@@ -32,7 +33,7 @@ class ADRPretraining(Method):
     Its best epoch is the one with the least validation loss; the reasoner is left as `adr.safetensors`.
 
     Args:
-        encoder, learning_rate, weight_decay, seed: see `Method`.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`; of the head nothing trains in this phase.
         preset, axis, target: see `ADR`.
     """
 
@@ -42,6 +43,7 @@ class ADRPretraining(Method):
     def __init__(
         self,
         encoder: AllInOne,
+        head: Head,
         preset: Preset = "default",
         axis: str = "feature",
         target: Literal["anchor", "global"] = "anchor",
@@ -49,7 +51,7 @@ class ADRPretraining(Method):
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(encoder, False, learning_rate, weight_decay, seed)
+        super().__init__(encoder, head.requires_grad_(False), False, learning_rate, weight_decay, seed)
         self.adr = ADR(preset, axis, target)
 
     def _step(self, batch: Batch, split: Split) -> Tensor:

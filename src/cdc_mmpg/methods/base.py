@@ -3,7 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -16,7 +16,7 @@ from cdc_mmpg.batch import FeatureBatch, Split, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
-from cdc_mmpg.models.heads import LastLayer, OpenEnded
+from cdc_mmpg.models.heads import Head, LastLayer
 
 Batch = VideoTextBatch | FeatureBatch
 
@@ -46,6 +46,7 @@ class Method(LightningModule):
 
     Args:
         encoder: shared by cloud and device.
+        head: the task.
         train_encoder: a frozen encoder stays in evaluation mode, and its features can be computed once.
         learning_rate: at the start.
         weight_decay: AdamW's.
@@ -56,12 +57,21 @@ class Method(LightningModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(
-        self, encoder: AllInOne, train_encoder: bool, learning_rate: float, weight_decay: float, seed: int
+        self,
+        encoder: AllInOne,
+        head: Head,
+        train_encoder: bool,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
     ) -> None:
         super().__init__()
         if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
-            raise ConfigError(f"learning_rate {learning_rate} must be positive and weight_decay {weight_decay} not negative")
+            raise ConfigError(
+                f"learning_rate {learning_rate} must be positive and weight_decay {weight_decay} not negative"
+            )
         self.encoder = encoder.requires_grad_(train_encoder)
+        self.head = head
         self.train_encoder = train_encoder
         self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
 
@@ -95,8 +105,8 @@ class Method(LightningModule):
         loss = self._step(batch, "train")
         if not torch.isfinite(loss):
             raise DivergedError(
-                f"the loss is {float(loss)} at epoch {self.current_epoch}, step {self.global_step}, on training samples "
-                f"{batch.index.tolist()}: lower the learning rate ({self.learning_rate}), or look at these samples"
+                f"the loss is {float(loss)} at epoch {self.current_epoch}, step {self.global_step}, on the training "
+                f"samples {batch.indices.tolist()}: lower the learning rate ({self.learning_rate}), or look at these samples"
             )
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -114,7 +124,7 @@ class Method(LightningModule):
         place = f"{self.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
-    def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201  Lightning's union of nine types
+    def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, its rate falling linearly to zero with every step (polynomial decay of power one)."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -132,33 +142,31 @@ class Method(LightningModule):
     def traffic(self) -> Traffic:
         """Bytes for one adaptation."""
 
-    def export(self, folder: Path) -> None:  # noqa: B027  most runs leave nothing but their checkpoint
+    def export(self, folder: Path) -> None:
         """Write what later runs build on into the run's folder."""
 
 
 class Answering(Method):
-    """A method that answers questions: encoder, head, and a last layer that the subclass provides.
+    """A method that answers: encoder, head, and a last layer that the subclass provides.
 
     Args:
-        encoder, train_encoder, learning_rate, weight_decay, seed: see `Method`.
-        head: the task.
+        encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Method`.
     """
+
+    KEPT_PREDICTIONS = 8  # of the first samples of a split, for people to look at
 
     def __init__(
         self,
         encoder: AllInOne,
-        head: OpenEnded,
+        head: Head,
         train_encoder: bool,
         learning_rate: float,
         weight_decay: float,
         seed: int,
     ) -> None:
-        super().__init__(encoder, train_encoder, learning_rate, weight_decay, seed)
-        self.head = head
-        self.accuracy = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
+        self.accuracy: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # of a few samples, by index
-
-    KEPT_PREDICTIONS = 8  # of the first samples of a split, for people to look at
 
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -177,10 +185,11 @@ class Answering(Method):
         scores = self(self.encode(batch))
         loss = self.head.loss(scores, batch.labels)
         if split != "train":
-            self.accuracy[split].update(self.head.correct(scores, batch.labels))
-            self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)
+            metric = self.accuracy[split]
+            metric.update(self.head.correct(scores, batch.labels))
+            self.log(f"{split}/accuracy", metric, prog_bar=True)
             self.log(f"{split}/loss", loss, batch_size=len(batch.labels), sync_dist=True)
-            for index, label in zip(batch.index.tolist(), scores.argmax(-1).tolist(), strict=True):
+            for index, label in zip(batch.indices.tolist(), scores.argmax(-1).tolist(), strict=True):
                 if index < self.KEPT_PREDICTIONS:
                     self.predictions[split][index] = label
         return loss
@@ -203,14 +212,14 @@ class Generating(Answering):
     """A method whose last layer is made by a hypernetwork in the cloud.
 
     Args:
-        encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Answering`.
+        encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Method`.
         fda: the hypernetwork.
     """
 
     def __init__(
         self,
         encoder: AllInOne,
-        head: OpenEnded,
+        head: Head,
         fda: FDA,
         train_encoder: bool,
         learning_rate: float,

@@ -11,14 +11,14 @@ from cdc_mmpg.methods.base import Generating
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
-from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.models.heads import Head
 
 
 class CDCMMPG(Generating):
     """The method, one adaptation a sample; the reasoner is phase one's and stays as it is.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`.
         adr: `adr.safetensors` of phase one.
         recipe: "paper" trains the encoder on in this phase, as printed, which leaves the reasoner with features that
             have moved since phase one; "frozen" keeps the encoder, which a fine-tuning run should have adapted first.
@@ -29,7 +29,7 @@ class CDCMMPG(Generating):
     def __init__(
         self,
         encoder: AllInOne,
-        head: OpenEnded,
+        head: Head,
         adr: str | None = None,
         recipe: Literal["paper", "frozen"] = "paper",
         init: Init = "hyperfan_in",

@@ -10,7 +10,7 @@ class FineTuning(Linear):
     """F-linear with the encoder trained, too; its encoder is where `recipe: frozen` begins.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`.
     """
 
     trains_encoder = True

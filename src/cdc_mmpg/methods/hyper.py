@@ -5,14 +5,14 @@ from torch import Tensor
 from cdc_mmpg.methods.base import Generating
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
-from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.models.heads import Head
 
 
 class Hyper(Generating):
     """The hypernetwork alone: no reasoner, no MLP before it, the feature of all frames (m̄) as its input.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`.
         init: of the hypernetwork, see `FDA`. As printed, the paper's baseline is badly initialised, which is the likely
             cause of its figures; "hyperfan_in" is the fair opponent.
     """
@@ -20,7 +20,7 @@ class Hyper(Generating):
     def __init__(
         self,
         encoder: AllInOne,
-        head: OpenEnded,
+        head: Head,
         init: Init = "printed",
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,

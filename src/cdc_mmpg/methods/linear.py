@@ -4,20 +4,20 @@ from torch import Tensor
 
 from cdc_mmpg.methods.base import Answering, Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.heads import LastLayer, OpenEnded, StaticLayer
+from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
 
 
 class Linear(Answering):
     """One last layer for all samples; nothing travels.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Answering`.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`.
     """
 
     trains_encoder = False
 
     def __init__(
-        self, encoder: AllInOne, head: OpenEnded, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
+        self, encoder: AllInOne, head: Head, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
     ) -> None:
         super().__init__(encoder, head, self.trains_encoder, learning_rate, weight_decay, seed)
         self.layer = StaticLayer(head.inputs, head.outputs)

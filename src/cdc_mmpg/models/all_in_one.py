@@ -7,7 +7,7 @@ names of the published checkpoint, so that it can be imported key by key.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, final
 
 import timm
 import torch
@@ -27,6 +27,12 @@ WIDTH = 192  # of every token, and so of the anchor feature: 768 bytes
 PATCH = 16
 DEIT = "deit_tiny_patch16_224"
 
+# What published checkpoints hold beside the encoder: heads of the pretraining and of the tasks, and counters.
+OTHER_HEADS = (
+    "mlm_score.", "itm_score.", "rank_output.", "vqa_classifier.", "mc_vqa_classifier.", "txt_proj.", "vid_proj.",
+    "transformer.head.", "text_embeddings.position_ids", "text_embeddings.token_type_ids",
+)  # fmt: skip
+
 
 class Encoded(NamedTuple):
     """What the encoder tells about a batch of clips with their texts."""
@@ -44,6 +50,7 @@ class ImportReport(NamedTuple):
     missing: list[str]  # left at their random initial values (DeiT knows no text)
 
 
+@final
 class AllInOne(nn.Module):
     """Early-fusion transformer over [text; frame] for each frame, with token rolling between the frames.
 
@@ -113,7 +120,7 @@ class AllInOne(nn.Module):
         for module in (*self.text_embeddings.modules(), self.token_type_embeddings, self.pooler["dense"]):
             if isinstance(module, nn.Embedding | nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.pooler["dense"].bias)
+        nn.init.zeros_(cast(nn.Linear, self.pooler["dense"]).bias)
         if checkpoint is not None:
             self.load_reference(checkpoint)
 
@@ -194,7 +201,7 @@ class AllInOne(nn.Module):
         The last block computes keys and values for every token but the rest of itself for token 0 alone, since
         nothing reads the other tokens.
         """
-        *blocks, last = cast(list[Block], list(self.transformer.blocks))
+        *blocks, last = self.transformer.blocks
         for block in blocks:
             tokens = block(roll_tokens(tokens, frames, text_tokens), attn_mask=mask)
         cls = block_of_first_token(last, roll_tokens(tokens, frames, text_tokens), mask)
@@ -229,8 +236,6 @@ class AllInOne(nn.Module):
         if is_deit:
             state = {f"transformer.{key}": value for key, value in state.items()}
         used = {key: value for key, value in state.items() if key in own}
-        heads = ("mlm_score.", "itm_score.", "rank_output.", "vqa_classifier.", "mc_vqa_classifier.", "txt_proj.", "vid_proj.",
-                 "transformer.head.", "text_embeddings.position_ids", "text_embeddings.token_type_ids")  # fmt: skip
         others = [key for key in state if key not in own]
         missing = [key for key in own if key not in used]
         absent = [key for key in missing if not (is_deit and not key.startswith("transformer."))]
@@ -241,8 +246,10 @@ class AllInOne(nn.Module):
                 f"{source} lacks {len(absent)} of the encoder's {len(own)} weights, the first {absent[0]!r}: "
                 "is it an All-in-One-Ti or DeiT-Tiny checkpoint?"
             )
-        self.load_state_dict({key: self._fit(key, value, own[key], source) for key, value in used.items()}, strict=False)
-        dropped = [key for key in others if key.startswith(heads)]
+        self.load_state_dict(
+            {key: self._fit(key, value, own[key], source) for key, value in used.items()}, strict=False
+        )
+        dropped = [key for key in others if key.startswith(OTHER_HEADS)]
         report = ImportReport(list(used), dropped, [key for key in others if key not in dropped], missing)
         logger.info(
             "%s: %d keys used, %d of other heads dropped, unexpected %s, missing %s",

@@ -35,9 +35,7 @@ class FDA(nn.Module):
         self.inputs, self.outputs = inputs, outputs
         self.mlp: nn.Module = nn.Identity()
         if project:
-            self.mlp = nn.Sequential(
-                nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
-            )
+            self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
         # Output (l, d) is weight d of answer l, the last of each row its bias: a row is what one answer needs.
         self.hyper = nn.Linear(WIDTH, outputs * (inputs + 1))
         with torch.no_grad():

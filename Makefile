@@ -1,0 +1,82 @@
+# Every target makes what it needs: the first one builds .venv, which takes a while; the second time nothing is redone.
+# Usage: make <target> [VARIABLE=value ...]; `make help` lists them.
+
+DATASET    ?= msvd
+DATA       ?= data/$(DATASET)
+METHOD     ?= cdc_mmpg
+SEED       ?= 0
+OUT        ?= checkpoints
+PYTHON     ?= python3
+
+ALL    := linear fine_tuning hyper hyper_fan_in cdc_mmpg cdc_mmpg_frozen
+PHASES := adr_pretraining adr_pretraining_frozen
+RUNS   := $(addprefix run/,$(ALL) $(PHASES))
+WANTED := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL),$(METHOD)))
+ROOT   := $(OUT)/$(DATASET)
+PY     := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help environment train predict table test lint check clean $(RUNS)
+
+help: ## list the targets and their variables
+	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+environment: .venv/.ready ## build .venv (uv, requirements.txt)
+
+.venv/.ready: requirements.txt pyproject.toml
+	@echo "Building .venv: about 3 GB to fetch and 6 GB on disk, mostly CUDA for PyTorch; half a minute to several."
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + ": name one with PYTHON=")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet uv
+	.venv/bin/uv pip install --quiet --python $(PY) -r requirements.txt
+	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
+	touch $@
+
+train: $(WANTED) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= DEVICES= NODES= PRECISION= EPOCHS= ARGS=
+	@$(PY) -m cdc_mmpg.report $(ROOT) || $(if $(filter $(WANTED),$(addprefix run/,$(PHASES))),true,false)
+
+# Phase two builds on phase one; the frozen recipe adapts the encoder first.
+run/cdc_mmpg: run/adr_pretraining
+run/adr_pretraining_frozen: run/fine_tuning
+run/cdc_mmpg_frozen: run/adr_pretraining_frozen
+
+OPTIONS = --data.init_args.root=$(DATA) --data.init_args.cache_dir=$(ROOT)/data --seed_everything=$(SEED) \
+	$(if $(VOCAB),--data.init_args.vocab=$(VOCAB)) \
+	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \
+	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
+	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
+	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
+	$(if $(CHECKPOINT),$(ENCODER)$(CHECKPOINT))
+
+ENCODER = --model.init_args.encoder.checkpoint=
+BUILDS_ON_frozen   = $(ENCODER)$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors
+BUILDS_ON_cdc_mmpg = --model.init_args.adr=$(ROOT)/adr_pretraining/seed$(SEED)/adr.safetensors
+BUILDS_ON_adr_pretraining_frozen = $(BUILDS_ON_frozen)
+BUILDS_ON_cdc_mmpg_frozen = $(BUILDS_ON_frozen) \
+	--model.init_args.adr=$(ROOT)/adr_pretraining_frozen/seed$(SEED)/adr.safetensors
+
+# ARGS reaches every run, ARGS_<method> that one alone.
+$(RUNS): run/%: .venv/.ready
+	$(PY) -m cdc_mmpg.cli fit --config experiments/methods/$*.yaml --config experiments/datasets/$(DATASET).yaml \
+		--trainer.default_root_dir=$(ROOT)/$*/seed$(SEED) $(OPTIONS) $(BUILDS_ON_$*) $(ARGS) $(ARGS_$*)
+
+predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD= DATASET= SEED= VOCAB=
+	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$(VIDEO)" --question "$(QUESTION)" \
+		$(if $(VOCAB),--vocab "$(VOCAB)")
+
+table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET=
+	@$(PY) -m cdc_mmpg.report $(ROOT)
+
+test: .venv/.ready ## run the tests: ARGS= for pytest
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.ready ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+check: lint test ## what CI runs
+
+clean: ## remove the environment and the tools' caches; checkpoints stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,157 @@
+"""Checkpoints that survive: atomic saves, a fall-back to the one before, and a clean stop on a signal."""
+
+import logging
+import os
+import re
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.weights import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+RESUME = "resume"  # folder of a run with its last two complete states
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's saves, each whole or not at all, and loads that run no code.
+
+    Lightning's own save stages the file elsewhere and moves it: killed at the wrong moment across file systems, it
+    leaves a truncated file in place of the good one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a temporary in the same folder, make it durable, and rename it."""
+        try:
+            with atomic_write(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be saved ({error.strerror}); the checkpoint before it is untouched: make room, or "
+                "make the folder writable, and type the same command again"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, its checksums verified, on the CPU."""
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint, if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callback]:
+    """Best weights in `best.ckpt`, then the last two complete states for resuming.
+
+    The best comes first: a state must never know of a best epoch whose weights are not on the disk.
+    """
+    return [
+        ModelCheckpoint(
+            run, "best", monitor=monitor, mode=mode, save_weights_only=True,
+            save_on_train_epoch_end=True, enable_version_counter=False,
+        ),
+        ModelCheckpoint(
+            run / RESUME, "{epoch}-{step}", monitor="step", mode="max", save_top_k=2,
+            save_on_train_epoch_end=True, enable_version_counter=False,
+        ),
+    ]  # fmt: skip
+
+
+def newest_state(run: Path) -> Path | None:
+    """The newest complete state of a run, None where there is none yet; clears what a killed process left.
+
+    A damaged state is reported, and the one before it taken.
+
+    Raises:
+        CheckpointError: there are states, all damaged.
+    """
+    folder = run / RESUME
+    if not folder.is_dir():
+        return None
+    for parent in (run, folder):
+        remove_leftovers(parent)
+    states = sorted(folder.glob("*.ckpt"), key=_step, reverse=True)
+    for place, state in enumerate(states):
+        try:
+            load_checkpoint(state)
+        except CheckpointError as error:
+            logger.warning("%s; going on from the state before it", error)
+            continue
+        for old in states[place + 2 :]:
+            old.unlink()
+        return state
+    if states:
+        raise CheckpointError(f"{folder}: all {len(states)} states are damaged: delete {run} to train anew")
+    return None
+
+
+def _step(state: Path) -> tuple[int, str]:
+    match = re.search(r"step=(\d+)", state.name)
+    return (int(match[1]) if match else -1, state.name)
+
+
+class StopOnSignal(Callback):
+    """SIGTERM and SIGINT end the step, save the state, and leave with 143 or 130.
+
+    While validation runs, the epoch's end, which saves by itself, is waited for. All processes of a run stop together.
+
+    Args:
+        run: the run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._received = 0
+        self._former: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former[number] = signal.signal(number, self._note)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back, with the one that came too late for training."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._received:
+            os.kill(os.getpid(), self._received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave, unless the epoch or an accumulated step is about to end by itself."""
+        if not self._is_asked_to_stop(trainer):
+            return
+        last = batch_idx + 1 >= trainer.num_training_batches
+        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        trainer.save_checkpoint(self.run / RESUME / f"stopped-step={trainer.global_step}.ckpt")
+        self._leave()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave; the end of the epoch before has saved."""
+        if self._is_asked_to_stop(trainer):
+            self._leave()
+
+    def _is_asked_to_stop(self, trainer: Trainer) -> bool:
+        """The same answer on every process."""
+        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+
+    def _leave(self) -> None:
+        number = self._received or signal.SIGTERM
+        logger.warning("stopped by %s; type the same command again to go on", signal.Signals(number).name)
+        raise SystemExit(128 + number)

@@ -1,0 +1,99 @@
+"""The command line: `python -m cdc_mmpg.cli fit --config DATASET.yaml --config METHOD.yaml ...` trains and tests.
+
+Lightning's own (see its documentation), with three additions: what the dataset fixes is handed to the model, a run
+that was stopped goes on where it was, and a finished one leaves `results.json`. Lightning is imported late: refusing
+a wrong path or finding a run finished takes no time.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.results import fingerprint, read_results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    log_to_terminal()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    try:
+        if _is_finished(arguments):
+            return 0
+        _check_paths(arguments)
+        from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
+
+        Experiment(arguments)
+    except CDCError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        print(f"DataError: a process that loads batches hung or was killed: {error}", file=sys.stderr)
+        return DataError.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0
+
+
+def log_to_terminal() -> None:
+    """Our own messages, and of Lightning's the warnings."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    for name in ("cdc_mmpg", "data_modules"):
+        logging.getLogger(name).setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).propagate = False
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The last value given to `--name=value` or `--name value`."""
+    values = [after for before, after in zip(arguments, [*arguments[1:], ""], strict=True) if before == f"--{name}"]
+    values += [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"--{name}=")]
+    return values[-1] if values else None
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _is_finished(arguments: Sequence[str]) -> bool:
+    folder = option(arguments, "trainer.default_root_dir")
+    results = read_results(Path(folder)) if folder else None
+    if results is None or results.get("fingerprint") != fingerprint(arguments):
+        return False
+    print(f"{folder}: finished on {results['finished']}; delete the folder to train anew")
+    return True
+
+
+def _check_paths(arguments: Sequence[str]) -> None:
+    """Refuse paths that lead nowhere before anything slow is imported."""
+    if root := option(arguments, "data.init_args.root"):
+        path = Path(root)
+        wrong = "a file" if path.is_file() else "no such folder" if not path.is_dir() else ""
+        if wrong or not any(path.iterdir()):
+            raise DataError(f"{root}: {wrong or 'an empty folder'}\n{_source_of_dataset(arguments)}".rstrip())
+    for name, variable in (("data.init_args.vocab", "VOCAB"), ("model.init_args.encoder.checkpoint", "CHECKPOINT")):
+        value = option(arguments, name)
+        if value and "." in value and not Path(value).is_file():
+            raise DataError(f"{value}: no such file; {variable}= names it")
+
+
+def _source_of_dataset(arguments: Sequence[str]) -> str:
+    """What the dataset's configuration says at its top about where the data comes from."""
+    for name in arguments:
+        path = Path(name.removeprefix("--config="))
+        if path.parent.name == "datasets" and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return "\n".join(line[2:] for line in lines if line.startswith("#"))
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

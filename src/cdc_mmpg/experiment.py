@@ -1,0 +1,296 @@
+"""A run from its configuration: Lightning's command line with our links, checkpoints and results."""
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+
+from cdc_mmpg.batch import EpochDataModule
+from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
+from cdc_mmpg.dashboard import ExampleTable, loggers
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.features import FeatureDataModule
+from cdc_mmpg.files import atomic_write
+from cdc_mmpg.methods.base import Method
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import Head
+from cdc_mmpg.results import RESULTS, fingerprint, provenance, write_json
+from cdc_mmpg.text import vocabulary_size
+from cdc_mmpg.weights import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+ANSWERS = "answers.txt"  # of a run: the word of class k in line k
+PARTS = ("seed_everything", "trainer", "model", "data")
+
+# Where and how fast a run computes, not what: these may change between a run and its resumption.
+SURROUNDINGS = (
+    "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
+    "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+)  # fmt: skip
+
+
+# Lightning's advice on what is meant here as it is.
+for advice in (
+    "LightningCLI's args parameter",
+    "Checkpoint directory .* exists and is not empty",
+    "The number of training batches",
+    r"Found .* module\(s\) in eval mode",
+    "`isinstance\\(treespec, LeafSpec\\)`",
+    "You're resuming from a checkpoint that ended before the epoch",
+    "The dirpath has changed",
+    "Experiment logs directory",
+):
+    warnings.filterwarnings("ignore", message=f".*{advice}")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose refusals are `ConfigError`s and name the nearest key that exists."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)  # --trainer.max_epoch is an error, not max_epochs
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage, which is pages long.
+
+        Raises:
+            ConfigError: always.
+        """
+        # Of the report on every alternative type of an argument, what is wrong with ours.
+        noise = r"Union subtypes|Subtypes: \[|^\s*Errors:$|<class 'NoneType'>|Given value"
+        message = "\n".join(line for line in message.strip().splitlines() if not re.search(noise, line))
+        unknown = re.search(
+            r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nrecognized arguments?: --([\w.]+)", message
+        )
+        if unknown and "nearest" not in message:
+            name = (unknown[1] or unknown[2]).split(".")[-1]
+            nearest = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0)
+            message += f"\nThe key {name!r} is unknown; the nearest that exists is {nearest[0]!r}."
+        raise ConfigError(message)
+
+
+def _known_keys() -> set[str]:
+    """Names of the arguments of all that a configuration can hold."""
+
+    def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+        yield cls
+        for child in cls.__subclasses__():
+            yield from subclasses(child)
+
+    classes = [Trainer, AllInOne, *subclasses(Method), *subclasses(EpochDataModule), *subclasses(Head)]
+    keys = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return keys | {"seed_everything", "trainer", "model", "data", "class_path", "init_args", "config"}
+
+
+class Experiment(LightningCLI):
+    """One run: `fit` trains, tests the best epoch and writes the results; the other subcommands are Lightning's.
+
+    Args:
+        arguments: of the command line, the subcommand first; without one the configuration is only read.
+
+    Raises:
+        ConfigError: an argument that nothing knows, or the folder holds a run with another configuration.
+    """
+
+    def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
+        self.arguments = list(arguments)
+        super().__init__(
+            Method,
+            EpochDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # ours is written before training, compared, and atomic
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=Parser,
+            args=self.arguments,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """All but predict, which `cdc_mmpg.predict` does for any clip; a run finds its own checkpoints."""
+        commands = {name: set(skip) for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        commands["fit"] |= {"ckpt_path", "weights_only"}
+        return commands
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What the dataset and the seed fix is written once and handed on; what never varies is set."""
+        parser.set_defaults(
+            {
+                "trainer.use_distributed_sampler": False,  # `batch.EpochSampler` shares out
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+                "trainer.log_every_n_steps": 10,
+            }
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        for name in ("num_frames", "image_size", "text_length"):
+            parser.link_arguments(f"data.init_args.{name}", f"model.init_args.encoder.{name}")
+        parser.link_arguments("data.init_args.vocab", "model.init_args.encoder.vocab_size", compute_fn=vocabulary_size)
+        parser.link_arguments("data.init_args.num_classes", "model.init_args.head.init_args.num_classes")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The whole configuration, as `config.yaml` holds it."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        dump = self._parser(self.subcommand).dump(config, skip_none=False, skip_link_targets=True, format="yaml")
+        return {key: value for key, value in yaml.safe_load(dump).items() if key in PARTS}
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        folder = self._get(self.config, "trainer")["default_root_dir"]
+        if folder is None:
+            raise ConfigError(
+                "--trainer.default_root_dir is missing: the folder of the run, <dataset>/<method>/seed<N>"
+            )
+        return Path(folder)
+
+    def before_instantiate_classes(self) -> None:
+        """Claim the run's folder, or refuse it."""
+        if self.subcommand == "fit":
+            claim(self.folder, self.settings)
+
+    def instantiate_classes(self) -> None:
+        """Also: the features of a frozen encoder instead of its frames."""
+        super().instantiate_classes()
+        data: Any = self.datamodule
+        if not self.model.train_encoder:
+            self.datamodule = FeatureDataModule(data, self.model.encoder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's trainer with our checkpoints, logs and signals."""
+        config = self._get(self.config_init, "trainer")
+        kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
+        if self.subcommand == "fit":
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                kwargs["logger"] = loggers(self.folder, self.settings)
+            kwargs["callbacks"] = [
+                *(config["callbacks"] or []),
+                *([LearningRateMonitor("step")] if kwargs["logger"] else []),
+                Timer(),
+                StopOnSignal(self.folder),
+                ExampleTable(),
+                *checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
+            ]
+        if config["strategy"] == "auto" and wants_several_processes(config["devices"], config["num_nodes"]):
+            # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
+            # may be part of a forward pass.
+            kwargs["strategy"] = DDPStrategy(broadcast_buffers=False)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # more devices than there are: it names both numbers
+            raise ConfigError(str(error)) from error
+
+    def fit(self, model: Method, datamodule: EpochDataModule) -> None:
+        """Train, or go on; test the best epoch; write what later runs need; write the results, last."""
+        if self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
+            logger.warning(
+                "no CHECKPOINT: the encoder starts at random. The paper's starts from All-in-One's pretraining on "
+                "millions of clips; figures from scratch are far below it and say little about the methods."
+            )
+        trainer, parameters = self.trainer, model.parameter_counts()
+        logger.info(
+            "%s: %s parameters on the device, %s in the cloud, %s train",
+            self.folder, *(f"{number:,}" for number in parameters),
+        )  # fmt: skip
+        trainer.fit(model, datamodule, ckpt_path=newest_state(self.folder), weights_only=True)
+        best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
+        if not Path(best.best_model_path).is_file():
+            raise ConfigError(f"{self.folder}: no epoch was completed: max_epochs must be at least 1")
+        metrics = {best.monitor: float(best.best_model_score)}
+        metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
+        if not trainer.is_global_zero:
+            return
+        model.export(self.folder)
+        with atomic_write(self.folder / ANSWERS) as file:
+            file.write("\n".join(datamodule.answers()).encode())
+        summary = datamodule.summary()
+        dataset, method, _ = self.folder.absolute().parts[-3:]
+        results = {
+            "dataset": dataset,
+            "method": method,
+            "seed": self.settings["seed_everything"],
+            "metrics": metrics,
+            "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
+            "epochs": trainer.current_epoch,
+            "classes": model.head.outputs,
+            "questions": {split: row["questions"] for split, row in summary.items()},
+            "data": summary,
+            "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
+            "parameters": parameters._asdict(),
+            "bytes": model.traffic()._asdict(),
+            "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
+            "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "arguments": self.arguments,
+            "fingerprint": fingerprint(self.arguments),
+            **provenance(),
+        }
+        write_json(results, self.folder / RESULTS)
+        shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write `config.yaml` into a new run's folder, or into one that has not trained yet; leave others as they are.
+
+    Raises:
+        ConfigError: the folder holds a finished run, or one with another configuration; names the differing keys.
+    """
+    path = folder / CONFIG
+    if path.is_file() and ((folder / RESULTS).is_file() or any(folder.glob(f"{RESUME}/*.ckpt"))):
+        there = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        asked = dict(_flat(settings))
+        differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+        lines = [
+            f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for"
+            for key in differing
+            if not key.startswith(SURROUNDINGS)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{folder} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
+                "Type that run's command to go on with it, or delete or rename the folder."
+            )
+        if (folder / RESULTS).is_file():
+            raise ConfigError(f"{folder} holds this run, finished: delete or rename it to train anew.")
+        return
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dictionaries by dotted key."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def wants_several_processes(devices: Any, num_nodes: int) -> bool:
+    """Whether Lightning's `devices` and `num_nodes` ask for more than one process."""
+    if devices in ("auto", -1, "-1"):
+        return num_nodes > 1 or torch.cuda.device_count() > 1
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
+    return num_nodes > 1 or (devices if isinstance(devices, int) else len(devices)) > 1

@@ -1,0 +1,112 @@
+"""Features of a frozen encoder, computed once and kept: epochs on them take seconds."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cdc_mmpg.batch import SPLITS, EpochDataModule, Example, FeatureBatch, Split, VideoTextData, normalise
+from cdc_mmpg.files import remove_leftovers
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.weights import save_safetensors
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureDataset(Dataset[FeatureBatch]):
+    """Frame features (N, T, 192) with their labels (N,)."""
+
+    def __init__(self, frame_features: Tensor, labels: Tensor) -> None:
+        self.frame_features, self.labels = frame_features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> FeatureBatch:
+        index = torch.tensor([index for _, index in items])
+        return FeatureBatch(self.frame_features[index], self.labels[index], index)
+
+
+class FeatureDataModule(EpochDataModule):
+    """Another dataset as a frozen encoder sees it: every sample's frames are the evaluation's, without augmentation.
+
+    The features lie below the dataset's `cache_dir`, under a digest of the encoder's weights and of the samples, so
+    that runs with the same encoder share them. They are computed in float32.
+
+    Args:
+        data: the dataset.
+        encoder: frozen.
+    """
+
+    def __init__(self, data: VideoTextData, encoder: AllInOne) -> None:
+        super().__init__(data.batch_size, data.seed)
+        self.data, self.encoder = data, encoder
+        self._splits: dict[Split, FeatureDataset] = {}
+
+    def prepare_data(self) -> None:
+        """The dataset's own."""
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Load the features, after the first process has computed those that are not there."""
+        if self._splits:
+            return
+        self.data.setup(stage)
+        digest = hashlib.sha256()
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        folder = self.data.cache_dir / "features"
+        assert self.trainer is not None
+        for split in SPLITS:
+            key = hashlib.sha256((digest.hexdigest() + self.data.fingerprint(split)).encode()).hexdigest()[:16]
+            path = folder / f"{split}.{key}.safetensors"
+            if self.trainer.global_rank == 0 and not path.is_file():
+                if folder.is_dir():
+                    remove_leftovers(folder)
+                save_safetensors({"frame_features": self._compute(split)}, path)
+            self.trainer.strategy.barrier(str(path))
+            self._splits[split] = FeatureDataset(load_file(path)["frame_features"], self.data.labels(split))
+
+    @torch.no_grad()
+    def _compute(self, split: Split) -> Tensor:
+        """(N, T, 192) of a whole split, in order."""
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        encoder = self.encoder.to(device).eval()
+        dataset = self.data.dataset(split, augment=False)
+        batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers, whole=True)
+        features = []
+        for batch in track(batches, description=f"features of {split}"):
+            video = normalise(batch.frames.to(device))
+            features.append(encoder(video, batch.text_ids.to(device), batch.text_mask.to(device)).frame_features.cpu())
+        return torch.cat(features)
+
+    def train_dataloader(self) -> DataLoader[FeatureBatch]:
+        """In a new order every epoch."""
+        return self.batches(self._splits["train"], shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[FeatureBatch]:
+        """As annotated."""
+        return self.batches(self._splits["val"], shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[FeatureBatch]:
+        """As annotated."""
+        return self.batches(self._splits["test"], shuffle=False)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """The dataset's own."""
+        return self.data.summary()
+
+    def example(self, split: Split, index: int) -> Example:
+        """The dataset's own."""
+        return self.data.example(split, index)
+
+    def answers(self) -> list[str]:
+        """The dataset's own."""
+        return self.data.answers()

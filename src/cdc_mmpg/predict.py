@@ -1,0 +1,76 @@
+"""Answer a question about a video file with a trained run, device and cloud played in one process."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdc_mmpg.cli import log_to_terminal
+from cdc_mmpg.errors import CDCError, CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the best answers with their probabilities; returns the exit code (see `errors`)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--video", type=Path, required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--vocab", help="vocab.txt, where it is not where training found it")
+    options = parser.parse_args(arguments)
+    log_to_terminal()
+    try:
+        answers = predict(options.run, options.video, options.question, options.vocab)
+    except CDCError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(options.question)
+    for word, probability in answers:
+        print(f"  {probability:6.1%}  {word}")
+    return 0
+
+
+def predict(run: Path, video: Path, question: str, vocab: str | None = None, most: int = 5) -> list[tuple[str, float]]:
+    """The `most` best answers to a question about a clip, with their probabilities.
+
+    The last layer is made explicitly, as the cloud sends it, and then installed.
+
+    Raises:
+        CheckpointError: the run is not finished, or damaged.
+        DataError: the clip cannot be decoded.
+    """
+    from cdc_mmpg.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.video import read_frames  # noqa: PLC0415
+
+    if not (run / "results.json").is_file():
+        raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
+
+    import torch  # noqa: PLC0415
+    import torch.nn.functional as F  # noqa: PLC0415
+
+    from cdc_mmpg.batch import VideoTextBatch  # noqa: PLC0415
+    from cdc_mmpg.experiment import ANSWERS, CONFIG, Experiment  # noqa: PLC0415
+    from cdc_mmpg.text import TextEncoder  # noqa: PLC0415
+    from cdc_mmpg.weights import load_checkpoint  # noqa: PLC0415
+
+    arguments = ["--config", str(run / CONFIG)] + ([f"--data.init_args.vocab={vocab}"] if vocab else [])
+    experiment = Experiment(arguments, run=False)
+    model, data = experiment.model, experiment.settings["data"]["init_args"]
+    model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
+    model.eval()
+    num_frames, size = data["num_frames"], data["image_size"]
+    candidates = read_frames(video, lambda count: candidate_indices(count, num_frames), size, data["decoder"])
+    frames = torch.from_numpy(crop(candidates[middle_candidates(num_frames)], size).copy())[None]
+    ids = torch.tensor(TextEncoder(data["vocab"], data["text_length"])([question]))
+    batch = VideoTextBatch(frames, ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long), torch.zeros(1))
+    words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), "(unknown)"]
+    with torch.no_grad():
+        features = model.encode(batch)  # on the device, which uploads one row of it
+        weight, bias = model.device_layers(features)  # in the cloud, which sends these
+        fused = model.encoder.pool(features.mean(1))
+        scores = model.head(fused, lambda hidden: F.linear(hidden, weight[0], bias[0]))
+    best = scores.softmax(-1)[0].topk(min(most, len(words)))
+    return [(words[label], value) for value, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
