@@ -173,7 +173,7 @@ class Experiment(LightningCLI):
     def instantiate_classes(self) -> None:
         """Also: the features of a frozen encoder instead of its frames."""
         super().instantiate_classes()
-        data: Any = self.datamodule
+        data: Any = self.datamodule  # type: ignore[has-type]
         if not self.model.train_encoder:
             self.datamodule = FeatureDataModule(data, self.model.encoder)
 

@@ -7,7 +7,7 @@ one that FFmpeg holds best is taken; rotation is applied.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -37,9 +37,21 @@ def read_frames(
         raise DataError(f"{path}: no such clip")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: an empty file; fetch the clip again")
-    read = _read_pyav if decoder == "pyav" else _read_decord
+    count_hint, decode = (_packets, _decode_pyav) if decoder == "pyav" else (_decord_length, _decode_decord)
     try:
-        return read(path, choose, image_size)
+        expected = count_hint(path)
+        while True:  # once, and once more where the hint was wrong
+            wanted = set(choose(expected)) if expected else set()
+            kept, count = {}, 0
+            for frame in decode(path):
+                if count in wanted:
+                    kept[count] = np.rot90(resize(frame, image_size), k=round(frame.rotation / 90) % 4)
+                count += 1
+            if count == 0:
+                raise DataError(f"{path}: no frame in it can be decoded; fetch the clip again")
+            if count == expected:
+                return _stack(path, [kept[index] for index in choose(count)])
+            expected = count
     except DataError:
         raise
     except (av.FFmpegError, OSError, RuntimeError, ValueError, IndexError) as error:
@@ -50,27 +62,15 @@ def read_frames(
         ) from error
 
 
-def _read_pyav(path: Path, choose: Callable[[int], Sequence[int]], image_size: int) -> Frames:
+def _packets(path: Path) -> int:
+    """Packets of the video stream: as a rule, its frames."""
     with av.open(str(path)) as container:
         if (stream := container.streams.best("video")) is None:
             raise DataError(f"{path}: no video in it, only {[s.type for s in container.streams] or 'nothing'}")
-        expected = sum(packet.size > 0 for packet in container.demux(stream))
-    while True:  # once, and once more where packets and frames do not agree in number
-        wanted = sorted(set(choose(expected))) if expected else []
-        kept: dict[int, Frames] = {}
-        count = 0
-        for frame in _decode(path):
-            if count in wanted:
-                kept[count] = np.rot90(resize(frame, image_size), k=_quarter_turns(frame.rotation))
-            count += 1
-        if count == 0:
-            raise DataError(f"{path}: no frame in it can be decoded; fetch the clip again")
-        if count == expected:
-            return _stack(path, [kept[index] for index in choose(count)])
-        expected = count
+        return sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def _decode(path: Path) -> Iterator[av.VideoFrame]:
+def _decode_pyav(path: Path) -> Iterator[av.VideoFrame]:
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         assert stream is not None
@@ -78,25 +78,35 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
         yield from container.decode(stream)  # type: ignore[misc]  # of a video stream, video frames
 
 
-def _quarter_turns(rotation: int) -> int:
-    """Counter-clockwise quarter turns for np.rot90 that bring a frame upright."""
-    return round(rotation / 90) % 4
-
-
-def _read_decord(path: Path, choose: Callable[[int], Sequence[int]], image_size: int) -> Frames:
+def _decord() -> Any:
     try:
         import decord  # noqa: PLC0415  no wheels for every platform
     except ImportError as error:
         raise DataError(
             "decord is not installed here (it has no wheels for this platform): use decoder pyav"
         ) from error
+    return decord
+
+
+def _decord_length(path: Path) -> int:
+    decord = _decord()
+    try:
+        return len(decord.VideoReader(str(path)))
+    except decord.DECORDError as error:  # of no common family
+        raise ValueError(str(error)) from error
+
+
+def _decode_decord(path: Path) -> Iterator[av.VideoFrame]:
+    """One frame after the other: decord's seeking misses frames of some streams with B-frames."""
+    decord = _decord()
     try:
         reader = decord.VideoReader(str(path))
-        indices = choose(len(reader))
-        frames = reader.get_batch(indices).asnumpy()
-    except decord.DECORDError as error:  # not an Exception of any common family
+        while True:
+            yield av.VideoFrame.from_ndarray(reader.next().asnumpy(), format="rgb24")
+    except StopIteration:
+        return
+    except decord.DECORDError as error:
         raise ValueError(str(error)) from error
-    return _stack(path, [resize(av.VideoFrame.from_ndarray(frame, format="rgb24"), image_size) for frame in frames])
 
 
 def _stack(path: Path, frames: list[Frames]) -> Frames:

@@ -1,0 +1,123 @@
+"""Small real files: encoded clips whose frames carry their number, annotations and vocabularies as people have them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+os.environ["WANDB_MODE"] = "disabled"  # tests that are about W&B set their own
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "who", "is", "the", "a", "man", "doing", "?", "in", "it"]
+ANSWERS = ["red", "green", "blue", "man", "dog"]
+CLIPS = {"train": ["-aB_0_5", "c d_1_2", "e_3_4"], "val": ["v_0_1"], "test": ["t_0_1", "u_0_9"]}
+
+
+def write_clip(
+    path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), codec: str = "mpeg4", **options: str
+) -> Path:
+    """A clip whose frame k is of one grey, 4 + 6 k, so that any frame tells its number after resizing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p" if codec != "gif" else "rgb8"
+        if codec == "mpeg4":
+            stream.bit_rate = 4_000_000
+        for number in range(frames):
+            picture = np.full((size[1], size[0], 3), 4 + 6 * number, np.uint8)
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=stream.pix_fmt))
+            )
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
+    """MSVD-QA in small: six clips, five answers, of which the vocabulary knows four."""
+    names = [name for clips in CLIPS.values() for name in clips]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "youtube_mapping.txt").write_text("".join(f"{name} vid{i}\r\n" for i, name in enumerate(names)), newline="")
+    (root / "answer_set.txt").write_text("\n".join(ANSWERS[:4]) + "\n")
+    for number, name in enumerate(names):
+        write_clip(root / "YouTubeClips" / f"{name}.avi", frames=8 + number)
+    identifier = 0
+    for split, clips in CLIPS.items():
+        rows = []
+        for clip in clips:
+            for _ in range(questions_per_clip):
+                answer = ANSWERS[identifier % len(ANSWERS)]
+                question = f"what is the {answer} man doing?"
+                rows.append({"answer": answer, "id": identifier, "question": question, "video_id": names.index(clip)})
+                identifier += 1
+        (root / f"{split}_qa.json").write_text(json.dumps(rows))
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def msvd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like MSVD-QA's, not to be changed."""
+    return write_msvd(tmp_path_factory.mktemp("msvd"))
+
+
+@pytest.fixture
+def own_msvd(tmp_path: Path) -> Path:
+    """A folder like MSVD-QA's, to be damaged."""
+    return write_msvd(tmp_path / "msvd")
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The real samples, where they are at hand."""
+    if not (folder := os.environ.get("CDC_MMPG_REAL")):
+        pytest.skip("CDC_MMPG_REAL does not name a folder with real samples")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def phase_one(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reasoner as phase one leaves it."""
+    from cdc_mmpg.models.adr import ADR
+
+    path = tmp_path_factory.mktemp("phase_one") / "adr.safetensors"
+    ADR().save(path)
+    return path
+
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture
+def fit(msvd: Path, phase_one: Path, tmp_path: Path) -> Command:
+    """The arguments of a tiny run: fit("linear", "--trainer.max_epochs=3", root=...)."""
+
+    def arguments(method: str, *more: str, root: Path = msvd, out: Path = tmp_path) -> list[str]:
+        return [
+            "fit",
+            f"--config=experiments/methods/{method}.yaml",
+            "--config=experiments/datasets/msvd.yaml",
+            f"--trainer.default_root_dir={out / 'msvd' / method / 'seed0'}",
+            f"--data.init_args.root={root}",
+            f"--data.init_args.cache_dir={out / 'msvd' / 'data'}",
+            f"--data.init_args.vocab={root / 'vocab.txt'}",
+            "--data.init_args.num_classes=5",
+            "--data.init_args.image_size=32",
+            "--data.init_args.batch_size=4",
+            "--data.init_args.num_workers=0",
+            "--model.init_args.encoder.depth=1",
+            "--trainer.max_epochs=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.accelerator=cpu",
+            *([f"--model.init_args.adr={phase_one}"] if method.startswith("cdc_mmpg") else []),
+            *more,
+        ]
+
+    return arguments
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])

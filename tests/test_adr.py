@@ -1,0 +1,114 @@
+"""The reasoner: counts, equations, and what makes it a no-op."""
+
+import pytest
+import torch
+
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.fda import FDA
+
+
+@pytest.fixture
+def anchor() -> torch.Tensor:
+    return torch.randn(8, 192, generator=torch.Generator().manual_seed(0)).tanh()
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("default", 554_880), ("paper_qa", 27_802_816), ("paper_mc", 20_213_984)]
+)
+def test_counts(preset, count):
+    assert sum(p.numel() for p in ADR(preset).parameters()) == count
+
+
+def test_renormalised_feature_has_the_decoded_statistics(anchor):
+    reasoned = ADR(axis="feature")(anchor, sample=False)
+    torch.testing.assert_close(reasoned.generated.mean(1), reasoned.decoded.mean(1))
+    torch.testing.assert_close(reasoned.generated.std(1), reasoned.decoded.std(1), rtol=1e-4, atol=0)
+    groups = ADR(axis="group:4")(anchor, sample=False)
+    torch.testing.assert_close(
+        groups.generated.view(8, 4, 48).std(2), groups.decoded.view(8, 4, 48).std(2), rtol=1e-4, atol=0
+    )
+
+
+def test_over_its_own_statistics_the_reasoner_does_nothing(anchor):
+    """Trap: g = a·f + b with two scalars, which a LayerNorm erases, so nothing behind one can tell g from f."""
+
+    def similarity(axis: str) -> float:
+        norm = torch.nn.LayerNorm(192, eps=0, elementwise_affine=False)
+        generated = ADR(axis=axis)(anchor, sample=False).generated
+        return torch.cosine_similarity(norm(generated), norm(anchor)).min().item()
+
+    assert similarity("feature") > 0.99999
+    assert similarity("group:4") < 0.99
+
+
+def test_the_norm_stands_last_in_the_projection():
+    """Trap: so that a generator never sees the scale that eq. 16 happened to give."""
+    assert isinstance(FDA(96, 5, "printed", project=True).mlp[-1], torch.nn.LayerNorm)
+
+
+def test_batch_statistics_run_when_serving(anchor):
+    adr = ADR(axis="batch").train()
+    for _ in range(200):
+        adr(anchor, sample=False)
+    torch.testing.assert_close(adr.running_mean[0], anchor.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(adr.running_std[0], anchor.std(0, correction=0), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="batch of one"):
+        adr(anchor[:1], sample=False)
+    adr.eval()
+    before = adr.running_mean.clone()
+    one = adr(anchor[:1], sample=False).generated
+    assert torch.isfinite(one).all()
+    torch.testing.assert_close(one, adr(anchor, sample=False).generated[:1])
+    torch.testing.assert_close(adr.running_mean, before)
+
+
+def test_losses_are_the_equations(anchor):
+    adr, fused = ADR(), anchor.flip(0)
+    reasoned = adr(anchor, sample=True)
+    losses = adr.losses(anchor, fused, reasoned)
+    standard = torch.distributions.Normal(0.0, 1.0)
+    posterior = torch.distributions.Normal(reasoned.mean, (0.5 * reasoned.log_variance).exp())
+    torch.testing.assert_close(losses.kl, torch.distributions.kl_divergence(posterior, standard).mean())
+    torch.testing.assert_close(losses.reconstruction, (reasoned.decoded - anchor).square().mean())
+    g = reasoned.generated
+    torch.testing.assert_close(
+        losses.generation, (g - anchor).square().mean() + 0.1 * (g - reasoned.decoded).square().mean()
+    )
+    torch.testing.assert_close(losses.total, losses.kl + losses.reconstruction + losses.generation)
+    adr.target = "global"
+    losses = adr.losses(anchor, fused, reasoned)
+    torch.testing.assert_close(losses.reconstruction, (reasoned.decoded - fused).square().mean())
+    torch.testing.assert_close(losses.generation, (g - fused).square().mean() + 0.1 * (g - anchor).square().mean())
+
+
+def test_serving_is_reproducible_and_training_is_not(anchor):
+    adr = ADR()
+    assert torch.equal(adr(anchor, sample=False).generated, adr(anchor, sample=False).generated)
+    assert not torch.equal(adr(anchor, sample=True).decoded, adr(anchor, sample=True).decoded)
+
+
+@pytest.mark.parametrize("axis", ["feature", "group:3", "batch"])
+def test_save_and_load(axis, tmp_path, anchor):
+    adr = ADR(axis=axis, target="global").train()
+    adr(anchor, sample=True)
+    adr.save(tmp_path / "adr.safetensors")
+    loaded = ADR.load(tmp_path / "adr.safetensors")
+    assert (loaded.preset, loaded.axis, loaded.target) == ("default", axis, "global")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), adr.state_dict().values(), strict=True))
+
+
+def test_other_files_are_refused(tmp_path):
+    from cdc_mmpg.weights import save_safetensors
+
+    save_safetensors(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"phase one's adr\.safetensors"):
+        ADR.load(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no such"):
+        ADR.load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("axis", ["group:5", "group:", "group:0", "channel", ""])
+def test_unknown_axes_are_refused(axis):
+    with pytest.raises(ConfigError, match="axis"):
+        ADR(axis=axis)

@@ -1,0 +1,206 @@
+"""The encoder against the reference's outputs, its counts, and the shapes it takes."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.models.all_in_one import AllInOne, roll_tokens
+from cdc_mmpg.models.heads import OpenEnded
+
+REFERENCE = Path(__file__).parent / "reference"
+TOLERANCE = {"atol": 2e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """The reference's weights, made by the rule that its outputs were computed with."""
+    keys = json.loads((REFERENCE / "all_in_one_tiny_keys.json").read_text())
+    weights = {}
+    for name, shape in keys["shapes"].items():
+        value = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        value = value * np.float32(0.1) + (name in keys["layernorm_keys"])
+        weights[name] = torch.from_numpy(value.astype(np.float32))
+    return weights
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(REFERENCE / "all_in_one_tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def encoder(state: dict[str, torch.Tensor]) -> AllInOne:
+    return AllInOne.from_reference(state).eval()
+
+
+@pytest.fixture(scope="module")
+def video() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1003).standard_normal((2, 3, 3, 224, 224)).astype(np.float32))
+
+
+def small(**arguments: int) -> AllInOne:
+    return AllInOne(**{"image_size": 32, "depth": 2, "vocab_size": 50, **arguments}).eval()
+
+
+def inputs(frames: int = 3, size: int = 32, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 50, (2, length), generator=generator)
+    return torch.randn(2, frames, 3, size, size, generator=generator), ids, torch.ones_like(ids)
+
+
+@torch.no_grad()
+def test_reproduces_the_reference(encoder, expected, video):
+    encoded = encoder(video, expected["text_ids"], expected["text_mask"])
+    torch.testing.assert_close(encoded.frame_features, expected["frame_cls"], **TOLERANCE)
+    torch.testing.assert_close(encoded.fused, expected["cls_feats"], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_reproduces_the_passes_of_one_modality(encoder, expected, video):
+    text = encoder.encode_text(expected["text_ids"], expected["text_mask"])
+    torch.testing.assert_close(text, expected["text_cls"], **TOLERANCE)
+    torch.testing.assert_close(encoder.encode_video(video), expected["video_cls"], **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["no rolling", "rolled backwards", "mask ignored"])
+def test_the_reference_tells_right_from_wrong(encoder, expected, video, fault, monkeypatch):
+    mask = expected["text_mask"]
+    if fault == "mask ignored":
+        mask = torch.ones_like(mask)
+    elif fault == "no rolling":
+        monkeypatch.setattr("cdc_mmpg.models.all_in_one.roll_tokens", lambda tokens, frames, text: tokens)
+    else:
+        monkeypatch.setattr(
+            "cdc_mmpg.models.all_in_one.roll_tokens",
+            lambda tokens, frames, text: roll_tokens(
+                tokens.view(-1, frames, *tokens.shape[1:]).flip(1).flatten(0, 1), frames, text
+            ).view(-1, frames, *tokens.shape[1:]).flip(1).flatten(0, 1),
+        )  # fmt: skip
+    fused = encoder(video, expected["text_ids"], mask).fused
+    assert (fused - expected["cls_feats"]).abs().max() > 0.1
+
+
+def test_counts():
+    encoder = AllInOne()
+    parts = {
+        "text_embeddings": 5_868_672,
+        "token_type_embeddings": 384,
+        "transformer.patch_embed": 147_648,
+        "transformer.blocks": 5_338_368,
+        "transformer.norm": 384,
+        "pooler": 37_056,
+    }
+    for name, count in parts.items():
+        assert sum(p.numel() for p in encoder.get_submodule(name).parameters()) == count, name
+    vit = encoder.transformer
+    assert vit.cls_token.numel() + vit.pos_embed.numel() + vit.temporal_embed.numel() == 38_592
+    assert sum(p.numel() for p in encoder.parameters()) == 11_431_104
+
+
+@pytest.mark.parametrize(("classes", "count"), [(1501, 11_595_421), (1001, 11_546_921), (1541, 11_599_301)])
+def test_counts_of_the_device_model(classes, count):
+    head = OpenEnded(classes)
+    last_layer = head.outputs * (head.inputs + 1)
+    assert 11_431_104 + sum(p.numel() for p in head.parameters()) + last_layer == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "size"), [(1, 32), (2, 48), (3, 16), (5, 64)])
+def test_any_number_of_frames_and_any_multiple_of_16(frames, size):
+    encoded = small(num_frames=5)(*inputs(frames, size))
+    assert encoded.frame_features.shape == (2, frames, 192)
+    assert encoded.fused.shape == (2, 192)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    encoder, (video, ids, mask) = small(), inputs()
+    plain = encoder(video, ids, mask)
+    padded = encoder(video, torch.nn.functional.pad(ids, (0, 20)), torch.nn.functional.pad(mask, (0, 20)))
+    torch.testing.assert_close(padded.fused, plain.fused, rtol=0, atol=0)
+    torch.testing.assert_close(encoder.encode_text(ids[:1, :4], mask[:1, :4]),
+                               encoder.encode_text(ids, torch.tensor([[1] * 4 + [0] * 3, [1] * 7]))[:1])  # fmt: skip
+
+
+@torch.no_grad()
+def test_last_block_does_only_what_is_read():
+    """The same features as from a last block that computes every token."""
+    encoder, (video, ids, mask) = small(), inputs()
+    tokens = {}
+    last = encoder.transformer.blocks[-1]
+    hook = last.norm1.register_forward_hook(lambda module, args, output: tokens.update(seen=args[0]))
+    features = encoder(video, ids, mask).frame_features
+    hook.remove()
+    whole = encoder.transformer.norm(last(tokens["seen"]))[:, 0]
+    torch.testing.assert_close(features.flatten(0, 1), whole)
+
+
+def test_rolling_is_circular_and_moves_an_eighth():
+    tokens = torch.arange(3.0).view(3, 1, 1).expand(3, 2 + 197, 1)  # every token holds its frame's number
+    rolled = roll_tokens(tokens, frames=3, text_tokens=2)[..., 0]
+    assert rolled[0].tolist() == [0] * 3 + [2] * 24 + [0] * 148 + [1] * 24
+
+
+@torch.no_grad()
+def test_one_frame_does_not_roll():
+    tokens = torch.randn(4, 20, 8)
+    assert roll_tokens(tokens, frames=1, text_tokens=3) is tokens
+
+
+def test_import_reports_and_refuses(state, caplog):
+    with caplog.at_level("INFO"):
+        report = AllInOne().load_reference({**state, "something.else": torch.zeros(1)})
+    assert (len(report.used), report.unexpected, report.missing) == (159, ["something.else"], [])
+    assert "vqa_classifier.1.weight" in report.dropped
+    assert "something.else" in caplog.text
+    with pytest.raises(CheckpointError, match=r"pooler\.dense\.bias"):
+        AllInOne.from_reference({key: value for key, value in state.items() if key != "pooler.dense.bias"})
+    with pytest.raises(CheckpointError, match=r"norm\.weight.*\(7,\).*\(192,\)"):
+        AllInOne.from_reference({**state, "transformer.norm.weight": torch.zeros(7)})
+
+
+def test_import_fits_other_sizes(state):
+    longer = AllInOne(num_frames=5, image_size=96, text_length=20)
+    longer.load_reference(state)
+    time = longer.transformer.temporal_embed
+    torch.testing.assert_close(time[:, :3], state["transformer.temporal_embed"])
+    assert time[:, 3:].abs().sum() == 0
+    assert longer.transformer.pos_embed.shape == (1, 1 + 36, 192)
+    torch.testing.assert_close(
+        longer.text_embeddings.position_embeddings.weight, state["text_embeddings.position_embeddings.weight"][:20]
+    )
+    shorter = AllInOne.from_reference(state, num_frames=2)
+    torch.testing.assert_close(shorter.transformer.temporal_embed, state["transformer.temporal_embed"][:, :2])
+
+
+def test_deit_alone_leaves_the_text_at_random(state):
+    deit = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+    del deit["temporal_embed"]
+    encoder = AllInOne()
+    report = encoder.load_reference({**deit, "head.weight": torch.zeros(1000, 192)})
+    assert "text_embeddings.word_embeddings.weight" in report.missing
+    assert report.dropped == ["transformer.head.weight"]
+    torch.testing.assert_close(encoder.transformer.pos_embed, state["transformer.pos_embed"])
+    with pytest.raises(CheckpointError, match="pos_embed"):
+        encoder.load_reference({k: v for k, v in deit.items() if k != "pos_embed"})
+
+
+@pytest.mark.parametrize("arguments", [{"image_size": 100}, {"num_frames": 0}, {"depth": 0}])
+def test_impossible_sizes_are_refused(arguments):
+    with pytest.raises(ConfigError):
+        AllInOne(**arguments)
+
+
+def test_wrong_inputs_are_refused():
+    encoder, (video, ids, mask) = small(), inputs()
+    for bad in [(video[:, :, :, :30], ids, mask), (video, ids, mask * 0), (video, ids, mask[:, 1:]),
+                (video.repeat(1, 2, 1, 1, 1), ids, mask), (video, ids.repeat(1, 9), mask.repeat(1, 9))]:  # fmt: skip
+        with pytest.raises(ValueError, match=r"video|text|frames"):
+            encoder(*bad)

@@ -1,0 +1,242 @@
+"""MSVD-QA as people have it: what is read, what is left out, what is refused, and in which order it comes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdc_mmpg.batch import EpochSampler, normalise
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.models.heads import UNKNOWN
+from conftest import write_clip
+from data_modules.answers import Answers
+from data_modules.msvd_qa import MSVDQA
+
+
+def module(root: Path, out: Path, **arguments) -> MSVDQA:
+    return MSVDQA(
+        str(root),
+        cache_dir=str(out),
+        **{"num_classes": 5, "image_size": 32, "batch_size": 4, "num_workers": 0, "vocab": str(root / "vocab.txt")}
+        | arguments,
+    )
+
+
+def ready(root: Path, out: Path, **arguments) -> MSVDQA:
+    data = module(root, out, **arguments)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new).encode())
+
+
+def test_counts_and_the_vocabulary_rule(msvd, tmp_path):
+    data = ready(msvd, tmp_path)
+    summary = data.summary()
+    assert {split: row["questions"] for split, row in summary.items()} == {"train": 12, "val": 4, "test": 8}
+    assert {split: row["clips"] for split, row in summary.items()} == {"train": 3, "val": 1, "test": 2}
+    for split in ("train", "val", "test"):
+        labels = data.labels(split)
+        answers = [sample.answer for sample in data.dataset(split, augment=False).samples]
+        assert [data.answers()[label] if label >= 0 else "dog" for label in labels.tolist()] == answers
+        assert summary[split]["ceiling"] == pytest.approx(1 - (labels == UNKNOWN).float().mean().item())
+    assert UNKNOWN == Answers.UNKNOWN
+
+
+def test_the_batch_holds_the_annotated_frames(msvd, tmp_path):
+    data = ready(msvd, tmp_path)
+    batch = next(iter(data.test_dataloader()))
+    assert batch.frames.shape == (4, 3, 32, 32, 3)
+    assert batch.frames.dtype == torch.uint8
+    greys = (batch.frames[0].float().mean((1, 2, 3)) - 4) / 6
+    assert greys.round().tolist() == [2, 6, 10]  # the middles of three segments of the clip's 12 frames
+    assert batch.text_ids.shape == batch.text_mask.shape
+    assert batch.text_ids[:, 0].tolist() == [2] * 4
+    assert batch.indices.tolist() == [0, 1, 2, 3]
+    assert normalise(batch.frames).shape == (4, 3, 3, 32, 32)
+
+
+def test_normalisation_is_imagenets():
+    frames = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 1, 1, 1, 3)
+    expected = (np.array([0, 128, 255]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(normalise(frames).flatten().numpy(), expected, rtol=1e-5)
+
+
+def test_training_order_and_augmentation_follow_from_seed_epoch_and_index(msvd, tmp_path):
+    def epochs(seed: int) -> list[torch.Tensor]:
+        loader = ready(msvd, tmp_path, seed=seed).train_dataloader()
+        batches = []
+        for epoch in range(2):
+            loader.sampler.set_epoch(epoch)
+            batches += [torch.cat([batch.frames.flatten(), batch.indices]) for batch in loader]
+        return batches
+
+    first, again, other = epochs(0), epochs(0), epochs(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[3])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_processes_share_out_without_counting_twice():
+    for size in (7, 8, 1):
+        evaluated = [list(EpochSampler(size, 0, False, rank, 3)) for rank in range(3)]
+        assert sorted(index for share in evaluated for _, index in share) == list(range(size))
+        trained = [list(EpochSampler(size, 0, True, rank, 3)) for rank in range(3)]
+        assert len({len(share) for share in trained}) == 1
+        assert {index for share in trained for _, index in share} == set(range(size))
+        assert all(len(EpochSampler(size, 0, shuffle, 1, 3)) == len(list(EpochSampler(size, 0, shuffle, 1, 3)))
+                   for shuffle in (True, False))  # fmt: skip
+
+
+def test_an_order_can_be_entered_in_the_middle():
+    sampler, whole = EpochSampler(10, 3, True, skip=4), list(EpochSampler(10, 3, True))
+    assert list(sampler) == whole[4:]
+    assert list(sampler) == whole
+    assert len(sampler) == 10
+
+
+def test_the_second_epoch_decodes_nothing(own_msvd, tmp_path):
+    ready(own_msvd, tmp_path)
+    arrays = {path: path.stat().st_mtime_ns for path in (tmp_path / "frames").iterdir()}
+    assert len(arrays) == 6
+    shutil.copytree(own_msvd / "YouTubeClips", tmp_path / "kept")
+    ready(own_msvd, tmp_path)
+    assert arrays == {path: path.stat().st_mtime_ns for path in (tmp_path / "frames").iterdir()}
+
+
+def test_a_changed_clip_is_decoded_anew(own_msvd, tmp_path):
+    before = ready(own_msvd, tmp_path).fingerprint("test")
+    write_clip(own_msvd / "YouTubeClips" / "t_0_1.avi", frames=30)
+    data = ready(own_msvd, tmp_path)
+    assert data.fingerprint("test") != before
+    greys = (next(iter(data.test_dataloader())).frames[0].float().mean((1, 2, 3)) - 4) / 6
+    assert greys.round().tolist() == [5, 15, 25]
+
+
+def test_a_half_written_array_is_never_read(own_msvd, tmp_path):
+    data = ready(own_msvd, tmp_path)
+    path = data.cache.path(own_msvd / "YouTubeClips" / "t_0_1.avi")
+    leftover = path.with_name(f".{path.name}.999999999.tmp")  # of a process that was killed
+    leftover.write_bytes(path.read_bytes()[:100])
+    path.unlink()
+    ready(own_msvd, tmp_path)
+    assert path.exists()
+    assert not leftover.exists()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="delete the file"):
+        next(iter(ready(own_msvd, tmp_path).test_dataloader()))
+
+
+def test_missing_clips_are_named_and_counted(own_msvd, tmp_path):
+    (own_msvd / "YouTubeClips" / "c d_1_2.avi").unlink()
+    with pytest.raises(DataError, match=r"1 of 6 clips are absent or unreadable, 0 may be") as error:
+        module(own_msvd, tmp_path).prepare_data()
+    assert "c d_1_2: absent" in str(error.value)
+    for allowed in ({"max_missing": 1}, {"only_present": True}):
+        summary = ready(own_msvd, tmp_path, **allowed).summary()
+        assert (summary["train"]["questions"], summary["train"]["left_out"]) == (8, 4)
+
+
+def test_unreadable_clips_are_named_even_where_absent_ones_may_be(own_msvd, tmp_path):
+    (own_msvd / "YouTubeClips" / "e_3_4.avi").write_bytes(b"<html>404</html>")
+    with pytest.raises(DataError, match=r"e_3_4\.avi.*cannot decode"):
+        module(own_msvd, tmp_path, only_present=True).prepare_data()
+    assert ready(own_msvd, tmp_path, max_missing=1).summary()["train"]["questions"] == 8
+
+
+def test_clips_may_be_mp4(own_msvd, tmp_path):
+    clips = own_msvd / "YouTubeClips"
+    (clips / "t_0_1.avi").unlink()
+    write_clip(clips / "t_0_1.mp4", codec="libx264")
+    assert ready(own_msvd, tmp_path).summary()["test"]["questions"] == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("train_qa.json", '"}]', "", r"train_qa\.json, line 1, column \d+"),
+        ("train_qa.json", '"video_id": 1}]', '"video_id": 1', r"train_qa\.json, line 1"),
+        ("val_qa.json", '"question"', '"frage"', r"val_qa\.json: \[0\]\.question is None, not a str"),
+        ("val_qa.json", '"video_id": 3', '"video_id": "3"', r"val_qa\.json: \[0\]\.video_id is '3', not a int"),
+        ("test_qa.json", '"video_id": 4', '"video_id": 44', r"test_qa\.json: \[0\]\.video_id is 44.*mapping"),
+        ("test_qa.json", "[", '{"rows": [', r"test_qa\.json, line 1"),
+        ("youtube_mapping.txt", "v_0_1 vid3", "v_0_1", r"youtube_mapping\.txt, line 4"),
+        ("youtube_mapping.txt", "v_0_1", "../../v_0_1", r"youtube_mapping\.txt, line 4.*refused"),
+        ("youtube_mapping.txt", "v_0_1", "t_0_1", r"val and test share 1 clips, among them t_0_1"),
+        ("answer_set.txt", "green\n", "", r"answer_set\.txt: 3 different answers.*num_classes=4"),
+        ("answer_set.txt", "green\n", "red\n", r"answer_set\.txt: 3 different answers in 4 lines"),
+        ("vocab.txt", "[SEP]\n", "", r"vocab\.txt: not a WordPiece vocabulary, it lacks \[SEP\]"),
+    ],
+)
+def test_damaged_annotations_are_refused_with_the_place(own_msvd, tmp_path, file, old, new, message):
+    if old in ('"}]', '"video_id": 1}]'):  # cut short
+        text = (own_msvd / file).read_text()
+        (own_msvd / file).write_text(text[: len(text) // 2])
+    else:
+        change(own_msvd / file, old, new)
+    with pytest.raises(DataError, match=message):
+        ready(own_msvd, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train_qa.json", "youtube_mapping.txt", "YouTubeClips", "vocab.txt"])
+def test_absent_files_are_named_with_the_remedy(own_msvd, tmp_path, name):
+    path = own_msvd / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError, match=name) as error:
+        ready(own_msvd, tmp_path)
+    assert "VOCAB=" in str(error.value) if name == "vocab.txt" else "belongs below" in str(error.value)
+
+
+def test_encodings(own_msvd, tmp_path):
+    path = own_msvd / "val_qa.json"
+    text = path.read_text()
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert ready(own_msvd, tmp_path).summary()["val"]["questions"] == 4
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=r"val_qa\.json, byte 0: not UTF-8"):
+        module(own_msvd, tmp_path).prepare_data()
+
+
+def test_without_a_distributed_vocabulary_training_answers_are_counted(own_msvd, tmp_path, caplog):
+    (own_msvd / "answer_set.txt").unlink()
+    data = ready(own_msvd, tmp_path)
+    assert data.answers() == ["green", "red", "blue", "dog"]  # 3, 3, 2, 2 and 2: ties by alphabet
+    assert "answer_set.txt is absent" in caplog.text
+
+
+def test_the_same_question_may_have_several_answers(own_msvd, tmp_path):
+    rows = json.loads((own_msvd / "train_qa.json").read_text())
+    rows[1] = {**rows[1], "question": rows[0]["question"], "video_id": rows[0]["video_id"]}
+    (own_msvd / "train_qa.json").write_text(json.dumps(rows))
+    assert ready(own_msvd, tmp_path).summary()["train"]["questions"] == 12
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"num_frames": 0}, {"num_workers": -1}, {"num_classes": 1}])
+def test_impossible_arguments_are_refused(msvd, tmp_path, arguments):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        module(msvd, tmp_path, **arguments)
+
+
+def test_real_files_are_read_at_their_published_counts(real, tmp_path):
+    data = MSVDQA(str(real / "msvd"), 1001, str(tmp_path), vocab=str(real.parent / "vocab" / "vocab.txt"),
+                  only_present=True, num_workers=2)  # fmt: skip
+    samples = {split: data.read_split(split) for split in ("train", "val", "test")}
+    assert {split: len(rows) for split, rows in samples.items()} == {"train": 30_933, "val": 6_415, "test": 13_157}
+    clips = {split: len({row.clip for row in rows}) for split, rows in samples.items()}
+    assert clips == {"train": 1_161, "val": 245, "test": 504}
+    answers = data.read_answers([])
+    assert len(answers.words) == 1_000
+    known = {split: np.mean([answers.label(row.answer) >= 0 for row in rows]) for split, rows in samples.items()}
+    assert round(100 * known["val"], 1) == 89.5
+    assert round(100 * known["test"], 1) == 90.8
+    data.prepare_data()
+    data.setup("fit")
+    assert {split: row["questions"] for split, row in data.summary().items()} == {"train": 103, "val": 22, "test": 57}
