@@ -48,7 +48,7 @@ def read_frames(
                     kept[count] = np.rot90(resize(frame, image_size), k=round(frame.rotation / 90) % 4)
                 count += 1
             if count == 0:
-                raise DataError(f"{path}: no frame in it can be decoded; fetch the clip again")
+                raise ValueError("no frame in it can be decoded")
             if count == expected:
                 return _stack(path, [kept[index] for index in choose(count)])
             expected = count

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,10 +116,15 @@ class _DataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module.partition(".")[0] in self.INERT:
             return _Placeholder
-        raise CheckpointError(
+        raise pickle.UnpicklingError(
             f"it names {module}.{name}, which is code: refused, nothing was run. "
             "Save the weights alone (safetensors, or torch.save of the state_dict)"
         )
 
 
-_DataOnly = SimpleNamespace(Unpickler=_DataUnpickler, load=pickle.load, __name__="data_only")
+def _load_data(file: BinaryIO, **arguments: Any) -> Any:
+    return _DataUnpickler(file, **arguments).load()
+
+
+# What `torch.load` asks of a pickle module; the older file layout goes through `load`, which must be as strict.
+_DataOnly = SimpleNamespace(Unpickler=_DataUnpickler, load=_load_data, __name__="data_only")

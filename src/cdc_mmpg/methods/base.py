@@ -105,7 +105,7 @@ class Method(LightningModule):
         loss = self._step(batch, "train")
         if not torch.isfinite(loss):
             raise DivergedError(
-                f"the loss is {float(loss)} at epoch {self.current_epoch}, step {self.global_step}, on the training "
+                f"the loss is {loss.item()} at epoch {self.current_epoch}, step {self.global_step}, on the training "
                 f"samples {batch.indices.tolist()}: look at them, or lower the learning rate ({self.learning_rate})"
             )
         self.log("train/loss", loss, prog_bar=True)

@@ -1,0 +1,97 @@
+"""Commands as real processes, forked from one that has imported everything: a tenth of a second each."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+# The fork server does not look where pytest looks for modules.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["processes"])
+
+import cdc_mmpg.experiment  # noqa: E402, F401  preloaded
+import data_modules.msvd_qa  # noqa: E402, F401  preloaded
+
+
+class Recorder(Callback):
+    """Writes down what training left, before testing loads the best epoch; and that steps were taken.
+
+    Args:
+        path: of the file with the last weights; `<path>.steps` grows by a byte a step.
+        pause: seconds to wait after every step, so that there is time to be killed in.
+    """
+
+    def __init__(self, path: str, pause: float = 0.0) -> None:
+        self.path, self.pause = Path(path), pause
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: object) -> None:
+        with self.path.with_name(self.path.name + ".steps").open("ab") as file:
+            file.write(b".")
+        time.sleep(self.pause)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save(pl_module.state_dict(), self.path)
+
+
+def steps(path: Path) -> int:
+    """How many steps the runs that record into `path` have taken."""
+    file = path.with_name(path.name + ".steps")
+    return file.stat().st_size if file.exists() else 0
+
+
+def recording(path: Path, pause: float = 0.0) -> list[str]:
+    """Arguments that add a `Recorder` to a run."""
+    return ["--trainer.callbacks+=processes.Recorder", f"--trainer.callbacks.path={path}",
+            f"--trainer.callbacks.pause={pause}"]  # fmt: skip
+
+
+def _run(function: Callable[..., object], arguments: tuple[object, ...], folder: str, log: str) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
+        code = function(*arguments)
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else 0)
+
+
+def start(log: Path, function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """Begin `function(*arguments)` in a process of its own; its output goes to `log`."""
+    process = CONTEXT.Process(target=_run, args=(function, arguments, os.getcwd(), str(log)))
+    process.start()
+    return process
+
+
+def finish(process: multiprocessing.process.BaseProcess, seconds: float = 120) -> int:
+    """Wait for the exit code; a process that hangs is killed, and reported."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"still running after {seconds} s")
+    return process.exitcode
+
+
+def until(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess, seconds: float = 60) -> None:
+    """Wait for a condition while a process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "never happened"
+        if process.exitcode is not None:
+            return
+        time.sleep(0.005)
+
+
+def kill(process: multiprocessing.process.BaseProcess, number: int = signal.SIGKILL) -> None:
+    """Send a signal."""
+    if process.pid is not None:
+        os.kill(process.pid, number)

@@ -1,0 +1,219 @@
+"""Real kills of real processes: nothing complete is lost, and a run that goes on ends where it would have ended."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, kill, recording, start, steps, until
+
+from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, newest_state
+from cdc_mmpg.cli import main
+from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.weights import load_checkpoint
+
+SLOW = 0.03  # seconds a step
+
+
+def save_for_ever(path: Path) -> None:
+    """Save one state after the other; the numbers in each agree with one another."""
+    for number in range(1_000_000):
+        state = {"number": number, "weights": torch.full((200_000,), float(number))}
+        AtomicCheckpointIO().save_checkpoint(state, path)
+
+
+def test_killed_while_saving_the_file_is_always_whole(tmp_path):
+    path, generator, seen = tmp_path / "state.ckpt", random.Random(0), []
+    for _ in range(25):
+        process = start(tmp_path / "log", save_for_ever, path)
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        until(lambda before=before: path.exists() and path.stat().st_mtime_ns > before, process)
+        time.sleep(generator.random() * 0.05)
+        kill(process)
+        assert finish(process) == -signal.SIGKILL
+        state = load_checkpoint(path)
+        assert (state["weights"] == state["number"]).all()
+        seen.append(state["number"])
+    assert len(set(seen)) > 1, "the kills all came at the same moment"
+
+
+@pytest.fixture(scope="module")
+def expected(msvd, phase_one, tmp_path_factory):
+    """What uninterrupted runs end with: the last weights and the results, by method."""
+    return {}
+
+
+@pytest.fixture
+def run(fit, expected, tmp_path, tmp_path_factory):
+    """Commands for a method, its log, and what it ends with when nothing happens to it."""
+
+    def prepare(method: str, *more: str) -> tuple[list[str], Path, Path]:
+        last = tmp_path / "last.pt"
+        options = ["--trainer.max_epochs=3", "--data.init_args.batch_size=2", *more]
+        key = (method, *more)
+        if key not in expected:
+            folder = tmp_path_factory.mktemp(method)
+            command = fit(method, *options, *recording(folder / "last.pt"), out=folder)
+            process = start(folder / "log", main, command)
+            assert finish(process) == 0, (folder / "log").read_text()
+            expected[key] = torch.load(folder / "last.pt"), folder / "msvd" / method / "seed0"
+        return fit(method, *options, *recording(last, SLOW)), tmp_path / "msvd" / method / "seed0", last
+
+    return prepare
+
+
+def assert_ends_as_uninterrupted(expected, key, folder: Path, last: Path) -> None:
+    weights, undisturbed = expected[key]
+    for name, value in torch.load(last).items():
+        assert torch.equal(value, weights[name]), name
+    ours, theirs = (json.loads((place / "results.json").read_text()) for place in (folder, undisturbed))
+    assert ours["metrics"] == theirs["metrics"]
+    assert ours["best_epoch"] == theirs["best_epoch"]
+    assert not (folder / RESUME).exists()
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("method", ["fine_tuning", "cdc_mmpg", "adr_pretraining"])
+def test_killed_at_any_moment_a_run_goes_on_and_ends_the_same(method, run, expected, tmp_path):
+    """Ten kills in all, at steps, saves and validations as they come; dropout, order, augmentation and draws are on."""
+    command, folder, last = run(method)
+    generator, kills = random.Random(method), 0
+    for _ in range(4):
+        process = start(tmp_path / "log", main, command)
+        taken = steps(last)
+        until(lambda taken=taken: steps(last) > taken, process)
+        time.sleep(generator.random() * 0.5)
+        kill(process)
+        kills += finish(process) == -signal.SIGKILL
+    assert kills >= 3
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert_ends_as_uninterrupted(expected, (method,), folder, last)
+    process = start(tmp_path / "log", main, command)  # typed once more: nothing is done twice
+    taken = steps(last)
+    assert finish(process) == 0
+    assert steps(last) == taken
+    assert "finished on" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_loses_nothing(number, code, accumulate, run, expected, tmp_path):
+    more = [f"--trainer.accumulate_grad_batches={accumulate}"]
+    command, folder, last = run("fine_tuning", *more)
+    process = start(tmp_path / "log", main, command)
+    until(lambda: steps(last) >= 9, process)  # in the second epoch of six steps
+    kill(process, number)
+    assert finish(process) == code, (tmp_path / "log").read_text()
+    taken = steps(last)
+    assert 9 <= taken < 12
+    assert list(folder.glob(f"{RESUME}/stopped-step=*.ckpt"))
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert steps(last) == 18, "a step was lost or taken twice"
+    assert_ends_as_uninterrupted(expected, ("fine_tuning", *more), folder, last)
+
+
+def test_a_signal_before_training_leaves_at_once(run, tmp_path):
+    command, folder, _ = run("fine_tuning")
+    process = start(tmp_path / "log", main, command)
+    until((folder / "config.yaml").exists, process)
+    kill(process, signal.SIGTERM)
+    assert finish(process) == 143
+
+
+def stopped(command: list[str], last: Path, log: Path, at: int) -> None:
+    process = start(log, main, command)
+    until(lambda: steps(last) >= at, process)
+    kill(process)
+    finish(process)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(run, expected, tmp_path):
+    command, folder, last = run("fine_tuning")
+    stopped(command, last, tmp_path / "log", at=14)  # in the third epoch
+    states = sorted((folder / RESUME).glob("*.ckpt"))
+    assert [state.name for state in states] == ["epoch=0-step=6.ckpt", "epoch=1-step=12.ckpt"]
+    whole = states[1].read_bytes()
+    states[1].write_bytes(whole[: len(whole) // 2])
+    assert newest_state(folder) == states[0]
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert "epoch=1-step=12.ckpt: not a readable checkpoint" in (tmp_path / "log").read_text()
+    assert_ends_as_uninterrupted(expected, ("fine_tuning",), folder, last)
+
+
+def test_when_all_states_are_damaged_the_run_says_so(run, tmp_path):
+    command, folder, last = run("fine_tuning")
+    stopped(command, last, tmp_path / "log", at=14)
+    for state in (folder / RESUME).glob("*.ckpt"):
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all 2 states are damaged"):
+        newest_state(folder)
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 4
+
+
+def test_another_configuration_may_not_go_on_with_a_run(run, tmp_path, capsys):
+    command, folder, last = run("fine_tuning")
+    stopped(command, last, tmp_path / "log", at=8)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main([*command, "--model.init_args.learning_rate=0.5"]) == 2
+    assert "model.init_args.learning_rate: 0.0001 there, 0.5 asked for" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "state.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
+
+    def no_room(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cdc_mmpg.files.os.fsync", no_room)
+    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be saved \(No space left on device\)"):
+        AtomicCheckpointIO().save_checkpoint({"number": 2}, path)
+    assert load_checkpoint(path) == {"number": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.ckpt"]
+
+
+def kill_a_worker(command: list[str]) -> int:
+    """A run whose first loader worker is killed from inside, as the system kills what takes too much memory."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    original = _MultiProcessingDataLoaderIter._next_data
+
+    def next_data(self):
+        self._workers[0].kill()
+        return original(self)
+
+    _MultiProcessingDataLoaderIter._next_data = next_data
+    return main(command)
+
+
+def test_a_killed_worker_is_a_data_error(run, tmp_path):
+    command, _, _ = run("fine_tuning")
+    process = start(tmp_path / "log", kill_a_worker, [*command, "--data.init_args.num_workers=1"])
+    assert finish(process) == 3
+    assert "DataError: a process that loads batches hung or was killed" in (tmp_path / "log").read_text()
+
+
+def test_killed_while_decoding_or_computing_features(run, own_msvd, tmp_path):
+    """What was made stays, what was half made is made anew."""
+    command, folder, _ = run("linear")
+    data = tmp_path / "msvd" / "data"
+    generator = random.Random(5)
+    for _ in range(5):
+        process = start(tmp_path / "log", main, command)
+        time.sleep(0.1 + generator.random() * 0.6)
+        kill(process)
+        finish(process)
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert len(list((data / "frames").glob("*.npy"))) == 6
+    assert not list(data.rglob("*.tmp"))
+    shutil.rmtree(folder)

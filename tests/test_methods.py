@@ -1,0 +1,224 @@
+"""The methods: what trains, what a phase leaves alone, counts and bytes, and that each can learn at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from cdc_mmpg.batch import FeatureBatch, VideoTextBatch
+from cdc_mmpg.errors import ConfigError, DivergedError
+from cdc_mmpg.methods.adr_pretraining import ADRPretraining
+from cdc_mmpg.methods.base import Answering, Method
+from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
+from cdc_mmpg.methods.fine_tuning import FineTuning
+from cdc_mmpg.methods.hyper import Hyper
+from cdc_mmpg.methods.linear import Linear
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import UNKNOWN, OpenEnded
+
+
+def encoder(**arguments: float) -> AllInOne:
+    return AllInOne(**{"image_size": 32, "depth": 2, "vocab_size": 50, "dropout": 0.0, "drop_path": 0.0} | arguments)
+
+
+def batch(size: int = 2) -> VideoTextBatch:
+    """Samples that differ, with labels that differ."""
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(256, (size, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    ids = torch.randint(5, 50, (size, 6), generator=generator)
+    return VideoTextBatch(frames, ids, torch.ones_like(ids), torch.arange(size), torch.arange(size))
+
+
+def train(method: Method, data: VideoTextBatch | FeatureBatch, steps: int, folder: Path) -> Method:
+    """Some steps on one batch, and its validation."""
+    trainer = Trainer(
+        max_epochs=steps,
+        check_val_every_n_epoch=steps,
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    loader = DataLoader([data], batch_size=None)
+    trainer.fit(method, loader, loader)
+    return method
+
+
+def build(name: str, phase_one: Path, classes: int = 5, **arguments: object) -> Answering:
+    torch.manual_seed(0)
+    parts = (encoder(), OpenEnded(classes))
+    methods = {"linear": Linear, "fine_tuning": FineTuning, "hyper": Hyper}
+    if name in methods:
+        return methods[name](*parts, **arguments)  # type: ignore[arg-type]
+    return CDCMMPG(*parts, adr=str(phase_one), recipe="frozen" if "frozen" in name else "paper", **arguments)  # type: ignore[arg-type]
+
+
+ANSWERING = ("linear", "fine_tuning", "hyper", "cdc_mmpg", "cdc_mmpg_frozen")
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
+    method = train(build(name, phase_one, learning_rate=3e-3), batch(), 60, tmp_path)
+    assert method.trainer.callback_metrics["val/accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_what_trains_is_what_moves(name, phase_one, tmp_path):
+    method = build(name, phase_one, learning_rate=1e-3)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    train(method, batch(), 3, tmp_path)
+    moved = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    parts = {key.split(".")[0] for key in moved}
+    assert ("encoder" in parts) == (name in ("fine_tuning", "cdc_mmpg"))
+    assert "adr" not in parts
+    assert "head" in parts
+    assert ("fda" in parts) == (name in ("hyper", "cdc_mmpg", "cdc_mmpg_frozen"))
+    trainable = {key for key, parameter in method.named_parameters() if parameter.requires_grad}
+    unread = {"encoder.token_type_embeddings.weight", "encoder.text_embeddings.token_type_embeddings.weight"}
+    assert trainable - moved <= unread | {key for key in trainable if "adr" in key}
+    assert moved <= trainable | {key for key in before if key.startswith("accuracy")}
+
+
+def test_phase_two_leaves_the_reasoner_and_moves_the_encoder(phase_one, tmp_path):
+    method = train(build("cdc_mmpg", phase_one, learning_rate=1e-3), batch(), 3, tmp_path)
+    reasoner = ADR.load(phase_one)
+    assert all(
+        torch.equal(a, b) for a, b in zip(method.adr.state_dict().values(), reasoner.state_dict().values(), strict=True)
+    )
+    start = build("cdc_mmpg", phase_one).encoder.state_dict()
+    assert not torch.equal(method.encoder.state_dict()["transformer.cls_token"], start["transformer.cls_token"])
+
+
+def test_phase_one_moves_the_reasoner_alone(tmp_path):
+    method = ADRPretraining(encoder(), OpenEnded(5), learning_rate=1e-3)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    train(method, batch(), 3, tmp_path)
+    moved = {key.split(".")[0] for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"adr"}
+    assert method.trainer.callback_metrics["val/loss"] > 0
+    method.export(tmp_path)
+    assert torch.equal(ADR.load(tmp_path / "adr.safetensors").encoder[0].weight, method.adr.encoder[0].weight)
+
+
+@pytest.mark.parametrize("name", ["linear", "hyper", "cdc_mmpg_frozen"])
+def test_frozen_parts_stay_in_evaluation_mode(name, phase_one):
+    method = build(name, phase_one)
+    method.train()
+    assert not method.encoder.training
+    assert method.head.training
+    if name == "cdc_mmpg_frozen":
+        assert not method.adr.training
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+@torch.no_grad()
+def test_kept_features_give_the_scores_of_the_frames(name, phase_one):
+    method, data = build(name, phase_one).eval(), batch()
+    features = method.encode(data)
+    kept = FeatureBatch(features, data.labels, data.indices)
+    torch.testing.assert_close(method(method.encode(kept)), method(features))
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+@pytest.mark.parametrize("classes", [5, 1001])
+@torch.no_grad()
+def test_the_installed_layer_answers_as_the_method(name, classes, phase_one):
+    method, data = build(name, phase_one, classes).eval(), batch()
+    features = method.encode(data)
+    weight, bias = method.device_layers(features)
+    hidden = method.head.phi(method.encoder.pool(features.mean(1)))
+    served = torch.einsum("bld,bd->bl", weight, hidden) + bias
+    torch.testing.assert_close(served, method(features), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_serving_is_reproducible_and_takes_the_middle_frame(phase_one):
+    method = build("cdc_mmpg", phase_one).eval()
+    features = method.encode(batch())
+    assert torch.equal(method.generator_input(features), method.generator_input(features))
+    middle = features.clone()
+    middle[:, [0, 2]] = 0
+    assert torch.equal(method.generator_input(features), method.generator_input(middle))
+    method.train()
+    assert not torch.equal(method.generator_input(features), method.generator_input(features))
+
+
+def test_counts_and_bytes_at_the_papers_size(tmp_path):
+    ADR("default").save(tmp_path / "adr.safetensors")
+    ADR("paper_qa").save(tmp_path / "paper.safetensors")
+    paper = AllInOne()
+    for classes, device, hyper, down in (
+        (1501, 11_595_421, 28_100_221, 582_388),
+        (1001, 11_546_921, 18_739_721, 388_388),
+        (1541, 11_599_301, 28_849_061, 597_908),
+    ):
+        head = OpenEnded(classes)
+        methods = [
+            (Linear(paper, head), 0, (0, 0)),
+            (Hyper(paper, head), hyper, (768, down)),
+            (CDCMMPG(paper, head, str(tmp_path / "adr.safetensors")), hyper + 629_376, (768, down)),
+            (CDCMMPG(paper, head, str(tmp_path / "paper.safetensors"), project=False), hyper + 27_802_816, (768, down)),
+        ]
+        for method, cloud, traffic in methods:
+            assert method.parameter_counts()[:2] == (device, cloud)
+            assert tuple(method.traffic()) == traffic
+    assert FineTuning(paper, OpenEnded(1001)).parameter_counts().trained == 11_546_921
+    assert ADRPretraining(paper, OpenEnded(1001)).parameter_counts() == (11_431_104, 554_880, 554_880)
+
+
+def test_unknown_answers_teach_nothing_and_count_as_wrong():
+    head = OpenEnded(3)
+    scores = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]], requires_grad=True)
+    labels = torch.tensor([0, UNKNOWN, UNKNOWN])
+    assert head.correct(scores, labels).tolist() == [1, 0, 0]
+    torch.testing.assert_close(head.loss(scores, labels), torch.nn.functional.cross_entropy(scores[:1], labels[:1]))
+    head.loss(scores, labels).backward()
+    assert scores.grad[1:].abs().sum() == 0
+    assert head.loss(scores, torch.full((3,), UNKNOWN)).item() == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(phase_one, tmp_path):
+    method = build("linear", phase_one)
+    with torch.no_grad():
+        method.layer.bias[0] = float("nan")
+    with pytest.raises(DivergedError, match=r"loss is nan at epoch 0, step 0.*\[0, 1\]"):
+        train(method, batch(), 1, tmp_path)
+
+
+def test_polynomial_decay_ends_at_zero(phase_one, tmp_path):
+    rates = []
+    method = build("linear", phase_one, learning_rate=1e-2)
+    method.on_train_batch_end = lambda *_: rates.append(method.optimizers().param_groups[0]["lr"])
+    train(method, batch(), 4, tmp_path)
+    assert rates == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0])
+
+
+@pytest.mark.parametrize("arguments", [{"learning_rate": 0}, {"learning_rate": float("nan")}, {"weight_decay": -1}])
+def test_impossible_arguments_are_refused(arguments, phase_one):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        build("linear", phase_one, **arguments)
+
+
+def test_phase_two_needs_phase_one():
+    with pytest.raises(ConfigError, match="phase one"):
+        CDCMMPG(encoder(), OpenEnded(5))
+
+
+def test_defaults_are_the_papers():
+    import inspect
+
+    def default(cls: type, name: str) -> object:
+        return inspect.signature(cls).parameters[name].default
+
+    assert default(ADRPretraining, "learning_rate") == 2e-5
+    assert {default(cls, "learning_rate") for cls in (Linear, FineTuning, Hyper, CDCMMPG)} == {1e-4}
+    assert default(OpenEnded, "hidden") == 96
+    assert ADR.LAMBDA == 0.1
+    assert default(CDCMMPG, "recipe") == "paper"
+    assert default(Hyper, "init") == "printed"

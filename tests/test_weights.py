@@ -1,0 +1,117 @@
+"""Foreign files of weights: what is read, and that nothing in them is ever run."""
+
+import os
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
+
+
+class Touch:
+    """Unpickling it with pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_layouts_that_people_publish(tmp_path, wrap, zipped):
+    torch.save(wrap(STATE), tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
+    read = read_state_dict(tmp_path / "weights.pth")
+    assert {key: value.tolist() for key, value in read.items()} == {k: v.tolist() for k, v in STATE.items()}
+
+
+def test_safetensors_with_texts(tmp_path):
+    save_safetensors(STATE, tmp_path / "w.safetensors", {"preset": "default"})
+    assert torch.equal(read_state_dict(tmp_path / "w.safetensors")["a.weight"], STATE["a.weight"])
+    assert read_metadata(tmp_path / "w.safetensors") == {"preset": "default"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_old_lightning_checkpoint_with_pickled_extras(tmp_path, zipped):
+    """Its callbacks and hyper-parameters are objects of classes that need not exist here."""
+    extras = {"hyper_parameters": Namespace(lr=1e-4), "state_dict": torch.nn.Linear(3, 2).state_dict(), "epoch": 7}
+    torch.save(extras, tmp_path / "old.ckpt", _use_new_zipfile_serialization=zipped)
+    assert set(read_state_dict(tmp_path / "old.ckpt")) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["extras", "state_dict", "whole"])
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, place, zipped):
+    bomb = Touch(tmp_path / "exploded")
+    content = {"extras": {"state_dict": STATE, "x": bomb}, "state_dict": {"state_dict": bomb}, "whole": bomb}[place]
+    torch.save(content, tmp_path / "bomb.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"bomb\.ckpt.*posix\.mkdir, which is code"):
+        read_state_dict(tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "exploded").exists()
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(bomb))
+    with pytest.raises(CheckpointError):
+        read_state_dict(tmp_path / "plain.pkl")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_damage_is_seen_wherever_it_is(tmp_path):
+    path = tmp_path / "w.ckpt"
+    torch.save({"state_dict": {"weight": torch.randn(300)}}, path)
+    whole = path.read_bytes()
+    for end in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match=r"w\.ckpt"):
+            load_checkpoint(path)
+    for place in range(0, len(whole), 61):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            value = load_checkpoint(path)["state_dict"]["weight"]
+        except CheckpointError:
+            continue
+        path.write_bytes(whole)
+        assert torch.equal(value, load_checkpoint(path)["state_dict"]["weight"]), place
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04", b"PK\x03\x04"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    for name in ("x.ckpt", "x.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            read_state_dict(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="list"):
+        read_state_dict(tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(CheckpointError, match="no weights"):
+        read_state_dict(tmp_path / "empty.pth")
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+    for pid in (os.getpid(), 999_999_999, os.getppid()):
+        (tmp_path / f".file.{pid}.tmp").touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f".file.{os.getppid()}.tmp"}
