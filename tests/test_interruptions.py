@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import finish, kill, recording, start, steps, until
 
+from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, newest_state
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import CheckpointError
@@ -185,6 +186,7 @@ def kill_a_worker(command: list[str]) -> int:
     """A run whose first loader worker is killed from inside, as the system kills what takes too much memory."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+    EpochDataModule.TIMEOUT_SECONDS = 3
     original = _MultiProcessingDataLoaderIter._next_data
 
     def next_data(self):

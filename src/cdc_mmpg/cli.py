@@ -29,17 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
         Experiment(arguments)
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
-            raise
-        print(f"DataError: a process that loads batches hung or was killed: {error}", file=sys.stderr)
-        return DataError.exit_code
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:
+        ours = _cause(error)
+        if ours is None:
+            raise
+        print(f"{type(ours).__name__}: {ours}", file=sys.stderr)
+        return ours.exit_code
     return 0
+
+
+def _cause(error: BaseException | None) -> CDCError | None:
+    """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
+    while error is not None:
+        if isinstance(error, CDCError):
+            return error
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
+            return DataError(f"a process that loads batches hung or was killed: {error}")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def log_to_terminal() -> None:

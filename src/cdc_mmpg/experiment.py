@@ -152,7 +152,7 @@ class Experiment(LightningCLI):
     def settings(self) -> dict[str, Any]:
         """The whole configuration, as `config.yaml` holds it."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        dump = self._parser(self.subcommand).dump(config, skip_none=False, skip_link_targets=True, format="yaml")
+        dump = self._parser(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True, format="yaml")
         return {key: value for key, value in yaml.safe_load(dump).items() if key in PARTS}
 
     @property

@@ -1,0 +1,259 @@
+"""The command line on small real files: every method, the table, prediction, two processes, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import finish, start
+
+from cdc_mmpg import predict, report
+from cdc_mmpg.cli import main
+from cdc_mmpg.weights import load_checkpoint
+from conftest import write_clip
+
+METHODS = ("linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder of runs, filled by the tests below in their order."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.mark.parametrize("method", ["adr_pretraining", *METHODS])
+def test_a_run_leaves_its_results(method, fit, finished):
+    command = fit(method, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", out=finished)
+    assert main(command) == 0
+    folder = finished / "msvd" / method / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["dataset"], results["method"], results["seed"]) == ("msvd", method, 0)
+    assert results["questions"] == {"train": 12, "val": 4, "test": 8}
+    assert (results["classes"], results["epochs"]) == (5, 2)
+    generates = method in METHODS[2:]
+    assert results["bytes"] == ({"up": 768, "down": 4 * 5 * 97} if generates else {"up": 0, "down": 0})
+    assert results["parameters"]["trained"] > 0
+    assert results["seconds"]["train"] > 0
+    assert {"commit", "versions", "arguments", "finished", "data"} <= results.keys()
+    for name in ("val", "test"):
+        metric = f"{name}/{'loss' if method == 'adr_pretraining' else 'accuracy'}"
+        assert results["metrics"][metric] >= 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    best = load_checkpoint(folder / "best.ckpt")
+    assert best["epoch"] == results["best_epoch"]
+    assert "optimizer_states" not in best
+    assert not (folder / "resume").exists()
+    assert list(folder.glob("logs/version_0/metrics.csv"))
+    product = {"adr_pretraining": "adr.safetensors", "fine_tuning": "encoder.safetensors"}.get(method)
+    assert {path.name for path in folder.glob("*.safetensors")} == ({product} if product else set())
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    began = time.process_time()
+    assert main(command) == 0  # nothing is done twice
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert time.process_time() - began < 5
+
+
+def test_the_logs_hold_the_metrics(finished):
+    text = (finished / "msvd" / "fine_tuning" / "seed0" / "logs" / "version_0" / "metrics.csv").read_text()
+    for name in ("train/loss", "val/accuracy", "val/loss", "test/accuracy", "lr-AdamW"):
+        assert name in text.splitlines()[0]
+
+
+def test_the_best_epoch_is_the_one_that_was_tested(finished):
+    """The weights in best.ckpt give the accuracy that results.json reports."""
+    folder = finished / "msvd" / "fine_tuning" / "seed0"
+    config = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}"]
+    assert main([*config, "--weights_only=true"]) == 0
+
+
+def test_the_table_puts_the_methods_side_by_side(finished, capsys):
+    assert report.main([str(finished / "msvd")]) == 0
+    printed = capsys.readouterr().out
+    table = (finished / "msvd" / "table.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows[2:]] == list(report.NAMES.values())
+    for method, row in zip(METHODS, rows[2:], strict=True):
+        results = json.loads((finished / "msvd" / method / "seed0" / "results.json").read_text())
+        assert row[1] == f"{100 * results['metrics']['test/accuracy']:.1f}"
+        assert row[4] == f"{results['parameters']['device']:,}"
+        assert f"{results['parameters']['cloud']:,}" in printed
+    assert "35.4" in table  # the paper's
+    assert "8 test questions" in table
+    assert "random weights" in table
+
+
+def test_the_table_of_an_empty_folder_says_what_to_do(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "make train" in capsys.readouterr().err
+
+
+def test_the_table_gives_the_spread_over_seeds(finished, tmp_path):
+    source = json.loads((finished / "msvd" / "linear" / "seed0" / "results.json").read_text())
+    for seed, accuracy in enumerate((0.2, 0.4)):
+        folder = tmp_path / "msvd" / "linear" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        source["metrics"]["test/accuracy"] = accuracy
+        (folder / "results.json").write_text(json.dumps(source))
+    assert report.rows(tmp_path / "msvd")[0][1] == "30.0 ± 14.1"
+
+
+@pytest.mark.parametrize("method", ["linear", "cdc_mmpg"])
+def test_prediction_of_any_clip(method, finished, tmp_path, capsys):
+    clip = write_clip(tmp_path / "own.mp4", codec="libx264")
+    run = finished / "msvd" / method / "seed0"
+    assert predict.main([f"--run={run}", f"--video={clip}", "--question=what is the man doing?"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert {line.split()[1] for line in lines} == {"red", "green", "blue", "man", "(unknown)"}
+    assert sum(float(line.split("%")[0]) for line in lines) == pytest.approx(100, abs=0.3)
+
+
+def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
+    run = finished / "msvd" / "linear" / "seed0"
+    assert predict.main([f"--run={run}", "--video=absent.mp4", "--question=what?"]) == 3
+    assert "absent.mp4: no such clip" in capsys.readouterr().err
+    assert predict.main([f"--run={tmp_path}", "--video=absent.mp4", "--question=what?"]) == 4
+    assert "not a finished run" in capsys.readouterr().err
+
+
+def test_prediction_is_what_the_test_split_saw(finished, msvd):
+    """The same clip and question through files and explicit layers, and through the loader and the contraction."""
+    run = finished / "msvd" / "cdc_mmpg" / "seed0"
+    from cdc_mmpg.experiment import Experiment
+
+    experiment = Experiment(["--config", str(run / "config.yaml")], run=False)
+    data, model = experiment.datamodule, experiment.model.eval()
+    model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        scores = model(model.encode(batch)).softmax(-1)[0]
+    clip = msvd / "YouTubeClips" / "t_0_1.avi"
+    answers = dict(predict.predict(run, clip, data.example("test", 0).question))
+    for word, label in zip(data.answers(), range(4), strict=True):
+        assert answers[word] == pytest.approx(scores[label].item(), abs=1e-5)
+
+
+def test_two_processes_train_and_count_every_test_sample_once(fit, finished, tmp_path):
+    """Real processes over gloo; the eight test questions are shared out 4 and 4, the validation's four 2 and 2."""
+    command = [
+        *fit("fine_tuning", "--trainer.max_epochs=2", "--data.init_args.batch_size=3", out=tmp_path),
+        "--trainer.devices=2",
+    ]
+    done = subprocess.run([sys.executable, "-m", "cdc_mmpg.cli", *command], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["devices"] == "2 x cpu"
+    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
+             "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path / 'alone'}"]  # fmt: skip
+    process = start(tmp_path / "log", main, alone)
+    assert finish(process) == 0
+    accuracy = results["metrics"]["test/accuracy"]
+    assert (accuracy * 8) == pytest.approx(round(accuracy * 8), abs=1e-5)
+    printed = (tmp_path / "log").read_text()
+    assert f" {accuracy:g} " in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("argument", "message", "code"),
+    [
+        ("--model.init_args.learnin_rate=1", "the nearest that exists is 'learning_rate'", 2),
+        ("--data.init_args.batchsize=3", "the nearest that exists is 'batch_size'", 2),
+        ("--trainer.max_epoch=3", "the nearest that exists is 'max_epochs'", 2),
+        ("--model.init_args.encoder.depht=3", "the nearest that exists is 'depth'", 2),
+        ("--model.init_args.head.init_args.hiden=3", "the nearest that exists is 'hidden'", 2),
+        ("--data.init_args.batch_size=many", "batch_size", 2),
+        ("--data.init_args.batch_size=0", "batch_size is 0: at least 1", 2),
+        ("--data.init_args.image_size=100", "image_size 100 is not a multiple of 16", 2),
+        ("--data.init_args.decoder=opencv", "decoder", 2),
+        ("--model.init_args.learning_rate=nan", "learning_rate", 2),
+        ("--trainer.max_epochs=0", "max_epochs must be at least 1", 2),
+        ("--trainer.accelerator=gpu", "No supported gpu backend", 2),
+        ("--data.init_args.num_classes=9", "num_classes=5", 3),
+        ("--data.init_args.root=/nowhere", "/nowhere: no such folder", 3),
+        ("--data.init_args.vocab=/nowhere/vocab.txt", "VOCAB= names it", 3),
+        ("--model.init_args.encoder.checkpoint=/nowhere/x.ckpt", "CHECKPOINT= names it", 3),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_with_the_remedy(argument, message, code, fit, tmp_path, capsys):
+    if "gpu" in argument and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    assert main([*fit("linear"), argument]) == code
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert "Traceback" not in captured
+    assert main(fit("linear")) == 0, "the folder must be free for the command put right"
+
+
+def test_a_bad_root_is_refused_before_anything_slow_is_imported(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, reason in (("empty", "an empty folder"), ("file", "a file"), ("absent", "no such folder")):
+        code = (
+            "import sys; from cdc_mmpg.cli import main; "
+            "code = main(['fit', '--config=experiments/datasets/msvd.yaml', "
+            f"'--data.init_args.root={tmp_path / name}']); "
+            "assert 'torch' not in sys.modules; sys.exit(code)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 3, done.stderr
+        assert reason in done.stderr
+        assert "YouTubeClips" in done.stderr  # what to fetch, and where from
+        assert "https://" in done.stderr
+
+
+def test_a_checkpoint_of_another_shape_or_with_code_is_refused(fit, tmp_path, capsys):
+    torch.save({"state_dict": {"transformer.cls_token": torch.zeros(1, 1, 7)}}, tmp_path / "other.ckpt")
+    assert main([*fit("linear"), f"--model.init_args.encoder.checkpoint={tmp_path / 'other.ckpt'}"]) == 4
+    assert "other.ckpt lacks" in capsys.readouterr().err
+    (tmp_path / "bomb.ckpt").write_bytes(b"cos\nsystem\n(S'touch exploded'\ntR.")
+    assert main([*fit("linear"), f"--model.init_args.encoder.checkpoint={tmp_path / 'bomb.ckpt'}"]) == 4
+    assert not Path("exploded").exists()
+
+
+def test_a_run_starts_from_a_checkpoint(fit, finished, tmp_path, caplog):
+    encoder = finished / "msvd" / "fine_tuning" / "seed0" / "encoder.safetensors"
+    assert main([*fit("linear"), f"--model.init_args.encoder.checkpoint={encoder}"]) == 0
+    results = json.loads((tmp_path / "msvd" / "linear" / "seed0" / "results.json").read_text())
+    assert results["encoder"] == str(encoder)
+    assert "no CHECKPOINT" not in caplog.text
+
+
+def test_without_a_checkpoint_a_warning_says_what_that_means(fit, caplog):
+    assert main(fit("linear")) == 0
+    assert "no CHECKPOINT: the encoder starts at random" in caplog.text
+
+
+def test_phase_two_refuses_another_file_than_phase_ones(fit, tmp_path, capsys):
+    assert main([*fit("cdc_mmpg"), "--model.init_args.adr=absent.safetensors"]) == 4
+    assert "absent.safetensors: no such checkpoint" in capsys.readouterr().err
+
+
+def offline(command: list[str]) -> int:
+    os.environ["WANDB_MODE"] = "offline"
+    return main(command)
+
+
+def test_wandb_stays_below_the_run_and_logs_examples(fit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(Path(__file__).parents[1] / "experiments")
+    process = start(tmp_path / "log", offline, fit("fine_tuning", out=tmp_path / "out"))
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "log", "experiments", "msvd", "msvd0"}
+    folder = tmp_path / "out" / "msvd" / "fine_tuning" / "seed0"
+    (run,) = folder.glob("wandb/offline-run-*")
+    assert list(run.glob("*.wandb"))
+    tables = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
+    assert {tuple(table["columns"]) for table in tables} == {("frames", "clip", "question", "prediction", "answer")}
+    assert any(row[1] == "t_0_1" for table in tables for row in table["data"])
+
+
+def test_wandb_disabled_leaves_nothing(fit, tmp_path):
+    assert main(fit("linear")) == 0
+    assert not list(tmp_path.rglob("wandb"))
