@@ -1,0 +1,267 @@
+"""The structure: imports flow one way, every pair of configurations parses, and what the pages say is true."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import finish, start
+
+from cdc_mmpg import predict, report
+from cdc_mmpg.cli import main
+from conftest import write_clip, write_msvd
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*ROOT.glob("src/cdc_mmpg/**/*.py"), *ROOT.glob("data_modules/*.py")]
+
+# What each room may import of the others; a package stands for its modules.
+ROOMS = {
+    "errors": set(),
+    "files": set(),
+    "frames": set(),
+    "video": {"errors", "frames"},
+    "text": {"errors"},
+    "batch": {"frames"},
+    "weights": {"errors", "files"},
+    "models": {"models", "errors", "weights"},
+    "methods": {"methods", "models", "batch", "errors", "weights"},
+    "features": {"models", "batch", "files", "weights"},
+    "checkpointing": {"errors", "files", "weights"},
+    "dashboard": {"methods", "batch"},
+    "results": {"files"},
+    "report": {"errors", "files", "results"},
+    "experiment": {"batch", "checkpointing", "dashboard", "errors", "features", "files", "methods", "models", "results",
+                   "text", "weights"},
+    "cli": {"errors", "results", "experiment"},
+    "benchmark": {"batch", "methods", "models"},
+    "predict": {"batch", "cli", "errors", "experiment", "frames", "text", "video", "weights"},
+    "data_modules": {"data_modules", "batch", "errors", "files", "frames", "text", "video"},
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_flow_one_way(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    room = "data_modules" if parts[0] == "data_modules" else parts[2]
+    if room == "__init__":
+        return
+    ours = {name for name in imported(path) if name.split(".")[0] in ("cdc_mmpg", "data_modules")}
+    rooms = {name.split(".")[0] if name.startswith("data_modules") else name.split(".")[1] for name in ours}
+    assert rooms <= ROOMS[room]
+
+
+@pytest.mark.parametrize("name", ["errors", "files", "frames", "video", "text", "results", "cli", "report", "predict"])
+def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
+    heavy = {"torch", "lightning", "timm", "transformers", "torchmetrics"}
+    tree = ast.parse((ROOT / "src" / "cdc_mmpg" / f"{name}.py").read_text())
+    top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+    assert not {module.split(".")[0] for module in top} & heavy
+
+
+DATASETS = sorted(path.stem for path in ROOT.glob("experiments/datasets/*.yaml"))
+METHODS = sorted(path.stem for path in ROOT.glob("experiments/methods/*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
+    from cdc_mmpg.experiment import Experiment
+
+    pair = [f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml"]
+    needed = ["--data.init_args.root=x", "--data.init_args.cache_dir=y", "--model.init_args.encoder.depth=1"]
+    adr = [f"--model.init_args.adr={phase_one}"] if method.startswith("cdc_mmpg") else []
+    experiment = Experiment([*pair, *needed, *adr], run=False)
+    model, data = experiment.model, experiment.datamodule
+    assert type(model).__module__ == f"cdc_mmpg.methods.{method.removesuffix('_frozen').removesuffix('_fan_in')}"
+    phase_one_run = method.startswith("adr_pretraining")
+    assert model.learning_rate == (2e-5 if phase_one_run else 1e-4)
+    assert experiment.trainer.max_epochs == (10 if phase_one_run else 40)
+    assert data.batch_size == 256
+    assert model.head.inputs == 96
+    assert model.head.outputs == {"msvd": 1001}[dataset]
+    assert model.encoder.num_frames == 3
+    assert model.train_encoder == (method in ("fine_tuning", "cdc_mmpg"))
+
+
+def test_a_key_is_set_in_one_file_only():
+    def leaves(tree: object, prefix: str = "") -> set[str]:
+        if isinstance(tree, dict):
+            return {leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}")}
+        return {prefix}
+
+    for dataset in DATASETS:
+        for method in METHODS:
+            first, second = (
+                leaves(yaml.safe_load((ROOT / "experiments" / kind / f"{name}.yaml").read_text()))
+                for kind, name in (("datasets", dataset), ("methods", method))
+            )
+            assert not first & second
+
+
+def test_requirements_pin_what_the_package_asks_for():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    pinned = (ROOT / "requirements.txt").read_text()
+    for requirement in wanted:
+        name = re.split(r"[;\[ ]", requirement)[0]
+        assert re.search(rf"^{re.escape(name)}(\[\w+\])?==\d", pinned, re.MULTILINE), name
+
+
+# The tests may run under make themselves, with variables of their own.
+OUTSIDE = {
+    key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")
+}
+
+
+def make(*arguments: str) -> list[list[str]]:
+    """The commands of ours that a make target would run, as argument lists."""
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[3:] for line in lines if "-m cdc_mmpg" in line and "import sys" not in line]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The make commands in a page's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("make ")]
+
+
+def test_the_commands_of_the_readme_run(tmp_path, msvd):
+    """Each one, by make's own account of what it would do, at a tiny size."""
+    encoder = tmp_path / "encoder.safetensors"
+    from cdc_mmpg.models.all_in_one import AllInOne
+    from cdc_mmpg.weights import save_safetensors
+
+    save_safetensors(AllInOne(image_size=32, depth=1, vocab_size=15).state_dict(), encoder)
+    clip = write_clip(tmp_path / "clip.mp4", codec="libx264")
+    small = ("num_classes=5", "image_size=32", "num_workers=0")
+    extra = " ".join(f"--data.init_args.{argument}" for argument in small)
+    extra += " --model.init_args.encoder.depth=1 --trainer.enable_progress_bar=false --trainer.accelerator=cpu"
+    programs = {"fit": main, "--run": predict.main}
+    ran = []
+    listed = commands(ROOT / "README.md")
+    assert ["train", "DATASET=msvd", "DATA=data/msvd"] in listed
+    assert ["test"] in listed
+    for number, command in enumerate(listed):
+        if command[0] in ("test", "check"):
+            continue
+        named = dict(argument.split("=", 1) for argument in command[1:])
+        named |= {"EPOCHS": "1", "OUT": str(tmp_path / "out"), "VOCAB": str(msvd / "vocab.txt")}
+        ours = {"DATA": str(msvd), "CHECKPOINT": str(encoder), "VIDEO": str(clip)}
+        named |= {key: value for key, value in ours.items() if key in named}
+        if command[0] == "train":
+            named["ARGS"] = f"{extra} {named.get('ARGS', '')}"
+            named["SEED"] = str(number)  # another run each time
+            named["PRECISION"] = "32-true"
+        if command[0] == "predict":
+            named["SEED"] = "0"
+        for arguments in make(command[0], *(f"{key}={value}" for key, value in named.items())):
+            program = programs.get(arguments[0], report.main)
+            process = start(tmp_path / "log", program, arguments)
+            assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
+        ran.append(command[0])
+    assert set(ran) == {"train", "table", "predict"}
+    methods = {path.parents[1].name for path in (tmp_path / "out").rglob("results.json")}
+    assert methods == {*report.NAMES, "adr_pretraining", "adr_pretraining_frozen"}
+    assert (tmp_path / "out" / "msvd" / "table.md").exists()
+
+
+def test_the_recipes_order_is_makes():
+    def methods(*arguments: str) -> list[str]:
+        return [
+            Path(command[command.index("--config") + 1]).stem
+            for command in make("train", *arguments)
+            if "fit" in command
+        ]
+
+    assert methods() == ["adr_pretraining", "cdc_mmpg"]
+    assert methods("METHOD=cdc_mmpg_frozen") == ["fine_tuning", "adr_pretraining_frozen", "cdc_mmpg_frozen"]
+    assert methods("METHOD=all") == [
+        "linear", "fine_tuning", "hyper", "hyper_fan_in", "adr_pretraining", "cdc_mmpg", "adr_pretraining_frozen",
+        "cdc_mmpg_frozen",
+    ]  # fmt: skip
+
+
+def test_the_variables_reach_lightning():
+    command, _ = make("train", "METHOD=linear", "SEED=3", "DEVICES=2", "NODES=4", "PRECISION=bf16-mixed", "EPOCHS=7",
+                      "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d", "ARGS=--data.init_args.batch_size=4",
+                      "ARGS_linear=--model.init_args.weight_decay=0")  # fmt: skip
+    assert {
+        "--seed_everything=3", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.precision=bf16-mixed",
+        "--trainer.max_epochs=7", "--model.init_args.encoder.checkpoint=c.ckpt", "--data.init_args.vocab=v.txt",
+        "--data.init_args.root=d", "--data.init_args.batch_size=4", "--model.init_args.weight_decay=0",
+        "--trainer.default_root_dir=checkpoints/msvd/linear/seed3",
+    } <= set(command)  # fmt: skip
+
+
+def test_every_target_is_in_the_help():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"^\.PHONY: (.*?) \$", makefile, re.MULTILINE)[1].split())
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
+    assert {line.split()[1] for line in done.stdout.splitlines()} == phony
+
+
+def test_the_readme_lists_every_deviation():
+    listed = re.findall(r"^- `([\w/]+\.py)`: ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    found = [
+        str(path.relative_to(ROOT / "src" / "cdc_mmpg"))
+        for path in SOURCES
+        for _ in range(path.read_text().count("Deviation:"))
+    ]
+    assert sorted(listed) == sorted(found)
+
+
+def test_the_readmes_map_names_every_module():
+    text = (ROOT / "README.md").read_text()
+    for path in SOURCES:
+        if path.name != "__init__.py" and "methods" not in path.parts:
+            assert path.name in text or path.parent.name == "data_modules", path
+
+
+def test_the_page_on_adding_a_dataset_is_true(tmp_path, monkeypatch):
+    """Its two blocks, saved as it says, train on a folder as it describes."""
+    page = (ROOT / "data_modules" / "README.md").read_text()
+    code, configuration = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "yaml"))
+    (tmp_path / "my_qa.py").write_text(code)
+    (tmp_path / "my_qa.yaml").write_text(configuration.replace("data_modules.my_qa", "my_qa"))
+    monkeypatch.syspath_prepend(tmp_path)
+    root = tmp_path / "mine"
+    for split in ("train", "val", "test"):
+        write_clip(root / "clips" / f"{split}.mp4", codec="libx264")
+        rows = [f"{split},what is it?,{answer}" for answer in ("red", "green", "blue")]
+        (root / f"{split}.csv").write_text("\n".join(["clip,question,answer", *rows]))
+    vocab, run = write_msvd(tmp_path / "other") / "vocab.txt", tmp_path / "my_qa" / "linear" / "seed0"
+    command = ["fit", "--config=experiments/methods/linear.yaml", f"--config={tmp_path / 'my_qa.yaml'}",
+               f"--data.init_args.root={root}", f"--data.init_args.cache_dir={tmp_path / 'data'}",
+               f"--data.init_args.vocab={vocab}", f"--trainer.default_root_dir={run}",
+               "--data.init_args.image_size=32", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=1",
+               "--data.init_args.num_workers=0", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    assert main(command) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["questions"] == {"train": 3, "val": 3, "test": 3}
+
+
+def test_no_path_of_this_machine_is_tracked():
+    done = subprocess.run(
+        ["git", "grep", "-lIF", f"{ROOT.parent}/"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
