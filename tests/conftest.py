@@ -80,8 +80,11 @@ def real() -> Path:
 @pytest.fixture(scope="session")
 def phase_one(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reasoner as phase one leaves it."""
+    import torch
+
     from cdc_mmpg.models.adr import ADR
 
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("phase_one") / "adr.safetensors"
     ADR().save(path)
     return path

@@ -127,9 +127,7 @@ def test_requirements_pin_what_the_package_asks_for():
 
 
 # The tests may run under make themselves, with variables of their own.
-OUTSIDE = {
-    key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")
-}
+OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
 
 
 def make(*arguments: str) -> list[list[str]]:
