@@ -1,7 +1,6 @@
 """Logs of a run: CSV always, Weights & Biases beside it, everything below the run's folder."""
 
 import logging
-import netrc
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         config: what to record with the run.
     """
     found: list[Logger] = [CSVLogger(run, name="logs")]
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE")
     if mode == "disabled":
         return found
     run.mkdir(parents=True, exist_ok=True)
@@ -38,28 +37,25 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
     import wandb  # noqa: PLC0415  takes seconds, and only here
 
     dataset, method, seed = run.absolute().parts[-3:]
-    settings = wandb.Settings(init_timeout=15, silent=mode == "offline", console="off")
-    arguments: dict[str, Any] = {
-        "project": PROJECT,
-        "name": f"{dataset}/{method}/{seed}",
-        "group": f"{dataset}/{method}",
-    }
+
+    def begin(mode: Any) -> Any:
+        settings = wandb.Settings(init_timeout=15, silent=mode == "offline", console="off")
+        return wandb.init(
+            project=PROJECT,
+            name=f"{dataset}/{method}/{seed}",
+            group=f"{dataset}/{method}",
+            dir=run,
+            mode=mode,
+            config=config,
+            settings=settings,
+        )
+
     try:
-        wandb_run = wandb.init(dir=run, mode=mode, config=config, settings=settings, **arguments)
+        wandb_run = begin(mode or ("online" if wandb.login(prompt=False) else "offline"))
     except Exception as error:  # the client raises errors of many families
-        logger.warning("W&B does not answer (%s): logging offline; `wandb sync` uploads later", error)
-        wandb_run = wandb.init(dir=run, mode="offline", config=config, settings=settings, **arguments)
+        logger.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads later", error)
+        wandb_run = begin("offline")
     return [*found, WandbLogger(experiment=wandb_run)]
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)
 
 
 class ExampleTable(Callback):

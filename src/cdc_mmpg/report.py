@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CDCError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     console = Console()
