@@ -15,6 +15,15 @@ WANTED := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL),$(METHOD)))
 ROOT   := $(OUT)/$(DATASET)
 PY     := .venv/bin/python
 
+ifneq ($(filter train,$(MAKECMDGOALS)),)
+ifeq ($(filter $(METHOD),all $(ALL) $(PHASES)),)
+$(error METHOD=$(METHOD) is none of: all $(ALL) $(PHASES))
+endif
+ifeq ($(wildcard experiments/datasets/$(DATASET).yaml),)
+$(error DATASET=$(DATASET) is none of: $(basename $(notdir $(wildcard experiments/datasets/*.yaml))))
+endif
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help environment train predict table benchmark test lint check clean $(RUNS)
 
@@ -40,13 +49,13 @@ run/cdc_mmpg: run/adr_pretraining
 run/adr_pretraining_frozen: run/fine_tuning
 run/cdc_mmpg_frozen: run/adr_pretraining_frozen
 
-OPTIONS = --data.init_args.root=$(DATA) --data.init_args.cache_dir=$(ROOT)/data --seed_everything=$(SEED) \
-	$(if $(VOCAB),--data.init_args.vocab=$(VOCAB)) \
+OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir=$(ROOT)/data --seed_everything=$(SEED) \
+	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)") \
 	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
 	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
-	$(if $(CHECKPOINT),$(ENCODER)$(CHECKPOINT))
+	$(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
 
 ENCODER = --model.init_args.encoder.checkpoint=
 BUILDS_ON_frozen   = $(ENCODER)$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors
@@ -60,8 +69,11 @@ $(RUNS): run/%: .venv/.ready
 	$(PY) -m cdc_mmpg.cli fit --config experiments/methods/$*.yaml --config experiments/datasets/$(DATASET).yaml \
 		--trainer.default_root_dir=$(ROOT)/$*/seed$(SEED) $(OPTIONS) $(BUILDS_ON_$*) $(ARGS) $(ARGS_$*)
 
+# Through the environment, verbatim: neither make nor the shell may read into a question.
+predict: export CLIP := $(value VIDEO)
+predict: export ASKED := $(value QUESTION)
 predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD= DATASET= SEED= VOCAB=
-	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$(VIDEO)" --question "$(QUESTION)" \
+	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" \
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET=
@@ -81,5 +93,5 @@ lint: .venv/.ready ## ruff and mypy
 check: lint test ## what CI runs
 
 clean: ## remove the environment and the tools' caches; checkpoints stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info src/*.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

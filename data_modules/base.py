@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cdc_mmpg.batch import SPLITS, EpochDataModule, Example, Split, VideoTextBatch
 from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
@@ -175,18 +176,28 @@ class VideoQADataModule(EpochDataModule):
         named = sorted(set().union(*clips.values()))
         absent = [name for name in named if name not in paths]
         present = [paths[name] for name in named if name in paths]
-        unreadable = self.cache.fill(present, self.num_workers)
-        problems = [f"{name}: absent" for name in absent if not self.only_present]
-        problems += [f"{path.name}: {reason}" for path, reason in unreadable.items()]
         if not present:
             raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
+        problems = [] if self.only_present else [f"{name}: absent" for name in absent]
+        if len(problems) <= self.max_missing:
+            problems += self.cache.fill(present, self.num_workers).values()
         if len(problems) > self.max_missing:
-            raise DataError(
-                f"{self.root}: {len(problems)} of {len(named)} clips are absent or unreadable, "
-                f"{self.max_missing} may be (max_missing):\n  " + "\n  ".join(problems) + f"\n{self.remedy()}"
-            )
+            raise self._missing(problems, len(named))
         for line in problems:
             logger.warning("left out with its questions: %s", line)
+
+    def _missing(self, problems: Sequence[str], clips: int) -> DataError:
+        """The refusal that names the clips; the whole list lies beside the cache."""
+        path, shown = self.cache_dir / "missing.txt", 20
+        with atomic_write(path) as file:
+            file.write("\n".join(problems).encode())
+        more = f"\n  and {len(problems) - shown} more, all named in {path}" if len(problems) > shown else ""
+        return DataError(
+            f"{self.root}: of {clips} clips {len(problems)} are absent or unreadable, {self.max_missing} may be:\n  "
+            + "\n  ".join(problems[:shown])
+            + f"{more}\n{self.remedy()}\nTo leave clips out: ARGS=--data.init_args.max_missing=<how many>, or, where "
+            "the copy is a part of the dataset, ARGS=--data.init_args.only_present=true"
+        )
 
     @abstractmethod
     def remedy(self) -> str:

@@ -8,12 +8,14 @@ import hashlib
 import logging
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal
 from rich.progress import track
 
 from cdc_mmpg.errors import DataError
@@ -22,6 +24,8 @@ from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
 from cdc_mmpg.video import Decoder, read_frames
 
 logger = logging.getLogger(__name__)
+
+IGNORE_CTRL_C = (signal.SIGINT, signal.SIG_IGN)  # which reaches all processes; the one that started them decides
 
 
 class FrameCache:
@@ -71,15 +75,17 @@ class FrameCache:
         side = shorter_side(self.image_size)
         frame_bytes = side * round(side * 4 / 3) * 3
         needed = len(missing) * self.num_frames * CANDIDATES * frame_bytes
-        logger.info("decoding %d clips into %s, about %.1f GB", len(missing), self.folder, needed / 1e9)
+        logger.info("decoding %d clips into %s, about %s", len(missing), self.folder, decimal(needed))
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise DataError(
-                f"{self.folder}: about {needed / 1e9:.1f} GB are needed for the frames of {len(missing)} clips, "
-                f"{free / 1e9:.1f} GB are free: make room, or set --data.init_args.cache_dir"
+                f"{self.folder}: about {decimal(needed)} are needed for the frames of {len(missing)} clips, "
+                f"{decimal(free)} are free: make room, or set --data.init_args.cache_dir"
             )
         failures: dict[Path, str] = {}
         # Fresh processes: a forked copy of a process with running threads may hang.
-        with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(max(1, workers), context, initializer=signal.signal, initargs=IGNORE_CTRL_C)
+        try:
             futures = {pool.submit(self._decode, clip): clip for clip in missing}
             for future in track(_as_completed(futures), description="decoding clips", total=len(futures)):
                 try:
@@ -92,6 +98,8 @@ class FrameCache:
                         f"a decoding process died, on one of {', '.join(pending[: 2 * max(1, workers)])}: "
                         "remove the clip that kills it, or try the other decoder"
                     ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
         return failures
 
     def _decode(self, clip: Path) -> None:

@@ -39,8 +39,7 @@ class MSVDQA(VideoQADataModule):
         return (
             f"MSVD-QA belongs below {self.root.absolute()}: train_qa.json, val_qa.json, test_qa.json, "
             "youtube_mapping.txt and answer_set.txt (questions: https://github.com/xudejing/video-question-answering) "
-            "and YouTubeClips/*.avi (clips: https://www.cs.utexas.edu/~ml/clamp/videoDescription/). "
-            "With a part of the clips: --data.init_args.only_present=true"
+            "and YouTubeClips/*.avi (clips: https://www.cs.utexas.edu/~ml/clamp/videoDescription/)"
         )
 
     def read_split(self, split: Split) -> list[Sample]:

@@ -116,8 +116,16 @@ def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
     run = finished / "msvd" / "linear" / "seed0"
     assert predict.main([f"--run={run}", "--video=absent.mp4", "--question=what?"]) == 3
     assert "absent.mp4: no such clip" in capsys.readouterr().err
-    assert predict.main([f"--run={tmp_path}", "--video=absent.mp4", "--question=what?"]) == 4
+    assert predict.main([f"--run={tmp_path}", "--video=absent.mp4", "--question=what?"]) == 3
+    assert "absent.mp4" in capsys.readouterr().err
+    clip = write_clip(tmp_path / "own.mp4", codec="libx264")
+    assert predict.main([f"--run={tmp_path}", f"--video={clip}", "--question=what?"]) == 4
     assert "not a finished run" in capsys.readouterr().err
+    phase_one = finished / "msvd" / "adr_pretraining" / "seed0"
+    assert predict.main([f"--run={phase_one}", f"--video={clip}", "--question=what?"]) == 2
+    assert "phase one answers no questions" in capsys.readouterr().err
+    assert predict.main([f"--run={run}", f"--video={clip}", "--question= "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
 
 
 def test_prediction_is_what_the_test_split_saw(finished, msvd):
@@ -177,8 +185,8 @@ def test_two_processes_train_and_count_every_test_sample_once(fit, finished, tmp
         ("--trainer.accelerator=gpu", "No supported gpu backend", 2),
         ("--data.init_args.num_classes=9", "num_classes=5", 3),
         ("--data.init_args.root=/nowhere", "/nowhere: no such folder", 3),
-        ("--data.init_args.vocab=/nowhere/vocab.txt", "VOCAB= names it", 3),
-        ("--model.init_args.encoder.checkpoint=/nowhere/x.ckpt", "CHECKPOINT= names it", 3),
+        ("--data.init_args.vocab=/nowhere/vocab.txt", "VOCAB= names a file", 3),
+        ("--model.init_args.encoder.checkpoint=/nowhere/x.ckpt", "CHECKPOINT= names a file", 4),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_with_the_remedy(argument, message, code, fit, tmp_path, capsys):

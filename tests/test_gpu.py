@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_methods import batch
 
 from cdc_mmpg.benchmark import measure
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
@@ -9,7 +10,6 @@ from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from test_methods import batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -137,7 +137,7 @@ def test_a_half_written_array_is_never_read(own_msvd, tmp_path):
 
 def test_missing_clips_are_named_and_counted(own_msvd, tmp_path):
     (own_msvd / "YouTubeClips" / "c d_1_2.avi").unlink()
-    with pytest.raises(DataError, match=r"1 of 6 clips are absent or unreadable, 0 may be") as error:
+    with pytest.raises(DataError, match=r"of 6 clips 1 are absent or unreadable, 0 may be") as error:
         module(own_msvd, tmp_path).prepare_data()
     assert "c d_1_2: absent" in str(error.value)
     for allowed in ({"max_missing": 1}, {"only_present": True}):

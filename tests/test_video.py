@@ -117,7 +117,7 @@ def test_what_is_no_clip_is_refused_by_name(tmp_path, content, reason, decoder):
     with pytest.raises(DataError, match=rf"fake\.mp4.*{reason}") as error:
         read_frames(path, lambda count: [0], 32, decoder)
     if reason == "cannot decode":
-        assert f"try decoder {'decord' if decoder == 'pyav' else 'pyav'}" in str(error.value)
+        assert f"decoder={'decord' if decoder == 'pyav' else 'pyav'}" in str(error.value)
 
 
 def test_audio_alone_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -111,6 +112,7 @@ class EpochDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=EpochSampler(size, self.seed, shuffle, rank, world, skip),
             collate_fn=_as_it_is,
+            worker_init_fn=ignore_stop_signals,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -127,6 +129,12 @@ class EpochDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next training epoch begins after these batches."""
         self._seen_batches = state_dict["seen_batches"]
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """A helper process leaves stopping to the one that started it: Ctrl-C reaches them all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

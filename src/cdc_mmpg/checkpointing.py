@@ -89,7 +89,7 @@ def newest_state(run: Path) -> Path | None:
             logger.warning("%s; going on from the state before it", error)
             continue
         for old in states[place + 2 :]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # other processes of this run clear, too
         return state
     if states:
         raise CheckpointError(f"{folder}: all {len(states)} states are damaged: delete {run} to train anew")

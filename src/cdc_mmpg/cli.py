@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.errors import CDCError, CheckpointError, DataError
 from cdc_mmpg.results import fingerprint, read_results
 
 
@@ -56,8 +56,9 @@ def log_to_terminal() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     for name in ("cdc_mmpg", "data_modules"):
         logging.getLogger(name).setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in (("lightning.pytorch", logging.WARNING), ("lightning.fabric", logging.WARNING),
+                        ("huggingface_hub", logging.ERROR)):  # fmt: skip
+        logging.getLogger(name).setLevel(level)
         logging.getLogger(name).propagate = False
 
 
@@ -88,10 +89,13 @@ def _check_paths(arguments: Sequence[str]) -> None:
         wrong = "a file" if path.is_file() else "no such folder" if not path.is_dir() else ""
         if wrong or not any(path.iterdir()):
             raise DataError(f"{root}: {wrong or 'an empty folder'}\n{_source_of_dataset(arguments)}".rstrip())
-    for name, variable in (("data.init_args.vocab", "VOCAB"), ("model.init_args.encoder.checkpoint", "CHECKPOINT")):
+    for name, variable, kind in (
+        ("data.init_args.vocab", "VOCAB", DataError),
+        ("model.init_args.encoder.checkpoint", "CHECKPOINT", CheckpointError),
+    ):
         value = option(arguments, name)
         if value and "." in value and not Path(value).is_file():
-            raise DataError(f"{value}: no such file; {variable}= names it")
+            raise kind(f"{value}: {'a folder' if Path(value).is_dir() else 'no such file'}; {variable}= names a file")
 
 
 def _source_of_dataset(arguments: Sequence[str]) -> str:

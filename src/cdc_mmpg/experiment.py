@@ -80,7 +80,7 @@ class Parser(LightningArgumentParser):
         )
         if unknown and "nearest" not in message:
             name = (unknown[1] or unknown[2]).split(".")[-1]
-            nearest = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0)
+            nearest = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0.5)
             message += f"\nThe key {name!r} is unknown; the nearest that exists is {nearest[0]!r}."
         raise ConfigError(message)
 
@@ -168,6 +168,9 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Claim the run's folder, or refuse it."""
         if self.subcommand == "fit":
+            trainer = self._get(self.config, "trainer")
+            if trainer["max_steps"] < 1 and trainer["max_epochs"] is not None and trainer["max_epochs"] < 1:
+                raise ConfigError(f"max_epochs is {trainer['max_epochs']}: max_epochs must be at least 1 (EPOCHS=)")
             claim(self.folder, self.settings)
 
     def instantiate_classes(self) -> None:
@@ -215,8 +218,6 @@ class Experiment(LightningCLI):
         )  # fmt: skip
         trainer.fit(model, datamodule, ckpt_path=newest_state(self.folder), weights_only=True)
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
-        if not Path(best.best_model_path).is_file():
-            raise ConfigError(f"{self.folder}: no epoch was completed: max_epochs must be at least 1")
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
         if not trainer.is_global_zero:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdc_mmpg.cli import log_to_terminal
-from cdc_mmpg.errors import CDCError, CheckpointError
+from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
+from cdc_mmpg.results import read_results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,14 +36,22 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     The last layer is made explicitly, as the cloud sends it, and then installed.
 
     Raises:
+        ConfigError: an empty question, or a run that answers none.
         CheckpointError: the run is not finished, or damaged.
-        DataError: the clip cannot be decoded.
+        DataError: the clip is absent or cannot be decoded.
     """
     from cdc_mmpg.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `cli`
     from cdc_mmpg.video import read_frames  # noqa: PLC0415
 
-    if not (run / "results.json").is_file():
+    if not question.strip():
+        raise ConfigError("the question is empty: ask one (QUESTION=)")
+    if not video.is_file():
+        raise DataError(f"{video}: no such clip (VIDEO=)")
+    results = read_results(run)
+    if results is None:
         raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
+    if "test/accuracy" not in results["metrics"]:
+        raise ConfigError(f"{run}: phase one answers no questions; take a run of phase two (METHOD=cdc_mmpg)")
 
     import torch  # noqa: PLC0415
     import torch.nn.functional as F  # noqa: PLC0415

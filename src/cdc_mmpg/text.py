@@ -1,5 +1,6 @@
 """Questions as WordPiece ids: bert-base-uncased's tokenizer, from a local `vocab.txt` or from the hub."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
 
 from cdc_mmpg.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 HUB_NAME = "google-bert/bert-base-uncased"
 REMEDY = "give a local one with VOCAB=path/to/vocab.txt (30,522 lines for bert-base-uncased)"
@@ -37,6 +40,7 @@ class TextEncoder:
 
     def __init__(self, vocab: str | Path | None = None, length: int = 40) -> None:
         if vocab is None:
+            logger.info("fetching the vocabulary of %s, unless it is there", HUB_NAME)
             try:
                 self._tokenizer = Tokenizer.from_pretrained(HUB_NAME)
             except Exception as error:  # the hub's client raises errors of many families

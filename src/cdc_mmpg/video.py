@@ -58,7 +58,7 @@ def read_frames(
         other = "decord" if decoder == "pyav" else "pyav"
         raise DataError(
             f"{path}: {decoder} cannot decode it ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            f"fetch the clip again, or try decoder {other}"
+            f"fetch the clip again, or try --data.init_args.decoder={other}"
         ) from error
 
 

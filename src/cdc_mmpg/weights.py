@@ -1,6 +1,7 @@
 """Reading weights from files that others made, without running any code that is in them."""
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: absent, unreadable, or it names code to run.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+        raise CheckpointError(f"{path}: {'a folder, not' if path.is_dir() else 'no such'} checkpoint file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -65,14 +66,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise CheckpointError(f"{path}: damaged, the checksum of {damaged} is wrong")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnly)
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnly)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint, but cut short, damaged, or of another kind ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content

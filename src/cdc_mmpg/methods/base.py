@@ -100,10 +100,10 @@ class Method(LightningModule):
         """Loss of a training batch.
 
         Raises:
-            DivergedError: it is not finite; names the samples.
+            DivergedError: it is not finite, here or on another process; names the samples.
         """
         loss = self._step(batch, "train")
-        if not torch.isfinite(loss):
+        if not self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss))):  # on every process the same
             raise DivergedError(
                 f"the loss is {loss.item()} at epoch {self.current_epoch}, step {self.global_step}, on the training "
                 f"samples {batch.indices.tolist()}: look at them, or lower the learning rate ({self.learning_rate})"
@@ -156,16 +156,8 @@ class Answering(Method):
 
     KEPT_PREDICTIONS = 8  # of the first samples of a split, for people to look at
 
-    def __init__(
-        self,
-        encoder: AllInOne,
-        head: Head,
-        train_encoder: bool,
-        learning_rate: float,
-        weight_decay: float,
-        seed: int,
-    ) -> None:
-        super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
+    def setup(self, stage: str) -> None:
+        """Fresh metrics for every fit or test."""
         self.accuracy: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # of a few samples, by index
 

@@ -228,7 +228,7 @@ class AllInOne(nn.Module):
         if isinstance(path_or_state_dict, Mapping):
             source, state = "the state dict", dict(path_or_state_dict)
         elif str(path_or_state_dict) == DEIT:
-            source, state = DEIT, timm.create_model(DEIT, pretrained=True).state_dict()
+            source, state = DEIT, _fetch_deit()
         else:
             source, state = str(path_or_state_dict), read_state_dict(Path(path_or_state_dict))
         own = self.state_dict()
@@ -268,6 +268,15 @@ class AllInOne(nn.Module):
         if key == "transformer.pos_embed" and value.shape[::2] == own.shape[::2]:
             return resample_abs_pos_embed(value, list(self.transformer.patch_embed.grid_size))
         raise CheckpointError(f"{source}: {key!r} is {tuple(value.shape)}, this encoder has {tuple(own.shape)}")
+
+
+def _fetch_deit() -> dict[str, Tensor]:
+    try:
+        return timm.create_model(DEIT, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises errors of many families
+        raise CheckpointError(
+            f"cannot fetch {DEIT} through timm ({type(error).__name__}): download its file elsewhere and name it"
+        ) from error
 
 
 def roll_tokens(tokens: Tensor, frames: int, text_tokens: int) -> Tensor:
