@@ -30,7 +30,7 @@ endif
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-environment: .venv/.ready ## build .venv (uv, requirements.txt)
+environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 
 .venv/.ready: requirements.txt pyproject.toml
 	@echo "Building .venv: about 3 GB to fetch and 6 GB on disk, mostly CUDA for PyTorch; half a minute to several."
@@ -41,7 +41,7 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt)
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 
-train: $(WANTED) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= DEVICES= NODES= PRECISION= EPOCHS= ARGS=
+train: $(WANTED) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
 	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.report $(ROOT))
 
 # Phase two builds on phase one; the frozen recipe adapts the encoder first.

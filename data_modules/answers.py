@@ -5,9 +5,22 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from cdc_mmpg.batch import UNKNOWN
 from cdc_mmpg.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+
+def read_text(path: Path) -> str:
+    """The text of an annotation file, with or without a byte order mark.
+
+    Raises:
+        DataError: not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8, or fetch it again") from error
 
 
 class Answers:
@@ -17,15 +30,13 @@ class Answers:
         words: the known answers in the order of their classes.
     """
 
-    UNKNOWN = -100  # label of an answer without a class: ignored by the loss, wrong in evaluation
-
     def __init__(self, words: list[str]) -> None:
         self.words = words
         self._labels = {word: label for label, word in enumerate(words)}
 
     def label(self, answer: str) -> int:
         """The class of an answer, `UNKNOWN` outside the vocabulary."""
-        return self._labels.get(answer, self.UNKNOWN)
+        return self._labels.get(answer, UNKNOWN)
 
     @classmethod
     def read(cls, path: Path, num_classes: int, training_answers: Iterable[str]) -> "Answers":
@@ -35,7 +46,7 @@ class Answers:
             DataError: the vocabulary does not hold num_classes - 1 different answers.
         """
         if path.is_file():
-            words = path.read_text(encoding="utf-8-sig").splitlines()
+            words = read_text(path).splitlines()
         else:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]

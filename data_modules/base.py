@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cdc_mmpg.batch import SPLITS, EpochDataModule, Example, Split, VideoTextBatch
+from cdc_mmpg.batch import SPLITS, UNKNOWN, EpochDataModule, Example, Split, VideoTextBatch
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
@@ -250,19 +250,19 @@ class VideoQADataModule(EpochDataModule):
         """(N,) the class of every sample."""
         return self._splits[split].labels
 
-    def fingerprint(self, split: Split) -> str:
-        """A digest of everything that decides what `dataset(split, augment=False)` holds."""
+    def fingerprint(self, split: Split, frames: bool) -> str:
+        """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
         digest = hashlib.sha256()
         dataset = self._splits[split]
         for path, ids, label in zip(dataset.paths, dataset.text_ids, dataset.labels.tolist(), strict=True):
-            digest.update(f"{self._frame_names[path]} {ids} {label}\n".encode())
+            digest.update(f"{self._frame_names[path] if frames else path.stem} {ids} {label}\n".encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
         summary: dict[str, dict[str, float]] = {}
         for split, dataset in self._splits.items():
-            unknown = int((dataset.labels == Answers.UNKNOWN).sum())
+            unknown = int((dataset.labels == UNKNOWN).sum())
             summary[split] = {
                 "questions": len(dataset),
                 "clips": len(set(dataset.paths)),

@@ -7,8 +7,10 @@ settings: a changed clip or setting is a new name, so a stale file is never read
 import hashlib
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +27,18 @@ from cdc_mmpg.video import Decoder, read_frames
 
 logger = logging.getLogger(__name__)
 
-IGNORE_CTRL_C = (signal.SIGINT, signal.SIG_IGN)  # which reaches all processes; the one that started them decides
+
+def _begin_worker() -> None:
+    """Ctrl-C reaches all processes: the one that started this decides. Without it, this ends, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class FrameCache:
@@ -84,7 +97,7 @@ class FrameCache:
         failures: dict[Path, str] = {}
         # Fresh processes: a forked copy of a process with running threads may hang.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(max(1, workers), context, initializer=signal.signal, initargs=IGNORE_CTRL_C)
+        pool = ProcessPoolExecutor(max(1, workers), context, initializer=_begin_worker)
         try:
             futures = {pool.submit(self._decode, clip): clip for clip in missing}
             for future in track(_as_completed(futures), description="decoding clips", total=len(futures)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import DataError
-from data_modules.answers import Answers
+from data_modules.answers import Answers, read_text
 from data_modules.base import Sample, VideoQADataModule
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
@@ -101,7 +101,4 @@ class MSVDQA(VideoQADataModule):
             raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
         if not path.is_file():
             raise DataError(f"{path}: no such file\n{self.remedy()}")
-        try:
-            return path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8, or fetch it again") from error
+        return read_text(path)

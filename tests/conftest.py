@@ -27,7 +27,7 @@ def write_clip(
         if codec == "mpeg4":
             stream.bit_rate = 4_000_000
         for number in range(frames):
-            picture = np.full((size[1], size[0], 3), 4 + 6 * number, np.uint8)
+            picture = np.full((size[1], size[0], 3), (4 + 6 * number) % 256, np.uint8)
             container.mux(
                 stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=stream.pix_fmt))
             )

@@ -55,6 +55,7 @@ def recording(path: Path, pause: float = 0.0) -> list[str]:
 def _run(function: Callable[..., object], arguments: tuple[object, ...], folder: str, log: str) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a program from the shell
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

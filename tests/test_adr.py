@@ -53,10 +53,10 @@ def test_batch_statistics_run_when_serving(anchor):
         adr(anchor, sample=False)
     torch.testing.assert_close(adr.running_mean[0], anchor.mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(adr.running_std[0], anchor.std(0, correction=0), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="batch of one"):
-        adr(anchor[:1], sample=False)
-    adr.eval()
     before = adr.running_mean.clone()
+    training = adr(anchor[:1], sample=False).generated  # a batch of one has no deviation
+    adr.eval()
+    assert torch.equal(training, adr(anchor[:1], sample=False).generated)
     one = adr(anchor[:1], sample=False).generated
     assert torch.isfinite(one).all()
     torch.testing.assert_close(one, adr(anchor, sample=False).generated[:1])
@@ -104,6 +104,12 @@ def test_other_files_are_refused(tmp_path):
     save_safetensors(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"phase one's adr\.safetensors"):
         ADR.load(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_bytes(b"hello, I am no tensor")
+    with pytest.raises(CheckpointError, match=r"text\.safetensors"):
+        ADR.load(tmp_path / "text.safetensors")
+    (tmp_path / "pickle.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pickle\.ckpt"):
+        ADR.load(tmp_path / "pickle.ckpt")
     with pytest.raises(CheckpointError, match="no such"):
         ADR.load(tmp_path / "absent.safetensors")
 

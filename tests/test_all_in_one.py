@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -190,6 +191,34 @@ def test_deit_alone_leaves_the_text_at_random(state):
     torch.testing.assert_close(encoder.transformer.pos_embed, state["transformer.pos_embed"])
     with pytest.raises(CheckpointError, match="pos_embed"):
         encoder.load_reference({k: v for k, v in deit.items() if k != "pos_embed"})
+
+
+def test_deits_own_file_and_timms_download(state, tmp_path, monkeypatch):
+    deit = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+    del deit["temporal_embed"]
+    torch.save({"model": deit}, tmp_path / "deit.pth")
+    from_file = AllInOne(checkpoint=str(tmp_path / "deit.pth"))
+    assert torch.equal(from_file.transformer.cls_token, state["transformer.cls_token"])
+    create = timm.create_model
+
+    def with_weights(name, pretrained=False, **arguments):
+        model = create(name, **arguments)
+        if pretrained:
+            model.load_state_dict(deit, strict=False)
+        return model
+
+    monkeypatch.setattr("timm.create_model", with_weights)
+    fetched = AllInOne(checkpoint="deit_tiny_patch16_224")
+    assert torch.equal(fetched.transformer.pos_embed, state["transformer.pos_embed"])
+
+    def no_hub(name, pretrained=False, **arguments):
+        if pretrained:
+            raise OSError("no route to the hub")
+        return create(name, **arguments)
+
+    monkeypatch.setattr("timm.create_model", no_hub)
+    with pytest.raises(CheckpointError, match="download its file elsewhere"):
+        AllInOne(checkpoint="deit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize("arguments", [{"image_size": 100}, {"num_frames": 0}, {"depth": 0}])

@@ -1,7 +1,9 @@
 """The command line on small real files: every method, the table, prediction, two processes, and bad input."""
 
+import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +14,9 @@ import torch
 import yaml
 from processes import finish, start
 
-from cdc_mmpg import predict, report
+from cdc_mmpg import dashboard, predict, report
 from cdc_mmpg.cli import main
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip
 
@@ -49,8 +52,8 @@ def test_a_run_leaves_its_results(method, fit, finished):
     assert "optimizer_states" not in best
     assert not (folder / "resume").exists()
     assert list(folder.glob("logs/version_0/metrics.csv"))
-    product = {"adr_pretraining": "adr.safetensors", "fine_tuning": "encoder.safetensors"}.get(method)
-    assert {path.name for path in folder.glob("*.safetensors")} == ({product} if product else set())
+    products = {"linear": set(), "hyper": set(), "hyper_fan_in": set(), "fine_tuning": {"encoder.safetensors"}}
+    assert {path.name for path in folder.glob("*.safetensors")} == products.get(method, {"adr.safetensors"})
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     began = time.process_time()
     assert main(command) == 0  # nothing is done twice
@@ -64,11 +67,21 @@ def test_the_logs_hold_the_metrics(finished):
         assert name in text.splitlines()[0]
 
 
-def test_the_best_epoch_is_the_one_that_was_tested(finished):
-    """The weights in best.ckpt give the accuracy that results.json reports."""
-    folder = finished / "msvd" / "fine_tuning" / "seed0"
-    config = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}"]
-    assert main([*config, "--weights_only=true"]) == 0
+def test_the_best_epoch_is_the_one_that_was_tested(fit, tmp_path):
+    """The weights in best.ckpt, an earlier epoch's, give the accuracy that results.json reports."""
+    command = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=1.0", out=tmp_path)
+    assert main(command) == 0
+    folder = tmp_path / "msvd" / "linear" / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    (log,) = folder.glob("logs/version_0/metrics.csv")
+    with log.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/accuracy"]]
+    scores = [float(row["val/accuracy"]) for row in rows]
+    best = scores.index(max(scores))
+    assert best < 5, "choose a run whose best epoch is not its last"
+    assert results["best_epoch"] == best
+    assert results["metrics"]["val/accuracy"] == pytest.approx(max(scores))
+    assert f" {results['metrics']['test/loss']:.4f}"[:6] in result_of_testing_alone(folder, tmp_path)
 
 
 def test_the_table_puts_the_methods_side_by_side(finished, capsys):
@@ -146,26 +159,50 @@ def test_prediction_is_what_the_test_split_saw(finished, msvd):
         assert answers[word] == pytest.approx(scores[label].item(), abs=1e-5)
 
 
-def test_two_processes_train_and_count_every_test_sample_once(fit, finished, tmp_path):
-    """Real processes over gloo; the eight test questions are shared out 4 and 4, the validation's four 2 and 2."""
-    command = [
-        *fit("fine_tuning", "--trainer.max_epochs=2", "--data.init_args.batch_size=3", out=tmp_path),
-        "--trainer.devices=2",
-    ]
-    done = subprocess.run([sys.executable, "-m", "cdc_mmpg.cli", *command], capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
-    results = json.loads((folder / "results.json").read_text())
-    assert results["devices"] == "2 x cpu"
+def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp_path):
+    """Real processes over gloo, with kept features and without; seven test questions are shared out 4 and 3."""
+    for split, length in (("test", 7), ("val", 3)):
+        rows = json.loads((own_msvd / f"{split}_qa.json").read_text())
+        (own_msvd / f"{split}_qa.json").write_text(json.dumps(rows[:length]))
+    running = {}
+    for method in ("fine_tuning", "linear"):
+        command = fit(
+            method, "--data.init_args.batch_size=2", "--trainer.devices=2", root=own_msvd, out=tmp_path / method
+        )
+        running[method] = subprocess.Popen([sys.executable, "-m", "cdc_mmpg.cli", *command], stderr=subprocess.PIPE,
+                                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    for method, process in running.items():
+        errors = process.communicate(timeout=280)[1]
+        assert process.returncode == 0, errors
+        folder = tmp_path / method / "msvd" / method / "seed0"
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["devices"], results["questions_per_step"]) == ("2 x cpu", 4)
+        accuracy, loss = (results["metrics"][f"test/{name}"] for name in ("accuracy", "loss"))
+        assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-5)
+        printed = result_of_testing_alone(folder, tmp_path / method)
+        assert f" {accuracy:.4f}"[:6] in printed
+        assert f" {loss:.4f}"[:6] in printed
+
+
+def result_of_testing_alone(folder: Path, out: Path) -> str:
+    """What Lightning's own test of a run's best weights prints, in one process."""
     alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
-             "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path / 'alone'}"]  # fmt: skip
-    process = start(tmp_path / "log", main, alone)
-    assert finish(process) == 0
-    accuracy = results["metrics"]["test/accuracy"]
-    assert (accuracy * 8) == pytest.approx(round(accuracy * 8), abs=1e-5)
-    printed = (tmp_path / "log").read_text()
-    assert f" {accuracy:g} " in printed, printed
+             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
+    process = start(out / "log", main, alone)
+    assert finish(process) == 0, (out / "log").read_text()
+    return (out / "log").read_text()
+
+
+def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path, monkeypatch):
+    from data_modules.msvd_qa import MSVDQA
+
+    data = MSVDQA(str(msvd), 5, str(tmp_path), image_size=32, num_workers=0, vocab=str(msvd / "vocab.txt"))
+    data.prepare_data()
+    data.setup("fit")
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 5)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    with pytest.raises(ConfigError, match="4 samples cannot be shared out to 5 processes"):
+        data.val_dataloader()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +297,49 @@ def test_wandb_stays_below_the_run_and_logs_examples(fit, tmp_path, monkeypatch)
     tables = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
     assert {tuple(table["columns"]) for table in tables} == {("frames", "clip", "question", "prediction", "answer")}
     assert any(row[1] == "t_0_1" for table in tables for row in table["data"])
+
+
+def test_a_silent_wandb_server_costs_seconds_and_nothing_else(fit, tmp_path):
+    """It accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        process = start(tmp_path / "log", online, fit("linear", out=tmp_path / "out"), f"http://127.0.0.1:{port}")
+        assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert "W&B cannot be reached" in (tmp_path / "log").read_text()
+    assert (tmp_path / "out" / "msvd" / "linear" / "seed0" / "results.json").exists()
+
+
+def online(command: list[str], server: str) -> int:
+    dashboard.PATIENCE_SECONDS = 3
+    os.environ |= {"WANDB_MODE": "online", "WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40}
+    return main(command)
+
+
+def test_examples_come_from_all_over_the_split(finished):
+    folder = finished / "msvd" / "cdc_mmpg" / "seed0"
+    with (folder / "examples.test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["clip"] for row in rows} == {"t_0_1", "u_0_9"}
+    assert all(row["prediction"] in {"red", "green", "blue", "man", "(unknown)"} for row in rows)
+
+
+def test_the_real_clips_at_the_papers_size(real, tmp_path):
+    """What the issue of counts and bytes comes down to: 103 / 22 / 57 questions, 1,001 classes, full-sized model."""
+    for method, cloud, down in (("linear", 0, 0), ("hyper", 18_739_721, 388_388)):
+        run = tmp_path / "msvd" / method / "seed0"
+        vocab = real.parent / "vocab" / "vocab.txt"
+        command = ["fit", f"--config=experiments/methods/{method}.yaml", "--config=experiments/datasets/msvd.yaml",
+                   f"--trainer.default_root_dir={run}", f"--data.init_args.root={real / 'msvd'}",
+                   f"--data.init_args.cache_dir={tmp_path / 'data'}", f"--data.init_args.vocab={vocab}",
+                   "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
+                   "--data.init_args.only_present=true", "--data.init_args.batch_size=32"]  # fmt: skip
+        assert main(command) == 0
+        results = json.loads((run / "results.json").read_text())
+        assert results["questions"] == {"train": 103, "val": 22, "test": 57}
+        assert results["classes"] == 1001
+        assert results["parameters"]["device"] == 11_546_921
+        assert results["parameters"]["cloud"] == cloud
+        assert results["bytes"]["down"] == down
 
 
 def test_wandb_disabled_leaves_nothing(fit, tmp_path):

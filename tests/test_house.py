@@ -22,15 +22,15 @@ SOURCES = [*ROOT.glob("src/cdc_mmpg/**/*.py"), *ROOT.glob("data_modules/*.py")]
 # What each room may import of the others; a package stands for its modules.
 ROOMS = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "frames": set(),
     "video": {"errors", "frames"},
     "text": {"errors"},
-    "batch": {"frames"},
+    "batch": {"errors", "frames"},
     "weights": {"errors", "files"},
-    "models": {"models", "errors", "weights"},
+    "models": {"models", "batch", "errors", "weights"},
     "methods": {"methods", "models", "batch", "errors", "weights"},
-    "features": {"models", "batch", "files", "weights"},
+    "features": {"models", "batch", "errors", "files", "weights"},
     "checkpointing": {"errors", "files", "weights"},
     "dashboard": {"methods", "batch"},
     "results": {"files"},
@@ -39,7 +39,7 @@ ROOMS = {
                    "text", "weights"},
     "cli": {"errors", "results", "experiment"},
     "benchmark": {"batch", "methods", "models"},
-    "predict": {"batch", "cli", "errors", "experiment", "frames", "text", "video", "weights"},
+    "predict": {"batch", "cli", "errors", "experiment", "frames", "results", "text", "video", "weights"},
     "data_modules": {"data_modules", "batch", "errors", "files", "frames", "text", "video"},
 }  # fmt: skip
 
@@ -173,6 +173,8 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd):
         if command[0] == "predict":
             named["SEED"] = "0"
         for arguments in make(command[0], *(f"{key}={value}" for key, value in named.items())):
+            shell = {"$CLIP": named.get("VIDEO"), "$ASKED": named.get("QUESTION")}
+            arguments = [shell.get(argument, argument) for argument in arguments]  # noqa: PLW2901
             program = programs.get(arguments[0], report.main)
             process = start(tmp_path / "log", program, arguments)
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
@@ -181,6 +183,27 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd):
     methods = {path.parents[1].name for path in (tmp_path / "out").rglob("results.json")}
     assert methods == {*report.NAMES, "adr_pretraining", "adr_pretraining_frozen"}
     assert (tmp_path / "out" / "msvd" / "table.md").exists()
+
+
+def test_a_question_reaches_the_program_as_it_was_asked():
+    question = 'what\'s "five" for $5 or $(shell date) or `date`; $HOME?'
+    command = ["make", "predict", "PY=echo", f"QUESTION={question}", "VIDEO=my $clip.mp4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
+    assert f"--video my $clip.mp4 --question {question}" in done.stdout
+
+
+def test_paths_may_have_spaces():
+    (command, _) = make("train", "METHOD=linear", "DATA=my data", "VOCAB=my vocab.txt", "CHECKPOINT=my model.ckpt")
+    assert {"--data.init_args.root=my data", "--data.init_args.vocab=my vocab.txt",
+            "--model.init_args.encoder.checkpoint=my model.ckpt"} <= set(command)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["METHOD=linaer", "DATASET=mvsd"])
+def test_names_that_do_not_exist_are_refused_with_those_that_do(wrong):
+    done = subprocess.run(["make", "train", wrong], cwd=ROOT, capture_output=True, text=True, check=False, env=OUTSIDE)
+    assert done.returncode == 2
+    assert f"{wrong} is none of" in done.stderr
+    assert ("hyper_fan_in" if "METHOD" in wrong else "msvd") in done.stderr
 
 
 def test_the_recipes_order_is_makes():

@@ -1,7 +1,9 @@
 """Real kills of real processes: nothing complete is lost, and a run that goes on ends where it would have ended."""
 
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -15,7 +17,9 @@ from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, newest_state
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.weights import load_checkpoint
+from conftest import write_clip, write_msvd
 
 SLOW = 0.03  # seconds a step
 
@@ -168,18 +172,76 @@ def test_another_configuration_may_not_go_on_with_a_run(run, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+def save_with_little_room(path: Path) -> int:
+    """A save that runs into the limit of a file's size, as into the end of a disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(100_000)}, path)
+    except CheckpointError as error:
+        return 7 if "state.ckpt: cannot be saved; the checkpoint before it is untouched" in str(error) else 1
+    return 0
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "state.ckpt"
     AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
-
-    def no_room(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("cdc_mmpg.files.os.fsync", no_room)
-    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be saved \(No space left on device\)"):
-        AtomicCheckpointIO().save_checkpoint({"number": 2}, path)
+    process = start(tmp_path / "log", save_with_little_room, path)
+    assert finish(process) == 7, (tmp_path / "log").read_text()
     assert load_checkpoint(path) == {"number": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["state.ckpt"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"state.ckpt", "log"}
+
+
+def test_a_run_does_not_go_on_with_other_data(run, own_msvd, tmp_path):
+    command, _, last = run("fine_tuning")
+    stopped(command, last, tmp_path / "log", at=8)
+    rows = json.loads((own_msvd / "train_qa.json").read_text())
+    rows[0]["answer"] = "man"
+    (own_msvd / "train_qa.json").write_text(json.dumps(rows))
+    process = start(tmp_path / "log", main, [*command, f"--data.init_args.root={own_msvd}"])
+    assert finish(process) == 2
+    assert "this run began on other data: train differ" in (tmp_path / "log").read_text()
+
+
+def test_phase_two_notices_another_phase_one(run, phase_one, tmp_path):
+    """Going on, and after it has finished."""
+    own = tmp_path / "adr.safetensors"
+    shutil.copy(phase_one, own)
+    command, folder, last = run("cdc_mmpg")
+    command.append(f"--model.init_args.adr={own}")
+    stopped(command, last, tmp_path / "log", at=8)
+    torch.manual_seed(1)
+    ADR().save(own)
+    assert finish(start(tmp_path / "log", main, command)) == 2
+    assert "content of model.init_args.adr: " in (tmp_path / "log").read_text()
+    shutil.copy(phase_one, own)
+    assert finish(start(tmp_path / "log", main, command)) == 0
+    (folder / RESUME).mkdir()  # as a kill right after the results leaves it
+    assert finish(start(tmp_path / "log", main, command)) == 0
+    assert not (folder / RESUME).exists()
+    ADR().save(own)
+    assert finish(start(tmp_path / "log", main, command)) == 2
+    shutil.copy(phase_one, own)
+    assert finish(start(tmp_path / "log", main, [*command, "--trainer.log_every_n_steps=3"])) == 0, "the same run"
+
+
+def in_a_group(command: list[str]) -> int:
+    """A run as the shell starts it: Ctrl-C reaches it and all its children."""
+    os.setpgid(0, 0)
+    return main(command)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_is_the_runs_to_answer(number, code, run, expected, tmp_path):
+    command, folder, last = run("fine_tuning")
+    command.append("--data.init_args.num_workers=2")
+    process = start(tmp_path / "log", in_a_group, command)
+    until(lambda: steps(last) >= 8, process)
+    os.killpg(process.pid, number)
+    assert finish(process) == code, (tmp_path / "log").read_text()
+    assert list(folder.glob(f"{RESUME}/stopped-step=*.ckpt"))
+    assert finish(start(tmp_path / "log", main, command)) == 0
+    assert_ends_as_uninterrupted(expected, ("fine_tuning",), folder, last)
 
 
 def kill_a_worker(command: list[str]) -> int:
@@ -204,18 +266,70 @@ def test_a_killed_worker_is_a_data_error(run, tmp_path):
     assert "DataError: a process that loads batches hung or was killed" in (tmp_path / "log").read_text()
 
 
-def test_killed_while_decoding_or_computing_features(run, own_msvd, tmp_path):
-    """What was made stays, what was half made is made anew."""
-    command, folder, _ = run("linear")
-    data = tmp_path / "msvd" / "data"
-    generator = random.Random(5)
-    for _ in range(5):
-        process = start(tmp_path / "log", main, command)
-        time.sleep(0.1 + generator.random() * 0.6)
-        kill(process)
-        finish(process)
+def children_of(pid: int) -> set[int]:
+    """Processes whose parent is `pid`, and theirs."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = entry.read_text().partition(" (")
+        except OSError:
+            continue
+        if int(rest.rpartition(") ")[2].split()[1]) == pid:
+            found |= {int(number)} | children_of(int(number))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_while_decoding_what_was_made_stays(number, run, fit, tmp_path):
+    """Many clips, one worker: some are done, one is half done, none is lost or read half; no process is left behind."""
+    root = write_msvd(tmp_path / "many")
+    names = [f"more_{index}_1" for index in range(50)]
+    with (root / "youtube_mapping.txt").open("a") as file:
+        file.writelines(f"{name} vid{1000 + index}\n" for index, name in enumerate(names))
+    rows = json.loads((root / "train_qa.json").read_text())
+    for index, name in enumerate(names):
+        write_clip(root / "YouTubeClips" / f"{name}.avi", frames=150, size=(160, 120))
+        rows.append({"answer": "red", "id": index, "question": "what is it?", "video_id": 1000 + index})
+    (root / "train_qa.json").write_text(json.dumps(rows))
+    command = fit("linear", root=root, out=tmp_path / "out")
+    frames = tmp_path / "out" / "msvd" / "data" / "frames"
+    process = start(tmp_path / "log", main, command)
+    until(lambda: len(list(frames.glob("*.npy"))) >= 5, process)
+    workers = children_of(process.pid)
+    kill(process, number)
+    assert finish(process, 20) == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    made = {path: path.stat().st_mtime_ns for path in frames.glob("*.npy")}
+    assert 5 <= len(made) < 56
+    assert workers
+    end = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if is_running(pid)], "a decoding process was left behind"
     process = start(tmp_path / "log", main, command)
     assert finish(process) == 0, (tmp_path / "log").read_text()
-    assert len(list((data / "frames").glob("*.npy"))) == 6
-    assert not list(data.rglob("*.tmp"))
-    shutil.rmtree(folder)
+    assert len(list(frames.glob("*.npy"))) == 56
+    assert made == {path: path.stat().st_mtime_ns for path in made}, "a clip was decoded twice"
+    assert not list(frames.glob(".*"))
+
+
+def test_killed_while_computing_features_they_are_made_anew(run, tmp_path):
+    command, _, _ = run("linear")
+    data = tmp_path / "msvd" / "data"
+    process = start(tmp_path / "log", main, command)
+    until(lambda: any(data.glob("features/train.*.safetensors")), process)
+    kill(process)
+    finish(process)
+    (kept,) = data.glob("features/train.*.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])  # damaged from outside, too
+    process = start(tmp_path / "log", main, command)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert kept.read_bytes() == whole
+    assert len(list(data.glob("features/*.safetensors"))) == 3

@@ -7,7 +7,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import FeatureBatch, VideoTextBatch
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, VideoTextBatch
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Answering, Method
@@ -17,7 +17,7 @@ from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.heads import UNKNOWN, OpenEnded
+from cdc_mmpg.models.heads import OpenEnded
 
 
 def encoder(**arguments: float) -> AllInOne:

@@ -1,6 +1,7 @@
 """MSVD-QA as people have it: what is read, what is left out, what is refused, and in which order it comes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.batch import EpochSampler, normalise
+from cdc_mmpg.batch import UNKNOWN, EpochSampler, normalise
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.models.heads import UNKNOWN
+from cdc_mmpg.files import HOST
 from conftest import write_clip
-from data_modules.answers import Answers
 from data_modules.msvd_qa import MSVDQA
 
 
@@ -48,7 +48,6 @@ def test_counts_and_the_vocabulary_rule(msvd, tmp_path):
         answers = [sample.answer for sample in data.dataset(split, augment=False).samples]
         assert [data.answers()[label] if label >= 0 else "dog" for label in labels.tolist()] == answers
         assert summary[split]["ceiling"] == pytest.approx(1 - (labels == UNKNOWN).float().mean().item())
-    assert UNKNOWN == Answers.UNKNOWN
 
 
 def test_the_batch_holds_the_annotated_frames(msvd, tmp_path):
@@ -103,20 +102,24 @@ def test_an_order_can_be_entered_in_the_middle():
     assert len(sampler) == 10
 
 
-def test_the_second_epoch_decodes_nothing(own_msvd, tmp_path):
+def test_after_the_preparation_nothing_is_decoded(own_msvd, tmp_path):
+    """Two epochs, and another run's preparation, on clips whose content has become unreadable."""
     ready(own_msvd, tmp_path)
-    arrays = {path: path.stat().st_mtime_ns for path in (tmp_path / "frames").iterdir()}
-    assert len(arrays) == 6
-    shutil.copytree(own_msvd / "YouTubeClips", tmp_path / "kept")
-    ready(own_msvd, tmp_path)
-    assert arrays == {path: path.stat().st_mtime_ns for path in (tmp_path / "frames").iterdir()}
+    for clip in (own_msvd / "YouTubeClips").iterdir():
+        stat = clip.stat()
+        clip.write_bytes(b"?" * stat.st_size)
+        os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    loader = ready(own_msvd, tmp_path).train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        assert sum(len(batch.labels) for batch in loader) == 12
 
 
 def test_a_changed_clip_is_decoded_anew(own_msvd, tmp_path):
-    before = ready(own_msvd, tmp_path).fingerprint("test")
+    before = ready(own_msvd, tmp_path).fingerprint("test", frames=True)
     write_clip(own_msvd / "YouTubeClips" / "t_0_1.avi", frames=30)
     data = ready(own_msvd, tmp_path)
-    assert data.fingerprint("test") != before
+    assert data.fingerprint("test", frames=True) != before
     greys = (next(iter(data.test_dataloader())).frames[0].float().mean((1, 2, 3)) - 4) / 6
     assert greys.round().tolist() == [5, 15, 25]
 
@@ -124,7 +127,7 @@ def test_a_changed_clip_is_decoded_anew(own_msvd, tmp_path):
 def test_a_half_written_array_is_never_read(own_msvd, tmp_path):
     data = ready(own_msvd, tmp_path)
     path = data.cache.path(own_msvd / "YouTubeClips" / "t_0_1.avi")
-    leftover = path.with_name(f".{path.name}.999999999.tmp")  # of a process that was killed
+    leftover = path.with_name(f".{path.name}.{HOST}.999999999.tmp")  # of a process that was killed
     leftover.write_bytes(path.read_bytes()[:100])
     path.unlink()
     ready(own_msvd, tmp_path)
@@ -200,9 +203,27 @@ def test_encodings(own_msvd, tmp_path):
     text = path.read_text()
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert ready(own_msvd, tmp_path).summary()["val"]["questions"] == 4
-    path.write_bytes(text.encode("utf-16"))
-    with pytest.raises(DataError, match=r"val_qa\.json, byte 0: not UTF-8"):
+    for name in ("val_qa.json", "youtube_mapping.txt", "answer_set.txt", "vocab.txt"):
+        good = (own_msvd / name).read_bytes()
+        (own_msvd / name).write_bytes(text.encode("utf-16"))
+        with pytest.raises(DataError, match=rf"{name}, byte 0: not UTF-8"):
+            ready(own_msvd, tmp_path)
+        (own_msvd / name).write_bytes(good)
+
+
+def test_many_missing_clips_do_not_bury_the_message(own_msvd, tmp_path):
+    with (own_msvd / "youtube_mapping.txt").open("a") as file:
+        file.writelines(f"gone{number}_0_1 vid{number}\n" for number in range(100, 130))
+    rows = json.loads((own_msvd / "train_qa.json").read_text())
+    rows += [{"answer": "red", "id": n, "question": "what?", "video_id": n} for n in range(100, 130)]
+    (own_msvd / "train_qa.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="of 36 clips 30 are absent") as error:
         module(own_msvd, tmp_path).prepare_data()
+    assert "and 10 more" in str(error.value)
+    assert str(error.value).count("absent\n") == 20
+    assert len((tmp_path / "missing.txt").read_text().splitlines()) == 30
+    assert "ARGS=--data.init_args.only_present=true" in str(error.value)
+    assert not (tmp_path / "frames").exists(), "nothing is decoded for a run that is refused"
 
 
 def test_without_a_distributed_vocabulary_training_answers_are_counted(own_msvd, tmp_path, caplog):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.errors import CDCError, CheckpointError
+from cdc_mmpg.files import HOST, atomic_write, remove_leftovers
 from cdc_mmpg.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
@@ -111,7 +111,20 @@ def test_a_file_is_whole_or_absent(tmp_path):
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
-    for pid in (os.getpid(), 999_999_999, os.getppid()):
-        (tmp_path / f".file.{pid}.tmp").touch()
+    for host in (HOST, "elsewhere"):
+        for pid in (os.getpid(), 999_999_999, os.getppid()):
+            (tmp_path / f".file.{host}.{pid}.tmp").touch()
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f".file.{os.getppid()}.tmp"}
+    others = {f".file.elsewhere.{pid}.tmp" for pid in (os.getpid(), 999_999_999, os.getppid())}
+    assert {path.name for path in tmp_path.iterdir()} == {f".file.{HOST}.{os.getppid()}.tmp"} | others
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+
+    def write() -> None:
+        with atomic_write(tmp_path / "file" / "below"):
+            pass
+
+    with pytest.raises(CDCError, match="below: cannot be written"):
+        write()

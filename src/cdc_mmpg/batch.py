@@ -1,6 +1,7 @@
 """The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
 
 import signal
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,10 +13,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.frames import MEAN, STD, Frames
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
 
 
 class VideoTextBatch(NamedTuple):
@@ -24,7 +27,7 @@ class VideoTextBatch(NamedTuple):
     frames: Tensor  # (B, T, S, S, 3) uint8 RGB
     text_ids: Tensor  # (B, L) int64, padded with 0 at the end
     text_mask: Tensor  # (B, L) int64, 1 where there is a token
-    labels: Tensor  # (B,) int64, `heads.UNKNOWN` for an answer outside the vocabulary
+    labels: Tensor  # (B,) int64, `UNKNOWN` for an answer outside the vocabulary
     indices: Tensor  # (B,) int64, place of the sample in its split
 
 
@@ -96,7 +99,7 @@ class EpochDataModule(LightningDataModule):
     def __init__(self, batch_size: int, seed: int) -> None:
         super().__init__()
         self.batch_size, self.seed = batch_size, seed
-        self._seen_batches = 0
+        self._epoch = self._seen_batches = 0
 
     def batches(
         self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0, whole: bool = False
@@ -106,11 +109,17 @@ class EpochDataModule(LightningDataModule):
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
         size = len(dataset)  # type: ignore[arg-type]
+        if size < world:
+            raise ConfigError(
+                f"a split of {size} samples cannot be shared out to {world} processes: take fewer devices"
+            )
         skip = self._seen_batches * self.batch_size if shuffle else 0
+        sampler = EpochSampler(size, self.seed, shuffle, rank, world, skip)
+        sampler.set_epoch(self._epoch)  # Lightning does so too, but after worker processes have begun to fetch
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(size, self.seed, shuffle, rank, world, skip),
+            sampler=sampler,
             collate_fn=_as_it_is,
             worker_init_fn=ignore_stop_signals,
             num_workers=num_workers,
@@ -119,16 +128,38 @@ class EpochDataModule(LightningDataModule):
             timeout=self.TIMEOUT_SECONDS if num_workers else 0,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Batches of the running epoch that were trained on; 0 between epochs."""
+    @abstractmethod
+    def fingerprint(self, split: Split, frames: bool) -> str:
+        """A digest of a split's clips, questions and labels, and of what decides its frames."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch to go on with, its batches that were trained on, and which data they were of."""
         trainer = self.trainer
         assert trainer is not None
-        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"seen_batches": processed % int(trainer.num_training_batches)}
+        finished, seen = divmod(
+            trainer.fit_loop.epoch_loop.batch_progress.current.processed, int(trainer.num_training_batches)
+        )
+        return {
+            "epoch": trainer.current_epoch + finished,
+            "seen_batches": seen,
+            "fingerprints": {split: self.fingerprint(split, frames=False) for split in SPLITS},
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next training epoch begins after these batches."""
-        self._seen_batches = state_dict["seen_batches"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin with that epoch, after these batches.
+
+        Raises:
+            ConfigError: the run was of other data; names the splits.
+        """
+        changed = [
+            split for split in SPLITS if state_dict["fingerprints"][split] != self.fingerprint(split, frames=False)
+        ]
+        if changed:
+            raise ConfigError(
+                f"this run began on other data: {', '.join(changed)} differ (questions, labels, vocabulary or clips). "
+                "Give it the data it began with, or delete or rename its folder"
+            )
+        self._epoch, self._seen_batches = state_dict["epoch"], state_dict["seen_batches"]
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
@@ -170,8 +201,8 @@ class VideoTextData(Protocol):
     def labels(self, split: Split) -> Tensor:
         """(N,) the class of every sample."""
 
-    def fingerprint(self, split: Split) -> str:
-        """A digest of everything that decides what `dataset(split, augment=False)` holds."""
+    def fingerprint(self, split: Split, frames: bool) -> str:
+        """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""

@@ -1,7 +1,6 @@
 """Checkpoints that survive: atomic saves, a fall-back to the one before, and a clean stop on a signal."""
 
 import logging
-import os
 import re
 import signal
 from pathlib import Path
@@ -13,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
 from cdc_mmpg.weights import load_checkpoint
 
@@ -34,10 +33,10 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except OSError as error:
+        except (CDCError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             raise CheckpointError(
-                f"{path}: cannot be saved ({error.strerror}); the checkpoint before it is untouched: make room, or "
-                "make the folder writable, and type the same command again"
+                f"{path}: cannot be saved; the checkpoint before it is untouched: make room, or make the folder "
+                f"writable, and type the same command again ({error})"
             ) from error
 
     def load_checkpoint(
@@ -104,7 +103,8 @@ def _step(state: Path) -> tuple[int, str]:
 class StopOnSignal(Callback):
     """SIGTERM and SIGINT end the step, save the state, and leave with 143 or 130.
 
-    While validation runs, the epoch's end, which saves by itself, is waited for. All processes of a run stop together.
+    While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once. All
+    processes of a run stop together.
 
     Args:
         run: the run's folder.
@@ -121,13 +121,15 @@ class StopOnSignal(Callback):
             self._former[number] = signal.signal(number, self._note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back, with the one that came too late for training."""
+        """Leave if a signal came too late for training; else give the signals back."""
+        if self._is_asked_to_stop(trainer):
+            self._leave()
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        if self._received:
-            os.kill(os.getpid(), self._received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received:  # asked twice: at once
+            raise SystemExit(128 + number)
         self._received = number
 
     def on_train_batch_end(

@@ -7,9 +7,10 @@ a wrong path or finding a run finished takes no time.
 
 import logging
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdc_mmpg.errors import CDCError, CheckpointError, DataError
@@ -22,13 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    try:
-        if _is_finished(arguments):
-            return 0
-        _check_paths(arguments)
-        from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
-        Experiment(arguments)
+    def run() -> None:
+        if not _is_finished(arguments):
+            _check_paths(arguments)
+            from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
+
+            Experiment(arguments)
+
+    return exit_code(run)
+
+
+def exit_code(function: Callable[[], None]) -> int:
+    """Of a program that is `function`; a fault of its input is one message on the standard error."""
+    try:
+        function()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
@@ -44,7 +53,8 @@ def _cause(error: BaseException | None) -> CDCError | None:
     """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
     while error is not None:
         if isinstance(error, CDCError):
-            return error
+            # A loader process hands its error over with its own traceback in the text.
+            return type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2])
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
             return DataError(f"a process that loads batches hung or was killed: {error}")
         error = error.__cause__ or error.__context__
@@ -78,6 +88,7 @@ def _is_finished(arguments: Sequence[str]) -> bool:
     results = read_results(Path(folder)) if folder else None
     if results is None or results.get("fingerprint") != fingerprint(arguments):
         return False
+    shutil.rmtree(Path(str(folder)) / "resume", ignore_errors=True)  # where a kill came right after the results
     print(f"{folder}: finished on {results['finished']}; delete the folder to train anew")
     return True
 

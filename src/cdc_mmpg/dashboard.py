@@ -1,7 +1,9 @@
 """Logs of a run: CSV always, Weights & Biases beside it, everything below the run's folder."""
 
+import csv
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from cdc_mmpg.methods.base import Answering
 logger = logging.getLogger(__name__)
 
 PROJECT = "cdc-mmpg"
+EXAMPLES = 8  # in a table
+PATIENCE_SECONDS = 15  # with a server that does not answer
 
 
 def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
@@ -33,17 +37,23 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         return found
     run.mkdir(parents=True, exist_ok=True)
     for name in ("CACHE", "DATA", "ARTIFACT"):  # W&B would use the home and the working directory
-        os.environ.setdefault(f"WANDB_{name}_DIR", str(run.absolute() / "wandb" / name.lower()))
+        os.environ[f"WANDB_{name}_DIR"] = str(run.absolute() / "wandb" / name.lower())
+    identity = run / "wandb" / "id"  # a run that goes on is one run there, too
+    if not identity.is_file():
+        identity.parent.mkdir(exist_ok=True)
+        identity.write_text(uuid.uuid4().hex)
     import wandb  # noqa: PLC0415  takes seconds, and only here
 
     dataset, method, seed = run.absolute().parts[-3:]
 
-    def begin(mode: Any) -> Any:
-        settings = wandb.Settings(init_timeout=15, silent=mode == "offline", console="off")
+    def begin(mode: Any, identity: str) -> Any:
+        settings = wandb.Settings(init_timeout=PATIENCE_SECONDS, silent=mode == "offline", console="off")
         return wandb.init(
             project=PROJECT,
             name=f"{dataset}/{method}/{seed}",
             group=f"{dataset}/{method}",
+            id=identity,
+            resume="allow",
             dir=run,
             mode=mode,
             config=config,
@@ -51,36 +61,46 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         )
 
     try:
-        wandb_run = begin(mode or ("online" if wandb.login(prompt=False) else "offline"))
+        wandb_run = begin(mode or ("online" if wandb.login(prompt=False) else "offline"), identity.read_text())
     except Exception as error:  # the client raises errors of many families
         logger.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads later", error)
-        wandb_run = begin("offline")
+        wandb_run = begin("offline", uuid.uuid4().hex)  # the other is taken by the attempt
     return [*found, WandbLogger(experiment=wandb_run)]
 
 
 class ExampleTable(Callback):
-    """After every evaluation: a few clips with question, prediction and answer, as a W&B table."""
+    """After every evaluation: a few clips with question, prediction and answer, as CSV and as a W&B table.
+
+    Args:
+        run: the run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of the first validation samples."""
+        """Of validation samples."""
         self._log(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of the first test samples."""
+        """Of test samples."""
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        boards = [board for board in trainer.loggers if isinstance(board, WandbLogger)]
-        if not boards or not isinstance(pl_module, Answering) or not trainer.is_global_zero:
+        if not isinstance(pl_module, Answering) or not trainer.is_global_zero or not pl_module.predictions[split]:
             return
-        import wandb  # noqa: PLC0415  see `loggers`
-
         data: Any = trainer.datamodule
         words = [*data.answers(), "(unknown)"]
-        rows = []
-        for index, label in sorted(pl_module.predictions[split].items()):
-            example = data.example(split, index)
-            strip = np.concatenate(list(example.frames), axis=1)
-            rows.append([wandb.Image(strip), example.clip, example.question, words[label], example.answer])
-        for board in boards:
-            board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], rows)
+        predictions = sorted(pl_module.predictions[split].items())
+        chosen = predictions[:: -(-len(predictions) // EXAMPLES)]  # from all over the split
+        examples = [(data.example(split, index), words[label]) for index, label in chosen]
+        with (self.run / f"examples.{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
+            csv.writer(file).writerows([("clip", "question", "prediction", "answer"), *rows])
+        for board in trainer.loggers:
+            if isinstance(board, WandbLogger):
+                import wandb  # noqa: PLC0415  see `loggers`
+
+                strips = [wandb.Image(np.concatenate(list(example.frames), axis=1)) for example, _ in examples]
+                table = [[strip, *row] for strip, row in zip(strips, rows, strict=True)]
+                board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], table)

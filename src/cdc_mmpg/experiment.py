@@ -2,13 +2,13 @@
 
 import difflib
 import inspect
+import json
 import logging
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,17 +19,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, loggers
-from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.features import FeatureDataModule
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.results import RESULTS, fingerprint, provenance, write_json
+from cdc_mmpg.results import RESULTS, file_digests, fingerprint, provenance, write_json
 from cdc_mmpg.text import vocabulary_size
 from cdc_mmpg.weights import load_checkpoint
 
@@ -42,8 +43,11 @@ PARTS = ("seed_everything", "trainer", "model", "data")
 # Where and how fast a run computes, not what: these may change between a run and its resumption.
 SURROUNDINGS = (
     "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
-    "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar", "trainer.log_every_n_steps",
 )  # fmt: skip
+
+# Weights stay float32: the generated layer and the loss are computed in it.
+PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 
 
 # Lightning's advice on what is meant here as it is.
@@ -54,7 +58,6 @@ for advice in (
     r"Found .* module\(s\) in eval mode",
     "`isinstance\\(treespec, LeafSpec\\)`",
     "You're resuming from a checkpoint that ended before the epoch",
-    "The dirpath has changed",
     "Experiment logs directory",
 ):
     warnings.filterwarnings("ignore", message=f".*{advice}")
@@ -102,14 +105,15 @@ class Experiment(LightningCLI):
     """One run: `fit` trains, tests the best epoch and writes the results; the other subcommands are Lightning's.
 
     Args:
-        arguments: of the command line, the subcommand first; without one the configuration is only read.
+        arguments: of the command line, the subcommand first; or a configuration, as `config.yaml` holds it.
+        run: whether there is a subcommand to run.
 
     Raises:
         ConfigError: an argument that nothing knows, or the folder holds a run with another configuration.
     """
 
-    def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
-        self.arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str] | dict[str, Any], run: bool = True) -> None:
+        self.arguments = [] if isinstance(arguments, dict) else list(arguments)
         super().__init__(
             Method,
             EpochDataModule,
@@ -120,7 +124,7 @@ class Experiment(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=Parser,
-            args=self.arguments,
+            args=arguments if isinstance(arguments, dict) else self.arguments,
             run=run,
         )
 
@@ -171,7 +175,11 @@ class Experiment(LightningCLI):
             trainer = self._get(self.config, "trainer")
             if trainer["max_steps"] < 1 and trainer["max_epochs"] is not None and trainer["max_epochs"] < 1:
                 raise ConfigError(f"max_epochs is {trainer['max_epochs']}: max_epochs must be at least 1 (EPOCHS=)")
-            claim(self.folder, self.settings)
+            if str(trainer["precision"]) not in PRECISIONS:
+                raise ConfigError(
+                    f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)"
+                )
+            claim(self.folder, self.settings, file_digests(self.arguments))
 
     def instantiate_classes(self) -> None:
         """Also: the features of a frozen encoder instead of its frames."""
@@ -185,20 +193,21 @@ class Experiment(LightningCLI):
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            if rank_zero_only.rank == 0:
                 kwargs["logger"] = loggers(self.folder, self.settings)
             kwargs["callbacks"] = [
                 *(config["callbacks"] or []),
                 *([LearningRateMonitor("step")] if kwargs["logger"] else []),
                 Timer(),
                 StopOnSignal(self.folder),
-                ExampleTable(),
+                ExampleTable(self.folder),
                 *checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
             ]
-        if config["strategy"] == "auto" and wants_several_processes(config["devices"], config["num_nodes"]):
+        if config["strategy"] in ("auto", "ddp") and wants_several_processes(config["devices"], config["num_nodes"]):
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
             # may be part of a forward pass.
-            kwargs["strategy"] = DDPStrategy(broadcast_buffers=False)
+            # While the first process computes features, the others wait for longer than the usual half hour.
+            kwargs["strategy"] = DDPStrategy(forward_sync_buffers=False, timeout=timedelta(days=1))
         try:
             return super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # more devices than there are: it names both numbers
@@ -217,11 +226,14 @@ class Experiment(LightningCLI):
             self.folder, *(f"{number:,}" for number in parameters),
         )  # fmt: skip
         trainer.fit(model, datamodule, ckpt_path=newest_state(self.folder), weights_only=True)
+        if not (self.folder / "best.ckpt").is_file():
+            raise CheckpointError(f"{self.folder}/best.ckpt is gone: delete {self.folder} to train anew")
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
         if not trainer.is_global_zero:
             return
+        step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         model.export(self.folder)
         with atomic_write(self.folder / ANSWERS) as file:
             file.write("\n".join(datamodule.answers()).encode())
@@ -234,6 +246,7 @@ class Experiment(LightningCLI):
             "metrics": metrics,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
             "epochs": trainer.current_epoch,
+            "questions_per_step": step,
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
@@ -251,21 +264,27 @@ class Experiment(LightningCLI):
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None:
     """Write `config.yaml` into a new run's folder, or into one that has not trained yet; leave others as they are.
 
+    Args:
+        folder: of the run.
+        settings: its configuration.
+        files: digests of the files that it begins with, by argument; kept in `inputs.json`.
+
     Raises:
-        ConfigError: the folder holds a finished run, or one with another configuration; names the differing keys.
+        ConfigError: the folder holds a run with another configuration or other files; names the differing keys.
+        SystemExit: it holds this very run, finished.
     """
-    path = folder / CONFIG
+    path, inputs = folder / CONFIG, folder / "inputs.json"
     if path.is_file() and ((folder / RESULTS).is_file() or any(folder.glob(f"{RESUME}/*.ckpt"))):
-        there = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
-        asked = dict(_flat(settings))
+        there = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")) | json.loads(inputs.read_text())))
+        asked = dict(_flat(settings | files))
         differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
         lines = [
             f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for"
             for key in differing
-            if not key.startswith(SURROUNDINGS)
+            if key not in SURROUNDINGS
         ]
         if lines:
             raise ConfigError(
@@ -273,8 +292,10 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 "Type that run's command to go on with it, or delete or rename the folder."
             )
         if (folder / RESULTS).is_file():
-            raise ConfigError(f"{folder} holds this run, finished: delete or rename it to train anew.")
+            print(f"{folder}: finished; delete the folder to train anew")
+            raise SystemExit(0)
         return
+    write_json(files, inputs)
     with atomic_write(path) as file:
         file.write(yaml.safe_dump(settings, sort_keys=False).encode())
 

@@ -3,14 +3,17 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cdc_mmpg.batch import SPLITS, EpochDataModule, Example, FeatureBatch, Split, VideoTextData, normalise
+from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.weights import save_safetensors
@@ -64,14 +67,25 @@ class FeatureDataModule(EpochDataModule):
         folder = self.data.cache_dir / "features"
         assert self.trainer is not None
         for split in SPLITS:
-            key = hashlib.sha256((digest.hexdigest() + self.data.fingerprint(split)).encode()).hexdigest()[:16]
-            path = folder / f"{split}.{key}.safetensors"
-            if self.trainer.global_rank == 0 and not path.is_file():
-                if folder.is_dir():
-                    remove_leftovers(folder)
+            key = digest.hexdigest() + self.data.fingerprint(split, frames=True)
+            path = folder / f"{split}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+            if self.trainer.global_rank == 0 and self._read(path) is None:
+                remove_leftovers(folder)
                 save_safetensors({"frame_features": self._compute(split)}, path)
             self.trainer.strategy.barrier(str(path))
-            self._splits[split] = FeatureDataset(load_file(path)["frame_features"], self.data.labels(split))
+            features = self._read(path)
+            if features is None:
+                raise DataError(
+                    f"{path} is not there, though the first process made it: all machines must share the folder"
+                )
+            self._splits[split] = FeatureDataset(features, self.data.labels(split))
+
+    def _read(self, path: Path) -> Tensor | None:
+        """(N, T, 192) of a file, None where there is no whole one."""
+        try:
+            return load_file(path)["frame_features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
 
     @torch.no_grad()
     def _compute(self, split: Split) -> Tensor:
@@ -98,6 +112,10 @@ class FeatureDataModule(EpochDataModule):
     def test_dataloader(self) -> DataLoader[FeatureBatch]:
         """As annotated."""
         return self.batches(self._splits["test"], shuffle=False)
+
+    def fingerprint(self, split: Split, frames: bool) -> str:
+        """The dataset's own."""
+        return self.data.fingerprint(split, frames)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """The dataset's own."""

@@ -1,10 +1,15 @@
 """Files that are whole or absent, whatever happens to the process that writes them."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from cdc_mmpg.errors import CDCError
+
+HOST = "".join(letter for letter in socket.gethostname() if letter.isalnum()) or "host"
 
 
 @contextmanager
@@ -12,23 +17,32 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends well, and leaves nothing behind otherwise.
 
     The temporary lies in the same folder, so that the replacement is one rename; file and folder are synchronised to
-    the disk. A process killed in between leaves `.<name>.<pid>.tmp`, which `remove_leftovers` clears.
+    the disk. A process killed in between leaves `.<name>.<host>.<pid>.tmp`, which `remove_leftovers` clears.
+
+    Raises:
+        CDCError: it cannot be written; what was there is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CDCError(
+            f"{path}: cannot be written ({error.strerror}), and what was there is untouched: make room, or make the "
+            "folder writable, and type the same command again"
+        ) from error
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -38,8 +52,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporaries in `folder` whose process no longer runs."""
-    for temporary in folder.glob(".*.*.tmp"):
+    """Delete temporaries in `folder` of this machine's processes that no longer run."""
+    for temporary in folder.glob(f".*.{HOST}.*.tmp"):
         pid = temporary.name.split(".")[-2]
         if pid.isdigit() and not _is_running(int(pid)):
             temporary.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 """Which frames of a clip the model sees, and in which form: the same code in training and on a device.
 
+Deviation: of a segment the reference takes any frame in training; here one of three evenly spaced ones, which the frame
+cache holds.
+
 Frames travel as uint8 (T, H, W, 3) arrays, RGB, until `MEAN` and `STD` normalise them beside the model.
 """
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import log_to_terminal
-from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
+from cdc_mmpg.cli import exit_code, log_to_terminal
+from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.results import read_results
 
 
@@ -19,15 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", help="vocab.txt, where it is not where training found it")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    try:
+
+    def run() -> None:
         answers = predict(options.run, options.video, options.question, options.vocab)
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    print(options.question)
-    for word, probability in answers:
-        print(f"  {probability:6.1%}  {word}")
-    return 0
+        print(options.question)
+        for word, probability in answers:
+            print(f"  {probability:6.1%}  {word}")
+
+    return exit_code(run)
 
 
 def predict(run: Path, video: Path, question: str, vocab: str | None = None, most: int = 5) -> list[tuple[str, float]]:
@@ -55,14 +54,22 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
 
     import torch  # noqa: PLC0415
     import torch.nn.functional as F  # noqa: PLC0415
+    import yaml  # noqa: PLC0415
 
     from cdc_mmpg.batch import VideoTextBatch  # noqa: PLC0415
     from cdc_mmpg.experiment import ANSWERS, CONFIG, Experiment  # noqa: PLC0415
     from cdc_mmpg.text import TextEncoder  # noqa: PLC0415
     from cdc_mmpg.weights import load_checkpoint  # noqa: PLC0415
 
-    arguments = ["--config", str(run / CONFIG)] + ([f"--data.init_args.vocab={vocab}"] if vocab else [])
-    experiment = Experiment(arguments, run=False)
+    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    arguments = settings["model"]["init_args"]
+    arguments["encoder"]["checkpoint"] = None  # all weights are in best.ckpt
+    if "adr" in arguments:
+        arguments["adr"] = str(run / "adr.safetensors")
+    if vocab:
+        settings["data"]["init_args"]["vocab"] = vocab
+    settings["trainer"] |= {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto"}
+    experiment = Experiment(settings, run=False)
     model, data = experiment.model, experiment.settings["data"]["init_args"]
     model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     model.eval()

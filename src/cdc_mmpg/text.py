@@ -24,7 +24,14 @@ def vocabulary_size(vocab: str | Path | None) -> int:
     """WordPieces in a `vocab.txt`; bert-base-uncased's where none is given or the file is absent."""
     if vocab is None or not Path(vocab).is_file():
         return BERT_SIZE
-    return len(Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    return len(_words(vocab))
+
+
+def _words(vocab: str | Path) -> list[str]:
+    try:
+        return Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{vocab}, byte {error.start}: not UTF-8, so no vocabulary; {REMEDY}") from error
 
 
 class TextEncoder:
@@ -50,13 +57,12 @@ class TextEncoder:
         else:
             if not Path(vocab).is_file():
                 raise DataError(f"{vocab}: no such vocabulary; {REMEDY}")
-            words = Path(vocab).read_text(encoding="utf-8").split("\n")
+            words = _words(vocab)
             if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]:
                 raise DataError(f"{vocab}: not a WordPiece vocabulary, it lacks {' '.join(missing)}; {REMEDY}")
             self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)._tokenizer
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
-        self.size = self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of every text, unpadded."""

@@ -57,7 +57,7 @@ def read_frames(
     except (av.FFmpegError, OSError, RuntimeError, ValueError, IndexError) as error:
         other = "decord" if decoder == "pyav" else "pyav"
         raise DataError(
-            f"{path}: {decoder} cannot decode it ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{path}: {decoder} cannot decode it ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
             f"fetch the clip again, or try --data.init_args.decoder={other}"
         ) from error
 

@@ -25,8 +25,11 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that `save_safetensors` put beside the weights; empty where there are none."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -75,7 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise CheckpointError(
-            f"{path}: not a readable checkpoint, but cut short, damaged, or of another kind ({type(error).__name__}: {error})"
+            f"{path}: not a readable checkpoint: cut short, damaged or no checkpoint ({type(error).__name__}: {error})"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")

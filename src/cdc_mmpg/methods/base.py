@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import PolynomialLR
 from torchmetrics import MeanMetric
 
-from cdc_mmpg.batch import FeatureBatch, Split, VideoTextBatch, normalise
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Split, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
@@ -154,12 +154,10 @@ class Answering(Method):
         encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Method`.
     """
 
-    KEPT_PREDICTIONS = 8  # of the first samples of a split, for people to look at
-
     def setup(self, stage: str) -> None:
         """Fresh metrics for every fit or test."""
         self.accuracy: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
-        self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # of a few samples, by index
+        self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # class by sample
 
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -181,10 +179,10 @@ class Answering(Method):
             metric = self.accuracy[split]
             metric.update(self.head.correct(scores, batch.labels))
             self.log(f"{split}/accuracy", metric, prog_bar=True)
-            self.log(f"{split}/loss", loss, batch_size=len(batch.labels), sync_dist=True)
+            known = int((batch.labels != UNKNOWN).sum())  # the loss is their mean
+            self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
             for index, label in zip(batch.indices.tolist(), scores.argmax(-1).tolist(), strict=True):
-                if index < self.KEPT_PREDICTIONS:
-                    self.predictions[split][index] = label
+                self.predictions[split][index] = label
         return loss
 
     def cloud_modules(self) -> list[nn.Module]:

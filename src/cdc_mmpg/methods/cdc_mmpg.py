@@ -53,6 +53,10 @@ class CDCMMPG(Generating):
         anchor = anchor_feature(self.encoder, frame_features, draw=self.training)
         return self.adr(anchor, sample=self.training).generated
 
+    def export(self, folder: Path) -> None:
+        """Write the reasoner beside the weights, so that the run can be read without phase one's."""
+        self.adr.save(folder / "adr.safetensors")
+
     def cloud_modules(self) -> list[nn.Module]:
         """Reasoner and hypernetwork."""
         return [self.adr, self.fda]

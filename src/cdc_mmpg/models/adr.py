@@ -52,8 +52,8 @@ class ADR(nn.Module):
 
     Deviation: eq. 16's "channel-wise" statistics of a single 192-vector are two scalars, so with axis "feature" g is
     a·f + b, which the LayerNorm of eq. 11 undoes but for the sign of a. "group:G" takes G equal parts of the vector;
-    "batch" takes each channel's statistics over the batch, and running ones when evaluating (a batch of one has no
-    deviation).
+    "batch" takes each channel's statistics over the batch (of one process), and running ones when evaluating and for
+    a batch of one, which has no deviation.
 
     Args:
         preset: sizes, see `PRESETS`.
@@ -111,9 +111,7 @@ class ADR(nn.Module):
                 torch.std_mean(part, dim=-1, correction=0, keepdim=True) for part in parts
             )
             return (new_std * (parts[0] - mean) / (std + self.EPSILON) + new_mean).flatten(-2)
-        if self.training:
-            if len(anchor) < 2:
-                raise ValueError("axis 'batch' cannot train on a batch of one: there is no deviation to take")
+        if self.training and len(anchor) > 1:
             statistics = [torch.std_mean(feature, dim=0, correction=0) for feature in (anchor, decoded)]
             std, mean = (torch.stack(rows) for rows in zip(*statistics, strict=True))  # (2, 192) each
             self.running_mean.lerp_(mean.detach(), self.MOMENTUM)

@@ -5,7 +5,7 @@ names of the published checkpoint, so that it can be imported key by key.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast, final
 
@@ -34,11 +34,21 @@ OTHER_HEADS = (
 )  # fmt: skip
 
 
-class Encoded(NamedTuple):
-    """What the encoder tells about a batch of clips with their texts."""
+class Encoded:
+    """What the encoder tells about a batch of clips with their texts.
 
-    frame_features: Tensor  # (B, T, 192) text [CLS] of every frame after the final norm: x_t
-    fused: Tensor  # (B, 192) tanh(pooler(mean over t of x_t)): m̄
+    Attributes:
+        frame_features: (B, T, 192) the text's [CLS] of every frame after the final norm, x_t.
+    """
+
+    def __init__(self, frame_features: Tensor, pool: Callable[[Tensor], Tensor]) -> None:
+        self.frame_features = frame_features
+        self._pool = pool
+
+    @property
+    def fused(self) -> Tensor:
+        """(B, 192) tanh(pooler(mean over t of x_t)): m̄; computed when it is asked for."""
+        return self._pool(self.frame_features.mean(1))
 
 
 class ImportReport(NamedTuple):
@@ -150,7 +160,7 @@ class AllInOne(nn.Module):
             mask = keys[:, None, None]  # (B*T, 1, 1, N)
         cls = self._transform(tokens, mask, frames=frames, text_tokens=text.shape[1])
         frame_features = cls.view(batch, frames, WIDTH)
-        return Encoded(frame_features, self.pool(frame_features.mean(1)))
+        return Encoded(frame_features, self.pool)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdc_mmpg.batch import UNKNOWN
 from cdc_mmpg.models.all_in_one import WIDTH
-
-UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
 
 
 class LastLayer(Protocol):
