@@ -324,7 +324,7 @@ def test_examples_come_from_all_over_the_split(finished):
 
 
 def test_the_real_clips_at_the_papers_size(real, tmp_path):
-    """What the issue of counts and bytes comes down to: 103 / 22 / 57 questions, 1,001 classes, full-sized model."""
+    """A part of MSVD-QA: 103 / 22 / 57 questions, 1,001 classes, and the counts and bytes of the full-sized model."""
     for method, cloud, down in (("linear", 0, 0), ("hyper", 18_739_721, 388_388)):
         run = tmp_path / "msvd" / method / "seed0"
         vocab = real.parent / "vocab" / "vocab.txt"

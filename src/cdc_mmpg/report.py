@@ -49,7 +49,7 @@ def rows(folder: Path) -> list[list[str]]:
         if not runs:
             continue
         first = runs[0]
-        published = PAPER.get(folder.name, {}).get(method)
+        published = PAPER.get(first["dataset"], {}).get(method)
         table.append(
             [
                 name,
@@ -114,11 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CDCError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console = Console()
-    Console(width=max(console.width, 150)).print(table)
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column is table.columns[0] else "right"
+    Console(width=max(Console().width, 200)).print(table)  # wide enough for any figure; a narrow terminal wraps it
     with atomic_write(folder / "table.md") as file:
         file.write(markdown(folder).encode())
     print(f"written: {folder / 'table.md'}")
