@@ -42,14 +42,14 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	touch $@
 
 train: $(WANTED) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
-	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.report $(ROOT))
+	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.report "$(ROOT)")
 
 # Phase two builds on phase one; the frozen recipe adapts the encoder first.
 run/cdc_mmpg: run/adr_pretraining
 run/adr_pretraining_frozen: run/fine_tuning
 run/cdc_mmpg_frozen: run/adr_pretraining_frozen
 
-OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir=$(ROOT)/data --seed_everything=$(SEED) \
+OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" --seed_everything=$(SEED) \
 	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)") \
 	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
@@ -58,26 +58,26 @@ OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir=$(ROOT)/dat
 	$(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
 
 ENCODER = --model.init_args.encoder.checkpoint=
-BUILDS_ON_frozen   = $(ENCODER)$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors
-BUILDS_ON_cdc_mmpg = --model.init_args.adr=$(ROOT)/adr_pretraining/seed$(SEED)/adr.safetensors
+BUILDS_ON_frozen   = $(ENCODER)"$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
+BUILDS_ON_cdc_mmpg = --model.init_args.adr="$(ROOT)/adr_pretraining/seed$(SEED)/adr.safetensors"
 BUILDS_ON_adr_pretraining_frozen = $(BUILDS_ON_frozen)
 BUILDS_ON_cdc_mmpg_frozen = $(BUILDS_ON_frozen) \
-	--model.init_args.adr=$(ROOT)/adr_pretraining_frozen/seed$(SEED)/adr.safetensors
+	--model.init_args.adr="$(ROOT)/adr_pretraining_frozen/seed$(SEED)/adr.safetensors"
 
 # ARGS reaches every run, ARGS_<method> that one alone.
 $(RUNS): run/%: .venv/.ready
-	$(PY) -m cdc_mmpg.cli fit --config experiments/methods/$*.yaml --config experiments/datasets/$(DATASET).yaml \
-		--trainer.default_root_dir=$(ROOT)/$*/seed$(SEED) $(OPTIONS) $(BUILDS_ON_$*) $(ARGS) $(ARGS_$*)
+	exec $(PY) -m cdc_mmpg.cli fit --config experiments/methods/$*.yaml --config experiments/datasets/$(DATASET).yaml \
+		--trainer.default_root_dir="$(ROOT)/$*/seed$(SEED)" $(OPTIONS) $(BUILDS_ON_$*) $(ARGS) $(ARGS_$*)
 
 # Through the environment, verbatim: neither make nor the shell may read into a question.
 predict: export CLIP := $(value VIDEO)
 predict: export ASKED := $(value QUESTION)
-predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD= DATASET= SEED= VOCAB=
+predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD= DATASET= SEED= VOCAB= OUT=
 	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" \
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
-table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET=
-	@$(PY) -m cdc_mmpg.report $(ROOT)
+table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
+	@$(PY) -m cdc_mmpg.report "$(ROOT)"
 
 benchmark: .venv/.ready ## training speed at the paper's size: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark $(ARGS)

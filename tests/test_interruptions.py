@@ -20,6 +20,7 @@ from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip, write_msvd
+from data_modules.base import QADataset
 
 SLOW = 0.03  # seconds a step
 
@@ -179,6 +180,7 @@ def save_with_little_room(path: Path) -> int:
     try:
         AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(100_000)}, path)
     except CheckpointError as error:
+        print(error)
         return 7 if "state.ckpt: cannot be saved; the checkpoint before it is untouched" in str(error) else 1
     return 0
 
@@ -188,6 +190,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
     process = start(tmp_path / "log", save_with_little_room, path)
     assert finish(process) == 7, (tmp_path / "log").read_text()
+    assert "File too large" in (tmp_path / "log").read_text()
     assert load_checkpoint(path) == {"number": 1}
     assert {entry.name for entry in tmp_path.iterdir()} == {"state.ckpt", "log"}
 
@@ -201,6 +204,14 @@ def test_a_run_does_not_go_on_with_other_data(run, own_msvd, tmp_path):
     process = start(tmp_path / "log", main, [*command, f"--data.init_args.root={own_msvd}"])
     assert finish(process) == 2
     assert "this run began on other data: train differ" in (tmp_path / "log").read_text()
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_data(run, msvd, own_msvd, tmp_path):
+    command, _, _ = run("linear")
+    assert finish(start(tmp_path / "log", main, command)) == 0
+    assert finish(start(tmp_path / "log", main, [*command, f"--data.init_args.root={msvd}/../{msvd.name}"])) == 0
+    assert finish(start(tmp_path / "log", main, [*command, f"--data.init_args.root={own_msvd}"])) == 2
+    assert "data.init_args.root: " in (tmp_path / "log").read_text()
 
 
 def test_phase_two_notices_another_phase_one(run, phase_one, tmp_path):
@@ -257,6 +268,27 @@ def kill_a_worker(command: list[str]) -> int:
 
     _MultiProcessingDataLoaderIter._next_data = next_data
     return main(command)
+
+
+def hang_a_worker(command: list[str]) -> int:
+    """A run whose loader process never answers."""
+    EpochDataModule.TIMEOUT_SECONDS = 3
+    QADataset.__getitems__ = lambda self, items: time.sleep(1000)
+    return main(command)
+
+
+def test_a_hung_worker_is_a_data_error_and_leaves_nothing_behind(run, tmp_path):
+    command, _, _ = run("fine_tuning")
+    process = start(tmp_path / "log", hang_a_worker, [*command, "--data.init_args.num_workers=1"])
+    until(
+        lambda: bool(children_of(process.pid)) and "parameters on the device" in (tmp_path / "log").read_text(), process
+    )
+    time.sleep(1.5)
+    workers = children_of(process.pid)
+    assert finish(process, 30) == 3
+    assert "DataError: a process that loads batches hung or was killed" in (tmp_path / "log").read_text()
+    time.sleep(0.5)
+    assert not [pid for pid in workers if is_running(pid)]
 
 
 def test_a_killed_worker_is_a_data_error(run, tmp_path):

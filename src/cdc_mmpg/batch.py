@@ -101,11 +101,9 @@ class EpochDataModule(LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self._epoch = self._seen_batches = 0
 
-    def batches(
-        self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0, whole: bool = False
-    ) -> DataLoader[Any]:
-        """A dataset as batches: this process's share of it, or the whole."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and not whole
+    def batches(self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0) -> DataLoader[Any]:
+        """This process's share of a dataset as batches."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
         size = len(dataset)  # type: ignore[arg-type]
@@ -146,14 +144,15 @@ class EpochDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, after these batches.
+        """When training goes on: begin with that epoch, after these batches.
 
         Raises:
             ConfigError: the run was of other data; names the splits.
         """
-        changed = [
-            split for split in SPLITS if state_dict["fingerprints"][split] != self.fingerprint(split, frames=False)
-        ]
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        before = state_dict.get("fingerprints", {})
+        changed = [split for split in SPLITS if before.get(split) != self.fingerprint(split, frames=False)]
         if changed:
             raise ConfigError(
                 f"this run began on other data: {', '.join(changed)} differ (questions, labels, vocabulary or clips). "

@@ -3,6 +3,7 @@
 import logging
 import re
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,7 +37,7 @@ class AtomicCheckpointIO(CheckpointIO):
         except (CDCError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             raise CheckpointError(
                 f"{path}: cannot be saved; the checkpoint before it is untouched: make room, or make the folder "
-                f"writable, and type the same command again ({error})"
+                f"writable, and type the same command again ({error.__cause__ or error.__context__ or error})"
             ) from error
 
     def load_checkpoint(
@@ -112,7 +113,7 @@ class StopOnSignal(Callback):
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self._received = 0
+        self._received, self._when = 0, 0.0
         self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,16 +122,17 @@ class StopOnSignal(Callback):
             self._former[number] = signal.signal(number, self._note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave if a signal came too late for training; else give the signals back."""
-        if self._is_asked_to_stop(trainer):
-            self._leave()
+        """Give the signals back, and leave if one came too late for training."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if self._is_asked_to_stop(trainer):
+            self._leave()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received:  # asked twice: at once
+        if self._received and time.monotonic() > self._when + 1:  # asked twice, and not by one hand: at once
             raise SystemExit(128 + number)
-        self._received = number
+        if not self._received:
+            self._received, self._when = number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

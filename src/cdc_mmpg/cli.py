@@ -6,6 +6,7 @@ a wrong path or finding a run finished takes no time.
 """
 
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -45,6 +46,8 @@ def exit_code(function: Callable[[], None]) -> int:
         if ours is None:
             raise
         print(f"{type(ours).__name__}: {ours}", file=sys.stderr)
+        for child in multiprocessing.active_children():  # one that hangs would be waited for
+            child.kill()
         return ours.exit_code
     return 0
 
@@ -53,6 +56,8 @@ def _cause(error: BaseException | None) -> CDCError | None:
     """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
     while error is not None:
         if isinstance(error, CDCError):
+            if not str(error).startswith("Caught "):
+                return error
             # A loader process hands its error over with its own traceback in the text.
             return type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2])
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):

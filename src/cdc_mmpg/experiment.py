@@ -4,11 +4,12 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,7 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.results import RESULTS, file_digests, fingerprint, provenance, write_json
+from cdc_mmpg.results import RESULTS, file_digest, fingerprint, provenance, write_json
 from cdc_mmpg.text import vocabulary_size
 from cdc_mmpg.weights import load_checkpoint
 
@@ -179,7 +180,13 @@ class Experiment(LightningCLI):
                 raise ConfigError(
                     f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)"
                 )
-            claim(self.folder, self.settings, file_digests(self.arguments))
+            settings = self.settings
+            claim(self.folder, settings, {
+                f"content of model.{key}": file_digest(Path(value))
+                for key, value in _flat(settings["model"])
+                if isinstance(value, str) and Path(value).is_file()
+            })  # fmt: skip
+            self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
     def instantiate_classes(self) -> None:
         """Also: the features of a frozen encoder instead of its frames."""
@@ -193,7 +200,7 @@ class Experiment(LightningCLI):
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
-            if rank_zero_only.rank == 0:
+            if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
                 kwargs["logger"] = loggers(self.folder, self.settings)
             kwargs["callbacks"] = [
                 *(config["callbacks"] or []),
@@ -206,8 +213,7 @@ class Experiment(LightningCLI):
         if config["strategy"] in ("auto", "ddp") and wants_several_processes(config["devices"], config["num_nodes"]):
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
             # may be part of a forward pass.
-            # While the first process computes features, the others wait for longer than the usual half hour.
-            kwargs["strategy"] = DDPStrategy(forward_sync_buffers=False, timeout=timedelta(days=1))
+            kwargs["strategy"] = DDPStrategy(forward_sync_buffers=False)
         try:
             return super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # more devices than there are: it names both numbers
@@ -257,8 +263,7 @@ class Experiment(LightningCLI):
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": self.arguments,
-            "fingerprint": fingerprint(self.arguments),
-            **provenance(),
+            **self.identity,
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
@@ -278,20 +283,25 @@ def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None
     """
     path, inputs = folder / CONFIG, folder / "inputs.json"
     if path.is_file() and ((folder / RESULTS).is_file() or any(folder.glob(f"{RESUME}/*.ckpt"))):
-        there = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")) | json.loads(inputs.read_text())))
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = dict(_flat(before | (json.loads(inputs.read_text()) if inputs.is_file() else {})))
         asked = dict(_flat(settings | files))
+        finished = (folder / RESULTS).is_file()
+        # A run that goes on checks its data itself; a finished one cannot.
+        free = set(SURROUNDINGS) - ({"data.init_args.root", "data.init_args.vocab"} if finished else set())
+        for values in (there, asked):
+            for key in ("data.init_args.root", "data.init_args.vocab"):
+                values[key] = values.get(key) and str(Path(values[key]).resolve())
         differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
         lines = [
-            f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for"
-            for key in differing
-            if key not in SURROUNDINGS
+            f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for" for key in differing if key not in free
         ]
         if lines:
             raise ConfigError(
                 f"{folder} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
                 "Type that run's command to go on with it, or delete or rename the folder."
             )
-        if (folder / RESULTS).is_file():
+        if finished:
             print(f"{folder}: finished; delete the folder to train anew")
             raise SystemExit(0)
         return

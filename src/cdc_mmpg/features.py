@@ -56,7 +56,7 @@ class FeatureDataModule(EpochDataModule):
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Load the features, after the first process has computed those that are not there."""
+        """Load the features, after all processes together have computed those that are not there."""
         if self._splits:
             return
         self.data.setup(stage)
@@ -69,14 +69,12 @@ class FeatureDataModule(EpochDataModule):
         for split in SPLITS:
             key = digest.hexdigest() + self.data.fingerprint(split, frames=True)
             path = folder / f"{split}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-            if self.trainer.global_rank == 0 and self._read(path) is None:
-                remove_leftovers(folder)
-                save_safetensors({"frame_features": self._compute(split)}, path)
-            self.trainer.strategy.barrier(str(path))
+            if self.trainer.strategy.broadcast(self._read(path) is None):
+                self._make(split, path)
             features = self._read(path)
             if features is None:
                 raise DataError(
-                    f"{path} is not there, though the first process made it: all machines must share the folder"
+                    f"{path} is not there, though the first process has made it: all machines must share the folder"
                 )
             self._splits[split] = FeatureDataset(features, self.data.labels(split))
 
@@ -87,14 +85,33 @@ class FeatureDataModule(EpochDataModule):
         except (OSError, SafetensorError, KeyError):
             return None
 
+    def _make(self, split: Split, path: Path) -> None:
+        """Every process computes its share; the first one joins them."""
+        trainer = self.trainer
+        assert trainer is not None
+        world = trainer.world_size
+        parts = [path.with_suffix(f".{rank}of{world}.safetensors") for rank in range(world)]
+        remove_leftovers(path.parent)
+        save_safetensors({"frame_features": self._compute(split)}, parts[trainer.global_rank])
+        trainer.strategy.barrier("parts")
+        if trainer.global_rank == 0:
+            shares = [load_file(part)["frame_features"] for part in parts]
+            whole = torch.empty(sum(map(len, shares)), *shares[0].shape[1:])
+            for rank, share in enumerate(shares):
+                whole[rank::world] = share  # as `EpochSampler` shares out
+            save_safetensors({"frame_features": whole}, path)
+            for part in parts:
+                part.unlink()
+        trainer.strategy.barrier("whole")
+
     @torch.no_grad()
     def _compute(self, split: Split) -> Tensor:
-        """(N, T, 192) of a whole split, in order."""
+        """(n, T, 192) of this process's share of a split, in order."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         encoder = self.encoder.to(device).eval()
         dataset = self.data.dataset(split, augment=False)
-        batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers, whole=True)
+        batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers)
         features = []
         for batch in track(batches, description=f"features of {split}"):
             video = normalise(batch.frames.to(device))

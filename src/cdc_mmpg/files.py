@@ -37,8 +37,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except OSError as error:
         raise CDCError(
-            f"{path}: cannot be written ({error.strerror}), and what was there is untouched: make room, or make the "
-            "folder writable, and type the same command again"
+            f"{path}: cannot be written ({error.strerror or error}), and what was there is untouched: make room, or "
+            "make the folder writable, and type the same command again"
         ) from error
 
 

@@ -21,23 +21,20 @@ def write_json(content: Any, path: Path) -> None:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
-def file_digests(arguments: Sequence[str]) -> dict[str, str]:
-    """Digests of the weights that a command begins with, by the argument that names them."""
-    digests = {}
-    for argument in arguments:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if name.startswith("model.") and Path(value).is_file():
-            digests[f"content of {name}"] = hashlib.sha256(Path(value).read_bytes()).hexdigest()
-    return digests
+def file_digest(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(arguments: Sequence[str]) -> str:
     """A digest of a command: its arguments, and the content of the weights and configurations that they name."""
-    digest = hashlib.sha256(repr((list(arguments), file_digests(arguments))).encode())
-    for argument in arguments:
-        name = argument.partition("=")[2] or argument
-        if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-            digest.update(Path(name).read_bytes())
+    digest = hashlib.sha256(repr(list(arguments)).encode())
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        path = Path(value if equals else following)
+        if name.startswith(("--model.", "--config", "-c")) and path.is_file():
+            digest.update(file_digest(path).encode())
     return digest.hexdigest()
 
 
