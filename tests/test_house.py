@@ -134,7 +134,8 @@ def make(*arguments: str) -> list[list[str]]:
     """The commands of ours that a make target would run, as argument lists."""
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[3:] for line in lines if "-m cdc_mmpg" in line and "import sys" not in line]
+    words = [shlex.split(line) for line in lines if "-m cdc_mmpg" in line]
+    return [line[line.index("-m") + 2 :] for line in words]
 
 
 def commands(page: Path) -> list[list[str]]:
