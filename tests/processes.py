@@ -1,5 +1,6 @@
 """Commands as real processes, forked from one that has imported everything: a tenth of a second each."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -94,5 +95,6 @@ def until(condition: Callable[[], bool], process: multiprocessing.process.BasePr
 
 def kill(process: multiprocessing.process.BaseProcess, number: int = signal.SIGKILL) -> None:
     """Send a signal."""
-    if process.pid is not None:
-        os.kill(process.pid, number)
+    if process.pid is not None and process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
