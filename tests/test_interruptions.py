@@ -22,7 +22,7 @@ from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip, write_msvd
 from data_modules.base import QADataset
 
-SLOW = 0.03  # seconds a step
+SLOW = 0.07  # seconds a step: time to be interrupted in, on a busy machine too
 
 
 def save_for_ever(path: Path) -> None:
