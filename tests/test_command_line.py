@@ -213,6 +213,7 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path, monkeypat
         ("--trainer.max_epoch=3", "the nearest that exists is 'max_epochs'", 2),
         ("--model.init_args.encoder.depht=3", "the nearest that exists is 'depth'", 2),
         ("--model.init_args.head.init_args.hiden=3", "the nearest that exists is 'hidden'", 2),
+        ("--model.init_args.zzqqxx=1", "'zzqqxx'", 2),
         ("--data.init_args.batch_size=many", "batch_size", 2),
         ("--data.init_args.batch_size=0", "batch_size is 0: at least 1", 2),
         ("--data.init_args.image_size=100", "image_size 100 is not a multiple of 16", 2),

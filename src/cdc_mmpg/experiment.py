@@ -85,7 +85,9 @@ class Parser(LightningArgumentParser):
         if unknown and "nearest" not in message:
             name = (unknown[1] or unknown[2]).split(".")[-1]
             nearest = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0.5)
-            message += f"\nThe key {name!r} is unknown; the nearest that exists is {nearest[0]!r}."
+            message += f"\nThe key {name!r} is unknown" + (
+                f"; the nearest that exists is {nearest[0]!r}." if nearest else ", and none that exists is like it."
+            )
         raise ConfigError(message)
 
 
