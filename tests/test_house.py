@@ -31,7 +31,7 @@ ROOMS = {
     "models": {"models", "batch", "errors", "weights"},
     "methods": {"methods", "models", "batch", "errors", "weights"},
     "features": {"models", "batch", "errors", "files", "weights"},
-    "checkpointing": {"errors", "files", "weights"},
+    "checkpointing": {"errors", "files", "results", "weights"},
     "dashboard": {"methods", "batch"},
     "results": {"files"},
     "report": {"errors", "files", "results"},

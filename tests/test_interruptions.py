@@ -14,10 +14,11 @@ import torch
 from processes import finish, kill, recording, start, steps, until
 
 from cdc_mmpg.batch import EpochDataModule
-from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, newest_state
+from cdc_mmpg.checkpointing import AtomicCheckpointIO, newest_state
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.results import RESUME
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip, write_msvd
 from data_modules.base import QADataset

@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.results import RESUME
 from cdc_mmpg.weights import load_checkpoint
 
 logger = logging.getLogger(__name__)
-
-RESUME = "resume"  # folder of a run with its last two complete states
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdc_mmpg.errors import CDCError, CheckpointError, DataError
-from cdc_mmpg.results import fingerprint, read_results
+from cdc_mmpg.results import RESUME, fingerprint, read_results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def _is_finished(arguments: Sequence[str]) -> bool:
     results = read_results(Path(folder)) if folder else None
     if results is None or results.get("fingerprint") != fingerprint(arguments):
         return False
-    shutil.rmtree(Path(str(folder)) / "resume", ignore_errors=True)  # where a kill came right after the results
+    shutil.rmtree(Path(str(folder)) / RESUME, ignore_errors=True)  # where a kill came right after the results
     print(f"{folder}: finished on {results['finished']}; delete the folder to train anew")
     return True
 

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from cdc_mmpg.batch import EpochDataModule
-from cdc_mmpg.checkpointing import RESUME, AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
+from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.features import FeatureDataModule
@@ -31,7 +32,7 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.results import RESULTS, file_digest, fingerprint, provenance, write_json
+from cdc_mmpg.results import RESULTS, RESUME, file_digest, fingerprint, provenance, write_json
 from cdc_mmpg.text import vocabulary_size
 from cdc_mmpg.weights import load_checkpoint
 
@@ -155,7 +156,7 @@ class Experiment(LightningCLI):
         parser.link_arguments("data.init_args.vocab", "model.init_args.encoder.vocab_size", compute_fn=vocabulary_size)
         parser.link_arguments("data.init_args.num_classes", "model.init_args.head.init_args.num_classes")
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The whole configuration, as `config.yaml` holds it."""
         config = self.config[self.subcommand] if self.subcommand else self.config

@@ -12,6 +12,7 @@ from typing import Any
 from cdc_mmpg.files import atomic_write
 
 RESULTS = "results.json"
+RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "timm", "av", "tokenizers", "numpy")
 
 
