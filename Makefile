@@ -1,23 +1,33 @@
 # Every target makes what it needs: the first one builds .venv, which takes a while; the second time nothing is redone.
 # Usage: make <target> [VARIABLE=value ...]; `make help` lists them.
 
-DATASET    ?= msvd
-DATA       ?= data/$(DATASET)
-METHOD     ?= cdc_mmpg
+DATASET    ?= synthetic
+METHOD     ?= $(if $(SYNTHETIC),all,cdc_mmpg)
 SEED       ?= 0
 OUT        ?= checkpoints
 PYTHON     ?= python3
+JOBS       ?= $(if $(SYNTHETIC),2,1)
 
-ALL    := linear fine_tuning hyper hyper_fan_in cdc_mmpg cdc_mmpg_frozen
-PHASES := adr_pretraining adr_pretraining_frozen
-RUNS   := $(addprefix run/,$(ALL) $(PHASES))
-WANTED := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL),$(METHOD)))
-ROOT   := $(OUT)/$(DATASET)
-PY     := .venv/bin/python
+SYNTHETIC := $(filter synthetic,$(DATASET))
+ROOT      := $(OUT)/$(DATASET)
+PY        := .venv/bin/python
+
+# The embedded dataset makes itself, its vocabulary and its encoder.
+DATA      ?= $(if $(SYNTHETIC),$(ROOT)/data/clips,data/$(DATASET))
+VOCAB     ?= $(if $(SYNTHETIC),$(DATA)/vocab.txt)
+PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,run/encoder_pretraining))
+
+ALL      := linear fine_tuning hyper hyper_fan_in cdc_mmpg
+FROZEN   := cdc_mmpg_frozen
+SESSIONS := cdc_mmpg_session cdc_mmpg_session_full session_concatenated session_oracle
+PHASES   := encoder_pretraining adr_pretraining adr_pretraining_frozen
+METHODS  := $(ALL) $(FROZEN) $(SESSIONS) $(PHASES)
+RUNS     := $(addprefix run/,$(METHODS))
+WANTED   := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS),$(FROZEN)),$(METHOD)))
 
 ifneq ($(filter train,$(MAKECMDGOALS)),)
-ifeq ($(filter $(METHOD),all $(ALL) $(PHASES)),)
-$(error METHOD=$(METHOD) is none of: all $(ALL) $(PHASES))
+ifeq ($(filter $(METHOD),all $(METHODS)),)
+$(error METHOD=$(METHOD) is none of: all $(METHODS))
 endif
 ifeq ($(wildcard experiments/datasets/$(DATASET).yaml),)
 $(error DATASET=$(DATASET) is none of: $(basename $(notdir $(wildcard experiments/datasets/*.yaml))))
@@ -41,13 +51,24 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 
-train: $(WANTED) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
+# Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors.
+train: .venv/.ready $(PRETRAIN) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
+	@$(MAKE) --no-print-directory $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(WANTED)
 	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.report "$(ROOT)")
 
 # Phase two builds on phase one; the frozen recipe adapts the encoder first.
 run/cdc_mmpg: run/adr_pretraining
 run/adr_pretraining_frozen: run/fine_tuning
 run/cdc_mmpg_frozen: run/adr_pretraining_frozen
+ifneq ($(SYNTHETIC),)
+$(filter-out run/encoder_pretraining,$(RUNS)): $(PRETRAIN)
+# The first run on the frozen encoder computes its features, for all.
+$(addprefix run/,hyper hyper_fan_in adr_pretraining $(SESSIONS)): $(if $(filter all,$(METHOD)),run/linear)
+$(RUNS): $(DATA)/digests.json
+endif
+
+$(ROOT)/data/clips/digests.json: | .venv/.ready
+	$(PY) -m data_modules.synthetic_clips "$(ROOT)/data/clips"
 
 OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" --seed_everything=$(SEED) \
 	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)") \
@@ -55,19 +76,28 @@ OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/da
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
 	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
-	$(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
+	$(if $(filter-out 1,$(JOBS)),$(if $(PRETRAINING),,--trainer.enable_progress_bar=false))
 
 ENCODER = --model.init_args.encoder.checkpoint=
-BUILDS_ON_frozen   = $(ENCODER)"$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
-BUILDS_ON_cdc_mmpg = --model.init_args.adr="$(ROOT)/adr_pretraining/seed$(SEED)/adr.safetensors"
-BUILDS_ON_adr_pretraining_frozen = $(BUILDS_ON_frozen)
-BUILDS_ON_cdc_mmpg_frozen = $(BUILDS_ON_frozen) \
-	--model.init_args.adr="$(ROOT)/adr_pretraining_frozen/seed$(SEED)/adr.safetensors"
+START   = $(if $(PRETRAIN),$(ROOT)/encoder_pretraining/seed$(SEED)/encoder.safetensors,$(CHECKPOINT))
+ADR     = --model.init_args.adr="$(ROOT)/$(1)/seed$(SEED)/adr.safetensors"
+TUNED   = --model.init_args.encoder.checkpoint="$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
+BUILDS_ON_encoder_pretraining    = $(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
+BUILDS_ON_adr_pretraining_frozen = $(TUNED)
+BUILDS_ON_cdc_mmpg_frozen        = $(TUNED) $(call ADR,adr_pretraining_frozen)
+BUILDS_ON_cdc_mmpg               = $(STARTS) $(call ADR,adr_pretraining)
+STARTS    = $(if $(START),$(ENCODER)"$(START)")
+BUILDS_ON = $(if $(filter undefined,$(origin BUILDS_ON_$*)),$(STARTS),$(BUILDS_ON_$*))
+CONFIGS   = experiments/methods/$*.yaml experiments/datasets/$(DATASET).yaml $(wildcard experiments/tuned/$(DATASET).$*.yaml)
+
+run/encoder_pretraining: PRETRAINING = 1
+$(filter-out run/encoder_pretraining,$(RUNS)): export OMP_NUM_THREADS ?= $(if $(filter-out 1,$(JOBS)),$(THREADS))
+THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))')
 
 # ARGS reaches every run, ARGS_<method> that one alone.
 $(RUNS): run/%: .venv/.ready
-	exec $(PY) -m cdc_mmpg.cli fit --config experiments/methods/$*.yaml --config experiments/datasets/$(DATASET).yaml \
-		--trainer.default_root_dir="$(ROOT)/$*/seed$(SEED)" $(OPTIONS) $(BUILDS_ON_$*) $(ARGS) $(ARGS_$*)
+	exec $(PY) -m cdc_mmpg.cli fit $(addprefix --config ,$(CONFIGS)) \
+		--trainer.default_root_dir="$(ROOT)/$*/seed$(SEED)" $(OPTIONS) $(BUILDS_ON) $(ARGS) $(ARGS_$*)
 
 # Through the environment, verbatim: neither make nor the shell may read into a question.
 predict: export CLIP := $(value VIDEO)

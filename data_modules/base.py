@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cdc_mmpg.batch import SPLITS, UNKNOWN, EpochDataModule, Example, Split, VideoTextBatch
+from cdc_mmpg.batch import (
+    SPLITS,
+    UNKNOWN,
+    Captions,
+    EpochDataModule,
+    Example,
+    Origin,
+    Sessions,
+    Split,
+    VideoTextBatch,
+)
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
@@ -32,6 +42,7 @@ class Sample(NamedTuple):
     clip: str  # name of the clip in the annotation
     question: str
     answer: str
+    type: str = ""  # of the question, where the annotation has one
 
 
 class QADataset(Dataset[VideoTextBatch]):
@@ -69,13 +80,12 @@ class QADataset(Dataset[VideoTextBatch]):
 
     def frames(self, epoch: int, index: int) -> Tensor:
         """(T, S, S, 3) uint8."""
-        candidates = self.cache.read(self.paths[index])
         chosen, generator = middle_candidates(self.cache.num_frames), None
         if self.augment:
             generator = np.random.default_rng((self.seed, epoch, index))
             starts = np.arange(self.cache.num_frames) * CANDIDATES
             chosen = list(starts + generator.integers(CANDIDATES, size=len(starts)))
-        return torch.from_numpy(crop(candidates[chosen], self.cache.image_size, generator))
+        return torch.from_numpy(crop(self.cache.read(self.paths[index], chosen), self.cache.image_size, generator))
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> VideoTextBatch:
         index = [index for _, index in items]
@@ -97,8 +107,9 @@ class VideoQADataModule(EpochDataModule):
         cache_dir: where frames and features are kept.
         num_frames: T, frames that the model sees of a clip.
         image_size: pixels of a side of what it sees.
+        resize: pixels to which the shorter side of a frame is resized before the crop; None is 268/224 of image_size.
         batch_size: samples a step on each device, before gradient accumulation.
-        num_workers: processes that load batches, and that decode the cache; None is one a processor, at most 4.
+        num_workers: processes that load batches; None is one a processor, at most 4.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
         text_length: most tokens in a question.
         decoder: see `cdc_mmpg.video`.
@@ -115,6 +126,7 @@ class VideoQADataModule(EpochDataModule):
         cache_dir: str,
         num_frames: int = 3,
         image_size: int = 224,
+        resize: int | None = None,
         batch_size: int = 256,
         num_workers: int | None = None,
         vocab: str | None = None,
@@ -125,6 +137,10 @@ class VideoQADataModule(EpochDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
+        if resize is not None and resize < image_size:
+            raise ConfigError(
+                f"data.init_args.resize is {resize}, less than image_size ({image_size}), which is cut out"
+            )
         for name, value, least in (
             ("num_classes", num_classes, 2), ("num_frames", num_frames, 1), ("batch_size", batch_size, 1),
             ("num_workers", num_workers or 0, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
@@ -136,7 +152,7 @@ class VideoQADataModule(EpochDataModule):
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
-        self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder)
+        self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize)
         self._frame_names: dict[Path, str] = {}
         self._splits: dict[Split, QADataset] = {}
         self._left_out: Counter[Split] = Counter()
@@ -157,6 +173,26 @@ class VideoQADataModule(EpochDataModule):
     def find_clips(self) -> dict[str, Path]:
         """The clips on disk, by the name that annotations use."""
 
+    def further_clips(self) -> set[str]:
+        """Names of clips that no split asks about but that the dataset has a use for."""
+        return set()
+
+    def sessions(self) -> Sessions:
+        """Unlabelled clips by device.
+
+        Raises:
+            ConfigError: the dataset does not say which device recorded a clip.
+        """
+        raise ConfigError(f"{type(self).__name__} does not know its clips' devices: sessions need them")
+
+    def captions(self) -> Captions:
+        """Captioned clips.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        raise ConfigError(f"{type(self).__name__} has no captions: encoder_pretraining needs them")
+
     def prepare_data(self) -> None:
         """Check the dataset and fill the frame cache (one process a machine).
 
@@ -173,14 +209,14 @@ class VideoQADataModule(EpochDataModule):
                 )
         TextEncoder(self.vocab, self.text_length)
         paths = self.find_clips()
-        named = sorted(set().union(*clips.values()))
+        named = sorted(set().union(*clips.values(), self.further_clips()))
         absent = [name for name in named if name not in paths]
         present = [paths[name] for name in named if name in paths]
         if not present:
             raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
         problems = [] if self.only_present else [f"{name}: absent" for name in absent]
         if len(problems) <= self.max_missing:
-            problems += self.cache.fill(present, self.num_workers).values()
+            problems += self.cache.fill(present, os.cpu_count() or 1).values()
         if len(problems) > self.max_missing:
             raise self._missing(problems, len(named))
         for line in problems:
@@ -207,28 +243,37 @@ class VideoQADataModule(EpochDataModule):
         """Build the splits from what `prepare_data` made ready."""
         if self._splits:
             return
-        text = TextEncoder(self.vocab, self.text_length)
-        paths = self.find_clips()
+        self._text = TextEncoder(self.vocab, self.text_length)
+        self._paths = self.find_clips()
         ready = {path.name for path in self.cache.folder.iterdir()}
         annotated = {split: self.read_split(split) for split in SPLITS}
         self._answers = self.read_answers([sample.answer for sample in annotated["train"]])
+        used = {sample.clip for everything in annotated.values() for sample in everything} | self.further_clips()
+        clips = [self._paths[name] for name in used if name in self._paths]
+        names = {clip: self.cache.path(clip).name for clip in clips}
+        self._frame_names = {clip: name for clip, name in names.items() if name in ready}
         for split, everything in annotated.items():
-            clips = [paths[name] for name in {sample.clip for sample in everything} if name in paths]
-            names = {clip: self.cache.path(clip).name for clip in clips}
-            self._frame_names |= {clip: name for clip, name in names.items() if name in ready}
-            samples = [sample for sample in everything if paths.get(sample.clip) in self._frame_names]
+            samples = [sample for sample in everything if self._paths.get(sample.clip) in self._frame_names]
             if not samples:
                 raise DataError(f"{self.root}: no question of split {split} has its clip here\n{self.remedy()}")
             self._left_out[split] = len(everything) - len(samples)
-            self._splits[split] = QADataset(
-                samples,
-                [paths[sample.clip] for sample in samples],
-                text([sample.question for sample in samples]),
-                torch.tensor([self._answers.label(sample.answer) for sample in samples]),
-                self.cache,
-                augment=False,
-                seed=self.seed,
-            )
+            self._splits[split] = self.build(samples)
+
+    def build(self, samples: Sequence[Sample]) -> QADataset:
+        """Samples whose clips are ready as a dataset, not augmented."""
+        return QADataset(
+            samples,
+            [self._paths[sample.clip] for sample in samples],
+            self._text([sample.question for sample in samples]),
+            torch.tensor([self._answers.label(sample.answer) for sample in samples]),
+            self.cache,
+            augment=False,
+            seed=self.seed,
+        )
+
+    def is_ready(self, clip: str) -> bool:
+        """Whether a clip's frames are in the cache."""
+        return self._paths.get(clip) in self._frame_names
 
     def dataset(self, split: Split, augment: bool) -> QADataset:
         """A split, its frames drawn anew for every epoch or always the same."""
@@ -252,11 +297,21 @@ class VideoQADataModule(EpochDataModule):
 
     def fingerprint(self, split: Split, frames: bool) -> str:
         """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
+        return self.digest(self._splits[split], frames)
+
+    def digest(self, dataset: QADataset, frames: bool) -> str:
+        """See `fingerprint`."""
         digest = hashlib.sha256()
-        dataset = self._splits[split]
         for path, ids, label in zip(dataset.paths, dataset.text_ids, dataset.labels.tolist(), strict=True):
             digest.update(f"{self._frame_names[path] if frames else path.stem} {ids} {label}\n".encode())
         return digest.hexdigest()
+
+    def origins(self, split: Split) -> list[Origin]:
+        """Where each sample comes from: of its clip, which counts as a device of its own."""
+        return [
+            Origin(sample.clip, sample.clip, "", sample.type, sample.question, sample.answer)
+            for sample in self._splits[split].samples
+        ]
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""

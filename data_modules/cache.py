@@ -1,7 +1,8 @@
 """The frame cache: every clip's candidate frames, decoded once, resized, as memory-mapped uint8 arrays.
 
-One `.npy` (K, H, W, 3) a clip, named after the clip and after a digest of the clip's size and time and of the
-settings: a changed clip or setting is a new name, so a stale file is never read. Files appear whole or not at all.
+One `.npy` (K, H, W, 3) a clip (fewer than K where the clip has fewer frames), named after the clip and after a digest
+of the clip's size and time and of the settings: a changed clip or setting is a new name, so a stale file is never read.
+Files appear whole or not at all.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -47,26 +48,32 @@ class FrameCache:
     Args:
         folder: where the arrays lie.
         num_frames, image_size, decoder: see `frames` and `video`.
+        side: pixels to which a frame's shorter side is resized; None is `shorter_side(image_size)`.
     """
 
-    def __init__(self, folder: Path, num_frames: int, image_size: int, decoder: Decoder) -> None:
+    def __init__(
+        self, folder: Path, num_frames: int, image_size: int, decoder: Decoder, side: int | None = None
+    ) -> None:
         self.folder, self.num_frames, self.image_size, self.decoder = folder, num_frames, image_size, decoder
+        self.side = side or shorter_side(image_size)
 
     def path(self, clip: Path) -> Path:
         """The array of a clip as it is now; the clip exists."""
         stat = clip.stat()
-        settings = (stat.st_size, stat.st_mtime_ns, self.num_frames, CANDIDATES, self.image_size, self.decoder)
+        settings = (stat.st_size, stat.st_mtime_ns, self.num_frames, CANDIDATES, self.side, self.decoder)
         return self.folder / f"{clip.stem}.{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}.npy"
 
-    def read(self, clip: Path) -> Frames:
-        """Candidate frames (K, H, W, 3) of a clip, memory-mapped: only the frames that are used are read.
+    def read(self, clip: Path, candidates: Sequence[int]) -> Frames:
+        """Some of the candidate frames of a clip, (T, H, W, 3).
 
         Raises:
             DataError: not prepared, or the file was damaged from outside.
         """
         path = self.path(clip)
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            kept = np.load(path, mmap_mode="r", allow_pickle=False)  # only the frames that are used are read
+            places = candidate_indices(len(kept), self.num_frames)
+            return kept[[places[candidate] for candidate in candidates]]
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: the cached frames of {clip} cannot be read ({error}): delete the file") from error
 
@@ -85,8 +92,7 @@ class FrameCache:
         missing = [clip for clip in clips if self.path(clip).name not in there]
         if not missing:
             return {}
-        side = shorter_side(self.image_size)
-        frame_bytes = side * round(side * 4 / 3) * 3
+        frame_bytes = self.side * round(self.side * 4 / 3) * 3
         needed = len(missing) * self.num_frames * CANDIDATES * frame_bytes
         logger.info("decoding %d clips into %s, about %s", len(missing), self.folder, decimal(needed))
         if (free := shutil.disk_usage(self.folder).free) < needed:
@@ -116,9 +122,13 @@ class FrameCache:
         return failures
 
     def _decode(self, clip: Path) -> None:
-        frames = read_frames(
-            clip, lambda count: candidate_indices(count, self.num_frames), self.image_size, self.decoder
-        )
+        def choose(count: int) -> list[int]:
+            """A clip with fewer frames than candidates is kept whole, without repetitions."""
+            return (
+                candidate_indices(count, self.num_frames) if count > self.num_frames * CANDIDATES else [*range(count)]
+            )
+
+        frames = read_frames(clip, choose, self.image_size, self.decoder, self.side)
         with atomic_write(self.path(clip)) as file:
             np.save(file, frames)
 

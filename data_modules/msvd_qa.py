@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import DataError
@@ -44,15 +45,13 @@ class MSVDQA(VideoQADataModule):
 
     def read_split(self, split: Split) -> list[Sample]:
         """All samples of a split; see the base class."""
+        return self.read_questions(f"{split}_qa.json")
+
+    def read_questions(self, name: str) -> list[Sample]:
+        """All samples of an annotation file; what its rows have beside, such as their id, is left unread."""
         names = self._read_mapping()
-        path = self.root / f"{split}_qa.json"
-        try:
-            rows = json.loads(self._read(path))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file is damaged or cut short; "
-                "fetch it again"
-            ) from error
+        path = self.root / name
+        rows = self.read_json(path)
         if not isinstance(rows, list) or not rows:
             raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of questions; fetch it again")
         samples = []
@@ -65,8 +64,18 @@ class MSVDQA(VideoQADataModule):
                     raise DataError(f"{where}.{key} is {row.get(key)!r}, not a {kind.__name__}")
             if row["video_id"] not in names:
                 raise DataError(f"{where}.video_id is {row['video_id']}, which youtube_mapping.txt does not name")
-            samples.append(Sample(names[row["video_id"]], row["question"], row["answer"]))
+            samples.append(Sample(names[row["video_id"]], row["question"], row["answer"], str(row.get("type", ""))))
         return samples
+
+    def read_json(self, path: Path) -> Any:
+        """The content of an annotation file."""
+        try:
+            return json.loads(self._read(path))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file is damaged or cut short; "
+                "fetch it again"
+            ) from error
 
     def read_answers(self, training_answers: Sequence[str]) -> Answers:
         """The 1,000 answers of `answer_set.txt`; see the class."""

@@ -9,6 +9,8 @@ import av
 import numpy as np
 import pytest
 
+from data_modules.synthetic_clips import Counts, make
+
 os.environ["WANDB_MODE"] = "disabled"  # tests that are about W&B set their own
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "who", "is", "the", "a", "man", "doing", "?", "in", "it"]
@@ -67,6 +69,19 @@ def msvd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_msvd(tmp_path: Path) -> Path:
     """A folder like MSVD-QA's, to be damaged."""
     return write_msvd(tmp_path / "msvd")
+
+
+TINY = Counts(
+    seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3
+)  # of the embedded dataset
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded dataset in small, not to be changed."""
+    root = tmp_path_factory.mktemp("synthetic") / "clips"
+    make(root, TINY)
+    return root
 
 
 @pytest.fixture(scope="session")

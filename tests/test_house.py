@@ -28,15 +28,19 @@ ROOMS = {
     "text": {"errors"},
     "batch": {"errors", "frames"},
     "weights": {"errors", "files"},
+    "metrics": set(),
     "models": {"models", "batch", "errors", "weights"},
     "methods": {"methods", "models", "batch", "errors", "weights"},
     "features": {"models", "batch", "errors", "files", "weights"},
+    "sessions": {"batch", "errors", "features"},
+    "captions": {"batch"},
     "checkpointing": {"errors", "files", "results", "weights"},
     "dashboard": {"methods", "batch"},
     "results": {"files"},
     "report": {"errors", "files", "results"},
-    "experiment": {"batch", "checkpointing", "dashboard", "errors", "features", "files", "methods", "models", "results",
-                   "text", "weights"},
+    "figures": {"errors", "files", "frames", "report", "video"},
+    "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "features", "files", "methods",
+                   "metrics", "models", "results", "sessions", "text", "weights"},
     "cli": {"errors", "results", "experiment"},
     "benchmark": {"batch", "methods", "models"},
     "predict": {"batch", "cli", "errors", "experiment", "frames", "results", "text", "video", "weights"},
@@ -66,7 +70,9 @@ def test_imports_flow_one_way(path):
     assert rooms <= ROOMS[room]
 
 
-@pytest.mark.parametrize("name", ["errors", "files", "frames", "video", "text", "results", "cli", "report", "predict"])
+@pytest.mark.parametrize(
+    "name", ["errors", "files", "figures", "frames", "video", "text", "results", "cli", "report", "predict", "metrics"]
+)
 def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
     heavy = {"torch", "lightning", "timm", "transformers", "torchmetrics"}
     tree = ast.parse((ROOT / "src" / "cdc_mmpg" / f"{name}.py").read_text())
@@ -89,15 +95,17 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
     adr = [f"--model.init_args.adr={phase_one}"] if method.startswith("cdc_mmpg") else []
     experiment = Experiment([*pair, *needed, *adr], run=False)
     model, data = experiment.model, experiment.datamodule
-    assert type(model).__module__ == f"cdc_mmpg.methods.{method.removesuffix('_frozen').removesuffix('_fan_in')}"
+    module = {"session_oracle": "cdc_mmpg_session", "cdc_mmpg_session_full": "cdc_mmpg_session"}.get(method, method)
+    assert type(model).__module__ == f"cdc_mmpg.methods.{module.removesuffix('_frozen').removesuffix('_fan_in')}"
     phase_one_run = method.startswith("adr_pretraining")
-    assert model.learning_rate == (2e-5 if phase_one_run else 1e-4)
-    assert experiment.trainer.max_epochs == (10 if phase_one_run else 40)
-    assert data.batch_size == 256
+    pretraining = method == "encoder_pretraining"  # ours
+    assert model.learning_rate == (7e-4 if pretraining else 2e-5 if phase_one_run else 1e-4)
+    assert experiment.trainer.max_epochs == (8 if pretraining else 10 if phase_one_run else 40)
+    assert data.batch_size == {"msvd": 256, "synthetic": 32}[dataset]
     assert model.head.inputs == 96
-    assert model.head.outputs == {"msvd": 1001}[dataset]
+    assert model.head.outputs == {"msvd": 1001, "synthetic": 17}[dataset]
     assert model.encoder.num_frames == 3
-    assert model.train_encoder == (method in ("fine_tuning", "cdc_mmpg"))
+    assert model.train_encoder == (method in ("fine_tuning", "cdc_mmpg", "encoder_pretraining"))
 
 
 def test_a_key_is_set_in_one_file_only():

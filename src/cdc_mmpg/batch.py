@@ -39,6 +39,29 @@ class FeatureBatch(NamedTuple):
     indices: Tensor  # (B,)
 
 
+class SessionBatch(NamedTuple):
+    """The same samples, each with what its device uploads in several cases (training knows one)."""
+
+    frame_features: Tensor  # (B, T, 192)
+    uploads: Tensor  # (B, C, 192) means of the anchor features of n other clips of a device
+    anchors: Tensor  # (B, C) n, 0 where nothing is uploaded
+    casts: Tensor  # (B, 2) cosine and sine of the device's true hue cast, for the oracle; 0 where it is unknown
+    labels: Tensor  # (B,)
+    indices: Tensor  # (B,)
+
+
+class CaptionBatch(NamedTuple):
+    """Clips with a caption and a question each, for pretraining."""
+
+    frames: Tensor  # (B, T, S, S, 3) uint8 RGB
+    caption_ids: Tensor  # (B, L) int64, padded with 0 at the end
+    caption_mask: Tensor  # (B, L)
+    text_ids: Tensor  # (B, L') the question
+    text_mask: Tensor  # (B, L')
+    labels: Tensor  # (B,)
+    indices: Tensor  # (B,)
+
+
 def normalise(frames: Tensor) -> Tensor:
     """uint8 frames (B, T, H, W, 3) as the encoder takes them: (B, T, 3, H, W) floats, ImageNet mean and deviation."""
     mean = torch.tensor(MEAN, device=frames.device) * 255
@@ -180,6 +203,57 @@ class Example(NamedTuple):
     answer: str
 
 
+class Origin(NamedTuple):
+    """Where a sample comes from: what accuracies are broken down by, and resampled by."""
+
+    clip: str
+    device: str  # the clip's own name where devices are unknown
+    group: str  # "seen" or "unseen" in training; "" where devices are unknown
+    type: str  # of the question; "" where there are none
+    question: str
+    answer: str
+
+
+class Sessions(NamedTuple):
+    """Unlabelled clips of devices: what a session can be drawn from."""
+
+    anchors: Dataset[VideoTextBatch]  # every such clip once, with the neutral prompt for a question
+    pools: list[list[int]]  # by device: its anchors; never a validation or test clip
+    devices: dict[Split, list[int]]  # by split: the device of each sample
+    own: dict[Split, list[int]]  # by split: the anchor that is the sample's own clip, -1 where none is
+    casts: list[float]  # by device: its true hue cast in degrees, not a number where it is unknown
+    fingerprint: str  # of the anchors' frames
+
+
+class Case(NamedTuple):
+    """What is uploaded when a session is evaluated."""
+
+    anchors: int  # n, 0 for no upload
+    shuffled: bool  # another device's
+
+
+# Evaluated one by one; the first decides the best epoch.
+CASES = {
+    "n16": Case(16, False),
+    "n8": Case(8, False),
+    "n4": Case(4, False),
+    "n1": Case(1, False),
+    "n0": Case(0, False),
+    "shuffled_n8": Case(8, True),
+    "shuffled_n16": Case(16, True),
+}
+
+
+class Captions(NamedTuple):
+    """Captioned clips with a question each, for pretraining."""
+
+    train: Dataset[CaptionBatch]
+    val: Dataset[CaptionBatch]
+    clips: int  # in training
+    questions: int  # answered questions about them
+    fingerprint: str
+
+
 class VideoTextData(Protocol):
     """What the feature cache, the results and the logs ask of a DataModule."""
 
@@ -211,3 +285,12 @@ class VideoTextData(Protocol):
 
     def answers(self) -> list[str]:
         """The word of every class but the last, which stands for all others."""
+
+    def origins(self, split: Split) -> list[Origin]:
+        """Where each sample comes from."""
+
+    def sessions(self) -> Sessions:
+        """Unlabelled clips by device; a ConfigError where devices are unknown."""
+
+    def captions(self) -> Captions:
+        """Clips with captions; a ConfigError where there are none."""

@@ -91,7 +91,7 @@ class ExampleTable(Callback):
             return
         data: Any = trainer.datamodule
         words = [*data.answers(), "(unknown)"]
-        predictions = sorted(pl_module.predictions[split].items())
+        predictions = sorted(next(iter(pl_module.predictions[split].values())).items())
         chosen = predictions[:: -(-len(predictions) // EXAMPLES)]  # from all over the split
         examples = [(data.example(split, index), words[label]) for index, label in chosen]
         with (self.run / f"examples.{split}.csv").open("w", newline="", encoding="utf-8") as file:

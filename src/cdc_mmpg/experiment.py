@@ -1,10 +1,12 @@
 """A run from its configuration: Lightning's command line with our links, checkpoints and results."""
 
+import csv
 import difflib
 import inspect
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import warnings
@@ -14,7 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+import torch.distributed
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,22 +27,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from cdc_mmpg.batch import EpochDataModule
+from cdc_mmpg.batch import UNKNOWN, EpochDataModule, Origin
+from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.features import FeatureDataModule
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.methods.base import Method
+from cdc_mmpg.methods.base import Answering, Method, Predictions
+from cdc_mmpg.metrics import accuracies, majorities
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.results import RESULTS, RESUME, file_digest, fingerprint, provenance, write_json
+from cdc_mmpg.sessions import SessionDataModule
 from cdc_mmpg.text import vocabulary_size
 from cdc_mmpg.weights import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+UNKNOWN_ANSWER = "(unknown)"  # of the class that stands for all others
 ANSWERS = "answers.txt"  # of a run: the word of class k in line k
 PARTS = ("seed_everything", "trainer", "model", "data")
 
@@ -192,10 +200,14 @@ class Experiment(LightningCLI):
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
     def instantiate_classes(self) -> None:
-        """Also: the features of a frozen encoder instead of its frames."""
+        """Also: the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
         super().instantiate_classes()
         data: Any = self.datamodule  # type: ignore[has-type]
-        if not self.model.train_encoder:
+        if self.model.reads == "captions":
+            self.datamodule = CaptionDataModule(data)
+        elif self.model.reads == "sessions":
+            self.datamodule = SessionDataModule(data, self.model.encoder)
+        elif not self.model.train_encoder:
             self.datamodule = FeatureDataModule(data, self.model.encoder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -224,7 +236,7 @@ class Experiment(LightningCLI):
 
     def fit(self, model: Method, datamodule: EpochDataModule) -> None:
         """Train, or go on; test the best epoch; write what later runs need; write the results, last."""
-        if self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
+        if model.reads != "captions" and self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
             logger.warning(
                 "no CHECKPOINT: the encoder starts at random. The paper's starts from All-in-One's pretraining on "
                 "millions of clips; figures from scratch are far below it and say little about the methods."
@@ -240,6 +252,7 @@ class Experiment(LightningCLI):
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
+        answers = self._gather(model.predictions["test"]) if isinstance(model, Answering) else {}
         if not trainer.is_global_zero:
             return
         step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -259,10 +272,12 @@ class Experiment(LightningCLI):
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
+            **(self._accuracies(datamodule, answers) if answers else {}),
             "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
             "parameters": parameters._asdict(),
             "bytes": model.traffic()._asdict(),
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
+            "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}",
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": self.arguments,
@@ -270,6 +285,40 @@ class Experiment(LightningCLI):
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+
+    def _gather(self, predictions: Predictions) -> Predictions:
+        """All processes' predictions."""
+        if not torch.distributed.is_initialized():
+            return predictions
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, predictions)
+        return {case: {k: v for part in everyone for k, v in part[case].items()} for case in predictions}
+
+    def _accuracies(self, datamodule: Any, predictions: Predictions) -> dict[str, Any]:
+        """Accuracies by case, group of devices and type of question, with those of guessing; and every answer."""
+        origins, labels = datamodule.origins("test"), datamodule.labels("test").numpy()
+        trained = [(label, origin.type) for label, origin in
+                   zip(datamodule.labels("train").tolist(), datamodule.origins("train"), strict=True)
+                   if label != UNKNOWN]  # fmt: skip
+        words = [*datamodule.answers(), UNKNOWN_ANSWER]
+        types = [origin.type for origin in origins]
+        guesses = majorities([words[label] for label, _ in trained], [kind for _, kind in trained], types)
+        answered = {case: [words[rows[i]] for i in range(len(labels))] for case, rows in predictions.items()}
+        true = [words[label] if label != UNKNOWN else "" for label in labels]
+        correct = {
+            case: np.array([given == answer for given, answer in zip(rows, true, strict=True)])
+            for case, rows in (answered | guesses).items()
+        }
+        clips, devices, groups, *_ = (list(column) for column in zip(*origins, strict=True))
+        found = accuracies(correct, clips, devices, groups, types)
+        with (self.folder / "predictions.test.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow([*Origin._fields, *answered])
+            table.writerows([*origin, *given] for origin, *given in zip(origins, *answered.values(), strict=True))
+        return {
+            "accuracy": {case: found[case] for case in answered},
+            "floors": {name: found[name] for name in guesses},
+        }
 
 
 def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -12,7 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cdc_mmpg.batch import SPLITS, EpochDataModule, Example, FeatureBatch, Split, VideoTextData, normalise
+from cdc_mmpg.batch import (
+    SPLITS,
+    EpochDataModule,
+    Example,
+    FeatureBatch,
+    Origin,
+    Split,
+    VideoTextBatch,
+    VideoTextData,
+    normalise,
+)
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -60,23 +71,35 @@ class FeatureDataModule(EpochDataModule):
         if self._splits:
             return
         self.data.setup(stage)
-        digest = hashlib.sha256()
-        for name, value in self.encoder.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        folder = self.data.cache_dir / "features"
-        assert self.trainer is not None
         for split in SPLITS:
-            key = digest.hexdigest() + self.data.fingerprint(split, frames=True)
-            path = folder / f"{split}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-            if self.trainer.strategy.broadcast(self._read(path) is None):
-                self._make(split, path)
-            features = self._read(path)
-            if features is None:
-                raise DataError(
-                    f"{path} is not there, though the first process has made it: all machines must share the folder"
-                )
+            features = self.features(split, self.data.dataset(split, augment=False), self.data.fingerprint(split, True))
             self._splits[split] = FeatureDataset(features, self.data.labels(split))
+
+    def features(
+        self, name: str, dataset: Dataset[VideoTextBatch], fingerprint: str, frame: int | None = None
+    ) -> Tensor:
+        """The features (N, T, 192) of a dataset as they are kept, or are from now on.
+
+        Args:
+            name: of the file.
+            dataset: its samples.
+            fingerprint: of its samples.
+            frame: the only frame that the encoder is to see; None is all.
+        """
+        digest = hashlib.sha256(f"{fingerprint} {frame}".encode())
+        for key, value in self.encoder.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        path = self.data.cache_dir / "features" / f"{name}.{digest.hexdigest()[:16]}.safetensors"
+        assert self.trainer is not None
+        if self.trainer.strategy.broadcast(self._read(path) is None):
+            self._make(name, dataset, frame, path)
+        features = self._read(path)
+        if features is None:
+            raise DataError(
+                f"{path} is not there, though the first process has made it: all machines must share the folder"
+            )
+        return features
 
     def _read(self, path: Path) -> Tensor | None:
         """(N, T, 192) of a file, None where there is no whole one."""
@@ -85,14 +108,14 @@ class FeatureDataModule(EpochDataModule):
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def _make(self, split: Split, path: Path) -> None:
+    def _make(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None, path: Path) -> None:
         """Every process computes its share; the first one joins them."""
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
         parts = [path.with_suffix(f".{rank}of{world}.safetensors") for rank in range(world)]
         remove_leftovers(path.parent)
-        save_safetensors({"frame_features": self._compute(split)}, parts[trainer.global_rank])
+        save_safetensors({"frame_features": self._compute(name, dataset, frame)}, parts[trainer.global_rank])
         trainer.strategy.barrier("parts")
         if trainer.global_rank == 0:
             shares = [load_file(part)["frame_features"] for part in parts]
@@ -105,28 +128,28 @@ class FeatureDataModule(EpochDataModule):
         trainer.strategy.barrier("whole")
 
     @torch.no_grad()
-    def _compute(self, split: Split) -> Tensor:
-        """(n, T, 192) of this process's share of a split, in order."""
+    def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> Tensor:
+        """(n, T, 192) of this process's share of a dataset, in order."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         encoder = self.encoder.to(device).eval()
-        dataset = self.data.dataset(split, augment=False)
         batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers)
         features = []
-        for batch in track(batches, description=f"features of {split}"):
-            video = normalise(batch.frames.to(device))
+        for batch in track(batches, description=f"features of {name}"):
+            frames = batch.frames if frame is None else batch.frames[:, frame : frame + 1]
+            video = normalise(frames.to(device))
             features.append(encoder(video, batch.text_ids.to(device), batch.text_mask.to(device)).frame_features.cpu())
         return torch.cat(features)
 
-    def train_dataloader(self) -> DataLoader[FeatureBatch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """In a new order every epoch."""
         return self.batches(self._splits["train"], shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[FeatureBatch]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """As annotated."""
         return self.batches(self._splits["val"], shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[FeatureBatch]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """As annotated."""
         return self.batches(self._splits["test"], shuffle=False)
 
@@ -145,3 +168,11 @@ class FeatureDataModule(EpochDataModule):
     def answers(self) -> list[str]:
         """The dataset's own."""
         return self.data.answers()
+
+    def labels(self, split: Split) -> Tensor:
+        """The dataset's own."""
+        return self.data.labels(split)
+
+    def origins(self, split: Split) -> list[Origin]:
+        """The dataset's own."""
+        return self.data.origins(split)

@@ -36,9 +36,8 @@ def shorter_side(image_size: int) -> int:
     return round(image_size * 268 / 224)
 
 
-def resize(frame: av.VideoFrame, image_size: int) -> Frames:
-    """One frame, its shorter side `shorter_side(image_size)` (bilinear), as RGB (H, W, 3)."""
-    side = shorter_side(image_size)
+def resize(frame: av.VideoFrame, side: int) -> Frames:
+    """One frame, its shorter side resized to `side` pixels (bilinear), as RGB (H, W, 3)."""
     scale = side / min(frame.width, frame.height)
     width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
     resized = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR")

@@ -74,7 +74,8 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     model.eval()
     num_frames, size = data["num_frames"], data["image_size"]
-    candidates = read_frames(video, lambda count: candidate_indices(count, num_frames), size, data["decoder"])
+    candidates = read_frames(video, lambda count: candidate_indices(count, num_frames), size, data["decoder"],
+                             data["resize"])  # fmt: skip
     frames = torch.from_numpy(crop(candidates[middle_candidates(num_frames)], size).copy())[None]
     ids = torch.tensor(TextEncoder(data["vocab"], data["text_length"])([question]))
     batch = VideoTextBatch(frames, ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long), torch.zeros(1))
@@ -82,7 +83,7 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     with torch.no_grad():
         features = model.encode(batch)  # on the device, which uploads one row of it
         weight, bias = model.device_layers(features)  # in the cloud, which sends these
-        fused = model.encoder.pool(features.mean(1))
+        fused = model.fused(features)
         scores = model.head(fused, lambda hidden: F.linear(hidden, weight[0], bias[0]))
     best = scores.softmax(-1)[0].topk(min(most, len(words)))
     return [(words[label], value) for value, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)]

@@ -64,6 +64,10 @@ class TextEncoder:
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
 
+    def neutral(self) -> list[int]:
+        """A question that asks for nothing: [CLS], eight [MASK], [SEP]. With it, one anchor serves all questions."""
+        return self(["[MASK] " * 8])[0]
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of every text, unpadded."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]

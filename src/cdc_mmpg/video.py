@@ -13,20 +13,24 @@ import av
 import numpy as np
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.frames import Frames, resize
+from cdc_mmpg.frames import Frames, resize, shorter_side
 
 Decoder = Literal["pyav", "decord"]
 
 
 def read_frames(
-    path: Path, choose: Callable[[int], Sequence[int]], image_size: int, decoder: Decoder = "pyav"
+    path: Path,
+    choose: Callable[[int], Sequence[int]],
+    image_size: int,
+    decoder: Decoder = "pyav",
+    side: int | None = None,
 ) -> Frames:
     """Frames of a clip, resized: (K, H, W, 3) uint8 RGB.
 
     Args:
         path: the clip.
         choose: from the number of frames in the clip (at least 1) to the K indices wanted, in ascending order.
-        image_size: see `frames.resize`.
+        image_size: pixels of a side of what the model sees.
         decoder: "pyav", or "decord", which cannot read GIF or AV1 but is faster on some files.
 
     Raises:
@@ -45,7 +49,9 @@ def read_frames(
             kept, count = {}, 0
             for frame in decode(path):
                 if count in wanted:
-                    kept[count] = np.rot90(resize(frame, image_size), k=round(frame.rotation / 90) % 4)
+                    kept[count] = np.rot90(
+                        resize(frame, side or shorter_side(image_size)), k=round(frame.rotation / 90) % 4
+                    )
                 count += 1
             if count == 0:
                 raise ValueError("no frame in it can be decoded")

@@ -12,13 +12,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import PolynomialLR
 from torchmetrics import MeanMetric
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Split, VideoTextBatch, normalise
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.heads import Head, LastLayer
 
-Batch = VideoTextBatch | FeatureBatch
+Batch = VideoTextBatch | FeatureBatch | SessionBatch
 
 ANCHOR_BYTES = 4 * WIDTH  # of the upload: 192 float32
 
@@ -53,6 +53,7 @@ class Method(LightningModule):
         seed: of the run.
     """
 
+    reads: ClassVar[Literal["samples", "sessions", "captions"]] = "samples"  # which view of a dataset it trains on
     monitor: ClassVar[str] = "val/accuracy"  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
@@ -88,7 +89,7 @@ class Method(LightningModule):
 
     def encode(self, batch: Batch) -> Tensor:
         """(B, T, 192) the frame features x_t of a batch: from the encoder, or as they were kept."""
-        if isinstance(batch, FeatureBatch):
+        if not isinstance(batch, VideoTextBatch):
             return batch.frame_features
         return self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).frame_features
 
@@ -147,6 +148,9 @@ class Method(LightningModule):
         """Write what later runs build on into the run's folder."""
 
 
+Predictions = dict[str, dict[int, int]]  # the class of every sample by its index, by case
+
+
 class Answering(Method):
     """A method that answers: encoder, head, and a last layer that the subclass provides.
 
@@ -157,7 +161,7 @@ class Answering(Method):
     def setup(self, stage: str) -> None:
         """Fresh metrics for every fit or test."""
         self.accuracy: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
-        self.predictions: dict[Split, dict[int, int]] = {"val": {}, "test": {}}  # class by sample
+        self.predictions: dict[Split, Predictions] = {"val": {}, "test": {}}
 
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -167,13 +171,24 @@ class Answering(Method):
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """The same layers as a device installs them: weight (B, L, D), bias (B, L)."""
 
+    def fused(self, frame_features: Tensor) -> Tensor:
+        """What the head reads, (B, 192), of clips with features (B, T, 192): m̄."""
+        return self.encoder.pool(frame_features.mean(1))
+
     def forward(self, frame_features: Tensor) -> Tensor:
         """Scores (B, L) of clips with their questions, from their frame features (B, T, 192)."""
-        fused = self.encoder.pool(frame_features.mean(1))
-        return self.head(fused, self.last_layer(frame_features))
+        return self.head(self.fused(frame_features), self.last_layer(frame_features))
+
+    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
+        """Scores (B, L) by case; the first is the method's own, which trains and decides the best epoch.
+
+        The others are controls of the test: what becomes of the answers when an input of the adaptation is another.
+        """
+        return {"own": self(self.encode(batch))}
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
-        scores = self(self.encode(batch))
+        cases = self.scores(batch, split)
+        scores = next(iter(cases.values()))
         loss = self.head.loss(scores, batch.labels)
         if split != "train":
             metric = self.accuracy[split]
@@ -181,8 +196,9 @@ class Answering(Method):
             self.log(f"{split}/accuracy", metric, prog_bar=True)
             known = int((batch.labels != UNKNOWN).sum())  # the loss is their mean
             self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
-            for index, label in zip(batch.indices.tolist(), scores.argmax(-1).tolist(), strict=True):
-                self.predictions[split][index] = label
+            for case, values in cases.items():
+                predicted = zip(batch.indices.tolist(), values.argmax(-1).tolist(), strict=True)
+                self.predictions[split].setdefault(case, {}).update(predicted)
         return loss
 
     def cloud_modules(self) -> list[nn.Module]:
@@ -223,6 +239,15 @@ class Generating(Answering):
     @abstractmethod
     def generator_input(self, frame_features: Tensor) -> Tensor:
         """What the hypernetwork reads, (B, 192), of clips with features (B, T, 192)."""
+
+    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
+        """Also, in the test: with the layer of another sample, half a batch away."""
+        features = self.encode(batch)
+        cases = {"own": self(features)}
+        if split == "test":
+            other = self.last_layer(features.roll(len(features) // 2, dims=0))
+            cases["shuffled"] = self.head(self.fused(features), other)
+        return cases
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """Every sample's own layer, applied without being held."""

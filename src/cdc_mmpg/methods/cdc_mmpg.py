@@ -5,9 +5,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from cdc_mmpg.batch import FeatureBatch, Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
-from cdc_mmpg.methods.base import Generating
+from cdc_mmpg.methods.base import Batch, Generating
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -52,6 +53,15 @@ class CDCMMPG(Generating):
         """The generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
         anchor = anchor_feature(self.encoder, frame_features, draw=self.training)
         return self.adr(anchor, sample=self.training).generated
+
+    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
+        """Also, in the test: without the reasoner, the hypernetwork reading the anchor feature itself."""
+        features = self.encode(batch)
+        cases = super().scores(FeatureBatch(features, batch.labels, batch.indices), split)
+        if split == "test":
+            anchor = anchor_feature(self.encoder, features, draw=False)
+            cases["bypassed"] = self.head(self.fused(features), lambda hidden: self.fda(anchor, hidden))
+        return cases
 
     def export(self, folder: Path) -> None:
         """Write the reasoner beside the weights, so that the run can be read without phase one's."""

@@ -1,0 +1,150 @@
+"""The embedded dataset: colour constancy on devices that the model has never seen."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch.utils.data import Dataset
+
+from cdc_mmpg.batch import SPLITS, CaptionBatch, Captions, Origin, Sessions, Split
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.text import pad
+from data_modules.base import QADataset, Sample
+from data_modules.msvd_qa import MSVDQA
+
+
+class CaptionDataset(Dataset[CaptionBatch]):
+    """Clips with a caption and one of their questions, which the epoch decides.
+
+    Args:
+        captions: a clip's caption for its question.
+        questions: of each clip in turn, as many of each.
+    """
+
+    def __init__(self, captions: QADataset, questions: QADataset) -> None:
+        self.captions, self.questions = captions, questions
+        self.each = len(questions) // len(captions)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> CaptionBatch:
+        captions = self.captions.__getitems__(items)
+        asked = [index * self.each + epoch % self.each for epoch, index in items]
+        ids, mask = map(torch.from_numpy, pad([self.questions.text_ids[i] for i in asked]))
+        return CaptionBatch(
+            captions.frames, captions.text_ids, captions.text_mask, ids, mask,
+            self.questions.labels[torch.tensor(asked)], captions.indices,
+        )  # fmt: skip
+
+
+class Synthetic(MSVDQA):
+    """Made by `data_modules.synthetic_clips`, in MSVD-QA's layout, as real .mp4 files (64 x 64, 6 frames).
+
+    One or two objects (disk, ring, bar, pole; six colours; two sizes; left and right) drift over a texture. The hue of
+    the texture is drawn from one distribution for the whole world (around blue, 50 degrees of deviation), but every
+    device rotates all hues by a cast of its own, uniform on the circle, and has gain, gamma, noise, blur, zoom and
+    speed. Questions ask for an object's true colour (40 %), its shape, size and side, and for their count. So one clip
+    cannot tell a red object from a cast, and several clips of a camera can.
+
+    Splits: 2,304 training questions on 768 clips of 96 devices; validation 720 questions on 240 clips of 24 other
+    devices; test 1,728 on 576 other clips of the 96 ("seen") and 1,440 on 480 clips of 48 others ("unseen").
+
+    Unlabelled: 24 clips of every device that are in none of the validation and test splits (of the 96, the training
+    clips are among them): what sessions are drawn from.
+
+    Pretraining: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
+    clip and does not know the camera: colours as they look.
+
+    Vocabulary: the 16 answers, and one class for the rest: 17.
+
+    Further files below `root`: `devices.json` (clip: {device, role, cast}), `captions.json` (`sentences`:
+    [{caption, video_id}]), `pretraining_qa.json`, `test_seen_qa.json`, `test_unseen_qa.json`, `history_qa.json` (labels
+    of the unseen devices' unlabelled clips: for controls only), `vocab.txt` (WordPieces of the training text),
+    `digests.json`.
+    """
+
+    def remedy(self) -> str:
+        """What to fetch, from where, and where to put it."""
+        return f"make it: python -m data_modules.synthetic_clips {self.root}"
+
+    @cached_property
+    def devices(self) -> dict[str, dict[str, str | float]]:
+        """Device, role and cast by clip."""
+        path = self.root / "devices.json"
+        rows = self.read_json(path)
+        for clip, row in rows.items() if isinstance(rows, dict) else [("", rows)]:
+            if not isinstance(row, dict) or not {"device", "role", "cast"} <= row.keys():
+                raise DataError(f"{path}: {clip!r} is {row!r}, not {{device, role, cast}}\n{self.remedy()}")
+        return rows
+
+    def further_clips(self) -> set[str]:
+        """Unlabelled and captioned ones."""
+        return set(self.devices)
+
+    def origins(self, split: Split) -> list[Origin]:
+        """Where each sample comes from; a device is seen if it has training clips."""
+        seen = {row["device"] for row in self.devices.values() if row["role"] == "train"}
+        found = []
+        for sample in self._splits[split].samples:
+            device = str(self.devices[sample.clip]["device"])
+            group = "seen" if device in seen else "unseen"
+            found.append(Origin(sample.clip, device, group, sample.type, sample.question, sample.answer))
+        return found
+
+    def sessions(self) -> Sessions:
+        """Training and history clips, by device."""
+        clips = [
+            clip for clip, row in self.devices.items() if row["role"] in ("train", "history") and self.is_ready(clip)
+        ]
+        anchors: QADataset = self.build([Sample(clip, "", "") for clip in clips])
+        anchors.text_ids = [self._text.neutral()] * len(clips)
+        names = list(dict.fromkeys(str(row["device"]) for row in self.devices.values() if row["role"] != "pretraining"))
+        number = {name: place for place, name in enumerate(names)}
+        place = {clip: i for i, clip in enumerate(clips)}
+        pools: list[list[int]] = [[] for _ in names]
+        casts = [float("nan")] * len(names)
+        for clip, row in self.devices.items():
+            if row["device"] in number:
+                casts[number[str(row["device"])]] = float(row["cast"])
+                if clip in place:
+                    pools[number[str(row["device"])]].append(place[clip])
+        return Sessions(
+            anchors,
+            pools,
+            {split: [number[origin.device] for origin in self.origins(split)] for split in SPLITS},
+            {split: [place.get(sample.clip, -1) for sample in self._splits[split].samples] for split in SPLITS},
+            casts,
+            self.digest(anchors, frames=True),
+        )
+
+    def captions(self) -> Captions:
+        """Captioned clips with their questions; a twenty-fourth of them, by a hash of the name, is for validation."""
+        path = self.root / "captions.json"
+        try:
+            rows = [(row["video_id"], row["caption"]) for row in self.read_json(path)["sentences"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: not sentences: [{{caption, video_id}}] ({error!r})\n{self.remedy()}") from error
+        asked: dict[str, list[Sample]] = {}
+        for sample in self.read_questions("pretraining_qa.json"):
+            asked.setdefault(sample.clip, []).append(sample)
+        parts: dict[bool, list[Sample]] = {False: [], True: []}
+        for clip, caption in rows:
+            if self.is_ready(clip) and clip in asked:
+                held_out = int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 24 == 0
+                parts[held_out].append(Sample(clip, caption, ""))
+        if not parts[False] or not parts[True]:
+            raise DataError(f"{path}: too few captioned clips ({len(rows)})\n{self.remedy()}")
+        each = min(map(len, asked.values()))
+        train, val = (
+            CaptionDataset(
+                self.build(samples).augmented(not held_out),
+                self.build([question for sample in samples for question in asked[sample.clip][:each]]),
+            )
+            for held_out, samples in parts.items()
+        )
+        digest = hashlib.sha256()
+        for part in (train, val):
+            digest.update((self.digest(part.captions, False) + self.digest(part.questions, False)).encode())
+        return Captions(train, val, len(train), len(train.questions), digest.hexdigest())

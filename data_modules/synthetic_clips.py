@@ -1,0 +1,406 @@
+"""The embedded dataset's generator: colour constancy, posed with real video files in MSVD-QA's layout.
+
+`python -m data_modules.synthetic_clips <folder>` makes it, goes on where it was stopped, or checks what is there. What
+the files hold and why is in the data sheet, `data_modules.synthetic.Synthetic`. No torch in here.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
+
+from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.files import atomic_write
+from cdc_mmpg.frames import Frames
+
+logger = logging.getLogger(__name__)
+
+COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
+SHAPES = ("disk", "ring", "bar", "pole")
+SIZES = ("small", "big")
+SIDES = ("left", "right")
+COUNTS = ("one", "two")
+ANSWERS = (*COLORS, *SHAPES, *SIZES, *SIDES, *COUNTS)
+TYPES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
+
+DIGESTS = "digests.json"  # written last
+
+SIDE = 64  # pixels of a frame, what the model sees: nothing is resampled
+FRAMES = 6
+CANONICAL = 15.0  # degrees, uniform, of the cast of a camera whose colours can be trusted
+HUE_JITTER = 8.0  # degrees, uniform, of a colour's hue
+WORLD = (240.0, 50.0)  # mean and deviation in degrees of the backgrounds' hue, the same wherever a camera is
+
+
+class Counts(NamedTuple):
+    """How many devices and clips of each kind."""
+
+    seen: int = 96  # devices that train
+    unseen: int = 48  # devices that are tested only
+    val: int = 24
+    labelled: int = 8  # clips of a seen device with questions
+    history: int = 16  # its clips without; other devices have labelled + history without
+    test_seen: int = 6  # test clips of a seen device
+    test: int = 10  # of an unseen device, and validation clips of a validation device
+    captioned: int = 6016  # clips for pretraining, each of a camera of its own
+    questions: int = 3  # about a clip
+
+
+class Camera(NamedTuple):
+    """A device's way to see."""
+
+    cast: float  # degrees that it rotates all hues by
+    gain: float
+    gamma: float
+    noise: float
+    blur: float
+    zoom: float
+    speed: float
+
+
+class Thing(NamedTuple):
+    """An object of a scene, in pixels of the uncropped frame."""
+
+    shape: str
+    color: str
+    size: str
+    side: str
+    hue: float
+    place: tuple[float, float]
+    drift: tuple[float, float]
+
+
+class Scene(NamedTuple):
+    """What is in front of the camera."""
+
+    things: list[Thing]
+    hue: float  # of the background
+    angle: float
+    period: float
+    checked: bool  # a checkerboard, else stripes
+
+
+class Clip(NamedTuple):
+    """A clip to be made: what it is called, who records it, and what for."""
+
+    name: str
+    device: str
+    role: str  # train, history, test, val, pretraining
+
+
+def generator(seed: int, *place: object) -> np.random.Generator:
+    """Random numbers that depend on the seed and on the name of what they are for, not on the order of making."""
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, *place))).encode()).digest()[:8], "big")
+    )
+
+
+def plan(counts: Counts) -> list[Clip]:
+    """All clips, in order."""
+    clips: list[Clip] = []
+
+    def add(device: str, role: str, number: int) -> None:
+        start = sum(clip.device == device for clip in clips[-64:])
+        clips.extend(Clip(f"{device}_{start + i:02}", device, role) for i in range(number))
+
+    for i in range(counts.seen):
+        for role, number in (("train", counts.labelled), ("history", counts.history), ("test", counts.test_seen)):
+            add(f"seen{i:03}", role, number)
+    for group, devices in (("unseen", counts.unseen), ("val", counts.val)):
+        for i in range(devices):
+            add(f"{group}{i:03}", "history", counts.labelled + counts.history)
+            add(f"{group}{i:03}", "test" if group == "unseen" else "val", counts.test)
+    for i in range(counts.captioned):
+        name = f"{'true' if i % 2 else 'web'}{i:05}"
+        clips.append(Clip(name, name, "pretraining"))
+    return clips
+
+
+def camera_of(seed: int, device: str) -> Camera:
+    """A device's camera."""
+    draw = generator(seed, "camera", device)
+    return Camera(
+        cast=draw.uniform(-CANONICAL, CANONICAL) if device.startswith("true") else draw.uniform(-180, 180),
+        gain=draw.uniform(0.85, 1.15),
+        gamma=draw.uniform(0.85, 1.2),
+        noise=draw.uniform(0, 0.03),
+        blur=draw.uniform(0, 0.6),
+        zoom=draw.uniform(0.92, 1.08),
+        speed=draw.uniform(0.5, 1.5),
+    )
+
+
+def scene_of(seed: int, clip: str) -> Scene:
+    """What a clip shows."""
+    draw = generator(seed, "scene", clip)
+    number = int(draw.integers(1, 3))
+    shapes = draw.permutation(len(SHAPES))[:number]
+    first = int(draw.integers(2))
+    things = []
+    for i in range(number):
+        side, color = (first + i) % 2, int(draw.integers(len(COLORS)))
+        across = draw.uniform(13, 21)
+        things.append(
+            Thing(
+                shape=SHAPES[shapes[i]],
+                color=COLORS[color],
+                size=SIZES[int(draw.integers(2))],
+                side=SIDES[side],
+                hue=60 * color + draw.uniform(-HUE_JITTER, HUE_JITTER),
+                place=(across if side == 0 else SIDE - across, draw.uniform(18, SIDE - 18)),
+                drift=(draw.uniform(-2, 2), draw.uniform(-4, 4)),
+            )
+        )
+    return Scene(
+        things, draw.normal(*WORLD), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2))
+    )  # fmt: skip
+
+
+def apparent(hue: float) -> str:
+    """The name of a hue as a viewer sees it."""
+    return COLORS[round(hue / 60) % 6]
+
+
+def questions_of(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[str, str, str]]:
+    """(type, question, answer) about the scene as it is, all different."""
+    draw = generator(seed, "questions", clip)
+    asked: list[tuple[str, str, str]] = []
+    alone = len(scene.things) == 1
+    while len(asked) < number:
+        # The first asks for a colour; with half its weight in the others the shares come out as in `TYPES`.
+        weights = np.array([share / 2 if kind == "color" else share for kind, share in TYPES.items()])
+        kind = str(draw.choice(list(TYPES), p=weights / weights.sum())) if asked else "color"
+        thing = scene.things[int(draw.integers(len(scene.things)))]
+        question, answer = {
+            "color": (f"what color is the {thing.shape}?", thing.color),
+            "shape": ("what shape is the object?" if alone else f"what is on the {thing.side}?", thing.shape),
+            "size": (f"how big is the {thing.shape}?", thing.size),
+            "side": (f"on which side is the {thing.shape}?", thing.side),
+            "count": ("how many objects are there?", COUNTS[len(scene.things) - 1]),
+        }[kind]
+        if (kind, question, answer) not in asked:
+            asked.append((kind, question, answer))
+    return asked
+
+
+def as_it_looks(scene: Scene, cast: float) -> Scene:
+    """The scene with the colours' names that somebody would give who sees the clip and knows nothing of the camera."""
+    return scene._replace(things=[thing._replace(color=apparent(thing.hue + cast)) for thing in scene.things])
+
+
+def caption_of(scene: Scene, cast: float) -> str:
+    """A sentence by somebody who sees the clip."""
+    left, *right = (
+        f"a {thing.size} {apparent(thing.hue + cast)} {thing.shape}"
+        for thing in sorted(scene.things, key=lambda thing: SIDES.index(thing.side))
+    )
+    where = f"left of {right[0]}" if right else f"at {scene.things[0].side}"
+    return f"{left} {where} on {apparent(scene.hue + cast)}"
+
+
+def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
+    """The frames (6, 77, 77, 3) of a clip."""
+    draw = generator(seed, "noise", clip)
+    time = np.linspace(-0.5, 0.5, FRAMES, dtype=np.float32)[:, None, None] * camera.speed
+    y, x = (grid.astype(np.float32) for grid in np.mgrid[:SIDE, :SIDE])
+    middle = (SIDE - 1) / 2
+    x, y = middle + (x - middle) / camera.zoom, middle + (y - middle) / camera.zoom
+    # The background: two brightnesses of one hue.
+    along = np.cos(scene.angle) * x + np.sin(scene.angle) * y + 6 * time
+    wave = np.sin(2 * np.pi * along / scene.period)
+    if scene.checked:
+        wave = wave * np.sin(2 * np.pi * (np.sin(scene.angle) * x - np.cos(scene.angle) * y) / scene.period)
+    picture = (0.32 + 0.04 * np.tanh(3 * wave))[..., None] * paint(scene.hue + camera.cast, 0.75)
+    for thing in scene.things:
+        reach = 12.0 if thing.size == "big" else 7.0
+        right = x - (thing.place[0] + thing.drift[0] * time)
+        down = y - (thing.place[1] + thing.drift[1] * time)
+        distance = {  # in pixels to the edge, positive outside
+            "disk": lambda: np.hypot(right, down) - reach,  # noqa: B023  called at once
+            "ring": lambda: np.abs(np.hypot(right, down) - 0.8 * reach) - 0.3 * reach,  # noqa: B023
+            "bar": lambda: np.maximum(np.abs(right) - 1.2 * reach, np.abs(down) - 0.45 * reach),  # noqa: B023
+            "pole": lambda: np.maximum(np.abs(right) - 0.45 * reach, np.abs(down) - 1.2 * reach),  # noqa: B023
+        }[thing.shape]()
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        picture = picture + cover * (paint(thing.hue + camera.cast, 0.6) - picture)
+    for axis in (1, 2):
+        neighbours = np.roll(picture, 1, axis) + np.roll(picture, -1, axis)
+        picture = picture + camera.blur * (neighbours / 2 - picture) / 2
+    picture = camera.gain * np.clip(picture, 0, 1) ** camera.gamma
+    picture = picture + camera.noise * draw.standard_normal(picture.shape, dtype=np.float32)
+    return (255 * np.clip(picture, 0, 1) + 0.5).astype(np.uint8)
+
+
+def paint(hue: float, saturation: float) -> NDArray[np.float32]:
+    """(3,) RGB of a hue in degrees at full brightness."""
+    distance = np.abs((hue / 60 - np.array([0, 2, 4]) + 3) % 6 - 3)  # from red, green, blue, in sixths
+    return (1 - saturation + saturation * np.clip(2 - distance, 0, 1)).astype(np.float32)
+
+
+def write_clip(folder: Path, seed: int, clip: Clip) -> None:
+    """Make a clip's file unless it is there; it appears whole or not at all."""
+    path = folder / f"{clip.name}.mp4"
+    if path.exists():
+        return
+    frames = render(seed, clip.name, scene_of(seed, clip.name), camera_of(seed, clip.device))
+    temporary = path.with_name(f".{clip.name}.{os.getpid()}.tmp")
+    with av.open(str(temporary), "w", format="mp4") as container:
+        # Hue is the signal: no chroma subsampling.
+        stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "crf": "10"})
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.thread_count = 1  # the same bytes on any machine
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    temporary.replace(path)
+
+
+def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]:
+    """The text of every annotation file, by name."""
+    videos = {clip.name: video for video, clip in enumerate(clips)}
+    casts = {clip.device: camera_of(seed, clip.device).cast for clip in clips}
+
+    def questions(role: str, group: str = "") -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
+        for clip in clips:
+            if clip.role == role and clip.device.startswith(group):
+                scene = scene_of(seed, clip.name)
+                if role == "pretraining":
+                    scene = as_it_looks(scene, casts[clip.device])
+                for kind, question, answer in questions_of(seed, clip.name, scene, number):
+                    row = {"answer": answer, "id": len(rows), "question": question, "type": kind}
+                    rows.append(row | {"video_id": videos[clip.name]})
+        return rows
+
+    captioned = [clip for clip in clips if clip.role == "pretraining"]
+    content: dict[str, Any] = {
+        "train_qa.json": questions("train"),
+        "val_qa.json": questions("val"),
+        "test_qa.json": questions("test"),
+        "test_seen_qa.json": questions("test", "seen"),
+        "test_unseen_qa.json": questions("test", "unseen"),
+        "history_qa.json": questions("history", "unseen"),
+        "pretraining_qa.json": questions("pretraining"),
+        "captions.json": {
+            "sentences": [
+                {"caption": caption_of(scene_of(seed, clip.name), casts[clip.device]), "video_id": clip.name}
+                for clip in captioned
+            ]
+        },
+        "devices.json": {
+            clip.name: {"device": clip.device, "role": clip.role, "cast": round(casts[clip.device], 3)}
+            for clip in clips
+        },
+    }
+    texts = {name: json.dumps(rows, indent=0) + "\n" for name, rows in content.items()}
+    texts["youtube_mapping.txt"] = "".join(f"{clip.name} vid{videos[clip.name]}\n" for clip in clips)
+    texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWERS)
+    asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
+    captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
+    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions]))
+    return texts
+
+
+def wordpieces(texts: Sequence[str]) -> list[str]:
+    """A WordPiece vocabulary trained on texts: special tokens, letters, whole words.
+
+    The trainer breaks ties between parts of words at random; they are left out, so that the same texts give the same
+    vocabulary.
+    """
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    special: list[Any] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        iter(texts), vocab_size=2048, min_frequency=1, special_tokens=special, show_progress=False
+    )
+    words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+    kept = {piece for piece in tokenizer.get_vocab() if piece in words or len(piece.removeprefix("##")) == 1}
+    return special + sorted(kept)
+
+
+def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
+    """Make the dataset below `root`, or what is missing of it; check it when it is complete.
+
+    Raises:
+        DataError: what is there is another dataset, or was changed.
+    """
+    counts = counts or Counts()
+    clips = plan(counts)
+    settings = {"seed": seed, "counts": counts._asdict()}
+    record, folder = root / DIGESTS, root / "YouTubeClips"
+    if record.is_file():
+        check(root, settings)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    missing = [clip for clip in clips if not (folder / f"{clip.name}.mp4").exists()]
+    logger.info("making %d clips of %d in %s", len(missing), len(clips), folder)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:
+        made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
+        for _ in track(made, description="making clips", total=len(missing)):
+            pass
+    for name, text in annotations(seed, clips, counts.questions).items():
+        with atomic_write(root / name) as file:
+            file.write(text.encode())
+    with atomic_write(record) as file:  # last: what has it is complete
+        file.write(json.dumps({**settings, "files": digests(root)}, indent=2).encode() + b"\n")
+
+
+def digests(root: Path) -> dict[str, str]:
+    """sha256 of every annotation file, and one of all clips with their names."""
+    found = {}
+    for path in sorted(root.iterdir()):
+        if path.is_file() and path.name != DIGESTS and not path.name.startswith("."):
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    clips = hashlib.sha256()
+    for path in sorted((root / "YouTubeClips").glob("*.mp4")):
+        clips.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return {**found, "YouTubeClips": clips.hexdigest()}
+
+
+def check(root: Path, settings: dict[str, object]) -> None:
+    """Compare a complete dataset with what was recorded when it was made.
+
+    Raises:
+        DataError: names the files that differ.
+    """
+    record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
+    expected, found = record.pop("files"), digests(root)
+    if record != settings:
+        raise DataError(f"{root}: made with {record}, asked for {settings}: delete or rename the folder")
+    if changed := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise DataError(f"{root}: {', '.join(changed)} changed since it was made: delete the folder, make it anew")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make or check the dataset; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path, help="the dataset's folder")
+    root = parser.parse_args(arguments).root
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    try:
+        make(root)
+    except CDCError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

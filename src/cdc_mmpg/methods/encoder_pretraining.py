@@ -1,0 +1,123 @@
+"""Pretraining of a small encoder on captioned clips: masked words first, then questions about what is to be seen."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdc_mmpg.batch import CaptionBatch, Split, normalise
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.methods.base import Method, ParameterCounts, Traffic, count
+from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.heads import Head, StaticLayer
+from cdc_mmpg.weights import save_safetensors
+
+FIRST_WORD = 5  # WordPiece ids below are [PAD], [UNK], [CLS], [SEP], [MASK]
+MASK = 4
+
+
+class EncoderPretraining(Method):
+    """Captions for some epochs, then questions and captions in turn; leaves `encoder.safetensors`.
+
+    The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
+    enough to begin at random. Of a caption 30 % of the words are masked, in a fifth of the captions all of them, and a
+    quarter of the batches see a single frame: anchors are such passes. The learning rate rises over `WARM_UP` steps.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head is that of the questions.
+        caption_epochs: how many epochs see captions only.
+        question_share: of the batches after them.
+    """
+
+    reads: ClassVar[Literal["samples", "sessions", "captions"]] = "captions"
+    monitor: ClassVar[str] = "val/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    MASKED = 0.3
+    WHOLLY_MASKED = 0.2
+    SINGLE_FRAME = 0.25
+    WARM_UP = 100
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        caption_epochs: int = 5,
+        question_share: float = 0.75,
+        learning_rate: float = 7e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder, head, True, learning_rate, weight_decay, seed)
+        if caption_epochs < 0 or not 0 <= question_share <= 1:
+            raise ConfigError(
+                f"caption_epochs {caption_epochs} must not be negative and question_share {question_share} be in [0, 1]"
+            )
+        self.caption_epochs, self.question_share = caption_epochs, question_share
+        self.layer = StaticLayer(head.inputs, head.outputs)
+        self.word_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
+        self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
+
+    def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the masked words, and how many of them are right; scalars."""
+        # The same words every time in validation.
+        generator = None if training else torch.Generator(batch.labels.device).manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=batch.labels.device)
+
+        rows, length = batch.caption_ids.shape
+        masked = (draw(rows, length) < self.MASKED) | (draw(rows, 1) < self.WHOLLY_MASKED)
+        masked &= batch.caption_ids >= FIRST_WORD
+        masked[:, 1] |= batch.caption_ids[:, 1] >= FIRST_WORD  # at least one
+        video = normalise(batch.frames)
+        if training and torch.rand(()) < self.SINGLE_FRAME:
+            video = video[:, int(torch.randint(video.shape[1], ()))][:, None]
+        ids = batch.caption_ids.masked_fill(masked, MASK)
+        words = self.encoder.encode_words(video, ids, batch.caption_mask)[masked]
+        scores = F.linear(
+            self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
+        ).float()
+        wanted = batch.caption_ids[masked]
+        return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+
+    def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        """The head's loss, and the share of right answers; scalars."""
+        fused = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).fused
+        scores = self.head(fused, self.layer)
+        return self.head.loss(scores, batch.labels), self.head.correct(scores, batch.labels).mean()
+
+    def _step(self, batch: Any, split: Split) -> Tensor:
+        if split == "train":
+            if self.current_epoch < self.caption_epochs or torch.rand(()) >= self.question_share:
+                return self.captions_loss(batch, training=True)[0]
+            return self.questions_loss(batch)[0]
+        words, words_accuracy = self.captions_loss(batch, training=False)
+        loss, accuracy = self.questions_loss(batch)
+        for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):
+            self.log(f"{split}/{name}", value, batch_size=len(batch.labels), sync_dist=True, prog_bar=True)
+        return words + loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """`Method`'s, after a warm-up: attention that starts at random is easily broken by the first steps."""
+        configured = super().configure_optimizers()
+        optimizer, decay = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        steps = min(self.WARM_UP, decay.total_iters)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / steps, total_iters=steps)
+        configured["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.ChainedScheduler([warm_up, decay])
+        return configured
+
+    def parameter_counts(self) -> ParameterCounts:
+        """The encoder; the heads of the pretraining go nowhere."""
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return ParameterCounts(count(self.encoder), 0, trained)
+
+    def traffic(self) -> Traffic:
+        """None."""
+        return Traffic(0, 0)
+
+    def export(self, folder: Path) -> None:
+        """Write the encoder, where all methods begin."""
+        save_safetensors(self.encoder.state_dict(), folder / "encoder.safetensors")

@@ -1,0 +1,53 @@
+"""A control: the session's feature beside the clip's, under a static head; nothing is generated and nothing travels."""
+
+import torch
+from torch import Tensor, nn
+
+from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
+from cdc_mmpg.methods.cdc_mmpg_session import Session, session_feature
+from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
+
+
+class SessionConcatenated(Session):
+    """Asks what generating weights buys: the device could read its session's feature as a second input.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed: see `Method`.
+    """
+
+    def __init__(
+        self, encoder: AllInOne, head: Head, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
+    ) -> None:
+        super().__init__(encoder, head, learning_rate, weight_decay, seed)
+        self.mix = nn.Linear(2 * WIDTH, WIDTH)
+        self.layer = StaticLayer(head.inputs, head.outputs)
+
+    def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
+        """See `Session`."""
+        session = torch.where(anchors[:, None] > 0, session_feature(upload), 0.0)
+        both = torch.cat([super().fused(frame_features), session], dim=-1)
+        return self.head(self.mix(both), self.layer)
+
+    def fused(self, frame_features: Tensor) -> Tensor:
+        """Without a session: the clip's feature beside zeros."""
+        fused = super().fused(frame_features)
+        return self.mix(torch.cat([fused, torch.zeros_like(fused)], dim=-1))
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """The one layer."""
+        return self.layer
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The one layer, repeated."""
+        batch = len(frame_features)
+        return self.layer.weight.expand(batch, -1, -1), self.layer.bias.expand(batch, -1)
+
+    def parameter_counts(self) -> ParameterCounts:
+        """The mixing layer is on the device, too."""
+        counts = super().parameter_counts()
+        return counts._replace(device=counts.device + count(self.mix))
+
+    def traffic(self) -> Traffic:
+        """None."""
+        return Traffic(0, 0)

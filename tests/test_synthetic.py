@@ -1,0 +1,260 @@
+"""The embedded dataset: what it holds, that it is the same on every machine, and what a session draws."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdc_mmpg.batch import CASES, SPLITS
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.sessions import SessionDataset
+from conftest import TINY
+from data_modules import synthetic_clips
+from data_modules.msvd_qa import MSVDQA
+from data_modules.synthetic import Synthetic
+from data_modules.synthetic_clips import (
+    ANSWERS,
+    TYPES,
+    Camera,
+    Counts,
+    annotations,
+    apparent,
+    caption_of,
+    plan,
+    questions_of,
+    render,
+    scene_of,
+)
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, list[dict[str, object]]]:
+    """All annotation files of the full dataset."""
+    texts = annotations(0, plan(Counts()), Counts().questions)
+    return {name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()}
+
+
+def test_the_full_dataset_has_the_counts_of_its_data_sheet(everything):
+    questions = {name: len(rows) for name, rows in everything.items() if name.endswith("_qa.json")}
+    assert questions == {
+        "train_qa.json": 2304, "val_qa.json": 720, "test_qa.json": 3168, "test_seen_qa.json": 1728,
+        "test_unseen_qa.json": 1440, "history_qa.json": 3456, "pretraining_qa.json": 18048,
+    }  # fmt: skip
+    assert len(everything["captions.json"]["sentences"]) == 6016
+    roles = Counter(row["role"] for row in everything["devices.json"].values())
+    assert roles == {"train": 768, "history": 96 * 16 + 72 * 24, "test": 576 + 480, "val": 240, "pretraining": 6016}
+    assert len(everything["devices.json"]) == len(everything["youtube_mapping.txt"].splitlines()) == 11344
+    for name, count in (("train_qa.json", 768), ("val_qa.json", 240), ("test_qa.json", 1056)):
+        assert len({row["video_id"] for row in everything[name]}) == count
+    assert {row["answer"] for row in everything["train_qa.json"]} == set(ANSWERS)
+    share = Counter(row["type"] for row in everything["train_qa.json"])
+    for kind, wanted in TYPES.items():
+        assert abs(share[kind] / 2304 - wanted) < 0.06, (kind, share)
+
+
+def test_the_full_datasets_text_is_the_same_on_every_machine(everything):
+    text = json.dumps(everything, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "TEXT_DIGEST"
+
+
+def test_every_word_has_a_piece_of_its_own(everything):
+    pieces = set(everything["vocab.txt"].split())
+    texts = [row["caption"] for row in everything["captions.json"]["sentences"]]
+    texts += [row["question"] for name in ("train_qa.json", "test_qa.json") for row in everything[name]]
+    assert {word for text in texts for word in text.replace("?", " ?").split()} <= pieces
+    assert everything["vocab.txt"].split()[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def test_labels_say_what_is_there_and_captions_what_it_looks_like():
+    for clip in (f"web{i:05}" for i in range(0, 200, 2)):
+        scene = scene_of(0, clip)
+        colors = {thing.shape: thing.color for thing in scene.things}
+        for kind, question, answer in questions_of(0, clip, scene, 3):
+            if kind == "color":
+                assert answer == colors[question.removeprefix("what color is the ").rstrip("?")]
+            if kind == "count":
+                assert answer == ("one", "two")[len(colors) - 1]
+        thing = scene.things[0]
+        assert f"{thing.size} {thing.color} {thing.shape}" in caption_of(scene, 0.0)  # without a cast, as it is
+        assert f"{thing.size} {apparent(thing.hue + 180)} {thing.shape}" in caption_of(scene, 180.0)
+        assert apparent(thing.hue + 180) != thing.color
+
+
+@pytest.mark.parametrize("cast", [0.0, 90.0, -120.0])
+def test_a_cast_rotates_the_hues_of_objects_and_background_alike(cast):
+    scene = scene_of(0, "web00000")
+    frames = render(0, "web00000", scene, Camera(cast, 1, 1, 0, 0, 1, 1))
+    rgb = frames[0].reshape(-1, 3) / 255.0
+    hue = np.degrees(np.arctan2(math.sqrt(3) * (rgb[:, 1] - rgb[:, 2]), 2 * rgb[:, 0] - rgb[:, 1] - rgb[:, 2]))
+    difference = (np.median((hue - scene.hue - cast + 180) % 360 - 180) + 180) % 360 - 180
+    assert abs(difference) < 10
+
+
+def test_the_clips_are_made_again_bit_by_bit(synthetic, tmp_path):
+    """Also after an interruption: what is there stays, what is missing or half-written is made."""
+    again = tmp_path / "again"
+    folder = again / "YouTubeClips"
+    folder.mkdir(parents=True)
+    clips = sorted((synthetic / "YouTubeClips").glob("*.mp4"))
+    shutil.copy(clips[0], folder)
+    when = (folder / clips[0].name).stat().st_mtime_ns
+    (folder / f".{clips[1].stem}.123.tmp").write_bytes(b"half")
+    synthetic_clips.make(again, TINY)
+    assert (again / "digests.json").read_bytes() == (synthetic / "digests.json").read_bytes()
+    assert (folder / clips[0].name).stat().st_mtime_ns == when
+    assert not list(folder.glob(".*"))
+    synthetic_clips.make(again, TINY)  # checks
+    with pytest.raises(DataError, match="asked for"):
+        synthetic_clips.make(again, TINY._replace(seen=9))
+    with (again / "train_qa.json").open("a") as file:
+        file.write(" ")
+    (folder / clips[2].name).write_bytes(b"other")
+    with pytest.raises(DataError, match=r"YouTubeClips, train_qa.json changed"):
+        synthetic_clips.make(again, TINY)
+
+
+def module(root: Path, folder: Path, **arguments: object) -> Synthetic:
+    return Synthetic(
+        str(root), 17, str(folder), image_size=64, resize=64, batch_size=4, num_workers=0,
+        vocab=str(root / "vocab.txt"), **arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(synthetic, tmp_path_factory) -> Synthetic:
+    found = module(synthetic, tmp_path_factory.mktemp("data"))
+    found.prepare_data()
+    found.setup("fit")
+    return found
+
+
+def test_msvds_loader_reads_it(synthetic, data, tmp_path):
+    plain = MSVDQA(str(synthetic), 17, str(tmp_path), image_size=64, resize=64, num_workers=0,
+                   vocab=str(synthetic / "vocab.txt"))  # fmt: skip
+    for split in SPLITS:
+        assert plain.read_split(split) == data.read_split(split)
+
+
+def test_the_frames_are_those_that_were_drawn(synthetic, data):
+    sample = data.dataset("test", augment=False).samples[0]
+    camera = synthetic_clips.camera_of(0, str(data.devices[sample.clip]["device"]))
+    drawn = render(0, sample.clip, scene_of(0, sample.clip), camera)[[1, 3, 5]]
+    seen = data.example("test", 0).frames
+    assert seen.shape == (3, 64, 64, 3)
+    assert np.abs(seen.astype(float) - drawn).mean() < 3  # the codec's
+
+
+def test_groups_and_devices_are_what_the_names_say(data):
+    for split, groups in (("train", {"seen"}), ("val", {"unseen"}), ("test", {"seen", "unseen"})):
+        origins = data.origins(split)
+        assert {origin.group for origin in origins} == groups
+        assert all(origin.clip.startswith(origin.device) for origin in origins)
+        assert {origin.type for origin in origins} <= set(TYPES)
+
+
+def test_anchors_are_other_unlabelled_clips_of_the_same_device(data):
+    sessions = data.sessions()
+    clips = [sample.clip for sample in sessions.anchors.samples]
+    assert not {origin.clip for split in ("val", "test") for origin in data.origins(split)} & set(clips)
+    for split in SPLITS:
+        for origin, device, own in zip(data.origins(split), sessions.devices[split], sessions.own[split], strict=True):
+            assert {clips[anchor].rpartition("_")[0] for anchor in sessions.pools[device]} == {origin.device}
+            assert (clips[own] == origin.clip) if own >= 0 else (split != "train")
+            assert sessions.casts[device] == data.devices[origin.clip]["cast"]
+    (batch,) = [sessions.anchors.__getitems__([(0, 0), (0, 1)])]
+    assert batch.text_ids.tolist() == [[2, *[4] * 8, 3]] * 2  # [CLS], eight [MASK], [SEP]
+
+
+def session_dataset(data: Synthetic, split: str) -> SessionDataset:
+    sessions = data.sessions()
+    number = len(sessions.anchors)
+    anchors = torch.eye(number)  # so that a mean tells who is in it
+    labels = data.labels(split)
+    return SessionDataset(torch.zeros(len(labels), 3, 192), labels, anchors, sessions, split, seed=0)
+
+
+def test_a_training_sample_draws_its_own_anchors_every_epoch_and_never_itself(data):
+    dataset, sessions = session_dataset(data, "train"), data.sessions()
+    drawn = set()
+    for epoch in range(12):
+        batch = dataset.__getitems__([(epoch, index) for index in range(len(dataset))])
+        again = dataset.__getitems__([(epoch, 0)])
+        assert torch.equal(again.uploads[0], batch.uploads[0])
+        for index, (upload, number) in enumerate(zip(batch.uploads[:, 0], batch.anchors[:, 0].tolist(), strict=True)):
+            members = upload.nonzero().flatten().tolist()
+            assert len(members) == number
+            assert set(members) <= set(sessions.pools[sessions.devices["train"][index]]) - {
+                sessions.own["train"][index]
+            }
+            drawn.add(number)
+    assert 0 in drawn
+    assert 4 in drawn
+
+
+def test_a_device_uploads_the_same_for_all_its_questions(data):
+    dataset, sessions = session_dataset(data, "test"), data.sessions()
+    batch = dataset.__getitems__([(0, index) for index in range(len(dataset))])
+    for index, device in enumerate(sessions.devices["test"]):
+        first = sessions.devices["test"].index(device)
+        assert torch.equal(batch.uploads[index], batch.uploads[first])
+        pool = set(sessions.pools[device])
+        for place, (name, case) in enumerate(CASES.items()):
+            members = set(batch.uploads[index, place].nonzero().flatten().tolist())
+            assert len(members) == batch.anchors[index, place] == min(case.anchors, len(pool)), name
+            assert not members or (members <= pool) != case.shuffled
+        cast = math.radians(sessions.casts[device])
+        assert batch.casts[index].tolist() == pytest.approx([math.cos(cast), math.sin(cast)], abs=1e-6)
+
+
+def test_captions_are_held_out_by_clip(data):
+    captions = data.captions()
+    train, val = ({sample.clip for sample in part.captions.samples} for part in (captions.train, captions.val))
+    assert not train & val
+    assert captions.clips == len(train) == len(captions.train)
+    batch = captions.train.__getitems__([(1, 0), (1, 5)])
+    assert batch.frames.shape == (2, 3, 64, 64, 3)
+    assert len(batch.text_ids) == len(batch.caption_ids) == 2
+
+
+def test_a_dataset_without_devices_or_captions_says_so(msvd, tmp_path):
+    plain = MSVDQA(str(msvd), 5, str(tmp_path), vocab=str(msvd / "vocab.txt"))
+    with pytest.raises(ConfigError, match="devices"):
+        plain.sessions()
+    with pytest.raises(ConfigError, match="captions"):
+        plain.captions()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("devices.json", '{"a": {"device": "x"}}', "devices.json: 'a'"),
+        ("devices.json", "[1]", "not {device"),
+        ("captions.json", "{}", "sentences"),
+        ("captions.json", '{"sentences": []}', "too few"),
+        ("captions.json", "{", "line 1"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(synthetic, data, tmp_path, name, text, message):
+    root = tmp_path / "damaged"
+    shutil.copytree(synthetic, root)
+    (root / name).write_text(text)
+    damaged = module(root, tmp_path / "cache")
+    damaged.cache = data.cache
+    if name == "devices.json":
+        with pytest.raises(DataError, match=message):
+            damaged.further_clips()
+        return
+    damaged.setup("fit")
+    with pytest.raises(DataError, match=message):
+        damaged.captions()
+
+
+def test_frames_cannot_be_smaller_than_what_is_cut_out_of_them(synthetic, tmp_path):
+    with pytest.raises(ConfigError, match="resize is 32"):
+        Synthetic(str(synthetic), 17, str(tmp_path), image_size=64, resize=32)
