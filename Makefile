@@ -35,7 +35,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment train predict table benchmark test lint check clean $(RUNS)
+.PHONY: help environment train predict table figures benchmark test lint check clean $(RUNS)
 
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -108,6 +108,9 @@ predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD
 
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
 	@$(PY) -m cdc_mmpg.report "$(ROOT)"
+
+figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= DATA= OUT=
+	@$(PY) -m cdc_mmpg.figures "$(ROOT)" --data "$(DATA)"
 
 benchmark: .venv/.ready ## training speed at the paper's size: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark $(ARGS)

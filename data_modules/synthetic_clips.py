@@ -41,7 +41,6 @@ DIGESTS = "digests.json"  # written last
 
 SIDE = 64  # pixels of a frame, what the model sees: nothing is resampled
 FRAMES = 6
-CANONICAL = 15.0  # degrees, uniform, of the cast of a camera whose colours can be trusted
 HUE_JITTER = 8.0  # degrees, uniform, of a colour's hue
 WORLD = (240.0, 50.0)  # mean and deviation in degrees of the backgrounds' hue, the same wherever a camera is
 
@@ -124,9 +123,7 @@ def plan(counts: Counts) -> list[Clip]:
         for i in range(devices):
             add(f"{group}{i:03}", "history", counts.labelled + counts.history)
             add(f"{group}{i:03}", "test" if group == "unseen" else "val", counts.test)
-    for i in range(counts.captioned):
-        name = f"{'true' if i % 2 else 'web'}{i:05}"
-        clips.append(Clip(name, name, "pretraining"))
+    clips.extend(Clip(f"web{i:05}", f"web{i:05}", "pretraining") for i in range(counts.captioned))
     return clips
 
 
@@ -134,11 +131,11 @@ def camera_of(seed: int, device: str) -> Camera:
     """A device's camera."""
     draw = generator(seed, "camera", device)
     return Camera(
-        cast=draw.uniform(-CANONICAL, CANONICAL) if device.startswith("true") else draw.uniform(-180, 180),
+        cast=draw.uniform(-180, 180),
         gain=draw.uniform(0.85, 1.15),
         gamma=draw.uniform(0.85, 1.2),
-        noise=draw.uniform(0, 0.03),
-        blur=draw.uniform(0, 0.6),
+        noise=draw.uniform(0, 0.02),
+        blur=draw.uniform(0, 0.4),
         zoom=draw.uniform(0.92, 1.08),
         speed=draw.uniform(0.5, 1.5),
     )
@@ -153,7 +150,7 @@ def scene_of(seed: int, clip: str) -> Scene:
     things = []
     for i in range(number):
         side, color = (first + i) % 2, int(draw.integers(len(COLORS)))
-        across = draw.uniform(13, 21)
+        across = draw.uniform(14, 19)
         things.append(
             Thing(
                 shape=SHAPES[shapes[i]],
@@ -162,7 +159,7 @@ def scene_of(seed: int, clip: str) -> Scene:
                 side=SIDES[side],
                 hue=60 * color + draw.uniform(-HUE_JITTER, HUE_JITTER),
                 place=(across if side == 0 else SIDE - across, draw.uniform(18, SIDE - 18)),
-                drift=(draw.uniform(-2, 2), draw.uniform(-4, 4)),
+                drift=(draw.uniform(-1.5, 1.5), draw.uniform(-4, 4)),
             )
         )
     return Scene(
@@ -224,9 +221,9 @@ def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
     wave = np.sin(2 * np.pi * along / scene.period)
     if scene.checked:
         wave = wave * np.sin(2 * np.pi * (np.sin(scene.angle) * x - np.cos(scene.angle) * y) / scene.period)
-    picture = (0.32 + 0.04 * np.tanh(3 * wave))[..., None] * paint(scene.hue + camera.cast, 0.75)
+    picture = (0.28 + 0.03 * np.tanh(3 * wave))[..., None] * paint(scene.hue + camera.cast, 0.75)
     for thing in scene.things:
-        reach = 12.0 if thing.size == "big" else 7.0
+        reach = 13.5 if thing.size == "big" else 8.0
         right = x - (thing.place[0] + thing.drift[0] * time)
         down = y - (thing.place[1] + thing.drift[1] * time)
         distance = {  # in pixels to the edge, positive outside
@@ -236,7 +233,7 @@ def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
             "pole": lambda: np.maximum(np.abs(right) - 0.45 * reach, np.abs(down) - 1.2 * reach),  # noqa: B023
         }[thing.shape]()
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        picture = picture + cover * (paint(thing.hue + camera.cast, 0.6) - picture)
+        picture = picture + cover * (paint(thing.hue + camera.cast, 0.7) - picture)
     for axis in (1, 2):
         neighbours = np.roll(picture, 1, axis) + np.roll(picture, -1, axis)
         picture = picture + camera.blur * (neighbours / 2 - picture) / 2

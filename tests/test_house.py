@@ -202,7 +202,9 @@ def test_a_question_reaches_the_program_as_it_was_asked():
 
 
 def test_paths_may_have_spaces():
-    (command, _) = make("train", "METHOD=linear", "DATA=my data", "VOCAB=my vocab.txt", "CHECKPOINT=my model.ckpt")
+    (command, _) = make(
+        "train", "DATASET=msvd", "METHOD=linear", "DATA=my data", "VOCAB=my vocab.txt", "CHECKPOINT=my model.ckpt"
+    )
     assert {"--data.init_args.root=my data", "--data.init_args.vocab=my vocab.txt",
             "--model.init_args.encoder.checkpoint=my model.ckpt"} <= set(command)  # fmt: skip
 
@@ -223,17 +225,21 @@ def test_the_recipes_order_is_makes():
             if "fit" in command
         ]
 
-    assert methods() == ["adr_pretraining", "cdc_mmpg"]
-    assert methods("METHOD=cdc_mmpg_frozen") == ["fine_tuning", "adr_pretraining_frozen", "cdc_mmpg_frozen"]
-    assert methods("METHOD=all") == [
+    assert methods("DATASET=msvd") == ["adr_pretraining", "cdc_mmpg"]
+    assert methods("DATASET=msvd", "METHOD=cdc_mmpg_frozen") == [
+        "fine_tuning",
+        "adr_pretraining_frozen",
+        "cdc_mmpg_frozen",
+    ]
+    assert methods("DATASET=msvd", "METHOD=all") == [
         "linear", "fine_tuning", "hyper", "hyper_fan_in", "adr_pretraining", "cdc_mmpg", "adr_pretraining_frozen",
         "cdc_mmpg_frozen",
     ]  # fmt: skip
 
 
 def test_the_variables_reach_lightning():
-    command, _ = make("train", "METHOD=linear", "SEED=3", "DEVICES=2", "NODES=4", "PRECISION=bf16-mixed", "EPOCHS=7",
-                      "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d", "ARGS=--data.init_args.batch_size=4",
+    command, _ = make("train", "DATASET=msvd", "METHOD=linear", "SEED=3", "DEVICES=2", "NODES=4", "PRECISION=bf16-mixed",
+                      "EPOCHS=7", "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d", "ARGS=--data.init_args.batch_size=4",
                       "ARGS_linear=--model.init_args.weight_decay=0")  # fmt: skip
     assert {
         "--seed_everything=3", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.precision=bf16-mixed",

@@ -50,7 +50,9 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     if results is None:
         raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
     if "test/accuracy" not in results["metrics"]:
-        raise ConfigError(f"{run}: phase one answers no questions; take a run of phase two (METHOD=cdc_mmpg)")
+        raise ConfigError(
+            f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"
+        )
 
     import torch  # noqa: PLC0415
     import torch.nn.functional as F  # noqa: PLC0415

@@ -327,9 +327,9 @@ def roll_tokens(tokens: Tensor, frames: int, text_tokens: int) -> Tensor:
     The text and the visual [CLS] stay; the first eighth of the patches come from the previous frame, the last from the
     next, around the ends of the clip. (B*T, N, 192) both.
     """
-    if frames == 1:
-        return tokens
     fold = (tokens.shape[1] - text_tokens) // 8
+    if frames == 1 or fold == 0:  # an image of four patches has no eighth
+        return tokens
     start = text_tokens + 1
     clips = tokens.view(-1, frames, *tokens.shape[1:])
     return torch.cat(

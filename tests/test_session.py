@@ -1,0 +1,200 @@
+"""The session variant, its controls and the encoder's pretraining: counts, bytes, fall-backs, and that each learns."""
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from cdc_mmpg.batch import CASES, CaptionBatch, SessionBatch
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.methods.base import Method
+from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession, session_feature
+from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
+from cdc_mmpg.methods.session_concatenated import SessionConcatenated
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import LowRankFDA
+from cdc_mmpg.models.heads import OpenEnded
+
+
+def encoder() -> AllInOne:
+    torch.manual_seed(0)
+    return AllInOne(image_size=32, depth=1, vocab_size=50, dropout=0.0, drop_path=0.0)
+
+
+def sessions() -> SessionBatch:
+    """Two devices that answer the same question about the same clip differently."""
+    torch.manual_seed(1)
+    feature = torch.randn(1, 3, 192).expand(2, -1, -1)
+    uploads = torch.randn(2, 1, 192).repeat(1, len(CASES), 1)
+    anchors = torch.tensor([[case.anchors for case in CASES.values()]] * 2)
+    shuffled = [place for place, case in enumerate(CASES.values()) if case.shuffled]
+    uploads[:, shuffled] = uploads[:, shuffled].flip(0)
+    casts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    return SessionBatch(feature, uploads, anchors, casts, torch.tensor([0, 1]), torch.arange(2))
+
+
+def train(method: Method, batch: object, steps: int) -> Method:
+    trainer = Trainer(
+        max_epochs=steps, check_val_every_n_epoch=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    loader = DataLoader([batch], batch_size=None)
+    trainer.fit(method, loader, loader)
+    return method
+
+
+def build(name: str, classes: int = 5) -> CDCMMPGSession | SessionConcatenated:
+    parts = (encoder(), OpenEnded(classes))
+    if name == "concatenated":
+        return SessionConcatenated(*parts, learning_rate=1e-3)
+    kind = {"low_rank": {}, "full": {"rank": None}, "oracle": {"oracle": True}}[name]
+    return CDCMMPGSession(*parts, learning_rate=1e-3, **kind)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "full", "oracle", "concatenated"])
+def test_what_only_the_session_tells_is_learned(name):
+    method = train(build(name), sessions(), 60)
+    assert method.trainer.callback_metrics["val/accuracy"] == 1.0
+    method.eval()
+    with torch.no_grad():
+        cases = method.scores(sessions(), "test")
+    assert list(cases) == (["own"] if name == "oracle" else list(CASES))
+    if name != "oracle":
+        assert cases["n16"].argmax(-1).tolist() == [0, 1]
+        assert cases["shuffled_n16"].argmax(-1).tolist() == [1, 0]  # the other's upload gives the other's answers
+        assert torch.equal(*cases["n0"])  # without an upload both get one answer
+
+
+@pytest.mark.parametrize("name", ["low_rank", "full"])
+def test_without_anchors_the_device_answers_with_its_own_layer(name):
+    method, batch = build(name).eval(), sessions()
+    with torch.no_grad():
+        fallback = method.scores(batch, "test")["n0"]
+        assert torch.equal(fallback, method.head(method.fused(batch.frame_features), method.shared))
+        assert torch.equal(fallback, method(batch.frame_features))
+        weight, bias = method.device_layers(batch.frame_features)
+    assert torch.equal(weight[0], method.shared.weight)
+    assert torch.equal(bias[1], method.shared.bias)
+
+
+def test_the_encoder_does_not_move_and_the_generator_does():
+    method = build("low_rank")
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    train(method, sessions(), 3)
+    moved = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(key.startswith("encoder.") for key in moved)
+    assert {"fda.hyper.weight", "fda.mlp.0.weight", "fda.shared.weight", "head.phi.0.weight"} <= moved
+
+
+def test_counts_and_bytes():
+    for classes, numbers in ((1501, 6392), (17, 456)):  # 4 (L + 97)
+        assert LowRankFDA(96, classes, 4).numbers == numbers
+    method = build("low_rank", 1501)
+    assert method.traffic() == (768, 4 * 6392)
+    counts = method.parameter_counts()
+    assert counts.device == sum(p.numel() for p in method.encoder.parameters()) + 18_720 + 145_597
+    assert counts.cloud == 74_496 + 193 * 6392
+    assert build("full", 1501).traffic() == (768, 582_388)
+    assert build("concatenated").traffic() == (0, 0)
+    plain = build("low_rank").parameter_counts().device
+    assert build("concatenated").parameter_counts().device == plain + 385 * 192
+
+
+def test_the_low_rank_layers_are_what_training_applies():
+    torch.manual_seed(0)
+    fda = LowRankFDA(96, 17, 4)
+    feature, hidden = torch.randn(3, 192), torch.randn(3, 96)
+    assert torch.equal(fda(feature, hidden), fda.shared(hidden))  # the residual starts at zero
+    torch.nn.init.normal_(fda.hyper.weight, std=0.1)
+    weight, bias = fda.generate(feature)
+    assert weight.shape == (3, 17, 96)
+    expected = torch.einsum("bld,bd->bl", weight, hidden) + bias
+    assert torch.allclose(fda(feature, hidden), expected, atol=1e-5)
+    residual = torch.cat([weight, bias[..., None]], -1) - torch.cat([fda.shared.weight, fda.shared.bias[:, None]], -1)
+    assert torch.linalg.matrix_rank(residual, atol=1e-4).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("rank", [0, 18])
+def test_a_rank_must_fit(rank):
+    with pytest.raises(ConfigError, match="from 1 to 17"):
+        LowRankFDA(96, 17, rank)
+
+
+def test_the_session_feature_is_the_layer_normed_mean():
+    feature = session_feature(torch.randn(4, 192) * 3 + 1)
+    assert torch.allclose(feature.mean(-1), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)
+
+
+def captions() -> CaptionBatch:
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(256, (4, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    ids = torch.cat([torch.full((4, 1), 2), torch.randint(5, 50, (4, 5), generator=generator)], 1)
+    mask = torch.ones_like(ids)
+    ids[3, 4:] = mask[3, 4:] = 0  # padded
+    return CaptionBatch(frames, ids, mask, ids.flip(0).clone(), mask.flip(0).clone(), torch.arange(4), torch.arange(4))
+
+
+def test_captions_and_questions_are_learned_by_heart():
+    batch = captions()._replace(text_ids=captions().caption_ids, text_mask=captions().caption_mask)
+    method = train(EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=60, learning_rate=2e-3), batch, 160)
+    metrics = method.trainer.callback_metrics
+    assert metrics["val/words_accuracy"] == 1.0
+    assert metrics["val/answers_accuracy"] == 1.0
+
+
+def test_only_words_are_masked_and_validation_masks_the_same_ones(monkeypatch):
+    method, batch, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captions(), []
+    encode = method.encoder.encode_words
+
+    def spy(video, ids, mask):
+        seen.append(ids)
+        return encode(video, ids, mask)
+
+    monkeypatch.setattr(method.encoder, "encode_words", spy)
+    with torch.no_grad():
+        first, second = (method.captions_loss(batch, training=False)[0] for _ in range(2))
+        for seed in range(5):
+            torch.manual_seed(seed)
+            method.captions_loss(batch, training=True)
+    assert torch.equal(first, second)
+    assert torch.equal(seen[0], seen[1])
+    assert any(not torch.equal(seen[0], ids) for ids in seen[2:])
+    for ids in seen:
+        masked = ids == 4
+        assert masked.any()
+        assert (batch.caption_ids[masked] >= 5).all()
+        assert torch.equal(ids[~masked], batch.caption_ids[~masked])
+
+
+def test_the_order_of_the_pretraining_is_captions_first(monkeypatch):
+    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=2, question_share=1.0)
+    asked = []
+    for name in ("captions_loss", "questions_loss"):
+        function = getattr(method, name)
+
+        def spy(*arguments, name=name, function=function, **more):
+            if method.training:
+                asked.append(name)
+            return function(*arguments, **more)
+
+        monkeypatch.setattr(method, name, spy)
+    train(method, captions(), 4)
+    assert asked == ["captions_loss"] * 2 + ["questions_loss"] * 2
+
+
+def test_the_words_of_a_text_do_not_depend_on_its_neighbours_padding():
+    model, batch = encoder().eval(), captions()
+    video = torch.randn(4, 3, 3, 32, 32)
+    with torch.no_grad():
+        together = model.encode_words(video, batch.caption_ids, batch.caption_mask)
+        alone = model.encode_words(video[3:], batch.caption_ids[3:], batch.caption_mask[3:])
+        cls = model(video, batch.caption_ids, batch.caption_mask).frame_features.mean(1)
+    assert torch.allclose(together[3, :4], alone[0], atol=1e-5)
+    assert torch.allclose(together[:, 0], cls, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"caption_epochs": -1}, {"question_share": 1.5}])
+def test_impossible_settings_are_refused(arguments):
+    with pytest.raises(ConfigError, match="caption_epochs"):
+        EncoderPretraining(encoder(), OpenEnded(5), **arguments)
