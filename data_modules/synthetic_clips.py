@@ -234,11 +234,14 @@ def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
         }[thing.shape]()
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         picture = picture + cover * (paint(thing.hue + camera.cast, 0.7) - picture)
-    for axis in (1, 2):
-        neighbours = np.roll(picture, 1, axis) + np.roll(picture, -1, axis)
-        picture = picture + camera.blur * (neighbours / 2 - picture) / 2
-    picture = camera.gain * np.clip(picture, 0, 1) ** camera.gamma
-    picture = picture + camera.noise * draw.standard_normal(picture.shape, dtype=np.float32)
+    for inner, before, after in (
+        (np.s_[:, 1:-1], np.s_[:, :-2], np.s_[:, 2:]),
+        (np.s_[:, :, 1:-1], np.s_[:, :, :-2], np.s_[:, :, 2:]),
+    ):
+        picture[inner] += camera.blur / 4 * (picture[before] + picture[after] - 2 * picture[inner])
+    brightness = camera.gain * np.linspace(0, 1, 1024, dtype=np.float32) ** camera.gamma
+    picture = brightness[(1023 * np.clip(picture, 0, 1)).astype(np.int16)]
+    picture += camera.noise * 12**0.5 * (draw.random(picture.shape, dtype=np.float32) - 0.5)  # uniform
     return (255 * np.clip(picture, 0, 1) + 0.5).astype(np.uint8)
 
 

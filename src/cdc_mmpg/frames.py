@@ -8,6 +8,7 @@ Frames travel as uint8 (T, H, W, 3) arrays, RGB, until `MEAN` and `STD` normalis
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
@@ -36,11 +37,14 @@ def shorter_side(image_size: int) -> int:
     return round(image_size * 268 / 224)
 
 
-def resize(frame: av.VideoFrame, side: int) -> Frames:
-    """One frame, its shorter side resized to `side` pixels (bilinear), as RGB (H, W, 3)."""
+def resize(frame: av.VideoFrame, side: int, reformatter: VideoReformatter) -> Frames:
+    """One frame, its shorter side resized to `side` pixels (bilinear), as RGB (H, W, 3).
+
+    A clip's frames share a reformatter: setting one up costs more than a small frame.
+    """
     scale = side / min(frame.width, frame.height)
     width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
-    resized = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR")
+    resized = reformatter.reformat(frame, width, height, format="rgb24", interpolation="BILINEAR")
     return resized.to_ndarray().astype(np.uint8, copy=False)
 
 

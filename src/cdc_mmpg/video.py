@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.frames import Frames, resize, shorter_side
@@ -31,6 +32,7 @@ def read_frames(
         path: the clip.
         choose: from the number of frames in the clip (at least 1) to the K indices wanted, in ascending order.
         image_size: pixels of a side of what the model sees.
+        side: pixels to which the shorter side of a frame is resized; None is `shorter_side(image_size)`.
         decoder: "pyav", or "decord", which cannot read GIF or AV1 but is faster on some files.
 
     Raises:
@@ -42,6 +44,7 @@ def read_frames(
     if path.stat().st_size == 0:
         raise DataError(f"{path}: an empty file; fetch the clip again")
     count_hint, decode = (_packets, _decode_pyav) if decoder == "pyav" else (_decord_length, _decode_decord)
+    side, reformatter = side or shorter_side(image_size), VideoReformatter()
     try:
         expected = count_hint(path)
         while True:  # once, and once more where the hint was wrong
@@ -49,9 +52,7 @@ def read_frames(
             kept, count = {}, 0
             for frame in decode(path):
                 if count in wanted:
-                    kept[count] = np.rot90(
-                        resize(frame, side or shorter_side(image_size)), k=round(frame.rotation / 90) % 4
-                    )
+                    kept[count] = np.rot90(resize(frame, side, reformatter), k=round(frame.rotation / 90) % 4)
                 count += 1
             if count == 0:
                 raise ValueError("no frame in it can be decoded")

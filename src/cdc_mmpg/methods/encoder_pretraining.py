@@ -44,7 +44,7 @@ class EncoderPretraining(Method):
         self,
         encoder: AllInOne,
         head: Head,
-        caption_epochs: int = 5,
+        caption_epochs: int = 4,
         question_share: float = 0.75,
         learning_rate: float = 7e-4,
         weight_decay: float = 0.01,
