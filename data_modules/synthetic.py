@@ -15,15 +15,16 @@ from data_modules.msvd_qa import MSVDQA
 
 
 class CaptionDataset(Dataset[CaptionBatch]):
-    """Clips with a caption and one of their questions, which the epoch decides.
+    """Clips with a caption and one of their questions: in training every epoch the next, in validation always one.
 
     Args:
         captions: a clip's caption for its question.
         questions: of each clip in turn, as many of each.
+        neutral: the neutral prompt's ids.
     """
 
-    def __init__(self, captions: QADataset, questions: QADataset) -> None:
-        self.captions, self.questions = captions, questions
+    def __init__(self, captions: QADataset, questions: QADataset, neutral: Sequence[int]) -> None:
+        self.captions, self.questions, self.neutral = captions, questions, torch.tensor(neutral)
         self.each = len(questions) // len(captions)
 
     def __len__(self) -> int:
@@ -31,10 +32,11 @@ class CaptionDataset(Dataset[CaptionBatch]):
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> CaptionBatch:
         captions = self.captions.__getitems__(items)
-        asked = [index * self.each + epoch % self.each for epoch, index in items]
+        training = self.captions.augment
+        asked = [index * self.each + (index + epoch * training) % self.each for epoch, index in items]
         ids, mask = map(torch.from_numpy, pad([self.questions.text_ids[i] for i in asked]))
         return CaptionBatch(
-            captions.frames, captions.text_ids, captions.text_mask, ids, mask,
+            captions.frames, captions.text_ids, captions.text_mask, ids, mask, self.neutral,
             self.questions.labels[torch.tensor(asked)], captions.indices,
         )  # fmt: skip
 
@@ -141,6 +143,7 @@ class Synthetic(MSVDQA):
             CaptionDataset(
                 self.build(samples).augmented(not held_out),
                 self.build([question for sample in samples for question in asked[sample.clip][:each]]),
+                self._text.neutral(),
             )
             for held_out, samples in parts.items()
         )

@@ -30,6 +30,7 @@ from cdc_mmpg.frames import Frames
 logger = logging.getLogger(__name__)
 
 COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
+HUES = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
 SHAPES = ("disk", "ring", "bar", "pole")
 SIZES = ("small", "big")
 SIDES = ("left", "right")
@@ -167,9 +168,9 @@ def scene_of(seed: int, clip: str) -> Scene:
     )  # fmt: skip
 
 
-def apparent(hue: float) -> str:
+def apparent(hue: float, names: Sequence[str] = COLORS) -> str:
     """The name of a hue as a viewer sees it."""
-    return COLORS[round(hue / 60) % 6]
+    return names[round(hue * len(names) / 360) % len(names)]
 
 
 def questions_of(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[str, str, str]]:
@@ -202,11 +203,11 @@ def as_it_looks(scene: Scene, cast: float) -> Scene:
 def caption_of(scene: Scene, cast: float) -> str:
     """A sentence by somebody who sees the clip."""
     left, *right = (
-        f"a {thing.size} {apparent(thing.hue + cast)} {thing.shape}"
+        f"a {thing.size} {apparent(thing.hue + cast, HUES)} {thing.shape}"
         for thing in sorted(scene.things, key=lambda thing: SIDES.index(thing.side))
     )
     where = f"left of {right[0]}" if right else f"at {scene.things[0].side}"
-    return f"{left} {where} on {apparent(scene.hue + cast)}"
+    return f"{left} {where} on {apparent(scene.hue + cast, HUES)}"
 
 
 def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:

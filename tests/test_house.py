@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from processes import finish, start
 
-from cdc_mmpg import predict, report
+from cdc_mmpg import figures, predict, report
 from cdc_mmpg.cli import main
 from conftest import write_clip, write_msvd
 
@@ -152,46 +153,82 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("make ")]
 
 
-def test_the_commands_of_the_readme_run(tmp_path, msvd):
-    """Each one, by make's own account of what it would do, at a tiny size."""
+def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
+    """Each one, by make's own account of what it would do, at a tiny size; `make train` alone is the whole chain."""
     encoder = tmp_path / "encoder.safetensors"
     from cdc_mmpg.models.all_in_one import AllInOne
     from cdc_mmpg.weights import save_safetensors
 
     save_safetensors(AllInOne(image_size=32, depth=1, vocab_size=15).state_dict(), encoder)
     clip = write_clip(tmp_path / "clip.mp4", codec="libx264")
-    small = ("num_classes=5", "image_size=32", "num_workers=0")
-    extra = " ".join(f"--data.init_args.{argument}" for argument in small)
-    extra += " --model.init_args.encoder.depth=1 --trainer.enable_progress_bar=false --trainer.accelerator=cpu"
-    programs = {"fit": main, "--run": predict.main}
-    ran = []
+    out = tmp_path / "out"
+    shutil.copytree(synthetic, out / "synthetic" / "data" / "clips")
+    extra = " --model.init_args.encoder.depth=1 --trainer.enable_progress_bar=false --trainer.accelerator=cpu"
+    small = " ".join(f"--data.init_args.{name}" for name in ("num_classes=5", "image_size=32", "num_workers=0"))
+    ran, made = [], set()
     listed = commands(ROOT / "README.md")
-    assert ["train", "DATASET=msvd", "DATA=data/msvd"] in listed
-    assert ["test"] in listed
+    assert listed[:2] == [["train"], ["test"]]
     for number, command in enumerate(listed):
         if command[0] in ("test", "check"):
             continue
         named = dict(argument.split("=", 1) for argument in command[1:])
-        named |= {"EPOCHS": "1", "OUT": str(tmp_path / "out"), "VOCAB": str(msvd / "vocab.txt")}
+        embedded = named.get("DATASET", "synthetic") == "synthetic"
+        named |= {"EPOCHS": "1", "OUT": str(out), "PRECISION": "32-true"}
         ours = {"DATA": str(msvd), "CHECKPOINT": str(encoder), "VIDEO": str(clip)}
         named |= {key: value for key, value in ours.items() if key in named}
+        named["SEED"] = "0"
+        if not embedded:
+            named["VOCAB"] = str(msvd / "vocab.txt")
         if command[0] == "train":
-            named["ARGS"] = f"{extra} {named.get('ARGS', '')}"
+            named["ARGS"] = f"{extra} {'' if embedded else small} {named.get('ARGS', '')}"
             named["SEED"] = str(number)  # another run each time
-            named["PRECISION"] = "32-true"
-        if command[0] == "predict":
-            named["SEED"] = "0"
         for arguments in make(command[0], *(f"{key}={value}" for key, value in named.items())):
+            if tuple(arguments) in made:  # make asks twice for what comes first
+                continue
+            made.add(tuple(arguments))
             shell = {"$CLIP": named.get("VIDEO"), "$ASKED": named.get("QUESTION")}
-            arguments = [shell.get(argument, argument) for argument in arguments]  # noqa: PLW2901
-            program = programs.get(arguments[0], report.main)
-            process = start(tmp_path / "log", program, arguments)
+            program = {"fit": main, "--run": predict.main}.get(arguments[0], report.main)
+            if command[0] == "figures":
+                program = figures.main
+            process = start(tmp_path / "log", program, [shell.get(argument, argument) for argument in arguments])
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
         ran.append(command[0])
-    assert set(ran) == {"train", "table", "predict"}
-    methods = {path.parents[1].name for path in (tmp_path / "out").rglob("results.json")}
-    assert methods == {*report.NAMES, "adr_pretraining", "adr_pretraining_frozen"}
-    assert (tmp_path / "out" / "msvd" / "table.md").exists()
+    assert set(ran) == {"train", "table", "predict", "figures"}
+    for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining"})):
+        methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}
+        sessions = {name for name in report.NAMES if "session" in name}
+        assert methods == ({*report.NAMES} - (sessions if dataset == "msvd" else {"cdc_mmpg_frozen"})) | others | {
+            "adr_pretraining"
+        }
+    assert (out / "msvd" / "table.md").exists()
+    pictures = {path.name for path in (out / "synthetic" / "figures").iterdir()}
+    assert pictures == {"method.png", "data.png", "anchors.png"}
+    table = (out / "synthetic" / "table.md").read_text()
+    assert "another device's 16 anchors" in table
+    assert "Encoder pretrained in this run on" in table
+
+
+def test_the_embedded_dataset_makes_itself_and_its_encoder_first():
+    ordered = [line[line.index("--config") + 1] for line in make("train", f"OUT={ROOT}/nowhere") if "fit" in line]
+    methods = [Path(name).stem for name in ordered]
+    assert methods[0] == "encoder_pretraining"
+    for name in ("hyper", "cdc_mmpg_session", "adr_pretraining"):
+        assert methods.index("linear") < methods.index(name)
+    assert methods.index("adr_pretraining") < methods.index("cdc_mmpg")
+    done = subprocess.run(["make", "-n", "train", f"OUT={ROOT}/nowhere"], cwd=ROOT, capture_output=True, text=True,
+                          check=True, env=OUTSIDE)  # fmt: skip
+    assert done.stdout.index("synthetic_clips") < done.stdout.index("encoder_pretraining.yaml")
+    assert "synthetic.cdc_mmpg_session.yaml" in done.stdout  # what was tuned
+
+
+def test_what_is_tuned_says_how():
+    tuned = list((ROOT / "experiments" / "tuned").iterdir())
+    assert tuned
+    for path in tuned:
+        dataset, method, _ = path.name.split(".")
+        assert dataset in DATASETS
+        assert method in METHODS
+        assert path.read_text().startswith("# Picked on validation"), path
 
 
 def test_a_question_reaches_the_program_as_it_was_asked():
@@ -239,7 +276,8 @@ def test_the_recipes_order_is_makes():
 
 def test_the_variables_reach_lightning():
     command, _ = make("train", "DATASET=msvd", "METHOD=linear", "SEED=3", "DEVICES=2", "NODES=4",
-                      "PRECISION=bf16-mixed", "EPOCHS=7", "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d", "ARGS=--data.init_args.batch_size=4",
+                      "PRECISION=bf16-mixed", "EPOCHS=7", "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d",
+                      "ARGS=--data.init_args.batch_size=4",
                       "ARGS_linear=--model.init_args.weight_decay=0")  # fmt: skip
     assert {
         "--seed_everything=3", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.precision=bf16-mixed",

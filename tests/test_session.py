@@ -132,7 +132,10 @@ def captions() -> CaptionBatch:
     ids = torch.cat([torch.full((4, 1), 2), torch.randint(5, 50, (4, 5), generator=generator)], 1)
     mask = torch.ones_like(ids)
     ids[3, 4:] = mask[3, 4:] = 0  # padded
-    return CaptionBatch(frames, ids, mask, ids.flip(0).clone(), mask.flip(0).clone(), torch.arange(4), torch.arange(4))
+    neutral = torch.tensor([2, *[4] * 8, 3])
+    return CaptionBatch(
+        frames, ids, mask, ids.flip(0).clone(), mask.flip(0).clone(), neutral, torch.arange(4), torch.arange(4)
+    )
 
 
 def test_captions_and_questions_are_learned_by_heart():

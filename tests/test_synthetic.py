@@ -20,6 +20,7 @@ from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import (
     ANSWERS,
+    HUES,
     TYPES,
     Camera,
     Counts,
@@ -60,7 +61,7 @@ def test_the_full_dataset_has_the_counts_of_its_data_sheet(everything):
 
 def test_the_full_datasets_text_is_the_same_on_every_machine(everything):
     text = json.dumps(everything, sort_keys=True)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "TEXT_DIGEST"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "345d9a131d3f843a"
 
 
 def test_every_word_has_a_piece_of_its_own(everything):
@@ -82,7 +83,7 @@ def test_labels_say_what_is_there_and_captions_what_it_looks_like():
                 assert answer == ("one", "two")[len(colors) - 1]
         thing = scene.things[0]
         assert f"{thing.size} {thing.color} {thing.shape}" in caption_of(scene, 0.0)  # without a cast, as it is
-        assert f"{thing.size} {apparent(thing.hue + 180)} {thing.shape}" in caption_of(scene, 180.0)
+        assert f"{thing.size} {apparent(thing.hue + 180, HUES)} {thing.shape}" in caption_of(scene, 180.0)
         assert apparent(thing.hue + 180) != thing.color
 
 
@@ -220,6 +221,10 @@ def test_captions_are_held_out_by_clip(data):
     batch = captions.train.__getitems__([(1, 0), (1, 5)])
     assert batch.frames.shape == (2, 3, 64, 64, 3)
     assert len(batch.text_ids) == len(batch.caption_ids) == 2
+    for part, moves in ((captions.train, True), (captions.val, False)):
+        asked = [part.__getitems__([(epoch, 0)]).text_ids.tolist() for epoch in range(4)]
+        assert (asked[0] != asked[1]) == moves
+        assert asked[0] == asked[3]
 
 
 def test_a_dataset_without_devices_or_captions_says_so(msvd, tmp_path):

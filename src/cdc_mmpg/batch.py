@@ -58,6 +58,7 @@ class CaptionBatch(NamedTuple):
     caption_mask: Tensor  # (B, L)
     text_ids: Tensor  # (B, L') the question
     text_mask: Tensor  # (B, L')
+    neutral: Tensor  # (P,) the neutral prompt: [CLS], [MASK] as often as it likes, [SEP]
     labels: Tensor  # (B,)
     indices: Tensor  # (B,)
 

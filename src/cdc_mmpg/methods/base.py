@@ -75,6 +75,7 @@ class Method(LightningModule):
         self.head = head
         self.train_encoder = train_encoder
         self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
+        self.encoder_learning_rate = learning_rate
 
     def frozen(self) -> list[nn.Module]:
         """Parts that never train: no gradients, always in evaluation mode."""
@@ -126,10 +127,18 @@ class Method(LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, its rate falling linearly to zero with every step (polynomial decay of power one)."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        """AdamW, its rates falling linearly to zero with every step (polynomial decay of power one)."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                rate = self.encoder_learning_rate if name.startswith("encoder.") else self.learning_rate
+                groups.setdefault(rate, []).append(parameter)
         # Fused: on a CPU six times as fast for the hypernetwork's millions of weights.
-        optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        optimizer = AdamW(
+            [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": optimizer,

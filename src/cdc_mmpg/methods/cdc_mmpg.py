@@ -24,6 +24,7 @@ class CDCMMPG(Generating):
         recipe: "paper" trains the encoder on in this phase, as printed, which leaves the reasoner with features that
             have moved since phase one; "frozen" keeps the encoder, which a fine-tuning run should have adapted first.
         init: of the hypernetwork, see `FDA`. Deviation: not as printed by default, see there.
+        encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
         project: the MLP of eq. 11 before the hypernetwork; the counts of the paper's tables have no room for it.
     """
 
@@ -36,6 +37,7 @@ class CDCMMPG(Generating):
         init: Init = "hyperfan_in",
         project: bool = True,
         learning_rate: float = 1e-4,
+        encoder_learning_rate: float | None = None,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
@@ -43,6 +45,7 @@ class CDCMMPG(Generating):
             raise ConfigError("phase two builds on phase one: give model.init_args.adr, its adr.safetensors")
         fda = FDA(head.inputs, head.outputs, init, project)
         super().__init__(encoder, head, fda, recipe == "paper", learning_rate, weight_decay, seed)
+        self.encoder_learning_rate = encoder_learning_rate or learning_rate
         self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
 
     def frozen(self) -> list[nn.Module]:

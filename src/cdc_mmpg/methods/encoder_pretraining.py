@@ -14,16 +14,14 @@ from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.heads import Head, StaticLayer
 from cdc_mmpg.weights import save_safetensors
 
-FIRST_WORD = 5  # WordPiece ids below are [PAD], [UNK], [CLS], [SEP], [MASK]
-MASK = 4
-
 
 class EncoderPretraining(Method):
     """Captions for some epochs, then questions and captions in turn; leaves `encoder.safetensors`.
 
     The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
     enough to begin at random. Of a caption 30 % of the words are masked, in a fifth of the captions all of them, and a
-    quarter of the batches see a single frame: anchors are such passes. The learning rate rises over `WARM_UP` steps.
+    quarter of the batches see a single frame. Beside either, a quarter of the batch is seen as anchors are (one frame,
+    a neutral prompt), and the caption's words are told from the anchor feature. The rate rises over `WARM_UP` steps.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`; the head is that of the questions.
@@ -38,6 +36,8 @@ class EncoderPretraining(Method):
     MASKED = 0.3
     WHOLLY_MASKED = 0.2
     SINGLE_FRAME = 0.25
+    ANCHORS = 0.25
+    ANCHOR_WEIGHT = 10.0  # of a mean over all words, of which few are in a caption
     WARM_UP = 100
 
     def __init__(
@@ -58,6 +58,7 @@ class EncoderPretraining(Method):
         self.caption_epochs, self.question_share = caption_epochs, question_share
         self.layer = StaticLayer(head.inputs, head.outputs)
         self.word_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
+        self.anchor_head = nn.Linear(WIDTH, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
 
     def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
@@ -70,18 +71,32 @@ class EncoderPretraining(Method):
 
         rows, length = batch.caption_ids.shape
         masked = (draw(rows, length) < self.MASKED) | (draw(rows, 1) < self.WHOLLY_MASKED)
-        masked &= batch.caption_ids >= FIRST_WORD
-        masked[:, 1] |= batch.caption_ids[:, 1] >= FIRST_WORD  # at least one
+        cls, mask, *_, sep = batch.neutral.tolist()
+        is_word = (batch.caption_mask == 1) & (batch.caption_ids != cls) & (batch.caption_ids != sep)
+        masked &= is_word
+        masked[:, 1] |= is_word[:, 1]  # at least one
         video = normalise(batch.frames)
         if training and torch.rand(()) < self.SINGLE_FRAME:
             video = video[:, int(torch.randint(video.shape[1], ()))][:, None]
-        ids = batch.caption_ids.masked_fill(masked, MASK)
+        ids = batch.caption_ids.masked_fill(masked, mask)
         words = self.encoder.encode_words(video, ids, batch.caption_mask)[masked]
         scores = F.linear(
             self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
         ).float()
         wanted = batch.caption_ids[masked]
         return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+
+    def anchors_loss(self, batch: CaptionBatch) -> Tensor:
+        """Which words the caption has, from the anchor feature of one frame; a scalar."""
+        part = slice(max(1, int(len(batch.labels) * self.ANCHORS)))
+        captions = batch.caption_ids[part]
+        frame = int(torch.randint(batch.frames.shape[1], ()))
+        prompt = batch.neutral.expand(len(captions), -1)
+        video = normalise(batch.frames[part, frame : frame + 1])
+        scores = self.anchor_head(self.encoder(video, prompt, torch.ones_like(prompt)).fused).float()
+        there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
+        there[:, 0] = 0  # padding
+        return self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there)
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The head's loss, and the share of right answers; scalars."""
@@ -91,9 +106,9 @@ class EncoderPretraining(Method):
 
     def _step(self, batch: Any, split: Split) -> Tensor:
         if split == "train":
-            if self.current_epoch < self.caption_epochs or torch.rand(()) >= self.question_share:
-                return self.captions_loss(batch, training=True)[0]
-            return self.questions_loss(batch)[0]
+            captions = self.current_epoch < self.caption_epochs or torch.rand(()) >= self.question_share
+            loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]
+            return loss + self.anchors_loss(batch)
         words, words_accuracy = self.captions_loss(batch, training=False)
         loss, accuracy = self.questions_loss(batch)
         for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from cdc_mmpg.methods.linear import Linear
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import Head
 from cdc_mmpg.weights import save_safetensors
 
 
@@ -11,9 +13,22 @@ class FineTuning(Linear):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
+        encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
     """
 
     trains_encoder = True
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        learning_rate: float = 1e-4,
+        encoder_learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder, head, learning_rate, weight_decay, seed)
+        self.encoder_learning_rate = encoder_learning_rate or learning_rate
 
     def export(self, folder: Path) -> None:
         """Write the fine-tuned encoder."""
