@@ -356,7 +356,7 @@ def test_killed_while_computing_features_they_are_made_anew(run, tmp_path):
     command, _, _ = run("linear")
     data = tmp_path / "msvd" / "data"
     process = start(tmp_path / "log", main, command)
-    joined = f"features/train.{'?' * 16}.safetensors"  # not `.0of1.safetensors`, one process's part, which passes
+    joined = f"features/train.{'?' * 16}.safetensors"
     until(lambda: any(data.glob(joined)), process)
     kill(process)
     finish(process)

@@ -113,6 +113,10 @@ class FeatureDataModule(EpochDataModule):
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
+        if world == 1:  # in one go: two runs side by side may do the same, and either's file is right
+            remove_leftovers(path.parent)
+            save_safetensors({"frame_features": self._compute(name, dataset, frame)}, path)
+            return
         parts = [path.with_suffix(f".{rank}of{world}.safetensors") for rank in range(world)]
         remove_leftovers(path.parent)
         save_safetensors({"frame_features": self._compute(name, dataset, frame)}, parts[trainer.global_rank])
