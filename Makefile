@@ -19,9 +19,9 @@ PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,run/encoder_pretraining))
 
 ALL      := linear fine_tuning hyper hyper_fan_in cdc_mmpg
 FROZEN   := cdc_mmpg_frozen
-SESSIONS := cdc_mmpg_session cdc_mmpg_session_full session_concatenated session_oracle
+SESSIONS := cdc_mmpg_session session_concatenated session_oracle
 PHASES   := encoder_pretraining adr_pretraining adr_pretraining_frozen
-METHODS  := $(ALL) $(FROZEN) $(SESSIONS) $(PHASES)
+METHODS  := $(ALL) $(FROZEN) $(SESSIONS) cdc_mmpg_session_full $(PHASES)
 RUNS     := $(addprefix run/,$(METHODS))
 WANTED   := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS),$(FROZEN)),$(METHOD)))
 
