@@ -129,7 +129,7 @@ def fit(msvd: Path, phase_one: Path, tmp_path: Path) -> Command:
             "--trainer.max_epochs=1",
             "--trainer.enable_progress_bar=false",
             "--trainer.accelerator=cpu",
-            *([f"--model.init_args.adr={phase_one}"] if method.startswith("cdc_mmpg") else []),
+            *([f"--model.init_args.adr={phase_one}"] if method in ("cdc_mmpg", "cdc_mmpg_frozen") else []),
             *more,
         ]
 

@@ -273,6 +273,7 @@ class Experiment(LightningCLI):
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
             **(self._accuracies(datamodule, answers) if answers else {}),
+            **({"labels": summary["train"]} if model.reads == "captions" else {}),
             "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
             "parameters": parameters._asdict(),
             "bytes": model.traffic()._asdict(),
