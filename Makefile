@@ -17,7 +17,8 @@ DATA      ?= $(if $(SYNTHETIC),$(ROOT)/data/clips,data/$(DATASET))
 VOCAB     ?= $(if $(SYNTHETIC),$(DATA)/vocab.txt)
 PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,run/encoder_pretraining))
 
-ALL      := linear fine_tuning hyper hyper_fan_in cdc_mmpg
+# The longest first, so that side by side none is left alone at the end.
+ALL      := linear fine_tuning cdc_mmpg hyper hyper_fan_in
 FROZEN   := cdc_mmpg_frozen
 SESSIONS := cdc_mmpg_session session_concatenated session_oracle
 PHASES   := encoder_pretraining adr_pretraining adr_pretraining_frozen
@@ -65,10 +66,9 @@ $(filter-out run/encoder_pretraining,$(RUNS)): $(PRETRAIN)
 # The first run on the frozen encoder computes its features, for all.
 $(addprefix run/,hyper hyper_fan_in adr_pretraining $(SESSIONS)): $(if $(filter all,$(METHOD)),run/linear)
 $(RUNS): $(DATA)/digests.json
+$(DATA)/digests.json: | .venv/.ready
+	$(PY) -m data_modules.synthetic_clips "$(DATA)"
 endif
-
-$(ROOT)/data/clips/digests.json: | .venv/.ready
-	$(PY) -m data_modules.synthetic_clips "$(ROOT)/data/clips"
 
 OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" --seed_everything=$(SEED) \
 	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)") \

@@ -268,7 +268,7 @@ def test_the_recipes_order_is_makes():
         "cdc_mmpg_frozen",
     ]
     assert methods("DATASET=msvd", "METHOD=all") == [
-        "linear", "fine_tuning", "hyper", "hyper_fan_in", "adr_pretraining", "cdc_mmpg", "adr_pretraining_frozen",
+        "linear", "fine_tuning", "adr_pretraining", "cdc_mmpg", "hyper", "hyper_fan_in", "adr_pretraining_frozen",
         "cdc_mmpg_frozen",
     ]  # fmt: skip
 
