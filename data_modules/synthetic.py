@@ -57,7 +57,7 @@ class Synthetic(MSVDQA):
     clips are among them): what sessions are drawn from.
 
     Pretraining: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
-    clip and does not know the camera: colours as they look.
+    clip and does not know the camera: colours as they look, in captions by twelve names.
 
     Vocabulary: the 16 answers, and one class for the rest: 17.
 

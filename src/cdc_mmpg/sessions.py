@@ -102,10 +102,11 @@ class SessionDataModule(FeatureDataModule):
         """
         if self._splits:
             return
-        super().setup(stage)
+        self.data.setup(stage)
         sessions = self.data.sessions()
         if not any(sessions.pools):
             raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
+        super().setup(stage)
         middle = self.encoder.num_frames // 2
         features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)
         with torch.no_grad():
