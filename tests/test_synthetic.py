@@ -268,8 +268,8 @@ def test_frames_cannot_be_smaller_than_what_is_cut_out_of_them(synthetic, tmp_pa
         Synthetic(str(synthetic), 17, str(tmp_path), image_size=64, resize=32)
 
 
-@pytest.mark.parametrize("method", ["encoder_pretraining", "cdc_mmpg_session"])
-def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, synthetic, tmp_path):
+@pytest.mark.parametrize(("method", "batch_size"), [("encoder_pretraining", 8), ("cdc_mmpg_session", 3)])
+def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, batch_size, synthetic, tmp_path):
     """Warm-up, the turn to questions and the sessions drawn all follow from seed, epoch and index."""
 
     def command(out: Path, pause: float) -> list[str]:
@@ -277,7 +277,7 @@ def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, synthe
             "fit", f"--config=experiments/methods/{method}.yaml", "--config=experiments/datasets/synthetic.yaml",
             f"--trainer.default_root_dir={out / method / 'seed0'}", f"--data.init_args.root={synthetic}",
             f"--data.init_args.cache_dir={tmp_path / 'data'}", f"--data.init_args.vocab={synthetic / 'vocab.txt'}",
-            "--data.init_args.batch_size=8", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=3",
+            f"--data.init_args.batch_size={batch_size}", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=3",
             "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
             *(["--model.init_args.caption_epochs=1"] if method == "encoder_pretraining" else []),
             *recording(out / "last.pt", pause),
@@ -288,11 +288,11 @@ def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, synthe
     process = start(tmp_path / "log", main, command(tmp_path / "whole", 0.0))
     assert finish(process) == 0, (tmp_path / "log").read_text()
     last = tmp_path / "stopped" / "last.pt"
-    process = start(tmp_path / "log", main, command(tmp_path / "stopped", 0.07))
+    process = start(tmp_path / "log", main, command(tmp_path / "stopped", 0.1))
     until(lambda: steps(last) >= 5, process)  # in the second epoch, or late in the first
     kill(process, signal.SIGTERM)
     assert finish(process) == 143, (tmp_path / "log").read_text()
-    process = start(tmp_path / "log", main, command(tmp_path / "stopped", 0.07))
+    process = start(tmp_path / "log", main, command(tmp_path / "stopped", 0.1))
     assert finish(process) == 0, (tmp_path / "log").read_text()
     expected = torch.load(tmp_path / "whole" / "last.pt")
     for name, value in torch.load(last).items():
