@@ -81,7 +81,7 @@ OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/da
 ENCODER = --model.init_args.encoder.checkpoint=
 START   = $(if $(PRETRAIN),$(ROOT)/encoder_pretraining/seed$(SEED)/encoder.safetensors,$(CHECKPOINT))
 ADR     = --model.init_args.adr="$(ROOT)/$(1)/seed$(SEED)/adr.safetensors"
-TUNED   = --model.init_args.encoder.checkpoint="$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
+TUNED   = $(ENCODER)"$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
 BUILDS_ON_encoder_pretraining    = $(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
 BUILDS_ON_adr_pretraining_frozen = $(TUNED)
 BUILDS_ON_cdc_mmpg_frozen        = $(TUNED) $(call ADR,adr_pretraining_frozen)

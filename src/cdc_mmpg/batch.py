@@ -18,6 +18,7 @@ from cdc_mmpg.frames import MEAN, STD, Frames
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+UNKNOWN_ANSWER = "(unknown)"  # the word of the class that stands for all other answers
 UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
 
 

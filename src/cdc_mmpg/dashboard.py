@@ -11,7 +11,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.batch import UNKNOWN_ANSWER, Split
 from cdc_mmpg.methods.base import Answering
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class ExampleTable(Callback):
         if not isinstance(pl_module, Answering) or not trainer.is_global_zero or not pl_module.predictions[split]:
             return
         data: Any = trainer.datamodule
-        words = [*data.answers(), "(unknown)"]
+        words = [*data.answers(), UNKNOWN_ANSWER]
         predictions = sorted(next(iter(pl_module.predictions[split].values())).items())
         chosen = predictions[:: -(-len(predictions) // EXAMPLES)]  # from all over the split
         examples = [(data.example(split, index), words[label]) for index, label in chosen]

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from cdc_mmpg.batch import UNKNOWN, EpochDataModule, Origin
+from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, EpochDataModule, Origin
 from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, loggers
@@ -46,7 +46,6 @@ from cdc_mmpg.weights import load_checkpoint
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-UNKNOWN_ANSWER = "(unknown)"  # of the class that stands for all others
 ANSWERS = "answers.txt"  # of a run: the word of class k in line k
 PARTS = ("seed_everything", "trainer", "model", "data")
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class FeatureDataModule(EpochDataModule):
     def __init__(self, data: VideoTextData, encoder: AllInOne) -> None:
         super().__init__(data.batch_size, data.seed)
         self.data, self.encoder = data, encoder
-        self._splits: dict[Split, FeatureDataset] = {}
+        self._splits: dict[Split, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
         """The dataset's own."""
@@ -73,7 +74,11 @@ class FeatureDataModule(EpochDataModule):
         self.data.setup(stage)
         for split in SPLITS:
             features = self.features(split, self.data.dataset(split, augment=False), self.data.fingerprint(split, True))
-            self._splits[split] = FeatureDataset(features, self.data.labels(split))
+            self._splits[split] = self.view(split, features)
+
+    def view(self, split: Split, features: Tensor) -> Dataset[Any]:
+        """A split with its features (N, T, 192)."""
+        return FeatureDataset(features, self.data.labels(split))
 
     def features(
         self, name: str, dataset: Dataset[VideoTextBatch], fingerprint: str, frame: int | None = None
@@ -86,11 +91,8 @@ class FeatureDataModule(EpochDataModule):
             fingerprint: of its samples.
             frame: the only frame that the encoder is to see; None is all.
         """
-        digest = hashlib.sha256(f"{fingerprint} {frame}".encode())
-        for key, value in self.encoder.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        path = self.data.cache_dir / "features" / f"{name}.{digest.hexdigest()[:16]}.safetensors"
+        key = hashlib.sha256(f"{self._weights} {fingerprint} {frame}".encode()).hexdigest()
+        path = self.data.cache_dir / "features" / f"{name}.{key[:16]}.safetensors"
         assert self.trainer is not None
         if self.trainer.strategy.broadcast(self._read(path) is None):
             self._make(name, dataset, frame, path)
@@ -100,6 +102,15 @@ class FeatureDataModule(EpochDataModule):
                 f"{path} is not there, though the first process has made it: all machines must share the folder"
             )
         return features
+
+    @cached_property
+    def _weights(self) -> str:
+        """A digest of the encoder's."""
+        digest = hashlib.sha256()
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _read(self, path: Path) -> Tensor | None:
         """(N, T, 192) of a file, None where there is no whole one."""
@@ -113,12 +124,11 @@ class FeatureDataModule(EpochDataModule):
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
+        remove_leftovers(path.parent)
         if world == 1:  # in one go: two runs side by side may do the same, and either's file is right
-            remove_leftovers(path.parent)
             save_safetensors({"frame_features": self._compute(name, dataset, frame)}, path)
             return
         parts = [path.with_suffix(f".{rank}of{world}.safetensors") for rank in range(world)]
-        remove_leftovers(path.parent)
         save_safetensors({"frame_features": self._compute(name, dataset, frame)}, parts[trainer.global_rank])
         trainer.strategy.barrier("parts")
         if trainer.global_rank == 0:

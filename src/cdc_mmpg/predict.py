@@ -58,7 +58,7 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     import torch.nn.functional as F  # noqa: PLC0415
     import yaml  # noqa: PLC0415
 
-    from cdc_mmpg.batch import VideoTextBatch  # noqa: PLC0415
+    from cdc_mmpg.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
     from cdc_mmpg.experiment import ANSWERS, CONFIG, Experiment  # noqa: PLC0415
     from cdc_mmpg.text import TextEncoder  # noqa: PLC0415
     from cdc_mmpg.weights import load_checkpoint  # noqa: PLC0415
@@ -81,7 +81,7 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     frames = torch.from_numpy(crop(candidates[middle_candidates(num_frames)], size).copy())[None]
     ids = torch.tensor(TextEncoder(data["vocab"], data["text_length"])([question]))
     batch = VideoTextBatch(frames, ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long), torch.zeros(1))
-    words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), "(unknown)"]
+    words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
     with torch.no_grad():
         features = model.encode(batch)  # on the device, which uploads one row of it
         weight, bias = model.device_layers(features)  # in the cloud, which sends these

@@ -1,14 +1,13 @@
 """Samples with what their device uploads: the mean of the anchor features of its other, unlabelled clips."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cdc_mmpg.batch import CASES, SPLITS, SessionBatch, Sessions, Split
+from cdc_mmpg.batch import CASES, SessionBatch, Sessions, Split
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.features import FeatureDataModule
 
@@ -42,7 +41,10 @@ class SessionDataset(Dataset[SessionBatch]):
     def _fixed(self) -> tuple[Tensor, Tensor]:
         """Every device's uploads (D, C, 192) with their numbers of anchors (D, C)."""
         devices = sorted(set(self.devices))
-        drawn = [np.random.default_rng((self.seed, device)).permutation(pool) for device, pool in self._pools()]
+        drawn = [
+            np.random.default_rng((self.seed, device)).permutation(pool)
+            for device, pool in enumerate(self.sessions.pools)
+        ]
         # Each borrows from the next in a random circle.
         circle = np.random.default_rng(self.seed).permutation(devices).tolist()
         lender = dict(zip(circle, [*circle[1:], *circle[:1]], strict=True))
@@ -55,9 +57,6 @@ class SessionDataset(Dataset[SessionBatch]):
                 if len(chosen):
                     uploads[device, place] = self.anchors[chosen].mean(0)
         return uploads, counts
-
-    def _pools(self) -> list[tuple[int, list[int]]]:
-        return list(enumerate(self.sessions.pools))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,27 +105,14 @@ class SessionDataModule(FeatureDataModule):
         sessions = self.data.sessions()
         if not any(sessions.pools):
             raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
-        super().setup(stage)
         middle = self.encoder.num_frames // 2
         features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)
         with torch.no_grad():
             device = next(self.encoder.parameters()).device
-            anchors = self.encoder.pool(features[:, 0].to(device)).cpu()
-        self._sessions = {
-            split: SessionDataset(
-                self._splits[split].frame_features, self.data.labels(split), anchors, sessions, split, self.seed
-            )
-            for split in SPLITS
-        }
+            self._anchors = self.encoder.pool(features[:, 0].to(device)).cpu()
+        self._sessions = sessions
+        super().setup(stage)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """In a new order every epoch."""
-        return self.batches(self._sessions["train"], shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """As annotated."""
-        return self.batches(self._sessions["val"], shuffle=False)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """As annotated."""
-        return self.batches(self._sessions["test"], shuffle=False)
+    def view(self, split: Split, features: Tensor) -> SessionDataset:
+        """A split with its features (N, T, 192) and its uploads."""
+        return SessionDataset(features, self.data.labels(split), self._anchors, self._sessions, split, self.seed)

@@ -106,8 +106,7 @@ class CDCMMPGSession(Session):
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """Without a session: the shared one, repeated."""
-        batch = len(frame_features)
-        return self.shared.weight.expand(batch, -1, -1), self.shared.bias.expand(batch, -1)
+        return self.shared.repeated(len(frame_features))
 
     def cloud_modules(self) -> list[nn.Module]:
         """MLP and hypernetwork; the shared layer is the device's."""

@@ -28,8 +28,7 @@ class Linear(Answering):
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """The one layer, repeated."""
-        batch = len(frame_features)
-        return self.layer.weight.expand(batch, -1, -1), self.layer.bias.expand(batch, -1)
+        return self.layer.repeated(len(frame_features))
 
     def traffic(self) -> Traffic:
         """None."""

@@ -40,8 +40,7 @@ class SessionConcatenated(Session):
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """The one layer, repeated."""
-        batch = len(frame_features)
-        return self.layer.weight.expand(batch, -1, -1), self.layer.bias.expand(batch, -1)
+        return self.layer.repeated(len(frame_features))
 
     def parameter_counts(self) -> ParameterCounts:
         """The mixing layer is on the device, too."""

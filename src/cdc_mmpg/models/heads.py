@@ -78,3 +78,7 @@ class StaticLayer(nn.Linear):
         """(B, D) -> (B, L), in float32 as the generated ones."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.float())
+
+    def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
+        """As `batch` devices install it: weight (B, L, D), bias (B, L)."""
+        return self.weight.expand(batch, -1, -1), self.bias.expand(batch, -1)
