@@ -26,7 +26,7 @@ METHODS  := $(ALL) $(FROZEN) $(SESSIONS) cdc_mmpg_session_full $(PHASES)
 RUNS     := $(addprefix run/,$(METHODS))
 WANTED   := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS),$(FROZEN)),$(METHOD)))
 
-ifneq ($(filter train,$(MAKECMDGOALS)),)
+ifneq ($(filter train data,$(MAKECMDGOALS)),)
 ifeq ($(filter $(METHOD),all $(METHODS)),)
 $(error METHOD=$(METHOD) is none of: all $(METHODS))
 endif
@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment train predict table figures benchmark test lint check clean $(RUNS)
+.PHONY: help environment data train predict table figures checkpoint benchmark test lint check clean $(RUNS)
 
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,6 +51,11 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	.venv/bin/uv pip install --quiet --python $(PY) -r requirements.txt
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
+
+# The linear head stands for all methods: what is prepared is the same.
+data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset and decode its clips, for training to find: DATASET= DATA= ARGS= OUT=
+	@$(PY) -m cdc_mmpg.prepare "$(ROOT)" --config experiments/methods/linear.yaml --config experiments/datasets/$(DATASET).yaml \
+		$(PLACES) $(ARGS)
 
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors.
 train: .venv/.ready $(PRETRAIN) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
@@ -70,8 +75,9 @@ $(DATA)/digests.json: | .venv/.ready
 	$(PY) -m data_modules.synthetic_clips "$(DATA)"
 endif
 
-OPTIONS = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" --seed_everything=$(SEED) \
-	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)") \
+PLACES  = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" \
+	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)")
+OPTIONS = $(PLACES) --seed_everything=$(SEED) \
 	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
@@ -102,8 +108,9 @@ $(RUNS): run/%: .venv/.ready
 # Through the environment, verbatim: neither make nor the shell may read into a question.
 predict: export CLIP := $(value VIDEO)
 predict: export ASKED := $(value QUESTION)
-predict: .venv/.ready ## answer a question about a file: VIDEO= QUESTION= METHOD= DATASET= SEED= VOCAB= OUT=
-	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" \
+predict: export OFFERED := $(value CHOICES)
+predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
+	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
@@ -111,6 +118,9 @@ table: .venv/.ready ## the methods of a dataset side by side, in the terminal an
 
 figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= DATA= OUT=
 	@$(PY) -m cdc_mmpg.figures "$(ROOT)" --data "$(DATA)"
+
+checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
+	@$(PY) -m cdc_mmpg.checkpoint "$(FILE)"
 
 benchmark: .venv/.ready ## training speed at the paper's size: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark $(ARGS)

@@ -7,24 +7,13 @@ from pathlib import Path
 
 from cdc_mmpg.batch import UNKNOWN
 from cdc_mmpg.errors import DataError
+from data_modules.annotations import Row, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
 
-def read_text(path: Path) -> str:
-    """The text of an annotation file, with or without a byte order mark.
-
-    Raises:
-        DataError: not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8, or fetch it again") from error
-
-
 class Answers:
-    """Answers with a class each; class number = line number in the file, and one class more for all others.
+    """Answers with a class each, and one class more for all others.
 
     Args:
         words: the known answers in the order of their classes.
@@ -42,18 +31,20 @@ class Answers:
     def read(cls, path: Path, num_classes: int, training_answers: Iterable[str]) -> "Answers":
         """The distributed vocabulary, or, where it is absent, the most frequent training answers.
 
+        A text file has an answer a line, its class the line's number; a JSON file {answer: class}.
+
         Raises:
-            DataError: the vocabulary does not hold num_classes - 1 different answers.
+            DataError: the vocabulary does not hold num_classes - 1 different answers, or not a class for each.
         """
         if path.is_file():
-            words = read_text(path).splitlines()
+            words = _read_labels(path) if path.suffix == ".json" else read_text(path).splitlines()
         else:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]
             logger.warning(
-                "%s is absent: took the %d most frequent training answers instead, by alphabet where frequencies tie; "
-                "the distributed file breaks ties in its own way, so a few classes may differ",
-                path, len(words),
+                "%s is absent: took the %d most frequent of %d training answers instead, by alphabet where frequencies "
+                "tie; the distributed file breaks ties in its own way, so a few classes may differ",
+                path, len(words), len(counts),
             )  # fmt: skip
         if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
             raise DataError(
@@ -61,3 +52,19 @@ class Answers:
                 f"(answers + 1): set --data.init_args.num_classes={len(set(words)) + 1}, or mend the file"
             )
         return cls(words)
+
+
+def _read_labels(path: Path) -> list[str]:
+    """The answers of {answer: class} in the order of their classes."""
+    labels = read_json(path)
+    if not isinstance(labels, dict):
+        raise DataError(f"{path}: holds a {type(labels).__name__}, not {{answer: class}}; fetch it again")
+    row = Row(str(path), labels)
+    words = {row.field(int, word): word for word in labels}
+    for label in range(len(labels)):
+        if label not in words:
+            raise DataError(
+                f"{path}: none of {len(labels)} answers has class {label}: classes must be 0 to {len(labels) - 1}, "
+                "each once; fetch it again"
+            )
+    return [words[label] for label in range(len(labels))]

@@ -1,13 +1,14 @@
-"""What every video question-answering dataset shares: checks, frames, text, order, batches."""
+"""What every dataset of clips with texts shares: checks, frames, text, order, batches."""
 
 import hashlib
 import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,110 +24,149 @@ from cdc_mmpg.batch import (
     Origin,
     Sessions,
     Split,
+    Task,
     VideoTextBatch,
+    View,
 )
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
-from data_modules.answers import Answers
 from data_modules.cache import FrameCache
 
 logger = logging.getLogger(__name__)
 
+Texts = Sequence[Sequence[int]]  # of one sample: a question, candidates or captions, as WordPieces
+SHOWN = 20  # names in a message; the whole list lies beside the cache
+
 
 class Sample(NamedTuple):
-    """A question about a clip, as an annotation has it."""
+    """What a split has about a clip, as an annotation has it."""
 
     clip: str  # name of the clip in the annotation
-    question: str
-    answer: str
-    type: str = ""  # of the question, where the annotation has one
+    question: str  # "" where there is none
+    answer: str = ""  # of an open-ended question
+    type: str = ""  # of the question, where there are types
+    options: tuple[str, ...] = ()  # candidates of a multiple choice, or the clip's captions
+    right: int = 0  # which of the candidates is right
 
 
-class QADataset(Dataset[VideoTextBatch]):
+class ClipDataset(Dataset[VideoTextBatch]):
     """The samples of a split as batches; an item is fetched by (epoch, index), which decide its augmentation.
 
     Args:
         samples: the split.
-        paths: where each sample's clip lies.
-        text_ids: each sample's question as WordPieces.
-        labels: (N,) each sample's class.
+        texts: each sample's texts.
+        labels: (N,) each sample's class, or the place of the right candidate.
         cache: the clips' frames.
         augment: draw frames within their segments and a place for the crop; else the middles.
+        draw: of several texts take one in training, another every epoch.
         seed: of the draws.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        paths: Sequence[Path],
-        text_ids: Sequence[Sequence[int]],
+        texts: Sequence[Texts],
         labels: Tensor,
         cache: FrameCache,
-        augment: bool,
-        seed: int,
+        augment: bool = False,
+        draw: bool = False,
+        seed: int = 0,
     ) -> None:
-        self.samples, self.paths, self.text_ids, self.labels = samples, paths, text_ids, labels
-        self.cache, self.augment, self.seed = cache, augment, seed
+        self.samples, self.texts, self.labels = samples, texts, labels
+        self.cache, self.augment, self.draw, self.seed = cache, augment, draw, seed
 
-    def augmented(self, augment: bool) -> "QADataset":
+    def augmented(self, augment: bool) -> "ClipDataset":
         """The same samples, augmented or not."""
-        return QADataset(self.samples, self.paths, self.text_ids, self.labels, self.cache, augment, self.seed)
+        return type(self)(self.samples, self.texts, self.labels, self.cache, augment, self.draw, self.seed)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def frames(self, epoch: int, index: int) -> Tensor:
         """(T, S, S, 3) uint8."""
-        chosen, generator = middle_candidates(self.cache.num_frames), None
+        generator, each = None, self.cache.candidates
+        chosen = middle_candidates(self.cache.num_frames, each)
         if self.augment:
             generator = np.random.default_rng((self.seed, epoch, index))
-            starts = np.arange(self.cache.num_frames) * CANDIDATES
-            chosen = list(starts + generator.integers(CANDIDATES, size=len(starts)))
-        return torch.from_numpy(crop(self.cache.read(self.paths[index], chosen), self.cache.image_size, generator))
+            starts = np.arange(self.cache.num_frames) * each
+            chosen = list(starts + generator.integers(each, size=len(starts)))
+        frames = self.cache.read(self.samples[index].clip, chosen)
+        return torch.from_numpy(crop(frames, self.cache.image_size, generator))
+
+    def drawn(self, epoch: int, index: int) -> Texts:
+        """A sample's texts, or in training the one that is this epoch's."""
+        texts = self.texts[index]
+        if not (self.draw and self.augment):
+            return texts
+        return [texts[int(np.random.default_rng((self.seed, epoch, index, 1)).integers(len(texts)))]]
+
+    def collate(self, texts: Sequence[Texts]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of a batch's texts, (B, K, L): rows of zeros where a sample has fewer than K."""
+        most = max(map(len, texts))
+        ids, mask = pad([text for own in texts for text in [*own, *[[]] * (most - len(own))]])
+        return torch.from_numpy(ids).unflatten(0, (-1, most)), torch.from_numpy(mask).unflatten(0, (-1, most))
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> VideoTextBatch:
-        index = [index for _, index in items]
-        ids, mask = pad([self.text_ids[i] for i in index])
+        where = torch.tensor([index for _, index in items])
+        ids, mask = self.collate([self.drawn(epoch, i) for epoch, i in items])
         frames = torch.stack([self.frames(epoch, i) for epoch, i in items])
-        where = torch.tensor(index)
-        return VideoTextBatch(frames, torch.from_numpy(ids), torch.from_numpy(mask), self.labels[where], where)
+        return VideoTextBatch(frames, ids, mask, self.labels[where], where)
 
 
-class VideoQADataModule(EpochDataModule):
-    """Open-ended questions about clips: a subclass reads annotations, the rest is here.
+class QADataset(ClipDataset):
+    """Every sample has one text, its question."""
 
-    An answer outside the vocabulary is left out of the training loss and wrong in validation and test. Splits that
-    share a clip are refused. Clips are decoded once, into the frame cache, before training.
+    def collate(self, texts: Sequence[Texts]) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and mask."""
+        ids, mask = pad([text for (text,) in texts])
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+class VideoTextDataModule(EpochDataModule):
+    """Clips with texts: a subclass says what the task is (see `tasks`), a subclass of that reads annotations.
+
+    Splits that share a clip are refused. Clips are decoded once, into the frame cache, before training; a clip that
+    changed since is refused by name.
 
     Args:
         root: the dataset's folder.
-        num_classes: answers known in training + 1.
         cache_dir: where frames and features are kept.
+        num_classes: of open-ended questions: answers known in training + 1.
+        protocol: which of the dataset's published splits; None is the first of `PROTOCOLS`.
         num_frames: T, frames that the model sees of a clip.
         image_size: pixels of a side of what it sees.
         resize: pixels to which the shorter side of a frame is resized before the crop; None is 268/224 of image_size.
+        candidates: frames that the cache keeps of each of the T segments of a clip; training takes any of them.
         batch_size: samples a step on each device, before gradient accumulation.
         num_workers: processes that load batches; None is one a processor, at most 4.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
-        text_length: most tokens in a question.
+        text_length: most tokens in a text.
         decoder: see `cdc_mmpg.video`.
-        max_missing: how many clips may be absent or unreadable; their questions are left out, and counted. More
+        max_missing: how many clips may be absent or unreadable; their samples are left out, and counted. More
             refuse the run, all named.
-        only_present: take the questions whose clips are there and leave out the others: for partial copies.
+        only_present: take the samples whose clips are there and leave out the others: for partial copies.
         seed: of the order and the augmentation.
     """
+
+    task: ClassVar[Task]
+    views: ClassVar[frozenset[View]] = frozenset({"samples"})  # what methods can read of it
+    PROTOCOLS: ClassVar[tuple[str, ...]] = ("official",)
+    # Questions and clips of each split, by protocol; what was published together, such as "train+val", is added up.
+    PUBLISHED: ClassVar[Mapping[str, Mapping[str, Mapping[str, int]]]] = {}
 
     def __init__(
         self,
         root: str,
-        num_classes: int,
         cache_dir: str,
+        num_classes: int | None = None,
+        protocol: str | None = None,
         num_frames: int = 3,
         image_size: int = 224,
         resize: int | None = None,
+        candidates: int = CANDIDATES,
         batch_size: int = 256,
         num_workers: int | None = None,
         vocab: str | None = None,
@@ -142,19 +182,25 @@ class VideoQADataModule(EpochDataModule):
                 f"data.init_args.resize is {resize}, less than image_size ({image_size}), which is cut out"
             )
         for name, value, least in (
-            ("num_classes", num_classes, 2), ("num_frames", num_frames, 1), ("batch_size", batch_size, 1),
+            ("num_frames", num_frames, 1), ("batch_size", batch_size, 1), ("candidates", candidates, 1),
             ("num_workers", num_workers or 0, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"data.init_args.{name} is {value}: at least {least}")
+        if protocol not in (None, *self.PROTOCOLS):
+            raise ConfigError(f"data.init_args.protocol is {protocol!r}: one of {', '.join(self.PROTOCOLS)}")
+        if (num_classes is None) == (self.task == "open_ended"):
+            raise ConfigError(
+                f"data.init_args.num_classes is {num_classes}: open-ended questions have classes, the other tasks none"
+            )
         self.root, self.cache_dir = Path(root), Path(cache_dir)
-        self.num_classes = num_classes
+        self.protocol, self.classes = protocol or self.PROTOCOLS[0], num_classes or 0
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
-        self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize)
-        self._frame_names: dict[Path, str] = {}
-        self._splits: dict[Split, QADataset] = {}
+        self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
+        self._annotated: dict[Split, list[Sample]] = {}
+        self._splits: dict[Split, ClipDataset] = {}
         self._left_out: Counter[Split] = Counter()
 
     @abstractmethod
@@ -166,32 +212,134 @@ class VideoQADataModule(EpochDataModule):
         """
 
     @abstractmethod
-    def read_answers(self, training_answers: Sequence[str]) -> Answers:
-        """The answer vocabulary."""
-
-    @abstractmethod
     def find_clips(self) -> dict[str, Path]:
         """The clips on disk, by the name that annotations use."""
+
+    @abstractmethod
+    def remedy(self) -> str:
+        """What to fetch, from where, under which terms, and where to put it."""
+
+    @abstractmethod
+    def build(self, samples: Sequence[Sample]) -> ClipDataset:
+        """Samples whose clips are ready as a dataset, not augmented."""
+
+    def read_vocabulary(self) -> None:
+        """What the annotations say beside the samples, where the task needs something."""
+        return
 
     def further_clips(self) -> set[str]:
         """Names of clips that no split asks about but that the dataset has a use for."""
         return set()
 
     def sessions(self) -> Sessions:
-        """Unlabelled clips by device.
-
-        Raises:
-            ConfigError: the dataset does not say which device recorded a clip.
-        """
-        raise ConfigError(f"{type(self).__name__} does not know its clips' devices: sessions need them")
+        """Unlabelled clips by device, of a dataset whose `views` have "sessions"."""
+        raise NotImplementedError
 
     def captions(self) -> Captions:
-        """Captioned clips.
+        """Captioned clips, of a dataset whose `views` have "captions"."""
+        raise NotImplementedError
+
+    def samples(self, split: Split) -> list[Sample]:
+        """All samples of a split, read once.
 
         Raises:
-            ConfigError: there are none.
+            DataError: see `read_split`; also a clip's name that leads out of the clips' folder.
         """
-        raise ConfigError(f"{type(self).__name__} has no captions: encoder_pretraining needs them")
+        if split not in self._annotated:
+            if not self.root.is_dir():
+                raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
+            samples = self.read_split(split)
+            for sample in samples:
+                if "/" in sample.clip or "\\" in sample.clip or sample.clip in ("", ".", ".."):
+                    raise DataError(
+                        f"{self.root}, split {split}: the clip {sample.clip!r} would lie outside of the clips' "
+                        "folder; refused"
+                    )
+            self._annotated[split] = samples
+        return self._annotated[split]
+
+    def unknown_answers(self, samples: Sequence[Sample]) -> int:
+        """How many samples no method can get right."""
+        return 0
+
+    def shared_clips(self, splits: Sequence[Split]) -> dict[tuple[Split, Split], list[str]]:
+        """Clips that two of the splits have in common."""
+        clips = {split: {sample.clip for sample in self.samples(split)} for split in splits}
+        pairs = [(first, second) for place, first in enumerate(splits) for second in splits[place + 1 :]]
+        found = {(first, second): sorted(clips[first] & clips[second]) for first, second in pairs}
+        return {pair: names for pair, names in found.items() if names}
+
+    def check(self) -> dict[str, Any]:
+        """Look at everything and fill the frame cache, clips that changed included; goes on where something is wrong.
+
+        Returns:
+            splits: what the annotations have, by split; missing: names of absent clips; unreadable: reasons by name;
+            shared_between_splits: names by pair; problems: annotations that cannot be read; clips, ready: how many are
+            named and have frames; cache: its folder and bytes.
+        """
+        problems: list[str] = []
+
+        def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
+            try:
+                return read()
+            except DataError as error:
+                problems.append(str(error))
+                return otherwise
+
+        def read_vocabulary() -> bool:
+            self.read_vocabulary()
+            return True
+
+        found = {split: attempt(partial(self.samples, split), None) for split in SPLITS}
+        annotated: dict[Split, list[Sample]] = {split: samples for split, samples in found.items() if samples}
+        vocabulary = attempt(read_vocabulary, False)
+        named = {sample.clip for samples in annotated.values() for sample in samples}
+        named |= attempt(self.further_clips, set())
+        paths: dict[str, Path] = attempt(self.find_clips, {})
+        present = {name: paths[name] for name in sorted(named) if name in paths}
+        unreadable = self.cache.fill(present, os.cpu_count() or 1, renew=True)
+        splits: dict[Split, dict[str, Any]] = {}
+        for split, samples in annotated.items():
+            row = splits[split] = self._counts(samples)
+            if vocabulary:
+                row["unknown_answers"] = self.unknown_answers(samples)
+                row["ceiling"] = 1 - row["unknown_answers"] / row["questions"]
+            row["ready"] = self._counts([s for s in samples if s.clip in present and s.clip not in unreadable])
+        return {
+            "protocol": self.protocol,
+            "splits": splits,
+            "published": self._published(splits),
+            "clips": len(named),
+            "ready": len(present) - len(unreadable),
+            "missing": sorted(named - present.keys()),
+            "unreadable": unreadable,
+            "shared_between_splits": {
+                " and ".join(pair): names for pair, names in self.shared_clips(list(annotated)).items()
+            },
+            "problems": list(dict.fromkeys(problems)),
+            "cache": {
+                "folder": str(self.cache.folder),
+                "bytes": sum(path.stat().st_size for path in self.cache.folder.glob("*.npy")),
+            },
+        }
+
+    def _counts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {"questions": self.questions(samples), "clips": len({sample.clip for sample in samples})}
+
+    def _published(self, splits: Mapping[Split, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Each published count beside what is here, of splits that are."""
+        rows = []
+        for name, counts in self.PUBLISHED.get(self.protocol, {}).items():
+            parts: list[Any] = name.split("+")
+            if all(part in splits for part in parts):
+                for what, number in counts.items():
+                    here = sum(splits[part][what] for part in parts)
+                    rows.append({"split": name, "what": what, "published": number, "here": here})
+        return rows
+
+    def questions(self, samples: Sequence[Sample]) -> int:
+        """How many questions samples are."""
+        return len(samples)
 
     def prepare_data(self) -> None:
         """Check the dataset and fill the frame cache (one process a machine).
@@ -199,19 +347,19 @@ class VideoQADataModule(EpochDataModule):
         Raises:
             DataError: see the class.
         """
-        samples = {split: self.read_split(split) for split in SPLITS}
-        clips = {split: {sample.clip for sample in samples[split]} for split in SPLITS}
-        for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-            if shared := sorted(clips[first] & clips[second]):  # type: ignore[index]
-                raise DataError(
-                    f"{self.root}: {first} and {second} share {len(shared)} clips, among them {', '.join(shared[:5])}: "
-                    "a split must not be tested on what another was trained on"
-                )
+        for split in SPLITS:
+            self.samples(split)
+        for (first, second), names in self.shared_clips(SPLITS).items():
+            raise DataError(
+                f"{self.root}: {first} and {second} share {len(names)} clips, among them {', '.join(names[:5])}: "
+                "a split must not be tested on what another was trained on"
+            )
+        self.read_vocabulary()
         TextEncoder(self.vocab, self.text_length)
         paths = self.find_clips()
-        named = sorted(set().union(*clips.values(), self.further_clips()))
+        named = sorted({sample.clip for split in SPLITS for sample in self.samples(split)} | self.further_clips())
         absent = [name for name in named if name not in paths]
-        present = [paths[name] for name in named if name in paths]
+        present = {name: paths[name] for name in named if name in paths}
         if not present:
             raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
         problems = [] if self.only_present else [f"{name}: absent" for name in absent]
@@ -224,58 +372,37 @@ class VideoQADataModule(EpochDataModule):
 
     def _missing(self, problems: Sequence[str], clips: int) -> DataError:
         """The refusal that names the clips; the whole list lies beside the cache."""
-        path, shown = self.cache_dir / "missing.txt", 20
+        path = self.cache_dir / "missing.txt"
         with atomic_write(path) as file:
             file.write("\n".join(problems).encode())
-        more = f"\n  and {len(problems) - shown} more, all named in {path}" if len(problems) > shown else ""
+        more = f"\n  and {len(problems) - SHOWN} more, all named in {path}" if len(problems) > SHOWN else ""
         return DataError(
             f"{self.root}: of {clips} clips {len(problems)} are absent or unreadable, {self.max_missing} may be:\n  "
-            + "\n  ".join(problems[:shown])
+            + "\n  ".join(problems[:SHOWN])
             + f"{more}\n{self.remedy()}\nTo leave clips out: ARGS=--data.init_args.max_missing=<how many>, or, where "
             "the copy is a part of the dataset, ARGS=--data.init_args.only_present=true"
         )
-
-    @abstractmethod
-    def remedy(self) -> str:
-        """What to fetch, from where, and where to put it."""
 
     def setup(self, stage: str) -> None:
         """Build the splits from what `prepare_data` made ready."""
         if self._splits:
             return
-        self._text = TextEncoder(self.vocab, self.text_length)
-        self._paths = self.find_clips()
-        ready = {path.name for path in self.cache.folder.iterdir()}
-        annotated = {split: self.read_split(split) for split in SPLITS}
-        self._answers = self.read_answers([sample.answer for sample in annotated["train"]])
-        used = {sample.clip for everything in annotated.values() for sample in everything} | self.further_clips()
-        clips = [self._paths[name] for name in used if name in self._paths]
-        names = {clip: self.cache.path(clip).name for clip in clips}
-        self._frame_names = {clip: name for clip, name in names.items() if name in ready}
-        for split, everything in annotated.items():
-            samples = [sample for sample in everything if self._paths.get(sample.clip) in self._frame_names]
+        self.text = TextEncoder(self.vocab, self.text_length)
+        self.read_vocabulary()
+        self.cache.load()
+        self._ready = self.cache.ready & self.find_clips().keys()
+        for split in SPLITS:
+            samples = [sample for sample in self.samples(split) if sample.clip in self._ready]
             if not samples:
                 raise DataError(f"{self.root}: no question of split {split} has its clip here\n{self.remedy()}")
-            self._left_out[split] = len(everything) - len(samples)
+            self._left_out[split] = self.questions(self.samples(split)) - self.questions(samples)
             self._splits[split] = self.build(samples)
-
-    def build(self, samples: Sequence[Sample]) -> QADataset:
-        """Samples whose clips are ready as a dataset, not augmented."""
-        return QADataset(
-            samples,
-            [self._paths[sample.clip] for sample in samples],
-            self._text([sample.question for sample in samples]),
-            torch.tensor([self._answers.label(sample.answer) for sample in samples]),
-            self.cache,
-            augment=False,
-            seed=self.seed,
-        )
 
     def is_ready(self, clip: str) -> bool:
         """Whether a clip's frames are in the cache."""
-        return self._paths.get(clip) in self._frame_names
+        return clip in self._ready
 
-    def dataset(self, split: Split, augment: bool) -> QADataset:
+    def dataset(self, split: Split, augment: bool) -> ClipDataset:
         """A split, its frames drawn anew for every epoch or always the same."""
         return self._splits[split].augmented(augment)
 
@@ -292,38 +419,47 @@ class VideoQADataModule(EpochDataModule):
         return self.batches(self.dataset("test", augment=False), shuffle=False, num_workers=self.num_workers)
 
     def labels(self, split: Split) -> Tensor:
-        """(N,) the class of every sample."""
+        """(N,) the class of every sample, or the place of its right candidate."""
         return self._splits[split].labels
 
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
+        """A digest of a split's clips by name, its texts and labels, and, if asked for, of its frames."""
         return self.digest(self._splits[split], frames)
 
-    def digest(self, dataset: QADataset, frames: bool) -> str:
+    def digest(self, dataset: ClipDataset, frames: bool) -> str:
         """See `fingerprint`."""
         digest = hashlib.sha256()
-        for path, ids, label in zip(dataset.paths, dataset.text_ids, dataset.labels.tolist(), strict=True):
-            digest.update(f"{self._frame_names[path] if frames else path.stem} {ids} {label}\n".encode())
+        for sample, texts, label in zip(dataset.samples, dataset.texts, dataset.labels.tolist(), strict=True):
+            clip = self.cache.key(sample.clip) if frames else sample.clip
+            digest.update(f"{clip} {texts} {label}\n".encode())
         return digest.hexdigest()
 
     def origins(self, split: Split) -> list[Origin]:
         """Where each sample comes from: of its clip, which counts as a device of its own."""
         return [
-            Origin(sample.clip, sample.clip, "", sample.type, sample.question, sample.answer)
-            for sample in self._splits[split].samples
+            Origin(sample.clip, sample.clip, "", sample.type, sample.question, self.word(split, index))
+            for index, sample in enumerate(self._splits[split].samples)
         ]
+
+    def texts(self, split: Split, index: int) -> Sequence[str]:
+        """A sample's candidates or captions; none of an open-ended question."""
+        return self._splits[split].samples[index].options
+
+    @abstractmethod
+    def word(self, split: Split, index: int, label: int | None = None) -> str:
+        """The right answer to a sample as an annotation has it, or what the prediction `label` says."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
         summary: dict[str, dict[str, float]] = {}
         for split, dataset in self._splits.items():
-            unknown = int((dataset.labels == UNKNOWN).sum())
+            questions, unknown = self.questions(dataset.samples), int((dataset.labels == UNKNOWN).sum())
             summary[split] = {
-                "questions": len(dataset),
-                "clips": len(set(dataset.paths)),
+                "questions": questions,
+                "clips": len({sample.clip for sample in dataset.samples}),
                 "left_out": self._left_out[split],
                 "unknown_answers": unknown,
-                "ceiling": 1 - unknown / len(dataset),
+                "ceiling": 1 - unknown / questions,
             }
         return summary
 
@@ -331,8 +467,8 @@ class VideoQADataModule(EpochDataModule):
         """A sample to look at."""
         dataset = self._splits[split]
         sample = dataset.samples[index]
-        return Example(sample.clip, dataset.frames(0, index).numpy(), sample.question, sample.answer)
+        return Example(sample.clip, dataset.frames(0, index).numpy(), sample.question, self.word(split, index))
 
     def answers(self) -> list[str]:
-        """The word of every class but the last, which stands for all others."""
-        return self._answers.words
+        """The word of every class but the last, which stands for all others; none where there are no classes."""
+        return []

@@ -1,14 +1,25 @@
 """MSVD-QA: open-ended questions about short YouTube clips (Xu et al. 2017)."""
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import DataError
-from data_modules.answers import Answers, read_text
-from data_modules.base import Sample, VideoQADataModule
+from data_modules.annotations import (
+    Published,
+    as_rows,
+    choose_file,
+    clips_in,
+    leads_out,
+    question_type,
+    read_json,
+    read_text,
+)
+from data_modules.answers import Answers
+from data_modules.base import Sample
+from data_modules.tasks import VideoQADataModule
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
 
@@ -28,19 +39,31 @@ class MSVDQA(VideoQADataModule):
     Vocabulary: the 1,000 most frequent training answers, and one class for the rest: 1,001. 89.5 % of the validation
     and 90.8 % of the test answers are in it, the ceiling of any accuracy.
 
+    Types: what, who, how, when, where, by the question's first word, or other.
+
     Files below `root`: `{train,val,test}_qa.json` (a list of {answer, id, question, video_id}), `youtube_mapping.txt`
     (`<clip> vid<video_id>` a line), `answer_set.txt` (an answer a line; counted from the training questions where it
     is absent) and `YouTubeClips/<clip>.avi` (or .mp4, .mkv, .webm).
 
+    Refused: a question whose clip the mapping does not name; a mapping that leads out of `YouTubeClips`.
+
     The same clip and question occur with several answers: they stay separate questions.
     """
 
+    PUBLISHED: ClassVar[Published] = {
+        "official": {
+            "train": {"questions": 30_933, "clips": 1_161},
+            "val": {"questions": 6_415, "clips": 245},
+            "test": {"questions": 13_157, "clips": 504},
+        }
+    }
+
     def remedy(self) -> str:
-        """What to fetch, from where, and where to put it."""
+        """What to fetch, from where, under which terms, and where to put it."""
         return (
             f"MSVD-QA belongs below {self.root.absolute()}: train_qa.json, val_qa.json, test_qa.json, "
             "youtube_mapping.txt and answer_set.txt (questions: https://github.com/xudejing/video-question-answering) "
-            "and YouTubeClips/*.avi (clips: https://www.cs.utexas.edu/~ml/clamp/videoDescription/)"
+            "and YouTubeClips/*.avi (clips: https://www.cs.utexas.edu/~ml/clamp/videoDescription/); for research only"
         )
 
     def read_split(self, split: Split) -> list[Sample]:
@@ -51,63 +74,42 @@ class MSVDQA(VideoQADataModule):
         """All samples of an annotation file; what its rows have beside, such as their id, is left unread."""
         names = self._read_mapping()
         path = self.root / name
-        rows = self.read_json(path)
-        if not isinstance(rows, list) or not rows:
-            raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of questions; fetch it again")
         samples = []
-        for number, row in enumerate(rows):
-            where = f"{path}: [{number}]"
-            if not isinstance(row, dict):
-                raise DataError(f"{where} is a {type(row).__name__}, not a question {{answer, question, video_id}}")
-            for key, kind in (("question", str), ("answer", str), ("video_id", int)):
-                if not isinstance(row.get(key), kind):
-                    raise DataError(f"{where}.{key} is {row.get(key)!r}, not a {kind.__name__}")
-            if row["video_id"] not in names:
-                raise DataError(f"{where}.video_id is {row['video_id']}, which youtube_mapping.txt does not name")
-            samples.append(Sample(names[row["video_id"]], row["question"], row["answer"], str(row.get("type", ""))))
+        for row in as_rows(self.read_json(path), path):
+            question, answer, number = row.field(str, "question"), row.field(str, "answer"), row.field(int, "video_id")
+            if number not in names:
+                raise row.refusal(["video_id"], "a clip that youtube_mapping.txt names")
+            samples.append(Sample(names[number], question, answer, question_type(row, question)))
         return samples
 
     def read_json(self, path: Path) -> Any:
         """The content of an annotation file."""
-        try:
-            return json.loads(self._read(path))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file is damaged or cut short; "
-                "fetch it again"
-            ) from error
+        return read_json(choose_file([path], self.remedy()))
 
     def read_answers(self, training_answers: Sequence[str]) -> Answers:
         """The 1,000 answers of `answer_set.txt`; see the class."""
-        return Answers.read(self.root / "answer_set.txt", self.num_classes, training_answers)
+        return Answers.read(self.root / "answer_set.txt", self.classes, training_answers)
 
     def find_clips(self) -> dict[str, Path]:
         """The clips on disk by their name without suffix."""
         folder = self.root / "YouTubeClips"
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder\n{self.remedy()}")
-        files = sorted(folder.iterdir(), key=lambda path: path.suffix, reverse=True)  # .avi goes before .mp4
-        return {path.stem: path for path in files if path.suffix.lower() in SUFFIXES}
+        return clips_in(folder, SUFFIXES)
 
     def _read_mapping(self) -> dict[int, str]:
         """Clip names by video id."""
-        path = self.root / "youtube_mapping.txt"
+        path = choose_file([self.root / "youtube_mapping.txt"], self.remedy())
         names: dict[int, str] = {}
-        for number, line in enumerate(self._read(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if not line.strip():
                 continue
-            name, _, vid = line.strip().rpartition(" ")
-            if not name or not vid.startswith("vid") or not vid[3:].isdigit():
-                raise DataError(f"{path}, line {number}: {line!r} is not '<clip> vid<number>'")
-            if "/" in name or "\\" in name or name in (".", ".."):
+            parts = re.fullmatch(r"(.+) vid([0-9]{1,9})", line.strip())
+            if not parts:
+                raise DataError(f"{path}, line {number}: {line!r} is not '<clip> vid<number>'; fetch it again")
+            name, vid = parts[1], int(parts[2])
+            if leads_out(name):
                 raise DataError(f"{path}, line {number}: {name!r} would lead out of the clips' folder; refused")
-            names[int(vid[3:])] = name
+            if names.setdefault(vid, name) != name:
+                raise DataError(f"{path}, line {number}: vid{vid} is {name!r}, and {names[vid]!r} above; mend the file")
         return names
-
-    def _read(self, path: Path) -> str:
-        """The text of an annotation file."""
-        if not self.root.is_dir():
-            raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
-        if not path.is_file():
-            raise DataError(f"{path}: no such file\n{self.remedy()}")
-        return read_text(path)

@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch.utils.data import Dataset
 
-from cdc_mmpg.batch import SPLITS, CaptionBatch, Captions, Origin, Sessions, Split
+from cdc_mmpg.batch import SPLITS, CaptionBatch, Captions, Origin, Sessions, Split, View
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.text import pad
-from data_modules.base import QADataset, Sample
+from data_modules.base import ClipDataset, Sample
 from data_modules.msvd_qa import MSVDQA
 
 
@@ -23,7 +24,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
         neutral: the neutral prompt's ids.
     """
 
-    def __init__(self, captions: QADataset, questions: QADataset, neutral: Sequence[int]) -> None:
+    def __init__(self, captions: ClipDataset, questions: ClipDataset, neutral: Sequence[int]) -> None:
         self.captions, self.questions, self.neutral = captions, questions, torch.tensor(neutral)
         self.each = len(questions) // len(captions)
 
@@ -34,7 +35,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
         captions = self.captions.__getitems__(items)
         training = self.captions.augment
         asked = [index * self.each + (index + epoch * training) % self.each for epoch, index in items]
-        ids, mask = map(torch.from_numpy, pad([self.questions.text_ids[i] for i in asked]))
+        ids, mask = map(torch.from_numpy, pad([self.questions.texts[i][0] for i in asked]))
         return CaptionBatch(
             captions.frames, captions.text_ids, captions.text_mask, ids, mask, self.neutral,
             self.questions.labels[torch.tensor(asked)], captions.indices,
@@ -66,6 +67,8 @@ class Synthetic(MSVDQA):
     of the unseen devices' unlabelled clips: for controls only), `vocab.txt` (WordPieces of the training text),
     `digests.json`.
     """
+
+    views: ClassVar[frozenset[View]] = frozenset({"samples", "sessions", "captions"})
 
     def remedy(self) -> str:
         """What to fetch, from where, and where to put it."""
@@ -100,8 +103,8 @@ class Synthetic(MSVDQA):
         clips = [
             clip for clip, row in self.devices.items() if row["role"] in ("train", "history") and self.is_ready(clip)
         ]
-        anchors: QADataset = self.build([Sample(clip, "", "") for clip in clips])
-        anchors.text_ids = [self._text.neutral()] * len(clips)
+        anchors = self.build([Sample(clip, "") for clip in clips])
+        anchors.texts = [[self.text.neutral()]] * len(clips)
         names = list(dict.fromkeys(str(row["device"]) for row in self.devices.values() if row["role"] != "pretraining"))
         number = {name: place for place, name in enumerate(names)}
         place = {clip: i for i, clip in enumerate(clips)}
@@ -135,7 +138,7 @@ class Synthetic(MSVDQA):
         for clip, caption in rows:
             if self.is_ready(clip) and clip in asked:
                 held_out = int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 24 == 0
-                parts[held_out].append(Sample(clip, caption, ""))
+                parts[held_out].append(Sample(clip, caption))
         if not parts[False] or not parts[True]:
             raise DataError(f"{path}: too few captioned clips ({len(rows)})\n{self.remedy()}")
         each = min(map(len, asked.values()))
@@ -143,7 +146,7 @@ class Synthetic(MSVDQA):
             CaptionDataset(
                 self.build(samples).augmented(not held_out),
                 self.build([question for sample in samples for question in asked[sample.clip][:each]]),
-                self._text.neutral(),
+                self.text.neutral(),
             )
             for held_out, samples in parts.items()
         )

@@ -66,7 +66,7 @@ def test_reproduces_the_reference(encoder, expected, video):
 def test_reproduces_the_passes_of_one_modality(encoder, expected, video):
     text = encoder.encode_text(expected["text_ids"], expected["text_mask"])
     torch.testing.assert_close(text, expected["text_cls"], **TOLERANCE)
-    torch.testing.assert_close(encoder.encode_video(video), expected["video_cls"], **TOLERANCE)
+    torch.testing.assert_close(encoder.encode_video(video).mean(1), expected["video_cls"], **TOLERANCE)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_without_devices_and_types_there_is_one_cell():
     assert list(table["own"]) == ["test"]
     assert list(table["own"]["test"]) == ["all"]
     assert {name: type(value) for name, value in table["own"]["test"]["all"].items()} == {
-        "value": float, "low": float, "high": float, "questions": int,
+        "value": float, "standard_error": float, "low": float, "high": float, "questions": int,
     }  # fmt: skip
     with pytest.raises(ValueError, match="zip"):
         accuracies({"own": [1.0]}, ["a"], ["a"], [], [""])
@@ -203,6 +203,8 @@ def write_run(
         "dataset": root.name,
         "method": method,
         "seed": seed,
+        "monitor": "val/accuracy",
+        "protocol": "official",
         "metrics": {"val/accuracy": value + 0.01, "test/accuracy": accuracy[conditions[0]]["test"]["all"]["value"]},
         "best_epoch": 11 + seed,
         "epochs": 40,

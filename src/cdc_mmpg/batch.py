@@ -2,9 +2,9 @@
 
 import signal
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.frames import MEAN, STD, Frames
 
+Task = Literal["open_ended", "multiple_choice", "retrieval"]
+View = Literal["samples", "sessions", "captions"]  # how a method reads a dataset
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 UNKNOWN_ANSWER = "(unknown)"  # the word of the class that stands for all other answers
@@ -23,21 +25,25 @@ UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training
 
 
 class VideoTextBatch(NamedTuple):
-    """Clips with a question each."""
+    """Clips with a question each, or with K texts: candidates of a multiple choice, captions."""
 
     frames: Tensor  # (B, T, S, S, 3) uint8 RGB
-    text_ids: Tensor  # (B, L) int64, padded with 0 at the end
-    text_mask: Tensor  # (B, L) int64, 1 where there is a token
-    labels: Tensor  # (B,) int64, `UNKNOWN` for an answer outside the vocabulary
+    text_ids: Tensor  # (B, L) or (B, K, L) int64, padded with 0 at the end
+    text_mask: Tensor  # the same, 1 where there is a token; of K texts those without any are not there
+    labels: Tensor  # (B,) int64, `UNKNOWN` for an answer outside the vocabulary; which candidate is right
     indices: Tensor  # (B,) int64, place of the sample in its split
 
 
 class FeatureBatch(NamedTuple):
-    """The same samples as a frozen encoder sees them."""
+    """The same samples as the encoder sees them."""
 
-    frame_features: Tensor  # (B, T, 192), `Encoded.frame_features`
+    # (B, T, 192) of clips with their questions (`Encoded.frame_features`), or of clips alone in retrieval;
+    # (B, K, T, 192) of clips with each of K candidates
+    frame_features: Tensor
     labels: Tensor  # (B,)
     indices: Tensor  # (B,)
+    texts: Tensor | None = None  # (B, K, 192) captions by themselves, in retrieval
+    there: Tensor | None = None  # (B, K) which of them are there
 
 
 class SessionBatch(NamedTuple):
@@ -259,10 +265,16 @@ class Captions(NamedTuple):
 class VideoTextData(Protocol):
     """What the feature cache, the results and the logs ask of a DataModule."""
 
+    task: ClassVar[Task]
+    views: ClassVar[frozenset[View]]
+    protocol: str
     cache_dir: Path
     batch_size: int
     num_workers: int
     seed: int
+
+    def check(self) -> dict[str, Any]:
+        """What is here, ready, absent or wrong, after the caches were filled; does not stop at what is wrong."""
 
     def prepare_data(self) -> None:
         """Check everything and fill the caches."""
@@ -286,13 +298,19 @@ class VideoTextData(Protocol):
         """A sample to look at."""
 
     def answers(self) -> list[str]:
-        """The word of every class but the last, which stands for all others."""
+        """The word of every class but the last, which stands for all others; none where there are no classes."""
+
+    def word(self, split: Split, index: int, label: int | None = None) -> str:
+        """The right answer to a sample as an annotation has it, or what the prediction `label` says."""
+
+    def texts(self, split: Split, index: int) -> Sequence[str]:
+        """A sample's candidates or captions; none of an open-ended question."""
 
     def origins(self, split: Split) -> list[Origin]:
         """Where each sample comes from."""
 
     def sessions(self) -> Sessions:
-        """Unlabelled clips by device; a ConfigError where devices are unknown."""
+        """Unlabelled clips by device, of a dataset whose `views` have "sessions"."""
 
     def captions(self) -> Captions:
-        """Clips with captions; a ConfigError where there are none."""
+        """Captioned clips, of a dataset whose `views` have "captions"."""

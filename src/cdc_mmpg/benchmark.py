@@ -78,9 +78,9 @@ def measure(build: Callable[[], Method], batch: Batch, steps: int, precision: An
     batches: Any = [batch] * (steps + WARM_UP)
     trainer.fit(method, DataLoader(batches, batch_size=None))
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    few = type(batch)(*(part[:2] for part in batch))
+    few: list[Any] = [None if part is None else part[:2] for part in batch]
     with FlopCounterMode(display=False) as flops:
-        method.cpu()._step(few, "train").backward()
+        method.cpu()._step(type(batch)(*few), "train").backward()
     return clock, flops.get_total_flops() / 2 * len(batch.labels), memory
 
 

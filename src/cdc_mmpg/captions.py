@@ -50,7 +50,3 @@ class CaptionDataModule(EpochDataModule):
         """What the encoder was taught with."""
         return {"train": {"clips": self.captions.clips, "captions": self.captions.clips,
                           "questions": self.captions.questions}}  # fmt: skip
-
-    def answers(self) -> list[str]:
-        """The dataset's own."""
-        return self.data.answers()

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         if not _is_finished(arguments):
-            _check_paths(arguments)
+            check_paths(arguments)
             from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
             Experiment(arguments)
@@ -98,7 +98,7 @@ def _is_finished(arguments: Sequence[str]) -> bool:
     return True
 
 
-def _check_paths(arguments: Sequence[str]) -> None:
+def check_paths(arguments: Sequence[str]) -> None:
     """Refuse paths that lead nowhere before anything slow is imported."""
     if root := option(arguments, "data.init_args.root"):
         path = Path(root)

@@ -11,8 +11,9 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from cdc_mmpg.batch import UNKNOWN_ANSWER, Split
+from cdc_mmpg.batch import Split, VideoTextData
 from cdc_mmpg.methods.base import Answering
+from cdc_mmpg.metrics import CAPTIONS, ranked
 
 logger = logging.getLogger(__name__)
 
@@ -73,27 +74,28 @@ class ExampleTable(Callback):
 
     Args:
         run: the run's folder.
+        data: the dataset.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, data: VideoTextData) -> None:
+        self.run, self.data = run, data
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of validation samples."""
         self._log(trainer, pl_module, "val")
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of test samples."""
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        if not isinstance(pl_module, Answering) or not trainer.is_global_zero or not pl_module.predictions[split]:
+        if not isinstance(pl_module, Answering) or not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule
-        words = [*data.answers(), UNKNOWN_ANSWER]
-        predictions = sorted(next(iter(pl_module.predictions[split].values())).items())
-        chosen = predictions[:: -(-len(predictions) // EXAMPLES)]  # from all over the split
-        examples = [(data.example(split, index), words[label]) for index, label in chosen]
+        outcomes = pl_module.outcomes[split]
+        ranking = ranked(outcomes) if CAPTIONS in outcomes else {}
+        labels = next(iter(ranking.values()))[0] if ranking else next(iter(outcomes.values()))[1][:, 0]
+        chosen = range(0, len(labels), -(-len(labels) // EXAMPLES))  # from all over the split
+        examples = [(self.data.example(split, i), self.data.word(split, i, int(labels[i]))) for i in chosen]
         with (self.run / f"examples.{split}.csv").open("w", newline="", encoding="utf-8") as file:
             rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
             csv.writer(file).writerows([("clip", "question", "prediction", "answer"), *rows])

@@ -1,6 +1,5 @@
 """A run from its configuration: Lightning's command line with our links, checkpoints and results."""
 
-import csv
 import difflib
 import inspect
 import json
@@ -14,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed
 import yaml
@@ -27,15 +26,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, EpochDataModule, Origin
+from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.methods.base import Answering, Method, Predictions
-from cdc_mmpg.metrics import accuracies, majorities
+from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.results import RESULTS, RESUME, file_digest, fingerprint, provenance, write_json
@@ -181,7 +180,8 @@ class Experiment(LightningCLI):
         return Path(folder)
 
     def before_instantiate_classes(self) -> None:
-        """Claim the run's folder, or refuse it."""
+        """Refuse what makes no sense; claim the run's folder, or refuse it, too."""
+        self._check_pair()
         if self.subcommand == "fit":
             trainer = self._get(self.config, "trainer")
             if trainer["max_steps"] < 1 and trainer["max_epochs"] is not None and trainer["max_epochs"] < 1:
@@ -198,19 +198,39 @@ class Experiment(LightningCLI):
             })  # fmt: skip
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
+    def _check_pair(self) -> None:
+        """Whether dataset, task and method go together."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        method, data, head = (
+            resolve_name(part["class_path"])
+            for part in (config["model"], config["data"], config["model"]["init_args"]["head"])
+        )
+        if head.task != data.task:
+            raise ConfigError(
+                f"{data.__name__} is a dataset for {data.task}, {head.__name__} a head for {head.task}: "
+                "leave the head to the dataset's configuration"
+            )
+        if method.reads not in data.views:
+            lacking = {"sessions": "does not know its clips' devices, and sessions need them",
+                       "captions": "has no captions to pretrain an encoder with"}[method.reads]  # fmt: skip
+            raise ConfigError(
+                f"{method.__name__} does not go with {data.__name__}, which {lacking}: take another method "
+                "(METHOD=), or the embedded dataset (DATASET=synthetic)"
+            )
+
     def instantiate_classes(self) -> None:
         """Also: the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
         super().instantiate_classes()
-        data: Any = self.datamodule  # type: ignore[has-type]
         if self.model.reads == "captions":
-            self.datamodule = CaptionDataModule(data)
+            self.datamodule = CaptionDataModule(self.dataset)
         elif self.model.reads == "sessions":
-            self.datamodule = SessionDataModule(data, self.model.encoder)
+            self.datamodule = SessionDataModule(self.dataset, self.model.encoder, self.model.head)
         elif not self.model.train_encoder:
-            self.datamodule = FeatureDataModule(data, self.model.encoder)
+            self.datamodule = FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with our checkpoints, logs and signals."""
+        self.dataset: Any = self.datamodule  # itself, not a view of it
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
@@ -221,7 +241,7 @@ class Experiment(LightningCLI):
                 *([LearningRateMonitor("step")] if kwargs["logger"] else []),
                 Timer(),
                 StopOnSignal(self.folder),
-                ExampleTable(self.folder),
+                ExampleTable(self.folder, self.dataset),
                 *checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
             ]
         if config["strategy"] in ("auto", "ddp") and wants_several_processes(config["devices"], config["num_nodes"]):
@@ -251,27 +271,33 @@ class Experiment(LightningCLI):
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
-        answers = self._gather(model.predictions["test"]) if isinstance(model, Answering) else {}
         if not trainer.is_global_zero:
             return
         step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         model.export(self.folder)
         with atomic_write(self.folder / ANSWERS) as file:
-            file.write("\n".join(datamodule.answers()).encode())
-        summary = datamodule.summary()
+            file.write("\n".join(self.dataset.answers()).encode())
+        summary = (datamodule if model.reads == "captions" else self.dataset).summary()
         dataset, method, _ = self.folder.absolute().parts[-3:]
         results = {
             "dataset": dataset,
             "method": method,
             "seed": self.settings["seed_everything"],
+            "task": self.dataset.task,
+            "protocol": self.dataset.protocol,
             "metrics": metrics,
+            "monitor": best.monitor,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
             "epochs": trainer.current_epoch,
             "questions_per_step": step,
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
-            **(self._accuracies(datamodule, answers) if answers else {}),
+            **(
+                evaluation(self.dataset, model.outcomes["test"], self.folder / "predictions.test.csv")
+                if isinstance(model, Answering)
+                else {}
+            ),
             **({"labels": summary["train"]} if model.reads == "captions" else {}),
             "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
             "parameters": parameters._asdict(),
@@ -285,40 +311,6 @@ class Experiment(LightningCLI):
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
-
-    def _gather(self, predictions: Predictions) -> Predictions:
-        """All processes' predictions."""
-        if not torch.distributed.is_initialized():
-            return predictions
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, predictions)
-        return {case: {k: v for part in everyone for k, v in part[case].items()} for case in predictions}
-
-    def _accuracies(self, datamodule: Any, predictions: Predictions) -> dict[str, Any]:
-        """Accuracies by case, group of devices and type of question, with those of guessing; and every answer."""
-        origins, labels = datamodule.origins("test"), datamodule.labels("test").numpy()
-        trained = [(label, origin.type) for label, origin in
-                   zip(datamodule.labels("train").tolist(), datamodule.origins("train"), strict=True)
-                   if label != UNKNOWN]  # fmt: skip
-        words = [*datamodule.answers(), UNKNOWN_ANSWER]
-        types = [origin.type for origin in origins]
-        guesses = majorities([words[label] for label, _ in trained], [kind for _, kind in trained], types)
-        answered = {case: [words[rows[i]] for i in range(len(labels))] for case, rows in predictions.items()}
-        true = [words[label] if label != UNKNOWN else "" for label in labels]
-        correct = {
-            case: np.array([given == answer for given, answer in zip(rows, true, strict=True)])
-            for case, rows in (answered | guesses).items()
-        }
-        clips, devices, groups, *_ = (list(column) for column in zip(*origins, strict=True))
-        found = accuracies(correct, clips, devices, groups, types)
-        with (self.folder / "predictions.test.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow([*Origin._fields, *answered])
-            table.writerows([*origin, *given] for origin, *given in zip(origins, *answered.values(), strict=True))
-        return {
-            "accuracy": {case: found[case] for case in answered},
-            "floors": {name: found[name] for name in guesses},
-        }
 
 
 def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None:

@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,34 +19,51 @@ from torch.utils.data import DataLoader, Dataset
 from cdc_mmpg.batch import (
     SPLITS,
     EpochDataModule,
-    Example,
     FeatureBatch,
-    Origin,
     Split,
     VideoTextBatch,
     VideoTextData,
-    normalise,
 )
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import Head
 from cdc_mmpg.weights import save_safetensors
 
 logger = logging.getLogger(__name__)
 
 
-class FeatureDataset(Dataset[FeatureBatch]):
-    """Frame features (N, T, 192) with their labels (N,)."""
+Features = dict[str, Tensor]  # of a split: "frame_features", and in retrieval "texts" and "there" (`FeatureBatch`)
 
-    def __init__(self, frame_features: Tensor, labels: Tensor) -> None:
-        self.frame_features, self.labels = frame_features, labels
+
+class FeatureDataset(Dataset[FeatureBatch]):
+    """Features (N, ...) with their labels (N,).
+
+    Args:
+        features: of the samples.
+        labels: theirs.
+        draw: of several captions take one, another every epoch.
+        seed: of the draws.
+    """
+
+    def __init__(self, features: Features, labels: Tensor, draw: bool = False, seed: int = 0) -> None:
+        self.features, self.labels, self.draw, self.seed = features, labels, draw, seed
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> FeatureBatch:
         index = torch.tensor([index for _, index in items])
-        return FeatureBatch(self.frame_features[index], self.labels[index], index)
+        own = {name: values[index] for name, values in self.features.items()}
+        batch = FeatureBatch(own["frame_features"], self.labels[index], index, own.get("texts"), own.get("there"))
+        if not self.draw or batch.texts is None or batch.there is None:
+            return batch
+        chosen = torch.tensor([
+            int(np.random.default_rng((self.seed, epoch, i)).integers(number))
+            for (epoch, i), number in zip(items, batch.there.sum(1).tolist(), strict=True)
+        ])  # fmt: skip
+        texts = batch.texts[torch.arange(len(chosen)), chosen]
+        return batch._replace(texts=texts[:, None], there=torch.ones(len(chosen), 1, dtype=torch.bool))
 
 
 class FeatureDataModule(EpochDataModule):
@@ -56,11 +75,12 @@ class FeatureDataModule(EpochDataModule):
     Args:
         data: the dataset.
         encoder: frozen.
+        head: the task.
     """
 
-    def __init__(self, data: VideoTextData, encoder: AllInOne) -> None:
+    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head) -> None:
         super().__init__(data.batch_size, data.seed)
-        self.data, self.encoder = data, encoder
+        self.data, self.encoder, self.head = data, encoder, head
         self._splits: dict[Split, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
@@ -76,14 +96,14 @@ class FeatureDataModule(EpochDataModule):
             features = self.features(split, self.data.dataset(split, augment=False), self.data.fingerprint(split, True))
             self._splits[split] = self.view(split, features)
 
-    def view(self, split: Split, features: Tensor) -> Dataset[Any]:
-        """A split with its features (N, T, 192)."""
-        return FeatureDataset(features, self.data.labels(split))
+    def view(self, split: Split, features: Features) -> Dataset[Any]:
+        """A split with its features."""
+        return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed)
 
     def features(
         self, name: str, dataset: Dataset[VideoTextBatch], fingerprint: str, frame: int | None = None
-    ) -> Tensor:
-        """The features (N, T, 192) of a dataset as they are kept, or are from now on.
+    ) -> Features:
+        """The features of a dataset as they are kept, or are from now on.
 
         Args:
             name: of the file.
@@ -91,7 +111,7 @@ class FeatureDataModule(EpochDataModule):
             fingerprint: of its samples.
             frame: the only frame that the encoder is to see; None is all.
         """
-        key = hashlib.sha256(f"{self._weights} {fingerprint} {frame}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.head.task} {self._weights} {fingerprint} {frame}".encode()).hexdigest()
         path = self.data.cache_dir / "features" / f"{name}.{key[:16]}.safetensors"
         assert self.trainer is not None
         if self.trainer.strategy.broadcast(self._read(path) is None):
@@ -112,11 +132,11 @@ class FeatureDataModule(EpochDataModule):
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _read(self, path: Path) -> Tensor | None:
-        """(N, T, 192) of a file, None where there is no whole one."""
+    def _read(self, path: Path) -> Features | None:
+        """Those of a file, None where there is no whole one."""
         try:
-            return load_file(path)["frame_features"]
-        except (OSError, SafetensorError, KeyError):
+            return load_file(path)
+        except (OSError, SafetensorError):
             return None
 
     def _make(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None, path: Path) -> None:
@@ -126,34 +146,33 @@ class FeatureDataModule(EpochDataModule):
         world = trainer.world_size
         remove_leftovers(path.parent)
         if world == 1:  # in one go: two runs side by side may do the same, and either's file is right
-            save_safetensors({"frame_features": self._compute(name, dataset, frame)}, path)
+            save_safetensors(self._compute(name, dataset, frame), path)
             return
         parts = [path.with_suffix(f".{rank}of{world}.safetensors") for rank in range(world)]
-        save_safetensors({"frame_features": self._compute(name, dataset, frame)}, parts[trainer.global_rank])
+        save_safetensors(self._compute(name, dataset, frame), parts[trainer.global_rank])
         trainer.strategy.barrier("parts")
         if trainer.global_rank == 0:
-            shares = [load_file(part)["frame_features"] for part in parts]
-            whole = torch.empty(sum(map(len, shares)), *shares[0].shape[1:])
-            for rank, share in enumerate(shares):
-                whole[rank::world] = share  # as `EpochSampler` shares out
-            save_safetensors({"frame_features": whole}, path)
+            shares = [load_file(part) for part in parts]
+            save_safetensors({name: _join([share[name] for share in shares]) for name in shares[0]}, path)
             for part in parts:
                 part.unlink()
         trainer.strategy.barrier("whole")
 
     @torch.no_grad()
-    def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> Tensor:
-        """(n, T, 192) of this process's share of a dataset, in order."""
+    def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> Features:
+        """Of this process's share of a dataset, in order."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         encoder = self.encoder.to(device).eval()
         batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers)
-        features = []
+        found: dict[str, list[Tensor]] = {}
         for batch in track(batches, description=f"features of {name}"):
             frames = batch.frames if frame is None else batch.frames[:, frame : frame + 1]
-            video = normalise(frames.to(device))
-            features.append(encoder(video, batch.text_ids.to(device), batch.text_mask.to(device)).frame_features.cpu())
-        return torch.cat(features)
+            encoded = self.head.encode(encoder, VideoTextBatch(*(part.to(device) for part in (frames, *batch[1:]))))
+            for part in ("frame_features", "texts", "there"):
+                if (values := getattr(encoded, part)) is not None:
+                    found.setdefault(part, []).append(values.cpu())
+        return {part: torch.cat(_alike(values)) for part, values in found.items()}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """In a new order every epoch."""
@@ -171,22 +190,17 @@ class FeatureDataModule(EpochDataModule):
         """The dataset's own."""
         return self.data.fingerprint(split, frames)
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """The dataset's own."""
-        return self.data.summary()
 
-    def example(self, split: Split, index: int) -> Example:
-        """The dataset's own."""
-        return self.data.example(split, index)
+def _join(shares: Sequence[Tensor]) -> Tensor:
+    """The processes' shares in the samples' order: as `EpochSampler` shares out."""
+    shares = _alike(shares)
+    whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
 
-    def answers(self) -> list[str]:
-        """The dataset's own."""
-        return self.data.answers()
 
-    def labels(self, split: Split) -> Tensor:
-        """The dataset's own."""
-        return self.data.labels(split)
-
-    def origins(self, split: Split) -> list[Origin]:
-        """The dataset's own."""
-        return self.data.origins(split)
+def _alike(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts with as many captions each, zeros where there are fewer."""
+    most = max(part.shape[1] for part in parts)
+    return [F.pad(part, (0, 0) * (part.dim() - 2) + (0, most - part.shape[1])) for part in parts]

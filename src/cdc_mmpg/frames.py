@@ -1,7 +1,7 @@
 """Which frames of a clip the model sees, and in which form: the same code in training and on a device.
 
-Deviation: of a segment the reference takes any frame in training; here one of three evenly spaced ones, which the frame
-cache holds.
+Deviation: of a segment the reference takes any frame in training; here one of a few evenly spaced ones, which the
+frame cache holds.
 
 Frames travel as uint8 (T, H, W, 3) arrays, RGB, until `MEAN` and `STD` normalise them beside the model.
 """
@@ -15,21 +15,23 @@ Frames = NDArray[np.uint8]
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference's
 STD = (0.229, 0.224, 0.225)
-CANDIDATES = 3  # frames kept of each segment of a clip: training takes any of them, evaluation the middle one
+CANDIDATES = (
+    3  # frames kept of each segment of a clip, unless told: training takes any of them, evaluation the middle one
+)
 
 
-def candidate_indices(count: int, num_frames: int) -> list[int]:
-    """Indices of the frames to keep of a clip of `count`: CANDIDATES evenly spaced ones in each of T equal segments.
+def candidate_indices(count: int, num_frames: int, candidates: int = CANDIDATES) -> list[int]:
+    """Indices of the frames to keep of a clip of `count`: `candidates` evenly spaced ones in each of T equal segments.
 
     A clip with fewer frames than that repeats some; one with fewer than T repeats its last.
     """
-    parts = num_frames * CANDIDATES
+    parts = num_frames * candidates
     return [min(int((part + 0.5) * count / parts), count - 1) for part in range(parts)]
 
 
-def middle_candidates(num_frames: int) -> list[int]:
-    """Which of the candidates evaluation takes: the middle of every segment."""
-    return [segment * CANDIDATES + CANDIDATES // 2 for segment in range(num_frames)]
+def middle_candidates(num_frames: int, candidates: int = CANDIDATES) -> list[int]:
+    """Which of the candidates evaluation takes: the middle of every segment; of an even number, the one right of it."""
+    return [segment * candidates + candidates // 2 for segment in range(num_frames)]
 
 
 def shorter_side(image_size: int) -> int:

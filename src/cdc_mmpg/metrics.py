@@ -1,16 +1,22 @@
-"""Accuracies with intervals, and the floors below which a method has learnt nothing. Numpy only."""
+"""Accuracies and recalls with intervals, and the floors below which a method has learnt nothing. Numpy only."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Cell = dict[str, float]  # value, low, high, questions
+Cell = dict[str, float]  # value, standard_error, low, high, questions
 Accuracies = dict[str, dict[str, dict[str, Cell]]]  # by condition, group of devices, type of question
 
 INTERVAL = (2.5, 97.5)  # percentiles
 CHUNK = 100  # draws that are held at once
+
+CAPTIONS = "captions"  # the rows of the captions' embeddings, beside those of the clips by case
+RECALLS = (1, 5, 10)
+SCORES = 30_000_000  # similarities that are held at once: 120 MB
+TIE = 1e-6  # similarities of unit vectors that differ by less are equal: float32 knows no better
 
 
 def accuracies(
@@ -39,7 +45,8 @@ def accuracies(
         seed: of the draws.
 
     Returns:
-        condition -> group -> type -> value, low, high, questions. Group "test" and type "all" hold everything.
+        condition -> group -> type -> value, standard_error (the draws' deviation), low, high, questions. Group "test"
+        and type "all" hold everything.
     """
     asked = list(zip(groups, devices, clips, strict=True))
     places = {place: number for number, place in enumerate(sorted(set(asked)))}  # draws know no order of questions
@@ -61,17 +68,87 @@ def accuracies(
     drawn = np.concatenate([_shares(right @ weights, questions @ weights) for weights in chunks], -1)
     values = _shares(right.sum(-1), questions.sum(-1))
     low, high = np.nanpercentile(drawn, INTERVAL, axis=-1)
+    errors = np.nanstd(drawn, axis=-1)
     result: Accuracies = {}
     for i, condition in enumerate(correct):
         result[condition] = {}
         for j, (group, kind) in enumerate(cells):
             result[condition].setdefault(group, {})[kind] = {
                 "value": float(values[i, j]),
+                "standard_error": float(errors[i, j]),
                 "low": float(low[i, j]),
                 "high": float(high[i, j]),
                 "questions": int(questions[j].sum()),
             }
     return result
+
+
+def ranks(
+    videos: NDArray[np.float32], texts: NDArray[np.float32], owners: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where what belongs together stands, 1 at best, when clips (V, D) ask for captions (C, D) and the reverse.
+
+    Several captions belong to a clip: each asks for it on its own, and the clip finds any of them, so that the best
+    placed counts (the protocol of MSRVTT's and MSVD's full splits). Ties, and similarities that are no numbers, count
+    against us. Similarities are held in parts.
+
+    Args:
+        videos, texts: unit vectors.
+        owners: (C,) the clip of each caption, as its row in `videos`; every clip has one at least.
+
+    Returns:
+        Ranks of clips (V,) and of captions (C,).
+    """
+    by_text = np.empty(len(texts), np.int64)
+    step = max(1, SCORES // len(videos))
+    for start in range(0, len(texts), step):
+        part = slice(start, start + step)
+        scores = texts[part] @ videos.T  # (c, V)
+        own = np.take_along_axis(scores, owners[part, None], axis=1)
+        by_text[part] = (~(scores < own - TIE)).sum(1)  # all that are not worse, itself among them
+    by_video = np.empty(len(videos), np.int64)
+    order = np.argsort(owners, kind="stable")
+    sizes = np.bincount(owners, minlength=len(videos))
+    begins = np.cumsum(sizes) - sizes
+    step = max(1, SCORES // len(texts))
+    for start in range(0, len(videos), step):
+        scores = videos[start : start + step] @ texts[order].T  # (v, C)
+        for row, score in enumerate(scores, start):
+            mine = slice(begins[row], begins[row] + sizes[row])
+            others = ~(score < np.max(score[mine]) - TIE)
+            by_video[row] = 1 + others.sum() - others[mine].sum()
+    return by_video, by_text
+
+
+def recalls(outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, float]:
+    """VR@K, TR@K, median ranks and the mean of the recalls, `recall`, of the first case.
+
+    As the paper has it: VR@K is video to text (a clip asks for its captions), TR@K text to video.
+
+    Args:
+        outcomes: by case, which sample each row is of, and its embedding; see `CAPTIONS`.
+    """
+    videos, texts = ranked(outcomes)[next(iter(outcomes))]
+    found = {
+        f"{way}@{k}": float(np.mean(places <= k)) for way, places in (("VR", videos), ("TR", texts)) for k in RECALLS
+    }
+    return found | {
+        "recall": float(np.mean(list(found.values()))),
+        "VR_median_rank": float(np.median(videos)),
+        "TR_median_rank": float(np.median(texts)),
+    }
+
+
+def ranked(
+    outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Ranks of clips and of captions by case; arguments as `recalls`', the rows in the samples' order."""
+    owners, texts = outcomes[CAPTIONS]
+    found = {}
+    for case, (clips, videos) in outcomes.items():
+        if case != CAPTIONS:
+            found[case] = ranks(videos, texts, np.searchsorted(clips, owners))
+    return found
 
 
 def majorities(

@@ -1,4 +1,4 @@
-"""Answer a question about a video file with a trained run, device and cloud played in one process."""
+"""Answer a question about a video file, or rank texts for it, with a trained run: device and cloud in one process."""
 
 import argparse
 import sys
@@ -15,52 +15,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--video", type=Path, required=True)
-    parser.add_argument("--question", required=True)
+    parser.add_argument("--question", default="")
+    parser.add_argument("--choices", default="", help="candidates or captions, with | between them")
     parser.add_argument("--vocab", help="vocab.txt, where it is not where training found it")
     options = parser.parse_args(arguments)
     log_to_terminal()
 
     def run() -> None:
-        answers = predict(options.run, options.video, options.question, options.vocab)
-        print(options.question)
-        for word, probability in answers:
-            print(f"  {probability:6.1%}  {word}")
+        choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
+        answers = predict(options.run, options.video, options.question, choices, options.vocab)
+        print(options.question or options.video)
+        for word, score in answers:
+            print(f"  {score:6.1%}  {word}")
 
     return exit_code(run)
 
 
-def predict(run: Path, video: Path, question: str, vocab: str | None = None, most: int = 5) -> list[tuple[str, float]]:
-    """The `most` best answers to a question about a clip, with their probabilities.
+def predict(
+    run: Path,
+    video: Path,
+    question: str = "",
+    choices: Sequence[str] = (),
+    vocab: str | None = None,
+    most: int = 5,
+) -> list[tuple[str, float]]:
+    """The `most` best answers to a question about a clip, or of the choices, with their probabilities.
 
-    The last layer is made explicitly, as the cloud sends it, and then installed.
+    Of a retrieval run the choices are captions, and their cosines to the clip come back. The last layer is made
+    explicitly, as the cloud sends it, and then installed.
 
     Raises:
-        ConfigError: an empty question, or a run that answers none.
+        ConfigError: no question, no choices, or a run that answers none.
         CheckpointError: the run is not finished, or damaged.
         DataError: the clip is absent or cannot be decoded.
     """
     from cdc_mmpg.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `cli`
     from cdc_mmpg.video import read_frames  # noqa: PLC0415
 
-    if not question.strip():
-        raise ConfigError("the question is empty: ask one (QUESTION=)")
-    if not video.is_file():
-        raise DataError(f"{video}: no such clip (VIDEO=)")
-    results = read_results(run)
-    if results is None:
-        raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
-    if "test/accuracy" not in results["metrics"]:
-        raise ConfigError(
-            f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"
-        )
+    task = _task(run, video, question, choices)
 
     import torch  # noqa: PLC0415
-    import torch.nn.functional as F  # noqa: PLC0415
     import yaml  # noqa: PLC0415
 
     from cdc_mmpg.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
     from cdc_mmpg.experiment import ANSWERS, CONFIG, Experiment  # noqa: PLC0415
-    from cdc_mmpg.text import TextEncoder  # noqa: PLC0415
+    from cdc_mmpg.text import TextEncoder, pad  # noqa: PLC0415
     from cdc_mmpg.weights import load_checkpoint  # noqa: PLC0415
 
     settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
@@ -79,16 +78,46 @@ def predict(run: Path, video: Path, question: str, vocab: str | None = None, mos
     candidates = read_frames(video, lambda count: candidate_indices(count, num_frames), size, data["decoder"],
                              data["resize"])  # fmt: skip
     frames = torch.from_numpy(crop(candidates[middle_candidates(num_frames)], size).copy())[None]
-    ids = torch.tensor(TextEncoder(data["vocab"], data["text_length"])([question]))
-    batch = VideoTextBatch(frames, ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long), torch.zeros(1))
-    words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
+    text = TextEncoder(data["vocab"], data["text_length"])
+    words = list(choices)
+    if task == "open_ended":
+        words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
+        texts = text([question])
+    else:
+        texts = text.choices([(question, choices)])[0] if task == "multiple_choice" else text(choices)
+    shape = (1, -1) if task == "open_ended" else (1, len(texts), -1)
+    ids, mask = (torch.from_numpy(array).view(shape) for array in pad(texts))
+    batch = VideoTextBatch(frames, ids, mask, torch.zeros(1, dtype=torch.long), torch.zeros(1))
     with torch.no_grad():
-        features = model.encode(batch)  # on the device, which uploads one row of it
+        encoded = model.encode(batch)
+        features = encoded.frame_features  # on the device, which uploads one row of it
         weight, bias = model.device_layers(features)  # in the cloud, which sends these
-        fused = model.fused(features)
-        scores = model.head(fused, lambda hidden: F.linear(hidden, weight[0], bias[0]))
-    best = scores.softmax(-1)[0].topk(min(most, len(words)))
+        outputs = model.head(model.fused(features), lambda hidden: (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias)
+        if task == "retrieval":
+            scores = (model.head.captions(encoded.texts) @ outputs.unsqueeze(-1)).squeeze(-1)
+        else:
+            scores = outputs.softmax(-1)
+    best = scores[0].topk(min(most, len(words)))
     return [(words[label], value) for value, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
+    """Of the run, once it is clear that everything it needs was given."""
+    if not video.is_file():
+        raise DataError(f"{video}: no such clip (VIDEO=)")
+    results = read_results(run)
+    if results is None:
+        raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
+    if "accuracy" not in results:
+        raise ConfigError(
+            f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"
+        )
+    task = str(results["task"])
+    if task == "open_ended" and not question.strip():
+        raise ConfigError("the question is empty: ask one (QUESTION=)")
+    if task != "open_ended" and not choices:
+        raise ConfigError(f"{run} is for {task}: give the texts to choose from (CHOICES='one | another | ...')")
+    return task
 
 
 if __name__ == "__main__":

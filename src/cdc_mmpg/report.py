@@ -53,15 +53,21 @@ ROWS = (
     Row("Oracle: the true cast", "session_oracle"),
 )
 NAMES = {row.method: row.label for row in ROWS if row.condition is None}
-FLOORS = {"majority": "Majority answer", "majority_per_type": "Majority answer per question type"}
+FLOORS = {
+    "majority": "Majority answer",
+    "majority_per_type": "Majority answer per question type",
+    "chance": "Chance",
+}
 STATIC = "n0"  # the condition in which nothing is sent
 
-# Accuracy in %, tables 1 and 2 of the paper.
+# Accuracy in %, tables 1, 2 and 5 of the paper.
 PAPER = {
     "msrvtt": {"linear": 13.6, "fine_tuning": 36.7, "hyper": 11.1, "cdc_mmpg": 37.1},
     "msvd": {"linear": 17.3, "fine_tuning": 34.3, "hyper": 6.34, "cdc_mmpg": 35.4},
     "tgif": {"linear": 27.3, "fine_tuning": 54.7, "hyper": 19.6, "cdc_mmpg": 55.2},
+    "msrvtt_choice": {"linear": 3.58, "fine_tuning": 75.6, "hyper": 46.0, "cdc_mmpg": 77.0},
 }
+MEDIANS = {"VR": "VR median", "TR": "TR median"}  # ranks
 
 COSTS = ("D-Param", "C-Param", "bytes up", "bytes down", "best/epochs", "train s", "seeds")
 
@@ -87,7 +93,7 @@ def answering_runs(folder: Path) -> dict[str, list[Results]]:
     found: dict[str, list[Results]] = {}
     for method in NAMES:
         for run, results in _finished(folder, method):
-            if not results.get("accuracy"):
+            if not results.get("accuracy") or "monitor" not in results:
                 raise ConfigError(
                     f'{run / RESULTS} has no "accuracy" by condition: the run is of an earlier version; '
                     f"delete {run} and train anew"
@@ -99,10 +105,11 @@ def answering_runs(folder: Path) -> dict[str, list[Results]]:
 
 
 class Layout(NamedTuple):
-    """Which accuracies the table shows."""
+    """Which accuracies, or recalls, the table shows."""
 
     groups: list[str]  # a column with interval each
-    types: list[str]  # a column each, of the first group
+    types: list[str]  # a column each, of the first group; in retrieval recalls, with intervals
+    overall: bool  # whether there is one figure over all types
 
     @classmethod
     def of(cls, found: dict[str, list[Results]]) -> "Layout":
@@ -110,12 +117,14 @@ class Layout(NamedTuple):
         main = [_under(run, None) for runs in found.values() for run in runs]
         groups = [group for group in ("unseen", "seen") if any(group in each for each in main)] or [ALL_GROUPS]
         types = dict.fromkeys(kind for each in main for kind in each.get(groups[0], {}) if kind != ALL_TYPES)
-        return cls(groups, list(types))
+        return cls(groups, list(types), any(ALL_TYPES in each.get(groups[0], {}) for each in main))
 
 
 def columns(folder: Path) -> list[str]:
     """The header of the table."""
-    groups, types = Layout.of(answering_runs(folder))
+    groups, types, overall = Layout.of(answering_runs(folder))
+    if not overall:
+        return ["method", *types, *MEDIANS.values(), "val %", *COSTS]
     paper = ["paper %"] if groups == [ALL_GROUPS] else []
     return ["method", *(f"{group} %" for group in groups), *paper, *types, "val %", *COSTS]
 
@@ -131,7 +140,7 @@ def rows(folder: Path) -> list[list[str]]:
     first = next(runs[0] for runs in found.values())
     floors = first.get("floors", {})
     table = [
-        [label, *_accuracy_cells([floors[name]], layout, None), "", *[""] * len(COSTS)]
+        [label, *_accuracy_cells([floors[name]], layout, None), *_medians([], layout, None), "", *[""] * len(COSTS)]
         for name, label in FLOORS.items()
         if name in floors
     ]
@@ -140,7 +149,8 @@ def rows(folder: Path) -> list[list[str]]:
         if runs:
             published = PAPER.get(first["dataset"], {}).get(row.method) if row.condition is None else None
             accuracies = _accuracy_cells([_under(run, row.condition) for run in runs], layout, published)
-            table.append([row.label, *accuracies, *_cost_cells(row, runs)])
+            medians = _medians(runs, layout, row.condition)
+            table.append([row.label, *accuracies, *medians, *_cost_cells(row, runs)])
     return table
 
 
@@ -156,6 +166,8 @@ def _accuracy_cells(seeds: list[Accuracies], layout: Layout, published: float | 
     def cells(group: str, kind: str) -> list[dict[str, float]]:
         return [seed[group][kind] for seed in seeds if kind in seed.get(group, {})]
 
+    if not layout.overall:
+        return [_with_interval(cells(layout.groups[0], kind)) for kind in layout.types]
     paper = [f"{published:g}" if published else ""] if layout.groups == [ALL_GROUPS] else []
     by_type = ([cell["value"] for cell in cells(layout.groups[0], kind)] for kind in layout.types)
     return [
@@ -165,6 +177,14 @@ def _accuracy_cells(seeds: list[Accuracies], layout: Layout, published: float | 
     ]
 
 
+def _medians(runs: list[Results], layout: Layout, condition: str | None) -> list[str]:
+    """Median ranks, in retrieval."""
+    if layout.overall:
+        return []
+    found = [run["median_rank"] for run in runs]
+    return [f"{mean(each[condition or next(iter(each))][way] for each in found):g}" if found else "" for way in MEDIANS]
+
+
 def _cost_cells(row: Row, runs: list[Results]) -> list[str]:
     """What a row took, and its validation accuracy; a condition gives what is not the method's own."""
     parameters, sent = runs[0]["parameters"], runs[0]["bytes"]
@@ -172,7 +192,7 @@ def _cost_cells(row: Row, runs: list[Results]) -> list[str]:
     size = ["", ""] if control else [f"{parameters[place]:,}" for place in ("device", "cloud")]
     traffic = ["", ""] if control else [f"{sent[way]:,}" for way in ("up", "down")]
     return [
-        _spread([run["metrics"]["val/accuracy"] for run in runs]) if own else "",
+        _spread([run["metrics"][run["monitor"]] for run in runs]) if own else "",
         *size,
         *(["0", "0"] if row.condition == STATIC else traffic),
         f"{_range([run['best_epoch'] + 1 for run in runs])}/{_range([run['epochs'] for run in runs])}",
@@ -208,7 +228,7 @@ def caption(folder: Path) -> str:
     """
     found = answering_runs(folder)
     runs = [run for seeds in found.values() for run in seeds]
-    groups, types = Layout.of(found)
+    groups, types, overall = Layout.of(found)
 
     def each(values: list[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))
@@ -217,6 +237,7 @@ def caption(folder: Path) -> str:
     ceilings = each([f"{100 * run['data']['test']['ceiling']:.1f} %" for run in runs])
     beyond = "" if ceilings == "100.0 %" else f"; no method can exceed {ceilings} (answers outside the vocabulary)"
     resampled = "clips" if groups == [ALL_GROUPS] else "devices and then their clips"
+    protocols = each([run["protocol"] for run in runs])
     machines = [run["machine"] for run in runs if "machine" in run]
     commits = [run["commit"][:8] + run["commit"][40:] for run in runs]
     sentences = [
@@ -225,9 +246,14 @@ def caption(folder: Path) -> str:
         f"In brackets: 95 % interval, {resampled} resampled." if any("[" in cell for cell in cells) else "",
         "±: standard deviation over seeds." if any("±" in cell for cell in cells) else "",
         f"By question type ({', '.join(types)}): % on unseen devices." if types and groups != [ALL_GROUPS] else "",
+        ""
+        if overall
+        else "VR@K, in %: a clip asks for its captions, of which the best placed counts; TR@K: a caption "
+        "asks for its clip. Ties count against us.",
+        "" if protocols in ("official", "full") else f"Splits: {protocols}.",
         f"Encoder from: {each([_inside(folder, run) or run['encoder'] or 'random weights' for run in runs])}.",
         _pretraining(folder, runs),
-        "Best epoch by validation accuracy, tested once.",
+        f"Best epoch by {each([run['monitor'].replace('val/', 'validation ') for run in runs])}, tested once.",
         f"Machine: {each(machines)}." if machines else "",
         f"Commit {each(commits)}.",
     ]

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from cdc_mmpg.batch import CASES, SessionBatch, Sessions, Split
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.features import FeatureDataModule
+from cdc_mmpg.features import FeatureDataModule, Features
 
 TRAINED_ON = (4, 8, 16)  # numbers of anchors, one drawn for every sample
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
@@ -89,15 +89,14 @@ class SessionDataModule(FeatureDataModule):
     """A dataset with devices as a frozen encoder sees it: samples, and anchors from a neutral prompt and one frame.
 
     Args:
-        data, encoder: see `FeatureDataModule`.
+        data, encoder, head: see `FeatureDataModule`.
     """
 
     def setup(self, stage: str) -> None:
         """Load or compute the features of samples and anchors.
 
         Raises:
-            ConfigError: the dataset knows no devices.
-            DataError: it has no unlabelled clips.
+            DataError: the dataset has no unlabelled clips.
         """
         if self._splits:
             return
@@ -106,13 +105,15 @@ class SessionDataModule(FeatureDataModule):
         if not any(sessions.pools):
             raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
         middle = self.encoder.num_frames // 2
-        features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)
+        features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)["frame_features"]
         with torch.no_grad():
             device = next(self.encoder.parameters()).device
             self._anchors = self.encoder.pool(features[:, 0].to(device)).cpu()
         self._sessions = sessions
         super().setup(stage)
 
-    def view(self, split: Split, features: Tensor) -> SessionDataset:
-        """A split with its features (N, T, 192) and its uploads."""
-        return SessionDataset(features, self.data.labels(split), self._anchors, self._sessions, split, self.seed)
+    def view(self, split: Split, features: Features) -> SessionDataset:
+        """A split with its features and its uploads."""
+        return SessionDataset(
+            features["frame_features"], self.data.labels(split), self._anchors, self._sessions, split, self.seed
+        )

@@ -61,8 +61,10 @@ class TextEncoder:
             if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]:
                 raise DataError(f"{vocab}: not a WordPiece vocabulary, it lacks {' '.join(missing)}; {REMEDY}")
             self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)._tokenizer
-        self._tokenizer.enable_truncation(length)
+        self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.length = length
+        self._cls, self._sep = self._whole(["[CLS]", "[SEP]"])
 
     def neutral(self) -> list[int]:
         """A question that asks for nothing: [CLS], eight [MASK], [SEP]. With it, one anchor serves all questions."""
@@ -70,7 +72,57 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of every text, unpadded."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [[*self._cls, *ids[: self.length - 2], *self._sep] for ids in self._whole(texts)]
+
+    def choices(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[list[list[int]]]:
+        """The ids of questions with their candidates: [CLS] question [SEP] candidate [SEP], for every candidate.
+
+        Without a question, [CLS] candidate [SEP]. Where they are too long together, the question loses its end, down to
+        half of the room; then a candidate its end, too. Where that would make two different ones equal, both begin
+        later, so that they end with the first word that tells them apart.
+
+        Raises:
+            DataError: there is no room, or two different candidates cannot be told apart in it.
+        """
+        questions = self._whole([question for question, _ in items])
+        candidates = iter(self._whole([option for _, options in items for option in options]))
+        found = []
+        for (text, options), question in zip(items, questions, strict=True):
+            own = [next(candidates) for _ in options]
+            room = self.length - 2 - bool(question)
+            kept = question[: max(room - max(map(len, own)), room // 2)]
+            windows = _windows(own, room - len(kept))
+            if windows is None:
+                raise DataError(
+                    f"{text!r} with {list(options)}: in {self.length} WordPieces its candidates cannot be told apart; "
+                    "raise --data.init_args.text_length"
+                )
+            start = [*self._cls, *kept, *self._sep] if question else self._cls
+            found.append([[*start, *window, *self._sep] for window in windows])
+        return found
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of every text, neither cut nor marked."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _windows(texts: Sequence[Sequence[int]], room: int) -> list[Sequence[int]] | None:
+    """Of each text `room` ids, such that different texts stay different; None where that fails."""
+    starts = [0] * len(texts)
+    for _ in range(len(texts) ** 2 + 1):
+        windows = [text[start : start + room] for text, start in zip(texts, starts, strict=True)]
+        equal = [
+            (i, j) for j in range(len(texts)) for i in range(j) if windows[i] == windows[j] and texts[i] != texts[j]
+        ]
+        if not equal:
+            return windows
+        i, j = equal[0]
+        common = next(
+            (place for place, (a, b) in enumerate(zip(texts[i], texts[j], strict=False)) if a != b),
+            min(len(texts[i]), len(texts[j])),
+        )
+        starts[i] = starts[j] = max(0, common - room + 1)
+    return None
 
 
 def pad(texts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,7 +2,10 @@
 
 Every clip is decoded from its start, so that frame k is the k-th frame that comes out: seeking by the average rate
 picks wrong frames where the rate varies, and headers count frames that do not decode. Of several video streams the
-one that FFmpeg holds best is taken; rotation is applied.
+one that FFmpeg holds best is taken; rotation is applied; what an edit list hides is left out.
+
+Both decoders give the same frames of a file (their colours differ by rounding, most at sharp edges), or decord refuses
+it: with frames missing it repeats the last one in silence, and of two video streams it may take the other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +14,15 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.frames import Frames, resize, shorter_side
 
 Decoder = Literal["pyav", "decord"]
+
+LEAST_TOLERANCE = 1e-9  # of a clip's frames that decord may make up; 0 and less is any number of them
 
 
 def read_frames(
@@ -37,17 +43,17 @@ def read_frames(
 
     Raises:
         DataError: absent, empty, no video in it, or not decodable; it names the other decoder, which is never
-            taken in silence.
+            taken in silence. Of decord also: several video streams, or fewer frames than there are.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such clip")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: an empty file; fetch the clip again")
-    count_hint, decode = (_packets, _decode_pyav) if decoder == "pyav" else (_decord_length, _decode_decord)
+    decode = _decode_pyav if decoder == "pyav" else _decode_decord
     side, reformatter = side or shorter_side(image_size), VideoReformatter()
     try:
-        expected = count_hint(path)
-        while True:  # once, and once more where the hint was wrong
+        expected = _packets(path, decoder)
+        while True:  # once, and once more where some packets are no frames
             wanted = set(choose(expected)) if expected else set()
             kept, count = {}, 0
             for frame in decode(path):
@@ -58,6 +64,8 @@ def read_frames(
                 raise ValueError("no frame in it can be decoded")
             if count == expected:
                 return _stack(path, [kept[index] for index in choose(count)])
+            if decoder == "decord":  # the missing ones may be any
+                raise ValueError(f"{count} of {expected} frames come out")
             expected = count
     except DataError:
         raise
@@ -69,12 +77,29 @@ def read_frames(
         ) from error
 
 
-def _packets(path: Path) -> int:
-    """Packets of the video stream: as a rule, its frames."""
+def _packets(path: Path, decoder: Decoder) -> int:
+    """Packets of the video stream that are not hidden by an edit list: as a rule, its frames.
+
+    Raises:
+        DataError, ValueError: no video, or nothing that decord decodes as PyAV does.
+    """
     with av.open(str(path)) as container:
         if (stream := container.streams.best("video")) is None:
             raise DataError(f"{path}: no video in it, only {[s.type for s in container.streams] or 'nothing'}")
-        return sum(packet.size > 0 for packet in container.demux(stream))
+        moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if decoder == "decord" and len(moving) > 1:
+            raise DataError(
+                f"{path}: {len(moving)} video streams, of which decord may take another than PyAV does: "
+                "use --data.init_args.decoder=pyav"
+            )
+        shown, first = 0, True
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if decoder == "decord" and first and (packet.pts is None or not packet.is_keyframe):
+                raise ValueError("it does not begin with a whole picture")  # decord would, on stderr and with gaps
+            shown, first = shown + (not packet.is_discard), False
+        return shown
 
 
 def _decode_pyav(path: Path) -> Iterator[av.VideoFrame]:
@@ -92,27 +117,20 @@ def _decord() -> Any:
         raise DataError(
             "decord is not installed here (it has no wheels for this platform): use decoder pyav"
         ) from error
+    decord.logging.set_level(decord.logging.QUIET)  # its FFmpeg writes to stderr; errors are raised, too
     return decord
 
 
-def _decord_length(path: Path) -> int:
-    decord = _decord()
-    try:
-        return len(decord.VideoReader(str(path)))
-    except decord.DECORDError as error:  # of no common family
-        raise ValueError(str(error)) from error
-
-
 def _decode_decord(path: Path) -> Iterator[av.VideoFrame]:
-    """One frame after the other: decord's seeking misses frames of some streams with B-frames."""
+    """One frame after the other, up to the first that decord makes up: its seeking misses frames of some streams."""
     decord = _decord()
     try:
-        reader = decord.VideoReader(str(path))
+        reader = decord.VideoReader(str(path), fault_tol=LEAST_TOLERANCE)
         while True:
             yield av.VideoFrame.from_ndarray(reader.next().asnumpy(), format="rgb24")
-    except StopIteration:
+    except (StopIteration, decord.DECORDLimitReachedError):
         return
-    except decord.DECORDError as error:
+    except decord.DECORDError as error:  # of no common family
         raise ValueError(str(error)) from error
 
 

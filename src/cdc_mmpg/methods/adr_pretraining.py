@@ -14,17 +14,17 @@ from cdc_mmpg.models.heads import Head
 
 
 def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
-    """The feature f (B, 192) of one frame of each clip, from the pass over all its frames (B, T, 192).
+    """The feature f (..., 192) of one frame of each clip, from the pass over all its frames (..., T, 192).
 
     Deviation: the paper draws the frame when serving, too; there the middle one is taken, so that the same clip gets
     the same head.
     """
-    batch, frames, _ = frame_features.shape
+    *shape, frames, _ = frame_features.shape
     if draw:
-        chosen = torch.randint(frames, (batch,), device=frame_features.device)
+        chosen = torch.randint(frames, shape, device=frame_features.device)
     else:
-        chosen = torch.full((batch,), frames // 2, device=frame_features.device)
-    return encoder.pool(frame_features[torch.arange(batch, device=frame_features.device), chosen])
+        chosen = torch.full(shape, frames // 2, device=frame_features.device)
+    return encoder.pool(frame_features.take_along_dim(chosen[..., None, None], dim=-2).squeeze(-2))
 
 
 class ADRPretraining(Method):
@@ -37,7 +37,7 @@ class ADRPretraining(Method):
         preset, axis, target: see `ADR`.
     """
 
-    monitor: ClassVar[str] = "val/loss"
+    monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
     def __init__(
@@ -55,7 +55,7 @@ class ADRPretraining(Method):
         self.adr = ADR(preset, axis, target)
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
-        frame_features = self.encode(batch)
+        frame_features = self.head.condition(self.encode(batch).frame_features).flatten(0, -3)
         training = split == "train"
         anchor = anchor_feature(self.encoder, frame_features, draw=training)
         losses = self.adr.losses(anchor, self.encoder.pool(frame_features.mean(1)), self.adr(anchor, sample=training))

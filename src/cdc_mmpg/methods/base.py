@@ -10,13 +10,14 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import PolynomialLR
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, normalise
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
-from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.heads import Head, LastLayer, Outcomes
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 
@@ -53,8 +54,8 @@ class Method(LightningModule):
         seed: of the run.
     """
 
-    reads: ClassVar[Literal["samples", "sessions", "captions"]] = "samples"  # which view of a dataset it trains on
-    monitor: ClassVar[str] = "val/accuracy"  # the best epoch is where this is best; the earlier one of two equals
+    reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
+    monitor: str  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(
@@ -88,11 +89,9 @@ class Method(LightningModule):
             module.eval()
         return self
 
-    def encode(self, batch: Batch) -> Tensor:
-        """(B, T, 192) the frame features x_t of a batch: from the encoder, or as they were kept."""
-        if not isinstance(batch, VideoTextBatch):
-            return batch.frame_features
-        return self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).frame_features
+    def encode(self, batch: Batch) -> Any:
+        """A batch as the encoder sees it: from the encoder, or as it was kept."""
+        return self.head.encode(self.encoder, batch) if isinstance(batch, VideoTextBatch) else batch
 
     @abstractmethod
     def _step(self, batch: Batch, split: Split) -> Tensor:
@@ -157,7 +156,26 @@ class Method(LightningModule):
         """Write what later runs build on into the run's folder."""
 
 
-Predictions = dict[str, dict[int, int]]  # the class of every sample by its index, by case
+class Rows(Metric):
+    """What evaluation keeps of the samples, of all processes, in the samples' order; each is counted once."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("indices", [], dist_reduce_fx="cat")
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, indices: Tensor, values: Tensor) -> None:
+        """Rows (R,) and (R, X) of a batch."""
+        self.indices.append(indices)
+        self.values.append(values)
+
+    def compute(self) -> tuple[Any, Any]:
+        """All rows, as arrays."""
+        indices, values = dim_zero_cat(self.indices), dim_zero_cat(self.values)
+        order = torch.argsort(indices, stable=True)
+        return indices[order].cpu().numpy(), values[order].cpu().numpy()
 
 
 class Answering(Method):
@@ -167,10 +185,19 @@ class Answering(Method):
         encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Method`.
     """
 
-    def setup(self, stage: str) -> None:
-        """Fresh metrics for every fit or test."""
-        self.accuracy: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
-        self.predictions: dict[Split, Predictions] = {"val": {}, "test": {}}
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        train_encoder: bool,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
+        self.monitor = head.monitor
+        self.outcomes: dict[Split, Outcomes] = {}  # of the last evaluation of each split
+        self._rows: dict[str, Rows] = {}
 
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -181,34 +208,45 @@ class Answering(Method):
         """The same layers as a device installs them: weight (B, L, D), bias (B, L)."""
 
     def fused(self, frame_features: Tensor) -> Tensor:
-        """What the head reads, (B, 192), of clips with features (B, T, 192): m̄."""
-        return self.encoder.pool(frame_features.mean(1))
+        """What the head reads, (..., 192), of clips with features (..., T, 192): m̄, or the mean before the pooler."""
+        mean = frame_features.mean(-2)
+        return self.encoder.pool(mean) if self.head.pooled else mean
 
     def forward(self, frame_features: Tensor) -> Tensor:
-        """Scores (B, L) of clips with their questions, from their frame features (B, T, 192)."""
+        """The head's outputs for clips with their texts, from their frame features (B, ..., T, 192)."""
         return self.head(self.fused(frame_features), self.last_layer(frame_features))
 
-    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
-        """Scores (B, L) by case; the first is the method's own, which trains and decides the best epoch.
+    def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
+        """The head's outputs by case; the first is the method's own, which trains and decides the best epoch.
 
         The others are controls of the test: what becomes of the answers when an input of the adaptation is another.
         """
-        return {"own": self(self.encode(batch))}
+        return {"own": self(batch.frame_features)}
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
-        cases = self.scores(batch, split)
-        scores = next(iter(cases.values()))
-        loss = self.head.loss(scores, batch.labels)
+        encoded = self.encode(batch)
+        cases = self.scores(encoded, split)
+        loss = self.head.loss(next(iter(cases.values())), encoded)
         if split != "train":
-            metric = self.accuracy[split]
-            metric.update(self.head.correct(scores, batch.labels))
-            self.log(f"{split}/accuracy", metric, prog_bar=True)
             known = int((batch.labels != UNKNOWN).sum())  # the loss is their mean
             self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
-            for case, values in cases.items():
-                predicted = zip(batch.indices.tolist(), values.argmax(-1).tolist(), strict=True)
-                self.predictions[split].setdefault(case, {}).update(predicted)
+            for case, rows in self.head.outcomes(cases, encoded).items():
+                self._rows.setdefault(case, Rows().to(self.device)).update(*rows)
         return loss
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics of the whole split, on every process the same."""
+        self._evaluate("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Metrics of the whole split, on every process the same."""
+        self._evaluate("test")
+
+    def _evaluate(self, split: Split) -> None:
+        self.outcomes[split] = {case: rows.compute() for case, rows in self._rows.items()}
+        self._rows = {}
+        for name, value in self.head.evaluate(self.outcomes[split]).items():
+            self.log(f"{split}/{name}", value, prog_bar=f"{split}/{name}" == self.monitor)
 
     def cloud_modules(self) -> list[nn.Module]:
         """What only the cloud has."""
@@ -247,11 +285,11 @@ class Generating(Answering):
 
     @abstractmethod
     def generator_input(self, frame_features: Tensor) -> Tensor:
-        """What the hypernetwork reads, (B, 192), of clips with features (B, T, 192)."""
+        """What the hypernetwork reads, (..., 192), of clips whose condition is (..., T, 192)."""
 
-    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
+    def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Also, in the test: with the layer of another sample, half a batch away."""
-        features = self.encode(batch)
+        features = batch.frame_features
         cases = {"own": self(features)}
         if split == "test":
             other = self.last_layer(features.roll(len(features) // 2, dims=0))
@@ -260,20 +298,21 @@ class Generating(Answering):
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """Every sample's own layer, applied without being held."""
-        feature = self.generator_input(frame_features)
+        feature = self.generator_input(self.head.condition(frame_features))
         return lambda hidden: self.fda(feature, hidden)
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """Every sample's own layer."""
-        return self.fda.generate(self.generator_input(frame_features))
+        return self.fda.generate(self.generator_input(self.head.condition(frame_features)))
 
     def cloud_modules(self) -> list[nn.Module]:
         """The hypernetwork."""
         return [self.fda]
 
     def traffic(self) -> Traffic:
-        """One feature up, one float32 layer down."""
-        return Traffic(ANCHOR_BYTES, 4 * self.head.outputs * (self.head.inputs + 1))
+        """One feature up, one float32 layer down, for every layer of a sample."""
+        layer = 4 * self.head.outputs * (self.head.inputs + 1)
+        return Traffic(self.head.layers * ANCHOR_BYTES, self.head.layers * layer)
 
 
 def count(module: nn.Module) -> int:

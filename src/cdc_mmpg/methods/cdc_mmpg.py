@@ -1,14 +1,14 @@
 """Phase two of CDC-MMPG (paper sections 3.2, 3.3): one frame's feature -> reasoner -> hypernetwork -> last layer."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import FeatureBatch, Split
+from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
-from cdc_mmpg.methods.base import Batch, Generating
+from cdc_mmpg.methods.base import Generating
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -55,14 +55,14 @@ class CDCMMPG(Generating):
     def generator_input(self, frame_features: Tensor) -> Tensor:
         """The generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
         anchor = anchor_feature(self.encoder, frame_features, draw=self.training)
-        return self.adr(anchor, sample=self.training).generated
+        return self.adr(anchor.flatten(0, -2), sample=self.training).generated.view_as(anchor)
 
-    def scores(self, batch: Batch, split: Split) -> dict[str, Tensor]:
+    def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Also, in the test: without the reasoner, the hypernetwork reading the anchor feature itself."""
-        features = self.encode(batch)
-        cases = super().scores(FeatureBatch(features, batch.labels, batch.indices), split)
+        features = batch.frame_features
+        cases = super().scores(batch, split)
         if split == "test":
-            anchor = anchor_feature(self.encoder, features, draw=False)
+            anchor = anchor_feature(self.encoder, self.head.condition(features), draw=False)
             cases["bypassed"] = self.head(self.fused(features), lambda hidden: self.fda(anchor, hidden))
         return cases
 

@@ -1,13 +1,14 @@
 """CDC-MMPG for a session, our extension: one last layer for all questions, from several clips of a device."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import CASES, Split
+from cdc_mmpg.batch import CASES, Split, View
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, Traffic
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA, LowRankFDA
@@ -26,9 +27,11 @@ class Session(Answering):
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
     """
 
-    reads: ClassVar[Literal["samples", "sessions", "captions"]] = "sessions"
+    reads: ClassVar[View] = "sessions"
 
     def __init__(self, encoder: AllInOne, head: Head, learning_rate: float, weight_decay: float, seed: int) -> None:
+        if head.task != "open_ended":
+            raise ConfigError(f"sessions answer open-ended questions, not {head.task}: take another method (METHOD=)")
         super().__init__(encoder, head, False, learning_rate, weight_decay, seed)
 
     @abstractmethod
@@ -44,7 +47,7 @@ class Session(Answering):
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """In the test, a case for every number of anchors, and for another device's; in training, the one drawn."""
         cases = list(CASES) if split == "test" else list(CASES)[:1]
-        features = self.encode(batch)
+        features = batch.frame_features
         return {
             case: self.answer(features, batch.uploads[:, place], batch.anchors[:, place])
             for place, case in enumerate(cases)
@@ -98,7 +101,7 @@ class CDCMMPGSession(Session):
         if not self.oracle:
             return super().scores(batch, split)
         cast = F.pad(batch.casts, (0, WIDTH - batch.casts.shape[-1]))  # cosine, sine and zeros
-        return {"own": self.head(self.fused(self.encode(batch)), lambda hidden: self.fda(cast, hidden))}
+        return {"own": self.head(self.fused(batch.frame_features), lambda hidden: self.fda(cast, hidden))}
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """Without a session: the shared one."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import CaptionBatch, Split, normalise
+from cdc_mmpg.batch import CaptionBatch, FeatureBatch, Split, View, normalise
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
@@ -29,8 +29,8 @@ class EncoderPretraining(Method):
         question_share: of the batches after them.
     """
 
-    reads: ClassVar[Literal["samples", "sessions", "captions"]] = "captions"
-    monitor: ClassVar[str] = "val/loss"
+    reads: ClassVar[View] = "captions"
+    monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
     MASKED = 0.3
@@ -102,7 +102,8 @@ class EncoderPretraining(Method):
         """The head's loss, and the share of right answers; scalars."""
         fused = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).fused
         scores = self.head(fused, self.layer)
-        return self.head.loss(scores, batch.labels), self.head.correct(scores, batch.labels).mean()
+        known = FeatureBatch(fused, batch.labels, batch.indices)
+        return self.head.loss(scores, known), (scores.argmax(-1) == batch.labels).float().mean()
 
     def _step(self, batch: Any, split: Split) -> Tensor:
         if split == "train":

@@ -31,4 +31,4 @@ class Hyper(Generating):
 
     def generator_input(self, frame_features: Tensor) -> Tensor:
         """The fused feature m̄, eq. 5 without its MLP."""
-        return self.encoder.pool(frame_features.mean(1))
+        return self.encoder.pool(frame_features.mean(-2))

@@ -20,6 +20,8 @@ class Linear(Answering):
         self, encoder: AllInOne, head: Head, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
     ) -> None:
         super().__init__(encoder, head, self.trains_encoder, learning_rate, weight_decay, seed)
+        if not head.pooled:
+            encoder.pooler.requires_grad_(False)  # nothing here reads it
         self.layer = StaticLayer(head.inputs, head.outputs)
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:

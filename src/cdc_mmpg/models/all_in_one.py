@@ -58,6 +58,7 @@ class ImportReport(NamedTuple):
     dropped: list[str]  # heads of the pretraining, which this encoder has no place for
     unexpected: list[str]  # neither the encoder's nor a known head's
     missing: list[str]  # left at their random initial values (DeiT knows no text)
+    absent: list[str]  # of the missing, those without which it is no checkpoint of this encoder
 
 
 @final
@@ -154,20 +155,21 @@ class AllInOne(nn.Module):
         return torch.tanh(self.pooler["dense"](cls))
 
     def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Encoded:
-        """Fuse clips with their texts.
+        """Fuse clips with their texts: frame features (N, T, 192).
 
         Args:
             video: (B, T, 3, H, W) normalised frames, 1 <= T <= num_frames.
-            text_ids: (B, L) WordPiece ids, padded at the end.
-            text_mask: (B, L) 1 where there is a token, 0 where there is padding.
+            text_ids: (N, L) WordPiece ids, padded at the end; N is B, or K B for K consecutive texts about each clip,
+                whose patches are embedded once.
+            text_mask: (N, L) 1 where there is a token, 0 where there is padding.
 
         Raises:
             ValueError: a shape that does not fit.
         """
-        batch, frames = video.shape[:2]
+        frames = video.shape[1]
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
         cls = self._transform(tokens, mask, frames=frames, text_tokens=length)
-        return Encoded(cls.view(batch, frames, WIDTH), self.pool)
+        return Encoded(cls.view(len(text_ids), frames, WIDTH), self.pool)
 
     def encode_words(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Every text token, the mean over the frames, after the final norm: (B, L', 192), L' the longest text's length.
@@ -190,9 +192,9 @@ class AllInOne(nn.Module):
         return self._transform(text, mask)
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """The visual [CLS] (B, 192), mean over frames, of a pass without text or rolling; video (B, T, 3, H, W)."""
+        """Every frame's visual [CLS] (B, T, 192) of a pass without text or rolling; video (B, T, 3, H, W)."""
         batch, frames = video.shape[:2]
-        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH).mean(1)
+        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH)
 
     def _embed_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, L', 192), trimmed to the longest text, and lengths (B,): None where none is padded."""
@@ -237,10 +239,14 @@ class AllInOne(nn.Module):
         return self.transformer.norm(cls)
 
     def _fuse(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor | None, int]:
-        """[text; frame] for every frame: tokens (B*T, N, 192), which to attend to (B*T, 1, 1, N), the text's length."""
+        """[text; frame] for every text and frame: tokens (N*T, ., 192), which to attend to, the text's length."""
         frames = video.shape[1]
         text, lengths = self._embed_text(text_ids, text_mask)  # (B, L', 192)
+        if len(text_ids) % len(video):
+            raise ValueError(f"{len(text_ids)} texts for {len(video)} clips: as many for each")
         visual = self._embed_video(video)  # (B*T, V, 192)
+        if several := len(text_ids) // len(video) - 1:
+            visual = visual.unflatten(0, (-1, frames)).repeat_interleave(several + 1, dim=0).flatten(0, 1)
         tokens = torch.cat([text.repeat_interleave(frames, dim=0), visual], dim=1)
         mask = None
         if lengths is not None:
@@ -267,12 +273,35 @@ class AllInOne(nn.Module):
         Raises:
             CheckpointError: not a checkpoint, an encoder key is missing, or a shape differs.
         """
+        used, report = self.compare(path_or_state_dict)
+        source = "the state dict" if isinstance(path_or_state_dict, Mapping) else str(path_or_state_dict)
+        if report.absent:
+            raise CheckpointError(
+                f"{source} lacks {len(report.absent)} of the encoder's {len(self.state_dict())} weights, the first "
+                f"{report.absent[0]!r}: is it an All-in-One-Ti or DeiT-Tiny checkpoint?"
+            )
+        own = self.state_dict()
+        self.load_state_dict(
+            {key: self._fit(key, value, own[key], source) for key, value in used.items()}, strict=False
+        )
+        logger.info(
+            "%s: %d keys used, %d of other heads dropped, unexpected %s, missing %s",
+            source, len(report.used), len(report.dropped), report.unexpected or "none", report.missing or "none",
+        )  # fmt: skip
+        return report
+
+    def compare(self, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ImportReport]:
+        """What `load_reference` would take over, by this encoder's names, and what becomes of every key.
+
+        Raises:
+            CheckpointError: not a checkpoint.
+        """
         if isinstance(path_or_state_dict, Mapping):
-            source, state = "the state dict", dict(path_or_state_dict)
+            state = dict(path_or_state_dict)
         elif str(path_or_state_dict) == DEIT:
-            source, state = DEIT, _fetch_deit()
+            state = _fetch_deit()
         else:
-            source, state = str(path_or_state_dict), read_state_dict(Path(path_or_state_dict))
+            state = read_state_dict(Path(path_or_state_dict))
         own = self.state_dict()
         is_deit = "cls_token" in state
         if is_deit:
@@ -283,21 +312,9 @@ class AllInOne(nn.Module):
         absent = [key for key in missing if not (is_deit and not key.startswith("transformer."))]
         if is_deit:
             absent.remove("transformer.temporal_embed")
-        if absent:
-            raise CheckpointError(
-                f"{source} lacks {len(absent)} of the encoder's {len(own)} weights, the first {absent[0]!r}: "
-                "is it an All-in-One-Ti or DeiT-Tiny checkpoint?"
-            )
-        self.load_state_dict(
-            {key: self._fit(key, value, own[key], source) for key, value in used.items()}, strict=False
-        )
         dropped = [key for key in others if key.startswith(OTHER_HEADS)]
-        report = ImportReport(list(used), dropped, [key for key in others if key not in dropped], missing)
-        logger.info(
-            "%s: %d keys used, %d of other heads dropped, unexpected %s, missing %s",
-            source, len(report.used), len(report.dropped), report.unexpected or "none", report.missing or "none",
-        )  # fmt: skip
-        return report
+        unexpected = [key for key in others if key not in dropped]
+        return used, ImportReport(list(used), dropped, unexpected, missing, absent)
 
     def _fit(self, key: str, value: Tensor, own: Tensor, source: str) -> Tensor:
         """The foreign `value` in the shape of this encoder's `own`, for the embeddings whose size is a setting."""

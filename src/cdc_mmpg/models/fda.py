@@ -54,20 +54,21 @@ class FDA(nn.Module):
                 bias[:, -1] = shared.bias
 
     def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
-        """Logits (B, L) of every sample's own generated layer on `hidden` (B, D), for the upload-side `feature`.
+        """Logits (..., L) of every sample's own generated layer on `hidden` (..., D), for `feature` (..., 192).
 
-        The same as `generate`, then the layer, without holding B layers: H is linear, so the product over D and over
-        H's 192 inputs can be taken at once (B x 192 D numbers in place of B x (D + 1) L). Few answers make the layers
-        the smaller of the two. Always in float32.
+        The dimensions before the last are those of both, or 1 where several hidden vectors share a layer. The same as
+        `generate`, then the layer, without holding B layers: H is linear, so the product over D and over H's 192 inputs
+        can be taken at once (B x 192 D numbers in place of B x (D + 1) L). Few answers make the layers the smaller of
+        the two. Always in float32.
         """
         with torch.autocast(feature.device.type, enabled=False):
             feature, hidden = feature.float(), hidden.float()
             if self.outputs <= WIDTH:
                 weight, bias = self.generate(feature)
-                return torch.baddbmm(bias.unsqueeze(-1), weight, hidden.unsqueeze(-1)).squeeze(-1)
+                return (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias
             latent = self.mlp(feature)
-            rows = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)  # (B, D + 1)
-            products = (rows.unsqueeze(2) * latent.unsqueeze(1)).flatten(1)  # (B, (D + 1) * 192)
+            rows = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)  # (..., D + 1)
+            products = (rows.unsqueeze(-1) * latent.unsqueeze(-2)).flatten(-2)  # (..., (D + 1) * 192)
             return F.linear(products, self.hyper.weight.view(self.outputs, -1)) + F.linear(
                 rows, self.hyper.bias.view(self.outputs, -1)
             )
@@ -78,8 +79,8 @@ class FDA(nn.Module):
         return self.outputs * (self.inputs + 1)
 
     def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The layers themselves, as the cloud sends them: weight (B, L, D) and bias (B, L) for features (B, 192)."""
-        layer = self.hyper(self.mlp(feature)).view(-1, self.outputs, self.inputs + 1)
+        """The layers as the cloud sends them: weight (..., L, D) and bias (..., L) for features (..., 192)."""
+        layer = self.hyper(self.mlp(feature)).unflatten(-1, (self.outputs, self.inputs + 1))
         return layer[..., :-1], layer[..., -1]
 
 

@@ -1,14 +1,22 @@
 """Heads: what stands on a device after the encoder, for each task, and what a prediction there costs and counts."""
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import UNKNOWN
-from cdc_mmpg.models.all_in_one import WIDTH
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.metrics import CAPTIONS, recalls
+from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+
+Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
+Outcomes = dict[str, tuple[NDArray[Any], NDArray[Any]]]  # by case, the rows of a whole split in the samples' order
 
 
 class LastLayer(Protocol):
@@ -18,30 +26,71 @@ class LastLayer(Protocol):
 
 
 class Head(nn.Module):
-    """A task: what the device computes between the encoder and the last layer, the loss, and what counts as right.
+    """A task: what the encoder reads, what the device computes between it and the last layer, loss and metrics.
 
     Attributes:
         inputs: D, values that the last layer reads.
         outputs: L, values that it gives.
+        layers: how many last layers a sample has.
     """
 
+    task: ClassVar[Task]
+    monitor: ClassVar[str] = "val/accuracy"  # the best epoch is where this is highest
+    pooled: ClassVar[bool] = True  # whether it reads m̄, or the mean [CLS] itself
     inputs: int
     outputs: int
+    layers: int = 1
+
+    def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
+        """What the encoder tells about a batch: every clip fused with its text, or with each of its texts."""
+        ids, mask = batch.text_ids.flatten(0, -2), batch.text_mask.flatten(0, -2)
+        features = encoder(normalise(batch.frames), ids, mask).frame_features
+        shape = batch.text_ids.shape[:-1]
+        return FeatureBatch(features.unflatten(0, shape), batch.labels, batch.indices)
+
+    def condition(self, frame_features: Tensor) -> Tensor:
+        """What an adaptation of clips with features (B, ..., T, 192) starts from: (B, ..., T, 192), 1 where shared."""
+        return frame_features
 
     @abstractmethod
-    def forward(self, fused: Tensor, last_layer: LastLayer) -> Tensor:
-        """Scores (B, L) of fused features m̄ (B, 192)."""
+    def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
+        """The task's outputs for what it reads (B, ..., 192)."""
 
     @abstractmethod
-    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """A scalar for scores (B, L) and labels (B,)."""
+    def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """A scalar."""
 
     @abstractmethod
-    def correct(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """(B,) floats, 1 where the best score is the label's."""
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
+        """What has to be kept of an evaluated batch, given its outputs by case."""
+
+    @abstractmethod
+    def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
+        """Metrics of a whole split, of the first case."""
 
 
-class OpenEnded(Head):
+class Choosing(Head):
+    """A task with one score for everything that can be answered: the highest is the answer."""
+
+    def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """Mean cross-entropy over the samples whose answer is known, 0 where none is."""
+        total = F.cross_entropy(outputs.float(), batch.labels, ignore_index=UNKNOWN, reduction="sum")
+        return total / (batch.labels != UNKNOWN).sum().clamp(min=1)
+
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
+        """Prediction and label."""
+        return {
+            case: (batch.indices, torch.stack([scores.argmax(-1), batch.labels], dim=-1))
+            for case, scores in cases.items()
+        }
+
+    def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
+        """The accuracy over all samples; an unknown answer is never right."""
+        predicted, labels = next(iter(outcomes.values()))[1].T
+        return {"accuracy": float(np.mean(predicted == labels))}
+
+
+class OpenEnded(Choosing):
     """Open-ended question answering: one class per known answer, and one for the rest.
 
     Source: eq. 7, scores = W φ(m̄) + b with φ = GELU∘LayerNorm∘Linear(192, hidden). φ is static, trains in all four
@@ -52,33 +101,151 @@ class OpenEnded(Head):
         hidden: D, width of φ.
     """
 
+    task: ClassVar[Task] = "open_ended"
+
     def __init__(self, num_classes: int, hidden: int = 96) -> None:
         super().__init__()
+        if min(num_classes, hidden) < 1:
+            raise ConfigError(f"num_classes {num_classes} and hidden {hidden} are at least 1")
         self.inputs, self.outputs = hidden, num_classes
         self.phi = nn.Sequential(nn.Linear(WIDTH, hidden), nn.LayerNorm(hidden), nn.GELU())
 
-    def forward(self, fused: Tensor, last_layer: LastLayer) -> Tensor:
-        """See `Head`."""
-        return last_layer(self.phi(fused))
+    def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
+        """Scores (B, L) of fused features m̄ (B, 192)."""
+        return last_layer(self.phi(hidden))
 
-    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over the samples whose answer is known, 0 where none is."""
-        total = F.cross_entropy(scores.float(), labels, ignore_index=UNKNOWN, reduction="sum")
-        return total / (labels != UNKNOWN).sum().clamp(min=1)
 
-    def correct(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """See `Head`; an unknown answer is never right."""
-        return (scores.argmax(-1) == labels).float()
+class MultipleChoice(Choosing):
+    """Multiple choice: a candidate's score is w · m̄ + b, m̄ of the clip fused with question and candidate.
+
+    Source: section 4.2 and the counts of table 5: one Linear(192, 1) reads m̄ itself. The candidates of a sample share
+    it, generated from the mean of their features, so that one upload and one layer serve them all.
+
+    Args:
+        candidates: of every sample.
+        per_candidate: generate a layer for every candidate from its own feature: as many uploads and layers.
+    """
+
+    task: ClassVar[Task] = "multiple_choice"
+
+    def __init__(self, candidates: int = 5, per_candidate: bool = False) -> None:
+        super().__init__()
+        self.inputs, self.outputs = WIDTH, 1
+        self.layers = candidates if per_candidate else 1
+        self.candidates, self.per_candidate = candidates, per_candidate
+
+    def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
+        """See `Head`.
+
+        Raises:
+            ConfigError: another number of candidates than this head was made for.
+        """
+        if batch.text_ids.shape[1] != self.candidates:
+            raise ConfigError(
+                f"the dataset has {batch.text_ids.shape[1]} candidates: set "
+                f"--model.init_args.head.init_args.candidates={batch.text_ids.shape[1]}"
+            )
+        return super().encode(encoder, batch)
+
+    def condition(self, frame_features: Tensor) -> Tensor:
+        """(B, K, T, 192) as it is, or the mean over the candidates (B, 1, T, 192)."""
+        return frame_features if self.per_candidate else frame_features.mean(1, keepdim=True)
+
+    def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
+        """Scores (B, K) of fused features m̄ (B, K, 192)."""
+        return last_layer(hidden).squeeze(-1)
+
+
+class Retrieval(Head):
+    """Video-text retrieval: clips and captions by themselves, each projected linearly; the cosine is the score.
+
+    Source: section 4.2 and the reference's contrastive recipe. The clip's projection is the last layer, static or
+    generated from that clip alone, so that clips can be stored before anyone asks; the text's is always static.
+    Training contrasts a batch's clips and captions in both directions, of all processes together.
+
+    Args:
+        hidden: L, width of the common space.
+        temperature: of the contrastive loss.
+    """
+
+    task: ClassVar[Task] = "retrieval"
+    monitor: ClassVar[str] = "val/recall"
+    pooled: ClassVar[bool] = False  # as the reference: token 0 after the final norm
+
+    def __init__(self, hidden: int = 256, temperature: float = 0.05) -> None:
+        super().__init__()
+        if hidden < 1 or not temperature > 0:
+            raise ConfigError(f"hidden {hidden} is at least 1 and temperature {temperature} positive")
+        self.inputs, self.outputs, self.temperature = WIDTH, hidden, temperature
+        self.text_projection = StaticLayer(WIDTH, hidden)
+
+    def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
+        """Clips and captions apart from each other."""
+        there = batch.text_mask.any(-1)  # (B, K)
+        encoded = encoder.encode_text(batch.text_ids[there], batch.text_mask[there])
+        texts = encoded.new_zeros(*there.shape, WIDTH)
+        texts[there] = encoded
+        return FeatureBatch(
+            encoder.encode_video(normalise(batch.frames)), batch.labels, batch.indices, texts, there
+        )  # fmt: skip
+
+    def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
+        """Embeddings (B, L) of clips with mean [CLS] (B, 192), of length one."""
+        return F.normalize(last_layer(hidden), dim=-1)
+
+    def captions(self, texts: Tensor) -> Tensor:
+        """Embeddings (..., L) of captions (..., 192), of length one."""
+        return F.normalize(self.text_projection(texts), dim=-1)
+
+    def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """Mean of the cross-entropies in both directions, every clip with its first caption.
+
+        Every process computes the loss over all processes' embeddings, with the gradient of its own: multiplied by
+        their number, DDP's mean over processes is the gradient of one process with the whole batch. A clip that is
+        twice in it is no negative of itself.
+        """
+        assert batch.texts is not None
+        videos, texts, clips = outputs, self.captions(batch.texts[:, 0]), batch.indices
+        world = 1
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            videos, texts, clips = (_everyone(part) for part in (videos, texts, clips))
+        scores = videos @ texts.T / self.temperature
+        own = torch.arange(len(clips), device=clips.device)
+        scores = scores.masked_fill((clips[:, None] == clips) & (own[:, None] != own), float("-inf"))
+        loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        return loss + (world - 1) * (loss - loss.detach())
+
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
+        """The embeddings of clips, by case, and of captions."""
+        assert batch.texts is not None
+        assert batch.there is not None
+        own = batch.indices[:, None].expand_as(batch.there)[batch.there]
+        return {case: (batch.indices, videos) for case, videos in cases.items()} | {
+            CAPTIONS: (own, self.captions(batch.texts[batch.there]))
+        }
+
+    def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
+        """See `metrics.recalls`."""
+        return recalls(outcomes)
 
 
 class StaticLayer(nn.Linear):
     """A last layer that is trained, not generated: the same for every sample."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, D) -> (B, L), in float32 as the generated ones."""
+        """(..., D) -> (..., L), in float32 as the generated ones."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.float())
 
     def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
         """As `batch` devices install it: weight (B, L, D), bias (B, L)."""
         return self.weight.expand(batch, -1, -1), self.bias.expand(batch, -1)
+
+
+def _everyone(own: Tensor) -> Tensor:
+    """The rows of all processes, with a gradient for this one's; each has as many."""
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, own.detach().contiguous())
+    parts[torch.distributed.get_rank()] = own
+    return torch.cat(parts)

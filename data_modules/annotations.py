@@ -1,0 +1,256 @@
+"""What all readers of annotation files share: text, rows, checked fields, and which of several conventions is there."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from cdc_mmpg.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Field = TypeVar("Field", str, int)
+Published = Mapping[str, Mapping[str, Mapping[str, int]]]  # see `VideoTextDataModule.PUBLISHED`
+
+DAMAGED = "the file is damaged or cut short; fetch it again"
+QUESTION_WORDS = ("what", "who", "how", "when", "where")
+
+
+class Row(NamedTuple):
+    """A row of an annotation file."""
+
+    place: str  # for messages: "<path>, line 4", or "<path>: [3]" of a JSON list
+    fields: dict[str, Any]
+
+    def value(self, *keys: str) -> Any:
+        """What is under the first of the keys that is there; None without any."""
+        return next((self.fields[key] for key in keys if key in self.fields), None)
+
+    def refusal(self, keys: Sequence[str], expected: str) -> DataError:
+        """The error that says what a field is and what it should be."""
+        where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
+        return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; mend the file, or fetch it again")
+
+    def field(self, kind: type[Field], *keys: str) -> Field:
+        """A field, under the first of the keys that is there: conventions call the same thing by several names.
+
+        Raises:
+            DataError: it is absent, of another kind, or no proper text.
+        """
+        value = self.value(*keys)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.refusal(keys, f"a {kind.__name__}")
+        if isinstance(value, str):
+            self._check(keys, value)
+        return value
+
+    def texts(self, number: int, key: str) -> tuple[str, ...]:
+        """A list of as many texts."""
+        values = self.value(key)
+        if not isinstance(values, list) or len(values) != number or not all(isinstance(text, str) for text in values):
+            raise self.refusal([key], f"a list of {number} texts")
+        for text in values:
+            self._check([key], text)
+        return tuple(values)
+
+    def clip(self, *keys: str) -> str:
+        """The name of a clip.
+
+        Raises:
+            DataError: also where it would lead out of the clips' folder.
+        """
+        name = self.field(str, *keys)
+        if leads_out(name):
+            raise self.refusal(keys, "a name within the clips' folder")
+        return name
+
+    def which(self, number: int, *keys: str) -> int:
+        """The place of the right one among as many candidates, counted from 0; as a number or its digits."""
+        value = self.value(*keys)
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < number:
+            raise self.refusal(keys, f"a whole number from 0 to {number - 1}")
+        return value
+
+    def _check(self, keys: Sequence[str], text: str) -> None:
+        """JSON can write half of a surrogate pair, which no tokenizer takes."""
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise self.refusal(keys, "text: it holds half of a character")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a clip's name would lead out of the clips' folder."""
+    return "/" in name or "\\" in name or name in ("", ".", "..")
+
+
+def question_type(row: Row, question: str) -> str:
+    """The type that an annotation states, or the question's first word among `QUESTION_WORDS`, or "other"."""
+    for key in ("type", "answer_type"):
+        if key in row.fields:
+            return row.field(str, key)
+    first = re.search(r"\w+", question)
+    word = first[0].lower() if first else ""
+    return word if word in QUESTION_WORDS else "other"
+
+
+def find_file(paths: Sequence[Path]) -> Path | None:
+    """The first of the files that is there; the log says which convention that is."""
+    found = next((path for path in paths if path.is_file()), None)
+    if found is not None and len(paths) > 1:
+        logger.info("reading %s", found)
+    return found
+
+
+def choose_file(paths: Sequence[Path], remedy: str) -> Path:
+    """See `find_file`.
+
+    Raises:
+        DataError: none is there.
+    """
+    found = find_file(paths)
+    if found is None:
+        others = f", nor {', '.join(path.name for path in paths[1:])}" if len(paths) > 1 else ""
+        raise DataError(f"{paths[0]}: no such file{others}\n{remedy}")
+    return found
+
+
+def clips_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The clips of a folder by their name without suffix, none where it is absent; earlier suffixes go first."""
+    if not folder.is_dir():
+        return {}
+    rank = {suffix: place for place, suffix in enumerate(suffixes)}
+    with os.scandir(folder) as entries:
+        paths = [Path(entry.path) for entry in entries if entry.is_file()]
+    paths = [path for path in paths if path.suffix.lower() in rank]
+    return {path.stem: path for path in sorted(paths, key=lambda path: (-rank[path.suffix.lower()], path.suffix))}
+
+
+def read_text(path: Path) -> str:
+    """The text of an annotation file, with or without a byte order mark; lines end in \\n.
+
+    Raises:
+        DataError: not UTF-8, or not to be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8, or fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend that") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: with line and column.
+    """
+    return _parse(read_text(path), str(path))
+
+
+def as_rows(content: Any, path: Path, key: str = "") -> list[Row]:
+    """A list of JSON objects, the whole file or what it has under a key.
+
+    Raises:
+        DataError: anything else, or an empty list.
+    """
+    place = f"{path}: {key}"
+    if not isinstance(content, list) or not content:
+        kind = "an empty list" if content == [] else f"a {type(content).__name__}"
+        raise DataError(f"{path}: {key or 'the file'} is {kind}, not a list of objects; fetch it again")
+    for number, row in enumerate(content):
+        if not isinstance(row, dict):
+            raise DataError(f"{place}[{number}] is {row!r:.80}, not an object; mend the file, or fetch it again")
+    return [Row(f"{place}[{number}]", row) for number, row in enumerate(content)]
+
+
+def read_json_list(path: Path) -> list[Row]:
+    """The rows of a file that is one JSON list.
+
+    Raises:
+        DataError: see `read_json` and `as_rows`.
+    """
+    return as_rows(read_json(path), path)
+
+
+def read_json_lines(path: Path) -> list[Row]:
+    """The rows of a file with a JSON object a line; blank lines are skipped.
+
+    Raises:
+        DataError: with the line.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        row = _parse(line, str(path), number)
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: {row!r:.80} is not an object; mend the file, or fetch it again")
+        rows.append(Row(f"{path}, line {number}", row))
+    if not rows:
+        raise DataError(f"{path}: empty; fetch it again")
+    return rows
+
+
+def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> list[Row]:
+    """The rows of a csv file with a header; blank lines are skipped.
+
+    In TAB-separated files a row is a line and a quote is a character, so that a stray one cannot swallow the rows after
+    it; only a field that is quoted as a whole is unquoted.
+
+    Args:
+        columns: those that must be there; others are kept, too.
+
+    Raises:
+        DataError: with the line.
+    """
+    text = io.StringIO(read_text(path), newline="")
+    tabs = delimiter == "\t"
+    reader = csv.reader(text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    header: list[str] = []
+    rows = []
+    try:
+        for values in reader:
+            place = f"{path}, line {reader.line_num}"
+            if not values:
+                continue
+            if not header:
+                header = values
+                if absent := [column for column in columns if column not in header]:
+                    shown = ", ".join(header)
+                    raise DataError(f"{place}: no column {', '.join(absent)} in the header ({shown:.200}); {DAMAGED}")
+                continue
+            if len(values) != len(header):
+                raise DataError(f"{place}: {len(values)} fields where the header has {len(header)}; {DAMAGED}")
+            rows.append(Row(place, dict(zip(header, map(_unquote, values) if tabs else values, strict=True))))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; {DAMAGED}") from error
+    if not rows:
+        raise DataError(f"{path}: no rows; fetch it again")
+    return rows
+
+
+def _unquote(field: str) -> str:
+    """What a field stands for that was quoted as a whole, its own quotes doubled; any other stays as it is."""
+    inner = field[1:-1]
+    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else field
+
+
+def _parse(text: str, path: str, line: int | None = None) -> Any:
+    """JSON; `line` where the text is but a line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {line or error.lineno}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        place = f"{path}{f', line {line}' if line else ''}: nested too deep"
+    except ValueError as error:  # a number of thousands of digits
+        place = f"{path}{f', line {line}' if line else ''}: {error}"
+    raise DataError(f"{place}: {DAMAGED}")

@@ -1,0 +1,129 @@
+"""MSRVTT multiple choice: which of five captions belongs to a clip (Yu et al. 2018)."""
+
+import hashlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import ClassVar
+
+from cdc_mmpg.batch import Split
+from cdc_mmpg.errors import DataError
+from data_modules.annotations import Published, choose_file, read_json_lines
+from data_modules.base import Sample
+from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, clip_name
+from data_modules.tasks import MultipleChoiceDataModule
+
+logger = logging.getLogger(__name__)
+
+CHOICES = 5
+DRAWS = 10_000  # after so many the captions of other clips are too few or too much alike
+
+
+def draws(name: str) -> Iterator[int]:
+    """Whole numbers that follow from a name alone; random generators promise less between versions."""
+    for number in itertools.count():
+        yield int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "big")
+
+
+class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
+    """MSRVTT multiple choice as people have it on disk, with training and validation items made from captions.
+
+    Source: the test from Yu et al. 2018, "A Joint Sequence Fusion Model for Video Question Answering and Retrieval", as
+    a jsonl file from Lei et al. 2021, ClipBERT (https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh), made
+    from the captions of MSR-VTT (Xu et al. 2016, "MSR-VTT: A Large Video Description Dataset for Bridging Video and
+    Language"); captions from https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip, clips from
+    https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip.
+
+    Licence: for research; the clips remain YouTube's and their authors'.
+
+    Splits: only the test is distributed. Of each of the 6,513 training clips (0-6512) and 497 validation clips
+    (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a clip has fewer different
+    captions): with four captions of four other clips of the same split and of other categories, none of them one of the
+    clip's own; where the captions come without categories, of any other clips, and the log says so. What is drawn
+    follows from the clip's name and the captions: the same on every machine and in every run. The question is empty.
+
+    Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` ({clip_name or video_id, options:
+    [5], answer: 0 to 4} a line); `MSRVTT_data.json` (sentences: [{caption, video_id}], videos: [{video_id, category}]),
+    or `MSR_VTT.json`, also in `annotation/` (annotations: [{caption, image_id}], no categories), or
+    `train_val_videodatainfo.json` and `test_videodatainfo.json` in the layout of the first; clips `video<N>.mp4` (or
+    .webm, .avi, .mkv) in `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself.
+
+    Refused: an answer that is none of the candidates; other than five candidates; too few clips of other categories.
+    """
+
+    # Five passes through the encoder each, that is about as many in an epoch as MSRVTT-QA takes.
+    ITEMS_PER_CLIP: ClassVar[int] = 5
+    PUBLISHED: ClassVar[Published] = {"official": {"train": {"clips": 6_513}, "val": {"clips": 497}}}
+
+    def remedy(self) -> str:
+        """What to fetch, from where, under which terms, and where to put it."""
+        return (
+            f"MSRVTT multiple choice belongs below {self.root.absolute()}: msrvtt_retrieval_mc_test.jsonl "
+            f"(https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh); {GET_CAPTIONS}; {GET_CLIPS}. {TERMS}"
+        )
+
+    def read_split(self, split: Split) -> list[Sample]:
+        """All samples of a split; see the base class."""
+        if split != "test":
+            return self._make(split)
+        paths = self.files("msrvtt_mc_test.jsonl", "msrvtt_retrieval_mc_test.jsonl")
+        rows = read_json_lines(choose_file(paths, self.remedy()))
+        return [
+            Sample(
+                clip_name(row, "clip_name", "video_id"), "",
+                options=row.texts(CHOICES, "options"), right=row.which(CHOICES, "answer"),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def _make(self, split: Split) -> list[Sample]:
+        """Items from captions; see the class."""
+        clips, categories = self.clips_by_number(split), self.captioned.categories
+        if not clips:
+            raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
+        unknown = sum(clip not in categories for clip in clips)
+        if unknown:  # each clip is a category of its own
+            categories = {clip: place for place, clip in enumerate(clips)}
+        sizes = Counter(categories[clip] for clip in clips)
+        for category, size in sizes.items():
+            if len(clips) - size < CHOICES - 1:
+                raise DataError(
+                    f"{self.root}: of the {len(clips)} captioned clips of split {split} {len(clips) - size} are of "
+                    f"another category than {category}, and an item needs {CHOICES - 1}\n{self.remedy()}"
+                )
+        samples = [sample for clip in clips for sample in self._items(clip, clips, categories)]
+        others = f"any other clips, since {unknown} have no category" if unknown else "clips of other categories"
+        logger.info(
+            "split %s: made %d items from the captions of %d clips, their wrong candidates from %s",
+            split, len(samples), len(clips), others,
+        )  # fmt: skip
+        return samples
+
+    def _items(self, clip: str, clips: list[str], categories: dict[str, int]) -> list[Sample]:
+        """Those of one clip."""
+        captions, draw, items = self.captioned.captions, draws(clip), []
+        own = list(dict.fromkeys(captions[clip]))
+        # Texts that differ in case are the same to an uncased vocabulary.
+        fitting = {caption.lower() for caption in own}
+        for _ in range(min(self.ITEMS_PER_CLIP, len(own))):
+            right = own.pop(next(draw) % len(own))
+            options: dict[str, str] = {}  # by clip
+            taken = set(fitting)
+            for _ in range(DRAWS):
+                other = clips[next(draw) % len(clips)]
+                caption = captions[other][next(draw) % len(captions[other])]
+                if other in options or categories[other] == categories[clip] or caption.lower() in taken:
+                    continue
+                options[other] = caption
+                taken.add(caption.lower())
+                if len(options) == CHOICES - 1:
+                    break
+            else:
+                raise DataError(
+                    f"{self.root}: {clip}: {DRAWS} draws among the captions of other clips gave no {CHOICES - 1} that "
+                    f"differ from its own and from each other\n{self.remedy()}"
+                )
+            place, texts = next(draw) % CHOICES, list(options.values())
+            items.append(Sample(clip, "", options=(*texts[:place], right, *texts[place:]), right=place))
+        return items

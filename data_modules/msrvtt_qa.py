@@ -1,0 +1,75 @@
+"""MSRVTT-QA: open-ended questions about web video clips (Xu et al. 2017)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from cdc_mmpg.batch import Split
+from data_modules.annotations import Published, choose_file, find_file, question_type, read_json_lines, read_json_list
+from data_modules.answers import Answers
+from data_modules.base import Sample
+from data_modules.msrvtt import GET_CLIPS, MSRVTT, TERMS, clip_name
+from data_modules.tasks import VideoQADataModule
+
+
+class MSRVTTQA(MSRVTT, VideoQADataModule):
+    """MSRVTT-QA as people have it on disk, in either of two conventions.
+
+    Source: questions from Xu et al. 2017, "Video Question Answering via Gradually Refined Attention over Appearance
+    and Motion" (https://github.com/xudejing/video-question-answering), made from the captions of MSR-VTT (Xu et al.
+    2016, "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language"); the jsonl files from Lei et al.
+    2021, ClipBERT (https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh); clips from
+    https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip.
+
+    Licence: for research; the clips remain YouTube's and their authors'.
+
+    Splits: 158,581 / 12,278 / 72,821 questions on the clips 0-6512 / 6513-7009 / 7010-9999 (6,513 / 497 / 2,990).
+
+    Vocabulary: the 1,500 most frequent training answers, and one class for the rest: 1,501. 93.0 % of the validation
+    and 93.1 % of the test answers are in it, the ceiling of any accuracy.
+
+    Types: what, who, how, when, where, as the jsonl files state or by the question's first word, or other.
+
+    Files below `root`, each split in the first of these that is there: `{train,val,test}_qa.json` (a list of {answer,
+    category_id, id, question, video_id: 7010}), `msrvtt_qa_{split}.jsonl` or `{split}.jsonl` ({answer, question,
+    video_id: "video7010", answer_type} a line); `msrvtt_train_ans2label.json` or `train_ans2label.json` ({answer:
+    class}; counted from the training questions where both are absent); clips `video<N>.mp4` (or .webm, .avi, .mkv) in
+    `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself.
+
+    Refused: a video_id that is no clip's name; a vocabulary whose classes are not 0, 1, 2 and so on, each once.
+
+    The same clip and question occur with several answers: they stay separate questions.
+    """
+
+    PUBLISHED: ClassVar[Published] = {
+        "official": {
+            "train": {"questions": 158_581, "clips": 6_513},
+            "val": {"questions": 12_278, "clips": 497},
+            "test": {"questions": 72_821, "clips": 2_990},
+        }
+    }
+
+    def remedy(self) -> str:
+        """What to fetch, from where, under which terms, and where to put it."""
+        return (
+            f"MSRVTT-QA belongs below {self.root.absolute()}: train_qa.json, val_qa.json and test_qa.json "
+            "(https://github.com/xudejing/video-question-answering), or train.jsonl, val.jsonl, test.jsonl and "
+            "train_ans2label.json (https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh); "
+            f"{GET_CLIPS}. {TERMS}"
+        )
+
+    def read_split(self, split: Split) -> list[Sample]:
+        """All samples of a split; see the base class."""
+        names = (f"{split}_qa.json", f"msrvtt_qa_{split}.jsonl", f"{split}.jsonl")
+        path = choose_file(self.files(*names), self.remedy())
+        samples = []
+        for row in read_json_lines(path) if path.suffix == ".jsonl" else read_json_list(path):
+            question = row.field(str, "question")
+            samples.append(
+                Sample(clip_name(row, "video_id"), question, row.field(str, "answer"), question_type(row, question))
+            )
+        return samples
+
+    def read_answers(self, training_answers: Sequence[str]) -> Answers:
+        """The 1,500 answers of the vocabulary file; see the class."""
+        paths = self.files("msrvtt_train_ans2label.json", "train_ans2label.json")
+        return Answers.read(find_file(paths) or paths[0], self.classes, training_answers)

@@ -1,0 +1,114 @@
+"""MSRVTT retrieval: the clip for a caption and the caption for a clip (Xu et al. 2016)."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from cdc_mmpg.batch import Split
+from cdc_mmpg.errors import DataError
+from data_modules.annotations import Published, Row, choose_file, find_file, read_table
+from data_modules.base import Sample
+from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, clip_name
+from data_modules.tasks import RetrievalDataModule
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 500
+WHOLE = 5_000  # a training list with fewer clips is a part of one
+
+
+class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
+    """MSR-VTT's clips with their captions, in three protocols.
+
+    Source: Xu et al. 2016, "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language"; the split 1k-A
+    from Yu et al. 2018, "A Joint Sequence Fusion Model for Video Question Answering and Retrieval"; captions and lists
+    from https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip, the full lists from
+    https://github.com/CryhanFang/CLIP2Video, clips from
+    https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip.
+
+    Licence: for research; the clips remain YouTube's and their authors'.
+
+    Splits, by `protocol`:
+        full: 6,513 / 497 / 2,990 clips, of `MSRVTT_{train,val,test}.full.csv` or, where that is absent, by number
+            (0-6512, 6513-7009, 7010-9999), each with all of its about 20 captions.
+        9k: the 9,000 clips of `MSRVTT_train.9k.csv`; test 1k-A: the 1,000 clips of `MSRVTT_JSFUSION_test.csv`, each
+            with the one caption that stands there.
+        7k: the 7,010 clips of `MSRVTT_train.7k.csv`; test 1k-A.
+    9k and 7k have no validation split: the 500 clips of the training list whose names have the smallest sha256 are held
+    out for it (of a list of fewer than 5,000, a tenth), so that training has 8,500 and 6,510.
+
+    Files below `root`: the lists of the protocol (a column video_id; 1k-A: key, vid_key, video_id, sentence);
+    `MSRVTT_data.json` (sentences: [{caption, video_id}]), or `MSR_VTT.json`, also in `annotation/` (annotations:
+    [{caption, image_id}]), or `train_val_videodatainfo.json` and `test_videodatainfo.json` in the layout of the first;
+    clips `video<N>.mp4` (or .webm, .avi, .mkv) in `videos/`, `videos/all/`, `TrainValVideo/` and
+    `TestVideo/`, or `root` itself.
+
+    Refused: a list with a clip twice, or with one that has no caption.
+    """
+
+    PROTOCOLS = ("full", "9k", "7k")
+    PUBLISHED: ClassVar[Published] = {
+        "full": {"train": {"clips": 6_513}, "val": {"clips": 497}, "test": {"clips": 2_990}},
+        "9k": {"train+val": {"clips": 9_000}, "test": {"clips": 1_000}},
+        "7k": {"train+val": {"clips": 7_010}, "test": {"clips": 1_000}},
+    }
+
+    def remedy(self) -> str:
+        """What to fetch, from where, under which terms, and where to put it."""
+        lists = f"MSRVTT_train.{self.protocol}.csv, MSRVTT_JSFUSION_test.csv and " if self.protocol != "full" else ""
+        return f"MSRVTT retrieval belongs below {self.root.absolute()}: {lists}{GET_CAPTIONS}; {GET_CLIPS}. {TERMS}"
+
+    def read_split(self, split: Split) -> list[Sample]:
+        """All samples of a split; see the base class."""
+        if self.protocol == "full":
+            path = find_file(self.files(f"MSRVTT_{split}.full.csv"))
+            samples = self._with_captions([clip for clip, _ in _listed(path)] if path else self.clips_by_number(split))
+            source = path.name if path else "the clips' numbers"
+        elif split == "test":
+            path = choose_file(self.files("MSRVTT_JSFUSION_test.csv"), self.remedy())
+            samples = [Sample(clip, "", options=(_sentence(row),)) for clip, row in _listed(path, "sentence")]
+            source = path.name
+        else:
+            path = choose_file(self.files(f"MSRVTT_train.{self.protocol}.csv"), self.remedy())
+            listed = [clip for clip, _ in _listed(path)]
+            number = HELD_OUT if len(listed) >= WHOLE else max(1, len(listed) // 10)
+            held_out = set(sorted(listed, key=lambda clip: hashlib.sha256(clip.encode()).digest())[:number])
+            samples = self._with_captions([clip for clip in listed if (clip in held_out) == (split == "val")])
+            source = f"{path.name}, of whose {len(listed)} clips {number} are held out for validation"
+        if not samples:
+            raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
+        logger.info(
+            "protocol %s, split %s: %d clips with %d captions, by %s", self.protocol, split, len(samples),
+            self.questions(samples), source,
+        )  # fmt: skip
+        return samples
+
+    def _with_captions(self, clips: Sequence[str]) -> list[Sample]:
+        """Clips with all of their captions, in the files' order."""
+        captions = self.captioned.captions
+        if bare := [clip for clip in clips if clip not in captions]:
+            raise DataError(
+                f"{self.root}: {len(bare)} of {len(clips)} clips have no caption, among them {', '.join(bare[:5])}\n"
+                f"{self.remedy()}"
+            )
+        return [Sample(clip, "", options=tuple(captions[clip])) for clip in clips]
+
+
+def _listed(path: Path, *columns: str) -> list[tuple[str, Row]]:
+    """The clips of a list with their rows."""
+    rows: dict[str, Row] = {}
+    for row in read_table(path, ["video_id", *columns]):
+        clip = clip_name(row, "video_id")
+        if clip in rows:
+            raise DataError(f"{row.place}: {clip} stands there a second time; mend the file, or fetch it again")
+        rows[clip] = row
+    return list(rows.items())
+
+
+def _sentence(row: Row) -> str:
+    sentence = row.field(str, "sentence").strip()
+    if not sentence:
+        raise row.refusal(["sentence"], "a caption")
+    return sentence

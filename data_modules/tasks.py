@@ -1,0 +1,111 @@
+"""The three tasks as datasets hold them: open-ended questions, multiple choice, retrieval."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+
+from cdc_mmpg.batch import UNKNOWN_ANSWER, Split, Task
+from cdc_mmpg.errors import DataError
+from data_modules.answers import Answers
+from data_modules.base import ClipDataset, QADataset, Sample, VideoTextDataModule
+
+
+class VideoQADataModule(VideoTextDataModule):
+    """Open-ended questions about clips, each answer a class.
+
+    An answer outside the vocabulary is left out of the training loss and wrong in validation and test.
+
+    Args:
+        see `VideoTextDataModule`.
+    """
+
+    task: ClassVar[Task] = "open_ended"
+
+    @abstractmethod
+    def read_answers(self, training_answers: Iterable[str]) -> Answers:
+        """The answer vocabulary, of `self.classes` - 1 answers; `training_answers` are read when they are asked for."""
+
+    def read_vocabulary(self) -> None:
+        """Of the answers."""
+
+        def training_answers() -> Iterator[str]:
+            yield from (sample.answer for sample in self.samples("train"))
+
+        self._answers = self.read_answers(training_answers())
+
+    def unknown_answers(self, samples: Sequence[Sample]) -> int:
+        """Answers outside the vocabulary."""
+        return sum(self._answers.label(sample.answer) < 0 for sample in samples)
+
+    def build(self, samples: Sequence[Sample]) -> QADataset:
+        """See `VideoTextDataModule`."""
+        return QADataset(
+            samples,
+            [[ids] for ids in self.text([sample.question for sample in samples])],
+            torch.tensor([self._answers.label(sample.answer) for sample in samples]),
+            self.cache,
+            seed=self.seed,
+        )
+
+    def word(self, split: Split, index: int, label: int | None = None) -> str:
+        """See `VideoTextDataModule`."""
+        if label is None:
+            return self._splits[split].samples[index].answer
+        return [*self._answers.words, UNKNOWN_ANSWER][label]
+
+    def answers(self) -> list[str]:
+        """See `VideoTextDataModule`."""
+        return self._answers.words
+
+
+class MultipleChoiceDataModule(VideoTextDataModule):
+    """Questions about clips with candidates, of which one is right; without a question, captions of which one fits.
+
+    A text is the question, [SEP] and a candidate; `TextEncoder.choices` says what is cut from long ones.
+
+    Args:
+        see `VideoTextDataModule`.
+    """
+
+    task: ClassVar[Task] = "multiple_choice"
+
+    def build(self, samples: Sequence[Sample]) -> ClipDataset:
+        """See `VideoTextDataModule`."""
+        numbers = {len(sample.options) for sample in samples}
+        if len(numbers) > 1:
+            raise DataError(f"{self.root}: samples have {sorted(numbers)} candidates; all must have as many")
+        texts = self.text.choices([(sample.question, sample.options) for sample in samples])
+        labels = torch.tensor([sample.right for sample in samples])
+        return ClipDataset(samples, texts, labels, self.cache, seed=self.seed)
+
+    def word(self, split: Split, index: int, label: int | None = None) -> str:
+        """See `VideoTextDataModule`."""
+        sample = self._splits[split].samples[index]
+        return sample.options[sample.right if label is None else label]
+
+
+class RetrievalDataModule(VideoTextDataModule):
+    """Clips with captions: each sample is a clip with all of its captions, of which training sees one an epoch.
+
+    Args:
+        see `VideoTextDataModule`.
+    """
+
+    task: ClassVar[Task] = "retrieval"
+
+    def build(self, samples: Sequence[Sample]) -> ClipDataset:
+        """See `VideoTextDataModule`."""
+        ids = iter(self.text([caption for sample in samples for caption in sample.options]))
+        texts = [[next(ids) for _ in sample.options] for sample in samples]
+        labels = torch.zeros(len(samples), dtype=torch.long)
+        return ClipDataset(samples, texts, labels, self.cache, draw=True, seed=self.seed)
+
+    def questions(self, samples: Sequence[Sample]) -> int:
+        """Captions."""
+        return sum(len(sample.options) for sample in samples)
+
+    def word(self, split: Split, index: int, label: int | None = None) -> str:
+        """The clip's first caption, or the rank of its best one."""
+        return self._splits[split].samples[index].options[0] if label is None else f"rank {label}"

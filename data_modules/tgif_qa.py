@@ -1,0 +1,183 @@
+"""TGIF-QA: questions about animated GIFs (Jang et al. 2017, 2019), three of its tasks."""
+
+import hashlib
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from cdc_mmpg.batch import Split
+from cdc_mmpg.errors import DataError
+from data_modules.annotations import Published, Row, choose_file, clips_in, find_file, read_json_lines, read_table
+from data_modules.answers import Answers
+from data_modules.base import Sample, VideoTextDataModule
+from data_modules.tasks import MultipleChoiceDataModule, VideoQADataModule
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".gif", ".mp4", ".webm")
+FOLDERS = (".", "dataset", "annotations")
+NAME = ("gif_name", "video_id", "clip_name")
+TYPES = ("object", "number", "color", "location")
+OPTIONS = ("a1", "a2", "a3", "a4", "a5")
+
+
+def held_out(clip: str) -> bool:
+    """Whether a training GIF is for validation: every tenth by a hash of its name, the same ones everywhere."""
+    return int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 10 == 0
+
+
+class TGIF(VideoTextDataModule):
+    """TGIF-QA as people have it on disk; see its tasks, `TGIFFrameQA`, `TGIFAction` and `TGIFTransition`.
+
+    Source: Jang et al. 2019, "Video Question Answering with Spatio-Temporal Reasoning" (IJCV; 2017 at CVPR),
+    https://github.com/YunseokJANG/tgif-qa, on GIFs of Li et al. 2016, "TGIF: A New Dataset and Benchmark on Animated
+    GIF Description", https://github.com/raingo/TGIF-Release; the jsonl files from Lei et al. 2021, ClipBERT
+    (https://github.com/jayleicn/ClipBERT, scripts/download_tgif_qa.sh).
+
+    Licence: questions for academic purposes, GIFs for non-commercial research; the GIFs remain Tumblr's and their
+    authors'.
+
+    Splits: there is no official validation split. Where a file for it is there, it is read; else those training GIFs
+    are held out, with all their questions, whose name's sha256 is a multiple of 10.
+
+    Files below `root`, in `dataset/` or in `annotations/`, each split in the first of these that is there:
+    `tgif_<task>_{split}.jsonl`, `<task>_{split}.jsonl` (an object a line, the GIF as gif_name, video_id or clip_name),
+    `{Train,Val,Test}_<task>_question.csv` (TAB-separated); `gifs/<gif_name>.gif` (or .mp4, .webm). `<task>` is
+    frameqa, action or transition.
+
+    Refused: names that lead out of `gifs`; an answer that is none of the five candidates; a type that is none of the
+    four.
+
+    Args:
+        see `VideoTextDataModule`.
+    """
+
+    part: ClassVar[str]  # the task in file names
+    columns: ClassVar[tuple[str, ...]]  # of the csv files, those that are read
+
+    def remedy(self) -> str:
+        """What to fetch, from where, under which terms, and where to put it."""
+        return (
+            f"TGIF-QA belongs below {self.root.absolute()}: Train_{self.part}_question.csv and "
+            f"Test_{self.part}_question.csv (https://github.com/YunseokJANG/tgif-qa, folder dataset; academic purposes "
+            f"only), or {self.part}_train.jsonl, {self.part}_val.jsonl and {self.part}_test.jsonl "
+            "(https://github.com/jayleicn/ClipBERT, scripts/download_tgif_qa.sh); gifs/<gif_name>.gif (linked from "
+            "https://github.com/YunseokJANG/tgif-qa, dataset/README.md; non-commercial research only)"
+        )
+
+    def read_split(self, split: Split) -> list[Sample]:
+        """All samples of a split; see the base class."""
+        if split == "test" or any(path.is_file() for path in self._paths("val")):
+            return self._read(split)
+        samples = self._read("train")
+        chosen = [sample for sample in samples if held_out(sample.clip) == (split == "val")]
+        if not chosen:
+            raise DataError(
+                f"{self.root}: none of the training GIFs is for split {split}, by the hash of their names: put "
+                f"{self.part}_val.jsonl there\n{self.remedy()}"
+            )
+        if split == "val":
+            logger.info(
+                "%s: no file for validation: held out %d of %d training GIFs by a hash of their name, with %d of %d "
+                "questions", self.root, len({sample.clip for sample in chosen}),
+                len({sample.clip for sample in samples}), len(chosen), len(samples),
+            )  # fmt: skip
+        return chosen
+
+    def find_clips(self) -> dict[str, Path]:
+        """The GIFs on disk by their name."""
+        found = clips_in(self.root / "gifs", SUFFIXES)
+        if not found:
+            raise DataError(f"{self.root / 'gifs'}: no GIFs there\n{self.remedy()}")
+        return found
+
+    @abstractmethod
+    def sample(self, row: Row) -> Sample:
+        """What a row of either convention says."""
+
+    def _paths(self, split: Split) -> list[Path]:
+        names = (
+            f"tgif_{self.part}_{split}.jsonl",
+            f"{self.part}_{split}.jsonl",
+            f"{split.capitalize()}_{self.part}_question.csv",
+        )
+        return [self.root / folder / name for folder in FOLDERS for name in names]
+
+    def _read(self, split: Split) -> list[Sample]:
+        path = choose_file(self._paths(split), self.remedy())
+        rows = read_json_lines(path) if path.suffix == ".jsonl" else read_table(path, self.columns, "\t")
+        return [self.sample(row) for row in rows]
+
+
+class TGIFFrameQA(TGIF, VideoQADataModule):
+    """Open-ended questions that a frame can answer; source, licence, files: see `TGIF`.
+
+    Splits: 39,392 training questions (about a tenth of them held out for validation), 13,691 test.
+
+    Vocabulary: `frameqa_trainval_ans2label.json`, `frameqa_train_ans2label.json` or `train_ans2label.json` ({answer:
+    class}); else the answers of all training questions, of which there are 1,540: those held out for validation and
+    those of a validation file are counted, too. One class for the rest: 1,541. 98.2 % of the test answers are in it,
+    the ceiling of any accuracy.
+
+    Types: object, number, color, location (0 to 3 in the csv files).
+    """
+
+    part = "frameqa"
+    columns = ("gif_name", "question", "answer", "type")
+    PUBLISHED: ClassVar[Published] = {"official": {"train+val": {"questions": 39_392}, "test": {"questions": 13_691}}}
+
+    def sample(self, row: Row) -> Sample:
+        """See `TGIF`."""
+        return Sample(row.clip(*NAME), row.field(str, "question"), row.field(str, "answer"), self._type(row))
+
+    def read_answers(self, training_answers: Sequence[str]) -> Answers:
+        """The vocabulary; see the class."""
+        names = ("frameqa_trainval_ans2label.json", "frameqa_train_ans2label.json", "train_ans2label.json")
+        paths = [self.root / folder / name for folder in FOLDERS for name in names]
+        if path := find_file(paths):
+            return Answers.read(path, self.classes, training_answers)
+        held = [sample.answer for sample in self.samples("val")]
+        return Answers.read(paths[0], self.classes, [*training_answers, *held])
+
+    def _type(self, row: Row) -> str:
+        """A jsonl file may state none."""
+        stated = row.value("type", "answer_type")
+        if stated is None:
+            return ""
+        if stated in TYPES:
+            return str(stated)
+        return TYPES[row.which(len(TYPES), "type", "answer_type")]
+
+
+class TGIFChoice(TGIF, MultipleChoiceDataModule):
+    """Questions with five candidates: `TGIFAction` and `TGIFTransition`."""
+
+    columns = ("gif_name", "question", *OPTIONS, "answer")
+
+    def sample(self, row: Row) -> Sample:
+        """See `TGIF`."""
+        named = "options" in row.fields
+        options = row.texts(5, "options") if named else tuple(row.field(str, key) for key in OPTIONS)
+        return Sample(row.clip(*NAME), row.field(str, "question"), options=options, right=row.which(5, "answer"))
+
+
+class TGIFAction(TGIFChoice):
+    """What is done so many times; source, licence, files: see `TGIF`.
+
+    Splits: 20,475 training questions (about a tenth of them held out for validation), 2,274 test; five candidates.
+    """
+
+    part = "action"
+    PUBLISHED: ClassVar[Published] = {"official": {"train+val": {"questions": 20_475}, "test": {"questions": 2_274}}}
+
+
+class TGIFTransition(TGIFChoice):
+    """What is done before or after something else; source, licence, files: see `TGIF`.
+
+    Splits: 52,704 training questions (about a tenth of them held out for validation), 6,232 test; five candidates.
+    """
+
+    part = "transition"
+    PUBLISHED: ClassVar[Published] = {"official": {"train+val": {"questions": 52_704}, "test": {"questions": 6_232}}}

@@ -1,0 +1,91 @@
+"""What a test gave, by task: figures with intervals for results.json, and every answer as a table."""
+
+import csv
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin, VideoTextData
+from cdc_mmpg.files import atomic_write
+from cdc_mmpg.metrics import CAPTIONS, RECALLS, accuracies, majorities, ranked
+
+Outcomes = Mapping[str, tuple[Any, Any]]  # see `models.heads`
+
+
+def evaluation(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
+    """The test's figures for results.json; writes every answer into `table` (CSV).
+
+    Returns:
+        accuracy: by case, group of devices and type of question (see `metrics.accuracies`), in retrieval by recall in
+            place of the type; floors: the same of what needs no video; in retrieval median_rank, too.
+    """
+    return (_retrieval if data.task == "retrieval" else _answers)(data, outcomes, table)
+
+
+def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
+    """Of tasks whose outcomes are predictions and labels."""
+    origins = data.origins("test")
+    clips, devices, groups, types, *_ = (list(column) for column in zip(*origins, strict=True))
+    correct: dict[str, ArrayLike] = {case: rows[:, 0] == rows[:, 1] for case, (_, rows) in outcomes.items()}
+    if data.task == "open_ended":
+        trained = [(label, origin.type) for label, origin in
+                   zip(data.labels("train").tolist(), data.origins("train"), strict=True)
+                   if label != UNKNOWN]  # fmt: skip
+        words = [*data.answers(), UNKNOWN_ANSWER]
+        guesses = majorities([words[label] for label, _ in trained], [kind for _, kind in trained], types)
+        labels = [words[label] if label != UNKNOWN else "" for label in data.labels("test").tolist()]
+        floors: dict[str, ArrayLike] = {
+            name: [given == true for given, true in zip(given, labels, strict=True)] for name, given in guesses.items()
+        }
+    else:
+        floors = {"chance": [1 / len(data.texts("test", i)) for i in range(len(origins))]}
+    found = accuracies(correct | floors, clips, devices, groups, types)
+    given = [[data.word("test", i, label) for i, label in enumerate(rows[:, 0])] for _, rows in outcomes.values()]
+    _write(table, [*Origin._fields, *outcomes], ([*origin, *own] for origin, *own in zip(origins, *given, strict=True)))
+    return {"accuracy": {case: found[case] for case in correct}, "floors": {name: found[name] for name in floors}}
+
+
+def _retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
+    """Of retrieval, whose outcomes are embeddings."""
+    places = ranked(outcomes)
+    names = [origin.clip for origin in data.origins("test")]
+    owners = outcomes[CAPTIONS][0].tolist()
+    asking = {"VR": names, "TR": [names[owner] for owner in owners]}
+    kinds = [f"{way}@{k}" for way in asking for k in RECALLS]
+    clips = [clip for way in asking for _ in RECALLS for clip in asking[way]]
+    types = [f"{way}@{k}" for way in asking for k in RECALLS for _ in asking[way]]
+    correct: dict[str, ArrayLike] = {
+        case: np.concatenate([own <= k for own in both for k in RECALLS]) for case, both in places.items()
+    }
+    number, sizes = len(owners), np.bincount(owners, minlength=len(names)).tolist()
+    chance = [[1 - comb(number - size, k) / comb(number, k) for size in sizes] for k in RECALLS]
+    chance += [[min(1.0, k / len(names))] * number for k in RECALLS]
+    found = accuracies(correct | {"chance": np.concatenate(chance)}, clips, clips, [""] * len(clips), types)
+    kept = {case: {"test": {kind: cells["test"][kind] for kind in kinds}} for case, cells in found.items()}
+    rows = [("VR", name, "", *(int(both[0][i]) for both in places.values())) for i, name in enumerate(names)]
+    seen: dict[int, int] = {}
+    for i, owner in enumerate(owners):
+        own = seen[owner] = seen.get(owner, -1) + 1
+        rows.append(("TR", names[owner], data.texts("test", owner)[own], *(int(b[1][i]) for b in places.values())))
+    _write(table, ["direction", "clip", "caption", *places], rows)
+    medians = {
+        case: {way: float(np.median(own)) for way, own in zip(asking, both, strict=True)}
+        for case, both in places.items()
+    }
+    return {
+        "accuracy": {case: kept[case] for case in places},
+        "floors": {"chance": kept["chance"]},
+        "median_rank": medians,
+    }
+
+
+def _write(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    text = StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())

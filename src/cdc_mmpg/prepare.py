@@ -1,0 +1,103 @@
+"""Check a dataset and make its frames ready: `python -m cdc_mmpg.prepare OUT --config DATASET.yaml ...`.
+
+Everything is looked at before anything is refused. What was found is printed as a table and written as `data.json`,
+with the configuration, the commit and the versions; the frames go where training finds them.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from cdc_mmpg.cli import check_paths, exit_code, log_to_terminal
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.results import provenance, write_json
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 20  # names on the screen; data.json has them all
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a check; returns its exit code (see `errors`): 3 where training would refuse the dataset."""
+    folder, *options = list(sys.argv[1:] if arguments is None else arguments)
+    log_to_terminal()
+
+    def run() -> None:
+        check_paths(options)
+        from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
+
+        experiment = Experiment(options, run=False)
+        prepare(experiment.dataset, experiment.settings["data"], Path(folder))
+
+    return exit_code(run)
+
+
+def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
+    """Check a DataModule, fill its frame cache, print what was found and write `data.json` into `folder`.
+
+    Raises:
+        DataError: training would refuse the dataset as it is; names what is wrong.
+    """
+    found = dataset.check()
+    write_json({**found, "configuration": settings, **provenance()}, folder / "data.json")
+    console = Console(soft_wrap=True)
+    console.print(table(found))
+    for row in found["published"]:
+        if row["here"] != row["published"]:
+            console.print(f"{row['split']}: {row['here']:,} {row['what']}, published {row['published']:,}")
+    cache = found["cache"]
+    ready = f"{found['ready']:,} of {found['clips']:,} clips ready, {len(found['missing']):,} absent, "
+    ready += f"{len(found['unreadable']):,} unreadable"
+    console.print(f"{ready}; frames in {cache['folder']} ({decimal(cache['bytes'])})")
+    print(f"written: {folder / 'data.json'}")
+    unreadable = [f"{name}: {reason}" for name, reason in found["unreadable"].items()]
+    refused = list(found["problems"])
+    for pair, names in found["shared_between_splits"].items():
+        refused.append(_list(f"{pair} share {len(names)} clips", names))
+    absent = [] if dataset.only_present else found["missing"]
+    if len(absent) + len(unreadable) > dataset.max_missing:
+        if absent:
+            refused.append(_list(f"{len(absent)} clips are absent", absent))
+        if unreadable:
+            refused.append(_list(f"{len(unreadable)} clips cannot be decoded", unreadable))
+    elif absent or unreadable:
+        logger.warning(_list("left out with their questions", [*absent, *unreadable]))
+    if refused:
+        said = "\n".join(refused)
+        raise DataError(said if dataset.remedy() in said else f"{said}\n{dataset.remedy()}")
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Splits with their counts."""
+    columns = ("split", "questions", "clips", "unknown answers", "ceiling %", "questions ready", "clips ready")
+    shown = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for name, row in found["splits"].items():
+        known = "ceiling" in row
+        shown.add_row(
+            name,
+            f"{row['questions']:,}",
+            f"{row['clips']:,}",
+            f"{row['unknown_answers']:,}" if known else "?",
+            f"{100 * row['ceiling']:.1f}" if known else "?",
+            f"{row['ready']['questions']:,}",
+            f"{row['ready']['clips']:,}",
+        )
+    return shown
+
+
+def _list(head: str, names: Sequence[str]) -> str:
+    more = f"\n  and {len(names) - SHOWN} more, all named in data.json" if len(names) > SHOWN else ""
+    return f"{head}:\n  " + "\n  ".join(names[:SHOWN]) + more
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""What all readers share: each kind of damage is refused with file and place, what is only unusual is read."""
+
+import json
+import logging
+
+import pytest
+
+from cdc_mmpg.errors import DataError
+from data_modules.annotations import (
+    Row,
+    choose_file,
+    clips_in,
+    find_file,
+    leads_out,
+    question_type,
+    read_json,
+    read_json_lines,
+    read_json_list,
+    read_table,
+    read_text,
+)
+from data_modules.answers import Answers
+
+
+def test_text_with_or_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "file"
+    for before in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(before + "é\r\n".encode())
+        assert read_text(path) == "é\n"
+
+
+@pytest.mark.parametrize(
+    "reader", [read_text, read_json, read_json_list, read_json_lines, lambda path: read_table(path, [])]
+)
+def test_other_encodings_are_refused(tmp_path, reader):
+    path = tmp_path / "rows"
+    path.write_bytes('[{"caption": "é"}]'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"rows, byte 0: not UTF-8"):
+        reader(path)
+    path.write_bytes('{"caption": "é"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows, byte 13: not UTF-8"):
+        reader(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1},\n {"a"', r"rows, line 2, column 6: "),
+        ("", r"rows, line 1, column 1"),
+        ('{"a": 1}', r"rows: the file is a dict, not a list"),
+        ("[]", r"rows: the file is an empty list"),
+        ('[{"a": 1}, 7]', r"rows: \[1\] is 7, not an object"),
+        ("[" * 100_000, r"rows: nested too deep"),
+        (f"[{'9' * 5_000}]", r"rows: .*digits"),
+    ],
+)
+def test_damaged_json_is_refused(tmp_path, content, message):
+    (tmp_path / "rows").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_json_list(tmp_path / "rows")
+
+
+def test_json_lines_know_their_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('\r\n{"a": "one\u2028two"}\r\n\r\n{"a": 2}'.encode())  # U+2028 is no end of a line
+    rows = read_json_lines(path)
+    assert [row.place for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
+    assert [row.value("a") for row in rows] == ["one\u2028two", 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}\n{"a": ', r"rows, line 2, column 7: "),
+        ('{"a": 1}\n\n[1]\n', r"rows, line 3: \[1\] is not an object"),
+        ("\n\n", r"rows: empty"),
+        ('{"a": 1} {"a": 2}', r"rows, line 1, column 10"),
+        ("{}\n" + "[" * 100_000, r"rows, line 2: nested too deep"),
+    ],
+)
+def test_damaged_json_lines_are_refused(tmp_path, content, message):
+    (tmp_path / "rows").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_json_lines(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables(tmp_path, end):
+    path = tmp_path / "rows.csv"
+    path.write_text(end.join(["id,text", '1,"a, ""b"""', "", "2,c"]) + end, newline="")
+    rows = read_table(path, ["text"])
+    assert [row.fields for row in rows] == [{"id": "1", "text": 'a, "b"'}, {"id": "2", "text": "c"}]
+    assert [row.place for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_a_stray_quote_does_not_swallow_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    values = ['"bare', 'in "the" middle', '"whole ""one"""', '"two" and "two"', '"', "it's 5\""]
+    path.write_text("id\ttext\r\n" + "".join(f"{i}\t{value}\r\n" for i, value in enumerate(values)), newline="")
+    rows = read_table(path, ["text"], "\t")
+    expected = ['"bare', 'in "the" middle', 'whole "one"', '"two" and "two"', '"', "it's 5\""]
+    assert [row.value("text") for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,a\n2\n", r"rows, line 3: 1 fields where the header has 2"),
+        ("id,text\n1,a,b\n", r"rows, line 2: 3 fields where the header has 2"),
+        ("id,texts\n1,a\n", r"rows, line 1: no column text in the header \(id, texts\)"),
+        ("id,text\n", r"rows: no rows"),
+        ("", r"rows: no rows"),
+        ('id,text\n1,a\n2,"cut', r"rows, line 3: unexpected end of data"),
+        ('id,text\n1,"a" b\n', r"rows, line 2: .*expected after"),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path, content, message):
+    (tmp_path / "rows").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / "rows", ["text"])
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda row: row.field(str, "absent"), r"f, line 3: absent is None, not a str; .*fetch it again"),
+        (lambda row: row.field(int, "text"), r"f, line 3: text is 'yes', not a int"),
+        (lambda row: row.field(int, "truth"), r"truth is True, not a int"),
+        (lambda row: row.field(str, "half"), r"half is '\\ud800', not text"),
+        (lambda row: row.field(str, "absent", "number"), r"absent or number is 7, not a str"),
+        (lambda row: row.texts(2, "text"), r"text is 'yes', not a list of 2 texts"),
+        (lambda row: row.texts(3, "list"), r"list is \['a', 'b'\], not a list of 3 texts"),
+        (lambda row: row.texts(2, "mixed"), r"mixed is \['a', 2\], not a list of 2 texts"),
+        (lambda row: row.which(7, "number"), r"number is 7, not a whole number from 0 to 6"),
+        (lambda row: row.which(5, "text"), r"text is 'yes', not a whole number"),
+        (lambda row: row.which(5, "truth"), r"truth is True, not a whole number"),
+        (lambda row: row.which(5, "minus"), r"minus is '-1', not a whole number"),
+        (lambda row: row.clip("out"), r"out is '\.\./x', not a name within"),
+    ],
+)
+def test_wrong_fields_are_refused(read, message):
+    fields = {"text": "yes", "number": 7, "truth": True, "half": "\ud800", "list": ["a", "b"], "mixed": ["a", 2],
+              "minus": "-1", "out": "../x"}  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        read(Row("f, line 3", fields))
+
+
+def test_right_fields_are_read():
+    row = Row("f: [0]", {"text": "é", "number": 4, "digits": "4", "list": ["a", "b"], "clip": "-aB_0_5"})
+    assert (row.field(str, "nothing", "text"), row.field(int, "number")) == ("é", 4)
+    assert (row.which(5, "number"), row.which(5, "digits")) == (4, 4)
+    assert (row.texts(2, "list"), row.clip("clip")) == (("a", "b"), "-aB_0_5")
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a\\b", "", ".", ".."])
+def test_names_that_lead_out(name):
+    assert leads_out(name)
+    assert not leads_out(f"x{name}".replace("/", "").replace("\\", ""))
+
+
+def test_types_of_questions():
+    bare = Row("f", {})
+    asked = ["What is it?", "who's there", " HOW many", "when", "where to", "whose is it", "", "?"]
+    types = ["what", "who", "how", "when", "where", "other", "other", "other"]
+    assert [question_type(bare, question) for question in asked] == types
+    assert question_type(Row("f", {"type": "colour"}), "what?") == "colour"
+    assert question_type(Row("f", {"answer_type": "who"}), "what?") == "who"
+    with pytest.raises(DataError, match="type is 3"):
+        question_type(Row("f", {"type": 3}), "what?")
+
+
+def test_the_first_convention_that_is_there(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    assert find_file(paths) is None
+    with pytest.raises(DataError, match=r"a\.json: no such file, nor b\.json, c\.json\nget it there"):
+        choose_file(paths, "get it there")
+    with pytest.raises(DataError, match=r"a\.json: no such file\nget"):
+        choose_file(paths[:1], "get it there")
+    for path in paths[1:]:
+        path.touch()
+    assert choose_file(paths, "") == find_file(paths) == paths[1]
+    assert f"reading {paths[1]}" in caplog.text
+
+
+def test_clips_of_a_folder(tmp_path):
+    for name in ("a.avi", "a.mp4", "b.MP4", "c.txt", "d.mp4.part"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.mp4").mkdir()
+    (tmp_path / "f.mp4").symlink_to(tmp_path / "gone")
+    found = clips_in(tmp_path, (".avi", ".mp4"))
+    assert found == {"a": tmp_path / "a.avi", "b": tmp_path / "b.MP4"}
+    assert clips_in(tmp_path, (".mp4", ".avi"))["a"] == tmp_path / "a.mp4"
+    assert clips_in(tmp_path / "gone", (".mp4",)) == {}
+
+
+def test_a_vocabulary_of_labels(tmp_path):
+    path = tmp_path / "train_ans2label.json"
+    path.write_text(json.dumps({"red": 2, "blue": 0, "green": 1}))
+    answers = Answers.read(path, 4, [])
+    assert answers.words == ["blue", "green", "red"]
+    assert [answers.label(word) for word in ("red", "blue", "dog")] == [2, 0, -100]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"red": 1, "blue": 1, "green": 0}, r"none of 3 answers has class 2"),
+        ({"red": 1, "blue": 2, "green": 3}, r"none of 3 answers has class 0"),
+        ({"red": 0, "blue": -1, "green": 1}, r"none of 3 answers has class 2"),
+        ({"red": 0, "blue": "1", "green": 2}, r"blue is '1', not a int"),
+        (["red", "blue", "green"], r"holds a list, not \{answer: class\}"),
+        ({"red": 0, "blue": 1}, r"2 different answers.*num_classes=3"),
+    ],
+)
+def test_damaged_labels_are_refused(tmp_path, labels, message):
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(DataError, match=rf"labels\.json.*{message}"):
+        Answers.read(tmp_path / "labels.json", 4, [])

@@ -1,0 +1,455 @@
+"""MSR-VTT's three tasks in every convention: what is read, what is made, what is refused."""
+
+import itertools
+import json
+import logging
+import shutil
+import time
+
+import pytest
+from communities import (
+    CAPTIONS,
+    CLIPS,
+    captions_of,
+    small,
+    write_captions,
+    write_msrvtt_choice,
+    write_msrvtt_clips,
+    write_msrvtt_qa,
+    write_msrvtt_retrieval,
+    write_table,
+)
+
+from cdc_mmpg.errors import ConfigError, DataError
+from conftest import ANSWERS
+from data_modules.msrvtt import split_of
+from data_modules.msrvtt_choice import MSRVTTChoice
+from data_modules.msrvtt_qa import MSRVTTQA
+from data_modules.msrvtt_retrieval import MSRVTTRetrieval
+
+SPLITS = ("train", "val", "test")
+LAYOUTS = ("data", "annotations", "microsoft")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each task and convention, not to be changed."""
+    root = tmp_path_factory.mktemp("msrvtt")
+    return {
+        **{name: write_msrvtt_qa(root / name, name) for name in ("original", "clipbert")},
+        "choice": write_msrvtt_choice(root / "choice"),
+        "retrieval": write_msrvtt_retrieval(root / "retrieval"),
+    }
+
+
+@pytest.fixture
+def own(folders, tmp_path):
+    """A copy of one of them, to be damaged."""
+    return lambda name: shutil.copytree(folders[name], tmp_path / name)
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def questions(root, **arguments):
+    return small(MSRVTTQA, root, **{"num_classes": 5, **arguments})
+
+
+# Clips
+
+
+@pytest.mark.parametrize("folder", ["videos", "videos/all", "TrainValVideo", "TestVideo", "."])
+def test_clips_are_found_wherever_they_are_distributed(tmp_path, folder):
+    write_msrvtt_clips(tmp_path, folder, [3])
+    assert small(MSRVTTRetrieval, tmp_path).find_clips() == {"video3": tmp_path / folder / "video3.mp4"}
+
+
+def test_clips_of_several_folders_are_united_and_told_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for place, folder in enumerate(["TrainValVideo", "TestVideo", "videos", "videos/all"]):
+        write_msrvtt_clips(tmp_path, folder, [3 + place, 9])
+    (tmp_path / "videos" / "trailer.mp4").touch()
+    (tmp_path / "videos" / "video8.txt").touch()
+    data = small(MSRVTTRetrieval, tmp_path)
+    found = data.find_clips()
+    assert found.keys() == {f"video{number}" for number in (3, 4, 5, 6, 9)}
+    assert found["video9"] == tmp_path / "videos/all/video9.mp4"
+    assert data.find_clips() == found
+    told = [line.getMessage() for line in caplog.records if "clips: " in line.getMessage()]
+    assert told == [f"{tmp_path}: clips: 2 in videos/all, 2 in videos, 2 in TrainValVideo, 2 in TestVideo"]
+
+
+def test_no_clips_at_all(tmp_path):
+    with pytest.raises(DataError, match=r"no clip video<N>\.mp4 in any of videos/all, videos.*\n.*MSRVTT\.zip"):
+        small(MSRVTTRetrieval, tmp_path).find_clips()
+
+
+# Questions
+
+
+def test_both_conventions_say_the_same(folders):
+    first, second = questions(folders["original"]), questions(folders["clipbert"])
+    for split in SPLITS:
+        assert [sample[:3] for sample in first.samples(split)] == [sample[:3] for sample in second.samples(split)]
+        assert {sample.clip for sample in first.samples(split)} == {f"video{number}" for number in CLIPS[split]}
+    assert first.samples("val")[0] == ("video6513", "what is the man doing?", "red", "what", (), 0)
+    assert [sample.type for sample in first.samples("val")[:4]] == ["what", "who", "how", "other"]
+    assert {sample.type for sample in second.samples("val")} == {"what"}  # as it states
+
+
+def test_splits_may_come_in_different_conventions(own, folders, caplog):
+    caplog.set_level(logging.INFO)
+    root = own("original")
+    (root / "val_qa.json").unlink()
+    shutil.copy(folders["clipbert"] / "val.jsonl", root / "msrvtt_qa_val.jsonl")
+    data = questions(root)
+    assert [len(data.samples(split)) for split in SPLITS] == [40, 24, 24]
+    assert "reading " + str(root / "msrvtt_qa_val.jsonl") in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train_ans2label.json", "msrvtt_train_ans2label.json"])
+def test_the_vocabulary_is_read_or_counted(own, name, caplog):
+    root = own("clipbert")
+    (root / "train_ans2label.json").rename(root / name)
+    assert questions(root).read_answers([]).words == sorted(ANSWERS[:4])
+    assert "absent" not in caplog.text
+    (root / name).unlink()
+    assert questions(root).read_answers(["b", "c", "d", "c", "a", "e"]).words == ["c", "a", "b", "d"]
+    assert "msrvtt_train_ans2label.json is absent" in caplog.text
+
+
+def test_clips_in_two_splits_are_found(own):
+    root = own("original")
+    change(root / "val_qa.json", '"video_id": 6513', '"video_id": 7')
+    assert questions(root).shared_clips(SPLITS) == {("train", "val"): ["video7"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"),
+    [
+        ("original", "val_qa.json", ": 6513", ': "../6513"', r"val_qa\.json: \[0\]\.video_id is '\.\./6513'"),
+        ("original", "val_qa.json", ": 6513", ": -1", r"\[0\]\.video_id is -1, not the name of a clip"),
+        ("original", "val_qa.json", ": 6513", ": 1.0", r"\[0\]\.video_id is 1\.0, not the name"),
+        ("original", "val_qa.json", ": 6513", ": true", r"\[0\]\.video_id is True, not the name"),
+        ("original", "val_qa.json", '"answer": "red"', '"answer": 2', r"\[0\]\.answer is 2, not a str"),
+        ("original", "val_qa.json", '"question"', '"frage"', r"\[0\]\.question is None, not a str"),
+        ("original", "val_qa.json", "}, {", "}, {{", r"val_qa\.json, line 1, column \d+"),
+        ("clipbert", "val.jsonl", '"video6514"', '"../video6514"', r"val\.jsonl, line 5: video_id is '\.\./video6514'"),
+        ("clipbert", "val.jsonl", '"video6514"', '"video6514.mp4"', r"video_id is 'video6514\.mp4', not the name"),
+        ("clipbert", "val.jsonl", "}\n", "\n", r"val\.jsonl, line 1, column \d+"),
+        ("clipbert", "val.jsonl", '"what"', "null", r"val\.jsonl, line 1: answer_type is None"),
+    ],
+)  # fmt: skip
+def test_damaged_questions_are_refused_with_the_place(own, name, file, old, new, message):
+    root = own(name)
+    change(root / file, old, new)
+    with pytest.raises(DataError, match=message):
+        questions(root).samples("val")
+
+
+def test_a_cut_file_and_its_absence(own):
+    root = own("original")
+    path = root / "test_qa.json"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(DataError, match=r"test_qa\.json, line 1, column \d+.*cut short"):
+        questions(root).samples("test")
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"test_qa\.json: no such file, nor msrvtt_qa_test\.jsonl, test\.jsonl\n.*belongs below"
+    ):
+        questions(root).samples("test")
+
+
+# Captions
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captions_in_every_layout(tmp_path, layout, caplog):
+    caplog.set_level(logging.INFO)
+    captions, categories = small(MSRVTTRetrieval, write_captions(tmp_path, layout)).captioned
+    numbers = [number for split in CLIPS.values() for number in split]
+    assert captions == {f"video{number}": captions_of(number) for number in numbers}
+    assert categories == ({} if layout == "annotations" else {f"video{number}": number % 4 for number in numbers})
+    assert f"{CAPTIONS * len(numbers)} captions of {len(numbers)} clips, {len(numbers)} blank left out" in caplog.text
+
+
+def test_captions_beside_the_clips_of_frozen_in_time(tmp_path):
+    write_captions(tmp_path / "annotation", "annotations")
+    assert "video0" in small(MSRVTTRetrieval, tmp_path).captioned.captions
+
+
+def test_later_clips_have_no_split(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    borders = [split_of(f"video{number}") for number in (6512, 6513, 7009, 7010, 9999, 10_000)]
+    assert borders == ["train", "val", "val", "test", "test", None]
+    write_captions(tmp_path, "annotations")
+    change(tmp_path / "MSR_VTT.json", '"video3"', '"video12727"')
+    captions = small(MSRVTTRetrieval, tmp_path).captioned.captions
+    assert "video12727" not in captions
+    assert "1 of clips beyond video9999 left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"sentences"', '"phrases"', r"MSRVTT_data\.json: has neither sentences"),
+        ('"caption": " the', '"text": " the', r"MSRVTT_data\.json: sentences\[0\]\.caption is None, not a str"),
+        ('"video_id": "video0", "sen', '"video_id": "/video0", "sen', r"sentences\[0\]\.video_id is '/video0'"),
+        ('"category": 1', '"category": "sport"', r"MSRVTT_data\.json: videos\[1\]\.category is 'sport', not a int"),
+        ('"sen_id": 0}', "", r"MSRVTT_data\.json, line 1, column"),
+    ],
+)
+def test_damaged_captions_are_refused_with_the_place(tmp_path, old, new, message):
+    change(write_captions(tmp_path) / "MSRVTT_data.json", old, new)
+    with pytest.raises(DataError, match=message):
+        small(MSRVTTRetrieval, tmp_path).samples("train")
+
+
+# Multiple choice
+
+
+def number_of(sample):
+    return int(sample.clip.removeprefix("video"))
+
+
+def whose(caption):
+    return int(caption.split()[-1])
+
+
+def test_the_test_is_the_distributed_one(own):
+    root = own("choice")
+    samples = small(MSRVTTChoice, root).samples("test")
+    assert [sample.options[sample.right] for sample in samples] == [captions_of(n)[0] for n in CLIPS["test"]]
+    assert {(sample.question, sample.answer, len(sample.options)) for sample in samples} == {("", "", 5)}
+    path = root / "msrvtt_mc_test.jsonl"
+    path.write_text(path.read_text().replace("clip_name", "video_id"))
+    path.rename(root / "msrvtt_retrieval_mc_test.jsonl")
+    assert small(MSRVTTChoice, root).samples("test") == samples
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_items_are_made_from_captions(folders, split):
+    data = small(MSRVTTChoice, folders["choice"])
+    samples = data.samples(split)
+    assert len(samples) == MSRVTTChoice.ITEMS_PER_CLIP * len(CLIPS[split])
+    places = set()
+    for sample in samples:
+        assert whose(sample.options[sample.right]) == number_of(sample)
+        others = [whose(option) for place, option in enumerate(sample.options) if place != sample.right]
+        assert len({*others, number_of(sample)}) == 5
+        assert set(others) <= set(CLIPS[split])
+        assert all(other % 4 != number_of(sample) % 4 for other in others)
+        places.add(sample.right)
+    assert len(places) == 5
+    right = {(sample.clip, sample.options[sample.right]) for sample in samples}
+    assert len(right) == len(samples)
+
+
+def test_items_are_the_same_in_every_run_and_for_every_seed(folders, tmp_path):
+    first = small(MSRVTTChoice, folders["choice"]).samples("train")
+    assert small(MSRVTTChoice, folders["choice"], seed=7).samples("train") == first
+    assert small(MSRVTTChoice, write_captions(tmp_path, "microsoft")).samples("train") == first
+    assert first[0].options == (
+        "the green man in it is doing 0 to 6",
+        "the green man in it is doing 5 to 1",
+        "the red man in it is doing 2 to 0",
+        "the dog man in it is doing 0 to 9",
+        "the blue man in it is doing 5 to 7",
+    )  # a change makes results incomparable
+
+
+def test_without_categories_wrong_candidates_are_of_any_other_clips(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    samples = small(MSRVTTChoice, write_captions(tmp_path, "annotations")).samples("train")
+    others = [(number_of(sample), whose(option)) for sample in samples for option in sample.options]
+    assert any(clip % 4 == other % 4 and clip != other for clip, other in others)
+    assert all(len({whose(option) for option in sample.options}) == 5 for sample in samples)
+    assert "from any other clips, since 10 have no category" in caplog.text
+
+
+def write_alike(root, texts, categories):
+    """Captions by clip."""
+    videos = [{"video_id": f"video{number}", "category": category} for number, category in enumerate(categories)]
+    rows = [{"video_id": f"video{number}", "caption": text} for number, own in enumerate(texts) for text in own]
+    (root / "MSRVTT_data.json").write_text(json.dumps({"videos": videos, "sentences": rows}))
+    return small(MSRVTTChoice, root)
+
+
+def test_no_candidate_is_another_way_of_writing_a_right_one(tmp_path):
+    texts = [
+        ["a man", "A Man", "one"],
+        ["A man", "two"],
+        ["a MAN", "Two", "three"],
+        *[[f"{n}", "One"] for n in range(6)],
+    ]
+    samples = write_alike(tmp_path, texts, range(9)).samples("train")
+    for sample in samples:
+        lower = [option.lower() for option in sample.options]
+        assert len(set(lower)) == 5
+        own = {text.lower() for text in texts[number_of(sample)]}
+        assert {option for option in lower if option in own} == {lower[sample.right]}
+    assert len([sample for sample in samples if sample.clip == "video1"]) == 2  # as many as it has captions
+
+
+def test_too_few_clips_to_choose_from(tmp_path):
+    with pytest.raises(DataError, match=r"of the 6 captioned clips of split train 3 are of another category than 1"):
+        write_alike(tmp_path, [[str(n)] for n in range(6)], [1, 1, 1, 2, 3, 4]).samples("train")
+    with pytest.raises(DataError, match=r"video0: 10000 draws among the captions of other clips gave no 4 that"):
+        write_alike(tmp_path, [[str(n % 4)] for n in range(6)], range(6)).samples("train")
+    with pytest.raises(DataError, match=r"no caption is of a clip of split val"):
+        write_alike(tmp_path, [[str(n)] for n in range(6)], range(6)).samples("val")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"answer": 1', '"answer": 5', r"msrvtt_mc_test\.jsonl, line \d: answer is 5, not a whole number from 0 to 4"),
+        ('"answer": 0', '"answer": null', r"msrvtt_mc_test\.jsonl, line 1: answer is None"),
+        ('"options": [', '"options": ["x", ', r"line 1: options is .* not a list of 5 texts"),
+        ('"video7010"', '"../../video7010"', r"line 1: clip_name or video_id is '\.\./\.\./video7010'"),
+    ],
+)
+def test_damaged_choices_are_refused_with_the_place(own, old, new, message):
+    root = own("choice")
+    change(root / "msrvtt_mc_test.jsonl", old, new)
+    with pytest.raises(DataError, match=message):
+        small(MSRVTTChoice, root).samples("test")
+
+
+def test_a_test_clip_that_is_trained_on_is_found(own):
+    root = own("choice")
+    change(root / "msrvtt_mc_test.jsonl", '"video7010"', '"video4"')
+    assert small(MSRVTTChoice, root).shared_clips(SPLITS) == {("train", "test"): ["video4"]}
+
+
+def test_the_whole_takes_seconds(tmp_path):
+    texts = [[f"{number} {place}" for place in range(20)] for number in range(6513)]
+    data = write_alike(tmp_path, texts, [number % 20 for number in range(6513)])
+    start = time.perf_counter()
+    assert len(data.samples("train")) == 32_565
+    assert time.perf_counter() - start < 30
+
+
+# Retrieval
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_the_full_protocol_by_lists_or_by_number(own, lists):
+    root = own("retrieval")
+    if not lists:
+        for path in root.glob("*.full.csv"):
+            path.unlink()
+    data = small(MSRVTTRetrieval, root)
+    assert data.protocol == "full"
+    for split in SPLITS:
+        samples = data.samples(split)
+        assert [sample.clip for sample in samples] == [f"video{number}" for number in CLIPS[split]]
+        assert [sample.options for sample in samples] == [tuple(captions_of(number)) for number in CLIPS[split]]
+        assert data.questions(samples) == CAPTIONS * len(samples)
+
+
+def test_a_list_decides_where_there_is_one(own):
+    root = own("retrieval")
+    write_table(root / "MSRVTT_train.full.csv", [{"video_id": "video5"}, {"video_id": "video2"}])
+    assert [sample.clip for sample in small(MSRVTTRetrieval, root).samples("train")] == ["video5", "video2"]
+
+
+@pytest.mark.parametrize("protocol", ["9k", "7k"])
+def test_the_other_protocols_hold_out_and_test_on_1k_a(folders, protocol, caplog):
+    caplog.set_level(logging.INFO)
+    data = small(MSRVTTRetrieval, folders["retrieval"], protocol=protocol)
+    listed = {"9k": 20, "7k": 16}[protocol]
+    clips = {split: [sample.clip for sample in data.samples(split)] for split in SPLITS}
+    assert (len(clips["train"]), len(clips["val"])) == {"9k": (18, 2), "7k": (15, 1)}[protocol]
+    assert not set(clips["train"]) & set(clips["val"])
+    assert data.samples("test") == [
+        ("video7012", "", "", "", ("is 7012, the man, in it",), 0),
+        ("video7015", "", "", "", ("is 7015, the man, in it",), 0),
+    ]
+    assert {sample.options for sample in data.samples("val")} == {
+        tuple(captions_of(int(clip[5:]))) for clip in clips["val"]
+    }
+    assert f"protocol {protocol}, split val: {len(clips['val'])} clips" in caplog.text
+    assert f"of whose {listed} clips {len(clips['val'])} are held out for validation" in caplog.text
+    assert not data.shared_clips(SPLITS)
+
+
+def test_another_protocol_is_refused(folders):
+    with pytest.raises(ConfigError, match="full, 9k, 7k"):
+        small(MSRVTTRetrieval, folders["retrieval"], protocol="1k")
+
+
+def test_clips_without_captions_are_named(own):
+    root = own("retrieval")
+    rows = [{"video_id": f"video{number}"} for number in [*range(3), *range(100, 107)]]
+    write_table(root / "MSRVTT_train.full.csv", rows)
+    with pytest.raises(DataError, match=r"7 of 10 clips have no caption, among them video100, .*, video104\n"):
+        small(MSRVTTRetrieval, root).samples("train")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"is 7012, the man, in it"', "is 7012, the man", r"JSFUSION_test\.csv, line 2: 5 fields"),
+        ("is 7012, the man, in it", " ", r"JSFUSION_test\.csv, line 2: sentence is ' ', not a caption"),
+        ("sentence", "text", r"line 1: no column sentence in the header"),
+        ("video7015", "video7012", r"line 3: video7012 stands there a second time"),
+        ("video7015", "../video7015", r"line 3: video_id is '\.\./video7015'"),
+    ],
+)  # fmt: skip
+def test_damaged_lists_are_refused_with_the_place(own, old, new, message):
+    root = own("retrieval")
+    change(root / "MSRVTT_JSFUSION_test.csv", old, new)
+    with pytest.raises(DataError, match=message):
+        small(MSRVTTRetrieval, root, protocol="9k").samples("test")
+
+
+# Real files
+
+
+def test_real_questions_at_their_published_counts(real, tmp_path):
+    data = MSRVTTQA(str(real / "msrvtt"), str(tmp_path), 1501)
+    samples = data.samples("val")
+    assert len(samples) == data.PUBLISHED["official"]["val"]["questions"] == 12_278
+    assert len({sample.clip for sample in samples}) == 497
+    assert {split_of(sample.clip) for sample in samples} == {"val"}
+    answers = data.read_answers([])
+    unknown = sum(answers.label(sample.answer) < 0 for sample in samples)
+    assert round(100 * (1 - unknown / len(samples)), 1) == 93.0
+    assert len(data.samples("test")) == 99
+    assert {sample.clip for sample in data.samples("test")} == data.find_clips().keys()
+
+
+@pytest.fixture
+def captioned(real, tmp_path):
+    """The real lists, with a caption made up for every clip: those distributed are of five."""
+    for path in (real / "msrvtt").glob("*.csv"):
+        (tmp_path / path.name).symlink_to(path)
+    rows = [{"image_id": f"video{number}", "caption": f"about {number}"} for number in range(10_000)]
+    (tmp_path / "MSR_VTT.json").write_text(json.dumps({"annotations": rows}))
+    return tmp_path
+
+
+def test_real_lists_at_their_published_counts(captioned):
+    counts = {}
+    for protocol, split in itertools.product(MSRVTTRetrieval.PROTOCOLS, SPLITS):
+        data = small(MSRVTTRetrieval, captioned, protocol=protocol)
+        samples = data.samples(split)
+        counts[protocol, split] = len(samples)
+        if protocol == "full":
+            assert {split_of(sample.clip) for sample in samples} == {split}
+        assert not data.shared_clips(SPLITS)
+    assert [counts["full", split] for split in SPLITS] == [6_513, 497, 2_990]
+    assert [counts["9k", split] for split in SPLITS] == [8_500, 500, 1_000]
+    assert [counts["7k", split] for split in SPLITS] == [6_510, 500, 1_000]
+
+
+def test_real_captions_are_read(real, tmp_path):
+    captions, categories = MSRVTTRetrieval(str(real / "msrvtt"), str(tmp_path)).captioned
+    assert {clip: len(texts) for clip, texts in captions.items()} == {f"video{n}": 20 for n in range(7010, 7015)}
+    assert categories["video7012"] == 5
+    with pytest.raises(DataError, match="2985 of 2990 clips have no caption, among them video7015"):
+        MSRVTTRetrieval(str(real / "msrvtt"), str(tmp_path)).samples("test")
