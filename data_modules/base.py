@@ -184,6 +184,7 @@ class VideoTextDataModule(EpochDataModule):
         for name, value, least in (
             ("num_frames", num_frames, 1), ("batch_size", batch_size, 1), ("candidates", candidates, 1),
             ("num_workers", num_workers or 0, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
+            ("num_classes", 2 if num_classes is None else num_classes, 2),
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"data.init_args.{name} is {value}: at least {least}")

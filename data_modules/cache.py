@@ -23,6 +23,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -273,7 +274,7 @@ class FrameCache:
                 self._put(index, name, entry)
                 if not entry.frames:
                     failures[name] = f"{clips[name]}: {entry.error}"
-        except RuntimeError as error:  # of the pool: a worker answers otherwise
+        except RuntimeError as error:  # of the pool
             raise DataError(
                 f"the decoding processes end or do not start ({error}): free memory, if it is short, and type the "
                 "same command again; what was decoded stays"
@@ -291,13 +292,15 @@ class FrameCache:
             return future.result()
         except DataError as error:
             return UNKNOWN._replace(error=str(error).removeprefix(f"{path}: "))
-        except MemoryError:
-            return UNKNOWN._replace(error="too little memory to decode it")
+        except (CDCError, BrokenProcessPool):
+            raise
         except TimeoutError:
             return fatal._replace(error=f"hangs the decoder (no end within {self.TIMEOUT_SECONDS:g} s): {remedy}")
         except ProcessExpired as error:
             entry = UNKNOWN if error.exitcode in STOPPED else fatal
             return entry._replace(error=f"kills the decoder (exit code {error.exitcode}): {remedy}")
+        except Exception as error:  # nothing that one clip does may keep the others from being decoded
+            return UNKNOWN._replace(error=f"{type(error).__name__} while decoding it ({error}): {remedy}")
 
     @property
     def _index(self) -> Path:

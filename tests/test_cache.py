@@ -106,6 +106,14 @@ def children_of(pid: int) -> set[int]:
     return {int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
+def is_running(pid: int) -> bool:
+    """Not gone, and not merely waiting for init to take note of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 def test_killed_in_the_middle_it_goes_on(tmp_path):
     """Nothing is decoded twice, nothing is half there, no decoder stays behind."""
     clips, cache = make_clips(tmp_path / "clips", 12, frames=30, size=(480, 360)), make_cache(tmp_path)
@@ -118,7 +126,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     run.kill()
     run.wait()
     assert decoders
-    while any(Path(f"/proc/{pid}").exists() for pid in decoders):
+    while any(is_running(pid) for pid in decoders):
         assert time.monotonic() < end, "a decoder was left behind"
         time.sleep(0.01)
     made = times(cache)
@@ -131,6 +139,44 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         assert cache.entry(name).frames == 30 + number
         assert numbers(cache, name, list(range(9))) == candidate_indices(30 + number, 3)
     assert not list(cache.folder.glob(".*"))
+
+
+def test_no_decoder_stays_behind_when_it_hangs(tmp_path):
+    clip = write_clip(tmp_path / "clips" / "hangs.avi")
+    (tmp_path / "sitecustomize.py").write_text(BAD_DECODER)
+    command = [sys.executable, "-c", FILL, clip.parent, tmp_path / "frames", "1"]
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 20
+    while not (tmp_path / "hanging").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    decoder = int((tmp_path / "hanging").read_text())
+    assert decoder in children_of(run.pid)
+    run.kill()
+    run.wait()
+    while is_running(decoder):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_killed_runs_left_is_removed_before_and_after(tmp_path, monkeypatch):
+    """A decoder of a killed run may live on for a moment."""
+    cache, late = make_cache(tmp_path), subprocess.Popen(["sleep", "60"])
+    cache.folder.mkdir(parents=True)
+    early, later = (cache.folder / f".c.npy.{HOST}.{pid}.tmp" for pid in (4194999, late.pid))
+    early.touch()
+    later.touch()
+
+    def fill(*arguments: object) -> dict[str, str]:
+        assert not early.exists()
+        assert later.exists()
+        late.kill()
+        late.wait()
+        return {}
+
+    monkeypatch.setattr(cache, "_fill", fill)
+    cache.fill({}, 1)
+    assert not later.exists()
 
 
 def test_a_cut_index_and_a_half_written_array_are_made_good(tmp_path):
@@ -264,7 +310,7 @@ def test_what_cannot_be_decoded_is_remembered(tmp_path, forbid, monkeypatch):
 
 def test_a_clip_that_hangs_or_kills_its_decoder_is_the_only_one_to_fail(tmp_path, monkeypatch, forbid):
     clips, cache = make_clips(tmp_path / "clips", 3), make_cache(tmp_path)
-    for name in ("hangs", "dies", "ended"):
+    for name in ("hangs", "dies", "ended", "surprises"):
         clips[name] = Path(shutil.copy(clips["c0"], tmp_path / "clips" / f"{name}.avi"))
     (tmp_path / "sitecustomize.py").write_text(BAD_DECODER)
     monkeypatch.setattr(FrameCache, "TIMEOUT_SECONDS", 1)
@@ -276,9 +322,10 @@ def test_a_clip_that_hangs_or_kills_its_decoder_is_the_only_one_to_fail(tmp_path
         "hangs": f"{clips['hangs']}: hangs the decoder (no end within 1 s): {remedy}",
         "dies": f"{clips['dies']}: kills the decoder (exit code -11): {remedy}",
         "ended": f"{clips['ended']}: kills the decoder (exit code -9): {remedy}",
+        "surprises": f"{clips['surprises']}: AttributeError while decoding it (no attribute): {remedy}",
     }
     assert cache.ready == {f"c{i}" for i in range(3)}
-    failures.pop("ended")  # as the system ends who takes too much memory: of the moment
+    del failures["ended"], failures["surprises"]  # as the system ends who takes too much memory: of the moment
     assert cache.fill(clips, 1) == failures
     assert cache.ready == clips.keys() - failures.keys()
     forbid("ProcessPool")
@@ -290,7 +337,10 @@ import os, signal, time
 import cdc_mmpg.video
 def read_frames(path, *arguments, read=cdc_mmpg.video.read_frames):
     if path.stem == "hangs":
+        path.parent.with_name("hanging").write_text(str(os.getpid()))
         time.sleep(1000)
+    if path.stem == "surprises":
+        raise AttributeError("no attribute")
     if path.stem in ("dies", "ended"):
         os.kill(os.getpid(), signal.SIGSEGV if path.stem == "dies" else signal.SIGKILL)
     return read(path, *arguments)
@@ -376,8 +426,7 @@ def test_too_little_room(tmp_path, monkeypatch):
 def test_the_room_ends_within_a_line_of_the_index(tmp_path):
     clips, cache = make_clips(tmp_path, 2), make_cache(tmp_path)
     cache.fill(clips, 1)
-    for clip in clips.values():
-        os.utime(clip)
+    os.utime(clips["c1"])
     size = (cache.folder / "index.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, hard))
@@ -388,7 +437,7 @@ def test_the_room_ends_within_a_line_of_the_index(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (cache.folder / "index.jsonl").stat().st_size == size + 30
     assert cache.fill(clips, 1) == {}
-    assert [line["name"] for line in lines(cache)] == ["c0", "c1"] * 2
+    assert [line["name"] for line in lines(cache)] == ["c0", "c1", "c1"]
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

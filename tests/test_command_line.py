@@ -200,7 +200,7 @@ def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
 def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path, monkeypatch):
     from data_modules.msvd_qa import MSVDQA
 
-    data = MSVDQA(str(msvd), 5, str(tmp_path), image_size=32, num_workers=0, vocab=str(msvd / "vocab.txt"))
+    data = MSVDQA(str(msvd), str(tmp_path), 5, image_size=32, num_workers=0, vocab=str(msvd / "vocab.txt"))
     data.prepare_data()
     data.setup("fit")
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 5)):

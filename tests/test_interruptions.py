@@ -332,7 +332,7 @@ def test_stopped_while_decoding_what_was_made_stays(number, run, fit, tmp_path):
         rows.append({"answer": "red", "id": index, "question": "what is it?", "video_id": 1000 + index})
     (root / "train_qa.json").write_text(json.dumps(rows))
     command = fit("linear", root=root, out=tmp_path / "out")
-    frames = tmp_path / "out" / "msvd" / "data" / "frames"
+    frames = tmp_path / "out" / "msvd" / "data" / "frames" / "pyav-38px-3x3"
     process = start(tmp_path / "log", main, command)
     until(lambda: len(list(frames.glob("*.npy"))) >= 5, process)
     workers = children_of(process.pid)

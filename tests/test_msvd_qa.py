@@ -115,9 +115,12 @@ def test_after_the_preparation_nothing_is_decoded(own_msvd, tmp_path):
         assert sum(len(batch.labels) for batch in loader) == 12
 
 
-def test_a_changed_clip_is_decoded_anew(own_msvd, tmp_path):
+def test_a_changed_clip_is_refused_until_it_is_asked_for(own_msvd, tmp_path):
     before = ready(own_msvd, tmp_path).fingerprint("test", frames=True)
     write_clip(own_msvd / "YouTubeClips" / "t_0_1.avi", frames=30)
+    with pytest.raises(DataError, match=r"1 clips changed.*\n  t_0_1 .*\n.*make data"):
+        ready(own_msvd, tmp_path)
+    assert module(own_msvd, tmp_path).check()["ready"] == 6
     data = ready(own_msvd, tmp_path)
     assert data.fingerprint("test", frames=True) != before
     greys = (next(iter(data.test_dataloader())).frames[0].float().mean((1, 2, 3)) - 4) / 6
@@ -126,7 +129,7 @@ def test_a_changed_clip_is_decoded_anew(own_msvd, tmp_path):
 
 def test_a_half_written_array_is_never_read(own_msvd, tmp_path):
     data = ready(own_msvd, tmp_path)
-    path = data.cache.path(own_msvd / "YouTubeClips" / "t_0_1.avi")
+    (path,) = data.cache.folder.glob("t_0_1.*.npy")
     leftover = path.with_name(f".{path.name}.{HOST}.999999999.tmp")  # of a process that was killed
     leftover.write_bytes(path.read_bytes()[:100])
     path.unlink()
@@ -172,6 +175,7 @@ def test_clips_may_be_mp4(own_msvd, tmp_path):
         ("test_qa.json", '"video_id": 4', '"video_id": 44', r"test_qa\.json: \[0\]\.video_id is 44.*mapping"),
         ("test_qa.json", "[", '{"rows": [', r"test_qa\.json, line 1"),
         ("youtube_mapping.txt", "v_0_1 vid3", "v_0_1", r"youtube_mapping\.txt, line 4"),
+        ("youtube_mapping.txt", "v_0_1 vid3", "v_0_1 vid2", r"line 4: vid2 is 'v_0_1', and 'e_3_4' above"),
         ("youtube_mapping.txt", "v_0_1", "../../v_0_1", r"youtube_mapping\.txt, line 4.*refused"),
         ("youtube_mapping.txt", "v_0_1", "t_0_1", r"val and test share 1 clips, among them t_0_1"),
         ("answer_set.txt", "green\n", "", r"answer_set\.txt: 3 different answers.*num_classes=4"),
@@ -233,6 +237,16 @@ def test_without_a_distributed_vocabulary_training_answers_are_counted(own_msvd,
     assert "answer_set.txt is absent" in caplog.text
 
 
+def test_types_are_first_words_unless_stated(own_msvd, tmp_path):
+    rows = json.loads((own_msvd / "train_qa.json").read_text())
+    for row, question in zip(rows, ["Who is it?", "how many?", "is it?"], strict=False):
+        row["question"] = question
+    rows[3]["type"] = "colour"
+    (own_msvd / "train_qa.json").write_text(json.dumps(rows))
+    types = [sample.type for sample in module(own_msvd, tmp_path).samples("train")]
+    assert types == ["who", "how", "other", "colour", *["what"] * 8]
+
+
 def test_the_same_question_may_have_several_answers(own_msvd, tmp_path):
     rows = json.loads((own_msvd / "train_qa.json").read_text())
     rows[1] = {**rows[1], "question": rows[0]["question"], "video_id": rows[0]["video_id"]}
@@ -247,12 +261,16 @@ def test_impossible_arguments_are_refused(msvd, tmp_path, arguments):
 
 
 def test_real_files_are_read_at_their_published_counts(real, tmp_path):
-    data = MSVDQA(str(real / "msvd"), 1001, str(tmp_path), vocab=str(real.parent / "vocab" / "vocab.txt"),
+    data = MSVDQA(str(real / "msvd"), str(tmp_path), 1001, vocab=str(real.parent / "vocab" / "vocab.txt"),
                   only_present=True, num_workers=2)  # fmt: skip
     samples = {split: data.read_split(split) for split in ("train", "val", "test")}
     assert {split: len(rows) for split, rows in samples.items()} == {"train": 30_933, "val": 6_415, "test": 13_157}
     clips = {split: len({row.clip for row in rows}) for split, rows in samples.items()}
     assert clips == {"train": 1_161, "val": 245, "test": 504}
+    published = data.PUBLISHED["official"]
+    assert {split: (len(rows), clips[split]) for split, rows in samples.items()} == {
+        split: (row["questions"], row["clips"]) for split, row in published.items()
+    }
     answers = data.read_answers([])
     assert len(answers.words) == 1_000
     known = {split: np.mean([answers.label(row.answer) >= 0 for row in rows]) for split, rows in samples.items()}

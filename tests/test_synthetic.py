@@ -124,8 +124,7 @@ def test_the_clips_are_made_again_bit_by_bit(synthetic, tmp_path):
 
 
 def module(root: Path, folder: Path, **arguments: object) -> Synthetic:
-    return Synthetic(
-        str(root), 17, str(folder), image_size=64, resize=64, batch_size=4, num_workers=0,
+    return Synthetic(str(root), str(folder), 17, image_size=64, resize=64, batch_size=4, num_workers=0,
         vocab=str(root / "vocab.txt"), **arguments,
     )  # fmt: skip
 
@@ -139,7 +138,7 @@ def data(synthetic, tmp_path_factory) -> Synthetic:
 
 
 def test_msvds_loader_reads_it(synthetic, data, tmp_path):
-    plain = MSVDQA(str(synthetic), 17, str(tmp_path), image_size=64, resize=64, num_workers=0,
+    plain = MSVDQA(str(synthetic), str(tmp_path), 17, image_size=64, resize=64, num_workers=0,
                    vocab=str(synthetic / "vocab.txt"))  # fmt: skip
     for split in SPLITS:
         assert plain.read_split(split) == data.read_split(split)
@@ -230,14 +229,6 @@ def test_captions_are_held_out_by_clip(data):
         assert asked[0] == asked[3]
 
 
-def test_a_dataset_without_devices_or_captions_says_so(msvd, tmp_path):
-    plain = MSVDQA(str(msvd), 5, str(tmp_path), vocab=str(msvd / "vocab.txt"))
-    with pytest.raises(ConfigError, match="devices"):
-        plain.sessions()
-    with pytest.raises(ConfigError, match="captions"):
-        plain.captions()
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -265,7 +256,7 @@ def test_damaged_files_are_refused_by_name(synthetic, data, tmp_path, name, text
 
 def test_frames_cannot_be_smaller_than_what_is_cut_out_of_them(synthetic, tmp_path):
     with pytest.raises(ConfigError, match="resize is 32"):
-        Synthetic(str(synthetic), 17, str(tmp_path), image_size=64, resize=32)
+        Synthetic(str(synthetic), str(tmp_path), 17, image_size=64, resize=32)
 
 
 @pytest.mark.parametrize(("method", "batch_size"), [("encoder_pretraining", 8), ("cdc_mmpg_session", 3)])

@@ -233,6 +233,13 @@ def test_audio_alone_is_refused(tmp_path, decoder):
         read_frames(path, lambda count: [0], 32, decoder)
 
 
+def test_an_unknown_codec_is_refused(tmp_path, decoder):
+    clip = write_clip(tmp_path / "future.mp4", codec="libx264")
+    clip.write_bytes(clip.read_bytes().replace(b"avc1", b"zzz9").replace(b"avcC", b"zzzC"))
+    with pytest.raises(DataError, match=rf"future\.mp4: {decoder} cannot decode it"):
+        read_frames(clip, lambda count: [0], 32, decoder)
+
+
 def test_a_clip_cut_at_any_point_gives_its_frames_or_a_named_error(tmp_path, decoder):
     whole = write_clip(tmp_path / "whole.avi", frames=30).read_bytes()
     for end in range(50, len(whole), len(whole) // 25):

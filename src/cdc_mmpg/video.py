@@ -105,7 +105,8 @@ def _packets(path: Path, decoder: Decoder) -> int:
 def _decode_pyav(path: Path) -> Iterator[av.VideoFrame]:
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
-        assert stream is not None
+        if stream is None or stream.codec_context is None:
+            raise ValueError("a codec that FFmpeg does not know")
         stream.codec_context.thread_type = "AUTO"
         yield from container.decode(stream)  # type: ignore[misc]  # of a video stream, video frames
 
