@@ -200,6 +200,7 @@ class VideoTextDataModule(EpochDataModule):
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
         self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
+        self.notes: dict[Split, str] = {}  # where a split comes from, where that has to be said; `read_split` fills it
         self._annotated: dict[Split, list[Sample]] = {}
         self._splits: dict[Split, ClipDataset] = {}
         self._left_out: Counter[Split] = Counter()
@@ -308,6 +309,7 @@ class VideoTextDataModule(EpochDataModule):
             row["ready"] = self._counts([s for s in samples if s.clip in present and s.clip not in unreadable])
         return {
             "protocol": self.protocol,
+            "notes": self.notes,
             "splits": splits,
             "published": self._published(splits),
             "clips": len(named),

@@ -1,6 +1,6 @@
 """MSRVTT-QA: open-ended questions about web video clips (Xu et al. 2017)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from cdc_mmpg.batch import Split
@@ -69,7 +69,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
             )
         return samples
 
-    def read_answers(self, training_answers: Sequence[str]) -> Answers:
+    def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The 1,500 answers of the vocabulary file; see the class."""
         paths = self.files("msrvtt_train_ans2label.json", "train_ans2label.json")
         return Answers.read(find_file(paths) or paths[0], self.classes, training_answers)

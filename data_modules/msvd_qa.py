@@ -1,7 +1,7 @@
 """MSVD-QA: open-ended questions about short YouTube clips (Xu et al. 2017)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,7 +86,7 @@ class MSVDQA(VideoQADataModule):
         """The content of an annotation file."""
         return read_json(choose_file([path], self.remedy()))
 
-    def read_answers(self, training_answers: Sequence[str]) -> Answers:
+    def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The 1,000 answers of `answer_set.txt`; see the class."""
         return Answers.read(self.root / "answer_set.txt", self.classes, training_answers)
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -84,6 +84,7 @@ class TGIF(VideoTextDataModule):
                 "questions", self.root, len({sample.clip for sample in chosen}),
                 len({sample.clip for sample in samples}), len(chosen), len(samples),
             )  # fmt: skip
+            self.notes["val"] = f"a hash of the GIF's name, held out of {self.part}'s training questions"
         return chosen
 
     def find_clips(self) -> dict[str, Path]:
@@ -132,7 +133,7 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
         """See `TGIF`."""
         return Sample(row.clip(*NAME), row.field(str, "question"), row.field(str, "answer"), self._type(row))
 
-    def read_answers(self, training_answers: Sequence[str]) -> Answers:
+    def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The vocabulary; see the class."""
         names = ("frameqa_trainval_ans2label.json", "frameqa_train_ans2label.json", "train_ans2label.json")
         paths = [self.root / folder / name for folder in FOLDERS for name in names]

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -71,6 +72,25 @@ def start(log: Path, function: Callable[..., object], *arguments: object) -> mul
     process = CONTEXT.Process(target=_run, args=(function, arguments, os.getcwd(), str(log)))
     process.start()
     return process
+
+
+def _as_rank(function: Callable[..., object], rank: int, world: int, port: int, *arguments: object) -> object:
+    names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    return function(*arguments)
+
+
+def start_ranks(
+    folder: Path, function: Callable[..., object], *arguments: object, world: int = 2
+) -> list[multiprocessing.process.BaseProcess]:
+    """Begin `function(*arguments)` in processes that find each other, as a cluster starts them: Lightning starts none.
+
+    Their outputs go to `log<rank>` in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [start(folder / f"log{rank}", _as_rank, function, rank, world, port, *arguments) for rank in range(world)]
 
 
 def finish(process: multiprocessing.process.BaseProcess, seconds: float = 120) -> int:

@@ -205,6 +205,7 @@ def write_run(
         "seed": seed,
         "monitor": "val/accuracy",
         "protocol": "official",
+        "splits": {},
         "metrics": {"val/accuracy": value + 0.01, "test/accuracy": accuracy[conditions[0]]["test"]["all"]["value"]},
         "best_epoch": 11 + seed,
         "epochs": 40,

@@ -268,6 +268,7 @@ class VideoTextData(Protocol):
     task: ClassVar[Task]
     views: ClassVar[frozenset[View]]
     protocol: str
+    notes: dict[Split, str]  # where a split comes from, where that has to be said
     cache_dir: Path
     batch_size: int
     num_workers: int

@@ -63,7 +63,7 @@ def _retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str
         case: np.concatenate([own <= k for own in both for k in RECALLS]) for case, both in places.items()
     }
     number, sizes = len(owners), np.bincount(owners, minlength=len(names)).tolist()
-    chance = [[1 - comb(number - size, k) / comb(number, k) for size in sizes] for k in RECALLS]
+    chance = [[1 - comb(number - size, k) / max(1, comb(number, k)) for size in sizes] for k in RECALLS]
     chance += [[min(1.0, k / len(names))] * number for k in RECALLS]
     found = accuracies(correct | {"chance": np.concatenate(chance)}, clips, clips, [""] * len(clips), types)
     kept = {case: {"test": {kind: cells["test"][kind] for kind in kinds}} for case, cells in found.items()}

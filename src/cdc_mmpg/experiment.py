@@ -285,6 +285,7 @@ class Experiment(LightningCLI):
             "seed": self.settings["seed_everything"],
             "task": self.dataset.task,
             "protocol": self.dataset.protocol,
+            "splits": self.dataset.notes,
             "metrics": metrics,
             "monitor": best.monitor,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],

@@ -1,0 +1,296 @@
+"""Every dataset with every method, from annotation files as people have them to results; and over two processes."""
+
+import csv
+import json
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, start, start_ranks
+
+from cdc_mmpg import predict, prepare, report
+from cdc_mmpg.batch import FeatureBatch
+from cdc_mmpg.cli import main
+from cdc_mmpg.models.heads import Retrieval
+from communities import write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
+
+METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "msrvtt": write_msrvtt_qa,
+    "tgif": write_tgif,
+    "tgif_action": lambda root: write_tgif(root, "action"),
+    "tgif_transition": lambda root: write_tgif(root, "transition", "clipbert"),
+    "msrvtt_choice": write_msrvtt_choice,
+    "msrvtt_retrieval": write_msrvtt_retrieval,
+}
+OPEN_ENDED = ("msrvtt", "tgif")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[str, Path]:
+    """A folder like each dataset's, not to be changed."""
+    return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Where runs go, for all tests here."""
+    return tmp_path_factory.mktemp("out")
+
+
+def options(dataset: str, root: Path, out: Path) -> list[str]:
+    return [
+        f"--data.init_args.root={root}", f"--data.init_args.cache_dir={out / dataset / 'data'}",
+        f"--data.init_args.vocab={root / 'vocab.txt'}", "--data.init_args.image_size=32",
+        "--data.init_args.batch_size=4", "--data.init_args.num_workers=0",
+        *(["--data.init_args.num_classes=5"] if dataset in OPEN_ENDED else []),
+    ]  # fmt: skip
+
+
+def run(dataset: str, method: str, root: Path, out: Path, phase_one: Path, *more: str) -> list[str]:
+    return [
+        "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",
+        f"--trainer.default_root_dir={out / dataset / method / 'seed0'}", *options(dataset, root, out),
+        "--model.init_args.encoder.depth=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu", *([f"--model.init_args.adr={phase_one}"] if method == "cdc_mmpg" else []), *more,
+    ]  # fmt: skip
+
+
+def check(dataset: str, root: Path, out: Path, *more: str) -> int:
+    return prepare.main([
+        str(out / dataset), "--config=experiments/methods/linear.yaml",
+        f"--config=experiments/datasets/{dataset}.yaml", *options(dataset, root, out), *more,
+    ])  # fmt: skip
+
+
+# Questions and clips of train, val and test as `communities` writes them.
+COUNTS = {
+    "msrvtt": ((40, 10), (24, 6), (24, 6)),
+    "tgif": ((36, 18), (4, 2), (8, 4)),
+    "tgif_action": ((36, 18), (4, 2), (8, 4)),
+    "tgif_transition": ((40, 20), (4, 2), (8, 4)),
+    "msrvtt_choice": ((50, 10), (30, 6), (6, 6)),
+    "msrvtt_retrieval": ((60, 10), (36, 6), (36, 6)),
+}
+
+
+@pytest.mark.parametrize("dataset", WRITERS)
+def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys):
+    assert check(dataset, roots[dataset], out) == 0
+    found = json.loads((out / dataset / "data.json").read_text())
+    rows = [found["splits"][split] for split in ("train", "val", "test")]
+    assert tuple((row["questions"], row["clips"]) for row in rows) == COUNTS[dataset]
+    assert all(row["ready"] == {"questions": row["questions"], "clips": row["clips"]} for row in rows)
+    assert found["missing"] == []
+    assert found["unreadable"] == found["shared_between_splits"] == {}
+    for row in rows:
+        assert row["ceiling"] == pytest.approx(1 - row["unknown_answers"] / row["questions"])
+    assert (rows[2]["unknown_answers"] > 0) == (dataset in OPEN_ENDED)
+    assert {"commit", "versions", "configuration"} <= found.keys()
+    printed = capsys.readouterr().out
+    assert f"{rows[0]['questions']:,}" in printed
+    assert "clips ready, 0 absent" in printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dataset", ["msrvtt_choice", "msrvtt_retrieval", "msrvtt", "tgif"])
+def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_one):
+    assert main(run(dataset, method, roots[dataset], out, phase_one)) == 0
+    folder = out / dataset / method / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert tuple(results["questions"].values()) == tuple(questions for questions, _ in COUNTS[dataset])
+    cells = results["accuracy"]["own"]["test"]
+    expected = {"linear": {"own"}, "fine_tuning": {"own"}, "hyper": {"own", "shuffled"}}
+    assert set(results["accuracy"]) == expected.get(method, {"own", "shuffled", "bypassed"})
+    assert all({"value", "standard_error", "questions"} <= cell.keys() for cell in cells.values())
+    with (folder / "predictions.test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    if dataset == "msrvtt_retrieval":
+        assert results["protocol"] == "full"
+        assert results["splits"]["test"].endswith("MSRVTT_test.full.csv")
+        for way, queries in (("VR", 6), ("TR", 36)):
+            ranks = [int(row["own"]) for row in rows if row["direction"] == way]
+            assert len(ranks) == queries
+            for k in (1, 5, 10):
+                right = sum(rank <= k for rank in ranks)
+                assert cells[f"{way}@{k}"]["questions"] == queries
+                assert cells[f"{way}@{k}"]["value"] == pytest.approx(right / queries)
+                assert results["metrics"][f"test/{way}@{k}"] == pytest.approx(right / queries)
+            assert results["floors"]["chance"]["test"]["TR@1"]["value"] == pytest.approx(1 / 6)
+        assert results["classes"] == 256
+        return
+    right = sum(row["own"] == row["answer"] for row in rows)
+    assert cells["all"]["questions"] == len(rows) == COUNTS[dataset][2][0]
+    assert cells["all"]["value"] == pytest.approx(right / len(rows))
+    assert results["metrics"]["test/accuracy"] == pytest.approx(right / len(rows))
+    if dataset == "msrvtt_choice":
+        assert results["floors"]["chance"]["test"]["all"]["value"] == pytest.approx(0.2)
+        assert results["classes"] == 1
+    else:
+        assert cells["what"]["questions"] == 6 if dataset == "msrvtt" else cells["color"]["questions"] == 2
+
+
+def test_the_table_of_each_task(roots, out, capsys):
+    for dataset, header in (("msrvtt_choice", "paper %"), ("msrvtt_retrieval", "VR@1 | VR@5"), ("tgif", "location")):
+        assert report.main([str(out / dataset)]) == 0
+        table = (out / dataset / "table.md").read_text()
+        assert header in table
+        assert all(report.NAMES[method] in table for method in METHODS)
+    assert "| VR median | TR median |" in (out / "msrvtt_retrieval" / "table.md").read_text()
+    assert "77" in (out / "msrvtt_choice" / "table.md").read_text()
+    assert "MSRVTT_test.full.csv" in (out / "msrvtt_retrieval" / "table.md").read_text()
+    capsys.readouterr()
+
+
+def test_prediction_chooses_among_texts(roots, out, capsys):
+    clip = roots["msrvtt_choice"] / "videos" / "video7010.mp4"
+    texts = "a man | the man | what is it | in it | the dog"
+    for dataset, method in (("msrvtt_choice", "cdc_mmpg"), ("msrvtt_retrieval", "hyper"), ("msrvtt_choice", "linear")):
+        ask = ["--run", str(out / dataset / method / "seed0"), "--video", str(clip), "--choices"]
+        assert predict.main([*ask, texts]) == 0
+        printed = capsys.readouterr().out
+        scores = [float(number) for number in re.findall(r"(-?[\d.]+)%", printed)]
+        assert len(scores) == 5
+        assert scores == sorted(scores, reverse=True)
+        assert (sum(scores) == pytest.approx(100, abs=0.5)) == (dataset == "msrvtt_choice")
+        assert predict.main([*ask, ""]) == 2
+        assert "CHOICES=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", ["9k", "7k"])
+def test_the_protocol_is_in_the_results(protocol, roots, tmp_path, phase_one):
+    command = run("msrvtt_retrieval", "linear", roots["msrvtt_retrieval"], tmp_path, phase_one,
+                  f"--data.init_args.protocol={protocol}")  # fmt: skip
+    assert main(command) == 0
+    results = json.loads((tmp_path / "msrvtt_retrieval" / "linear" / "seed0" / "results.json").read_text())
+    assert results["protocol"] == protocol
+    assert "held out for validation" in results["splits"]["val"]
+    assert results["questions"]["test"] == 2
+
+
+def test_make_data_lists_everything_that_is_wrong(tmp_path, capsys):
+    root = write_msrvtt_qa(tmp_path / "msrvtt")
+    (root / "videos" / "video3.mp4").unlink()
+    (root / "videos" / "video7011.mp4").write_bytes(b"<html>404</html>")
+    rows = json.loads((root / "val_qa.json").read_text())
+    rows[0]["video_id"] = 1
+    (root / "val_qa.json").write_text(json.dumps(rows))
+    assert check("msrvtt", root, tmp_path / "out") == 3
+    said = capsys.readouterr().err
+    for part in ("train and val share 1 clips:\n  video1", "1 clips are absent:\n  video3", "video7011: ", "belongs"):
+        assert part in said
+    found = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
+    assert found["missing"] == ["video3"]
+    assert list(found["unreadable"]) == ["video7011"]
+    assert found["shared_between_splits"] == {"train and val": ["video1"]}
+    assert found["splits"]["train"]["ready"] == {"questions": 36, "clips": 9}
+    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=2") == 3  # shared all the same
+    capsys.readouterr()
+    (root / "train_qa.json").unlink()
+    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=9") == 3
+    said = capsys.readouterr().err
+    assert "train_qa.json: no such file" in said
+    assert said.count("MSRVTT.zip") == 1
+    assert "val" in json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["splits"]
+
+
+def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_one, caplog):
+    root = roots["tgif"]
+    assert check("tgif", root, tmp_path) == 0
+    arrays = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert len(arrays) == 24
+    caplog.clear()
+    assert main(run("tgif", "linear", root, tmp_path, phase_one)) == 0
+    assert "decoding" not in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == arrays
+
+
+@pytest.mark.parametrize(
+    ("dataset", "method", "more", "message"),
+    [
+        ("msrvtt", "cdc_mmpg_session", (), "does not know its clips' devices"),
+        ("msrvtt_choice", "session_oracle", (), "sessions need them"),
+        ("tgif", "encoder_pretraining", (), "no captions"),
+        ("msrvtt_choice", "linear", ("--model.init_args.head=cdc_mmpg.models.heads.Retrieval",), "a head for retrieval"),
+        ("msrvtt_choice", "linear", ("--data.init_args.num_classes=5",), "the other tasks none"),
+        ("msrvtt_retrieval", "linear", ("--data.init_args.protocol=8k",), "one of full, 9k, 7k"),
+        ("tgif_action", "hyper", ("--model.init_args.head.init_args.candidates=4",), "candidates=5"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_with_the_reason(
+    dataset, method, more, message, roots, tmp_path, phase_one, capsys
+):
+    assert main(run(dataset, method, roots[dataset], tmp_path, phase_one, *more)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
+    """What Lightning's own test of a run's best weights prints, in one process."""
+    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
+             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
+    assert finish(start(out / "log", main, alone)) == 0, (out / "log").read_text()
+    found = re.findall(r"test/([\w@]+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
+    return {name: float(value) for name, value in found}
+
+
+def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
+    """One pair of each task, trained and tested over gloo; splits of odd size, and features where the encoder stays."""
+    running = {}
+    for dataset, method in (("msrvtt", "fine_tuning"), ("tgif_action", "hyper"), ("msrvtt_retrieval", "cdc_mmpg"),
+                            ("msrvtt_retrieval", "linear")):  # fmt: skip
+        folder = tmp_path / f"{dataset}-{method}"
+        command = run(dataset, method, roots[dataset], folder, phase_one, "--trainer.devices=2",
+                      "--data.init_args.batch_size=3")  # fmt: skip
+        running[dataset, method, folder] = start_ranks(folder, main, command)
+    for (dataset, method, folder), ranks in running.items():
+        for rank, process in enumerate(ranks):
+            assert finish(process) == 0, (folder / f"log{rank}").read_text()
+        results = json.loads((folder / dataset / method / "seed0" / "results.json").read_text())
+        assert results["devices"] == "2 x cpu"
+        alone = result_of_testing_alone(folder / dataset / method / "seed0", folder)
+        both = {name.removeprefix("test/"): value for name, value in results["metrics"].items() if "test/" in name}
+        alone.pop("loss"), both.pop("loss")  # retrieval's depends on the batch
+        assert alone.keys() == both.keys()
+        assert alone == pytest.approx(both, abs=1e-4)
+        counted = {cell["questions"] for cell in results["accuracy"]["own"]["test"].values()}
+        assert max(counted) == COUNTS[dataset][2][0]
+
+
+def contrast(rank: int, world: int, port: int, path: str) -> int:
+    """The gradient of the text projection from this process's part of a batch, and DDP's mean over all."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    head, layer = Retrieval(), torch.nn.Linear(192, 256)
+    videos, texts = torch.randn(6, 192), torch.randn(6, 1, 192)
+    own = slice(rank, None, world)
+    batch = FeatureBatch(videos[own], torch.zeros(6)[own], torch.arange(6)[own], texts[own], torch.ones(6, 1)[own])
+    loss = head.loss(head(batch.frame_features, layer), batch)
+    loss.backward()
+    found = [loss.detach(), *(parameter.grad for parameter in (*head.parameters(), *layer.parameters()))]
+    for value in found:
+        torch.distributed.all_reduce(value)
+        value /= world
+    if rank == 0:
+        torch.save(found, path)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def test_negatives_of_all_processes_give_the_gradient_of_one(tmp_path):
+    found = {}
+    for world in (1, 2, 3):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        path = tmp_path / f"{world}.pt"
+        ranks = [start(tmp_path / f"log{world}", contrast, rank, world, port, str(path)) for rank in range(world)]
+        assert [finish(process, 60) for process in ranks] == [0] * world, (tmp_path / f"log{world}").read_text()
+        found[world] = torch.load(path, weights_only=True)
+    for world in (2, 3):
+        for ours, expected in zip(found[world], found[1], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
