@@ -195,7 +195,7 @@ class VideoTextDataModule(EpochDataModule):
                 f"data.init_args.num_classes is {num_classes}: open-ended questions have classes, the other tasks none"
             )
         self.root, self.cache_dir = Path(root), Path(cache_dir)
-        self.protocol, self.classes = protocol or self.PROTOCOLS[0], num_classes or 0
+        self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present

@@ -72,4 +72,4 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The 1,500 answers of the vocabulary file; see the class."""
         paths = self.files("msrvtt_train_ans2label.json", "train_ans2label.json")
-        return Answers.read(find_file(paths) or paths[0], self.classes, training_answers)
+        return Answers.read(find_file(paths) or paths[0], self.num_classes, training_answers)

@@ -88,7 +88,7 @@ class MSVDQA(VideoQADataModule):
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The 1,000 answers of `answer_set.txt`; see the class."""
-        return Answers.read(self.root / "answer_set.txt", self.classes, training_answers)
+        return Answers.read(self.root / "answer_set.txt", self.num_classes, training_answers)
 
     def find_clips(self) -> dict[str, Path]:
         """The clips on disk by their name without suffix."""

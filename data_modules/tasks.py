@@ -25,7 +25,7 @@ class VideoQADataModule(VideoTextDataModule):
 
     @abstractmethod
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """The answer vocabulary, of `self.classes` - 1 answers; `training_answers` are read when they are asked for."""
+        """The answer vocabulary, of `self.num_classes` - 1 answers; `training_answers` are read when asked for."""
 
     def read_vocabulary(self) -> None:
         """Of the answers."""

@@ -138,9 +138,9 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
         names = ("frameqa_trainval_ans2label.json", "frameqa_train_ans2label.json", "train_ans2label.json")
         paths = [self.root / folder / name for folder in FOLDERS for name in names]
         if path := find_file(paths):
-            return Answers.read(path, self.classes, training_answers)
+            return Answers.read(path, self.num_classes, training_answers)
         held = [sample.answer for sample in self.samples("val")]
-        return Answers.read(paths[0], self.classes, [*training_answers, *held])
+        return Answers.read(paths[0], self.num_classes, [*training_answers, *held])
 
     def _type(self, row: Row) -> str:
         """A jsonl file may state none."""

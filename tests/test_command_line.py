@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import finish, start
 
 from cdc_mmpg import dashboard, predict, report
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip
+from processes import finish, start
 
 METHODS = ("linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen")
 

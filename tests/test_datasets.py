@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, start, start_ranks
 
 from cdc_mmpg import predict, prepare, report
 from cdc_mmpg.batch import FeatureBatch
 from cdc_mmpg.cli import main
 from cdc_mmpg.models.heads import Retrieval
 from communities import write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
+from processes import finish, start, start_ranks
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -214,7 +214,7 @@ def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_on
         ("msrvtt", "cdc_mmpg_session", (), "does not know its clips' devices"),
         ("msrvtt_choice", "session_oracle", (), "sessions need them"),
         ("tgif", "encoder_pretraining", (), "no captions"),
-        ("msrvtt_choice", "linear", ("--model.init_args.head=cdc_mmpg.models.heads.Retrieval",), "a head for retrieval"),
+        ("tgif_action", "linear", ("--model.init_args.head=cdc_mmpg.models.heads.Retrieval",), "head for retrieval"),
         ("msrvtt_choice", "linear", ("--data.init_args.num_classes=5",), "the other tasks none"),
         ("msrvtt_retrieval", "linear", ("--data.init_args.protocol=8k",), "one of full, 9k, 7k"),
         ("tgif_action", "hyper", ("--model.init_args.head.init_args.candidates=4",), "candidates=5"),
@@ -274,9 +274,8 @@ def contrast(rank: int, world: int, port: int, path: str) -> int:
     found = [loss.detach(), *(parameter.grad for parameter in (*head.parameters(), *layer.parameters()))]
     for value in found:
         torch.distributed.all_reduce(value)
-        value /= world
     if rank == 0:
-        torch.save(found, path)
+        torch.save([value / world for value in found], path)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0

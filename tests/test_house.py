@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import finish, start
 
-from cdc_mmpg import figures, predict, report
+from cdc_mmpg import checkpoint, figures, predict, prepare, report
 from cdc_mmpg.cli import main
+from cdc_mmpg.errors import ConfigError
 from conftest import write_clip, write_msvd
+from processes import finish, start
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*ROOT.glob("src/cdc_mmpg/**/*.py"), *ROOT.glob("data_modules/*.py")]
@@ -30,18 +31,21 @@ ROOMS = {
     "batch": {"errors", "frames"},
     "weights": {"errors", "files"},
     "metrics": set(),
-    "models": {"models", "batch", "errors", "weights"},
+    "evaluation": {"batch", "files", "metrics"},
+    "models": {"models", "batch", "errors", "metrics", "weights"},
     "methods": {"methods", "models", "batch", "errors", "weights"},
     "features": {"models", "batch", "errors", "files", "weights"},
     "sessions": {"batch", "errors", "features"},
     "captions": {"batch"},
     "checkpointing": {"errors", "files", "results", "weights"},
-    "dashboard": {"methods", "batch"},
+    "dashboard": {"methods", "batch", "metrics"},
     "results": {"files"},
     "report": {"errors", "files", "results"},
     "figures": {"errors", "files", "frames", "report", "video"},
-    "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "features", "files", "methods",
-                   "metrics", "models", "results", "sessions", "text", "weights"},
+    "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "evaluation", "features", "files",
+                   "methods", "models", "results", "sessions", "text", "weights"},
+    "prepare": {"cli", "errors", "experiment", "results"},
+    "checkpoint": {"cli", "errors", "models"},
     "cli": {"errors", "results", "experiment"},
     "benchmark": {"batch", "methods", "models"},
     "predict": {"batch", "cli", "errors", "experiment", "frames", "results", "text", "video", "weights"},
@@ -72,7 +76,22 @@ def test_imports_flow_one_way(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["errors", "files", "figures", "frames", "video", "text", "results", "cli", "report", "predict", "metrics"]
+    "name",
+    [
+        "errors",
+        "files",
+        "figures",
+        "frames",
+        "video",
+        "text",
+        "results",
+        "cli",
+        "report",
+        "predict",
+        "metrics",
+        "prepare",
+        "checkpoint",
+    ],
 )
 def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
     heavy = {"torch", "lightning", "timm", "transformers", "torchmetrics"}
@@ -94,6 +113,10 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
     pair = [f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml"]
     needed = ["--data.init_args.root=x", "--data.init_args.cache_dir=y", "--model.init_args.encoder.depth=1"]
     adr = [f"--model.init_args.adr={phase_one}"] if method in ("cdc_mmpg", "cdc_mmpg_frozen") else []
+    if dataset != "synthetic" and ("session" in method or method == "encoder_pretraining"):
+        with pytest.raises(ConfigError, match="devices" if "session" in method else "captions"):
+            Experiment([*pair, *needed, *adr], run=False)
+        return
     experiment = Experiment([*pair, *needed, *adr], run=False)
     model, data = experiment.model, experiment.datamodule
     module = {"session_oracle": "cdc_mmpg_session", "cdc_mmpg_session_full": "cdc_mmpg_session"}.get(method, method)
@@ -102,9 +125,12 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
     pretraining = method == "encoder_pretraining"  # ours
     assert model.learning_rate == (7e-4 if pretraining else 2e-5 if phase_one_run else 1e-4)
     assert experiment.trainer.max_epochs == (8 if pretraining else 10 if phase_one_run else 40)
-    assert data.batch_size == {"msvd": 256, "synthetic": 32}[dataset]
-    assert model.head.inputs == 96
-    assert model.head.outputs == {"msvd": 1001, "synthetic": 17}[dataset]
+    assert data.batch_size == (32 if dataset == "synthetic" else 256)
+    classes = {"msvd": 1001, "msrvtt": 1501, "tgif": 1541, "synthetic": 17}
+    if dataset in classes:
+        assert (model.head.inputs, model.head.outputs) == (96, classes[dataset])
+    else:
+        assert (model.head.inputs, model.head.outputs) == (192, 256 if dataset == "msrvtt_retrieval" else 1)
     assert model.encoder.num_frames == 3
     assert model.train_encoder == (method in ("fine_tuning", "cdc_mmpg", "encoder_pretraining"))
 
@@ -160,6 +186,7 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     from cdc_mmpg.weights import save_safetensors
 
     save_safetensors(AllInOne(image_size=32, depth=1, vocab_size=15).state_dict(), encoder)
+    save_safetensors(AllInOne().state_dict(), tmp_path / "whole.safetensors")
     clip = write_clip(tmp_path / "clip.mp4", codec="libx264")
     out = tmp_path / "out"
     shutil.copytree(synthetic, out / "synthetic" / "data" / "clips")
@@ -174,11 +201,14 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
         named = dict(argument.split("=", 1) for argument in command[1:])
         embedded = named.get("DATASET", "synthetic") == "synthetic"
         named |= {"EPOCHS": "1", "OUT": str(out), "PRECISION": "32-true"}
-        ours = {"DATA": str(msvd), "CHECKPOINT": str(encoder), "VIDEO": str(clip)}
+        ours = {"DATA": str(msvd), "CHECKPOINT": str(encoder), "VIDEO": str(clip),
+                "FILE": str(tmp_path / "whole.safetensors")}  # fmt: skip
         named |= {key: value for key, value in ours.items() if key in named}
         named["SEED"] = seeds.get(embedded, "0")
         if not embedded:
             named["VOCAB"] = str(msvd / "vocab.txt")
+        if command[0] == "data":
+            named["ARGS"] = small
         if command[0] == "train":
             named["ARGS"] = f"{extra} {'' if embedded else small} {named.get('ARGS', '')}"
             named["SEED"] = seeds[embedded] = str(number)  # another run each time
@@ -188,12 +218,14 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
             made.add(tuple(arguments))
             shell = {"$CLIP": named.get("VIDEO"), "$ASKED": named.get("QUESTION")}
             program = {"fit": main, "--run": predict.main}.get(arguments[0], report.main)
-            if command[0] == "figures":
-                program = figures.main
+            program = {"figures": figures.main, "data": prepare.main, "checkpoint": checkpoint.main}.get(
+                command[0], program
+            )
             process = start(tmp_path / "log", program, [shell.get(argument, argument) for argument in arguments])
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
         ran.append(command[0])
-    assert set(ran) == {"train", "table", "predict", "figures"}
+    assert set(ran) == {"train", "table", "predict", "figures", "data", "checkpoint"}
+    assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}
         sessions = {name for name in report.NAMES if "session" in name}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, kill, recording, start, steps, until
 
 from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, newest_state
@@ -22,6 +21,7 @@ from cdc_mmpg.results import RESUME
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip, write_msvd
 from data_modules.base import QADataset
+from processes import finish, kill, recording, start, steps, until
 
 SLOW = 0.07  # seconds a step: time to be interrupted in, on a busy machine too
 

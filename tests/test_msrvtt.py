@@ -7,6 +7,8 @@ import shutil
 import time
 
 import pytest
+
+from cdc_mmpg.errors import ConfigError, DataError
 from communities import (
     CAPTIONS,
     CLIPS,
@@ -19,8 +21,6 @@ from communities import (
     write_msrvtt_retrieval,
     write_table,
 )
-
-from cdc_mmpg.errors import ConfigError, DataError
 from conftest import ANSWERS
 from data_modules.msrvtt import split_of
 from data_modules.msrvtt_choice import MSRVTTChoice

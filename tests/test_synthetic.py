@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import finish, kill, recording, start, steps, until
 
 from cdc_mmpg.batch import CASES, SPLITS
 from cdc_mmpg.cli import main
@@ -35,6 +34,7 @@ from data_modules.synthetic_clips import (
     render,
     scene_of,
 )
+from processes import finish, kill, recording, start, steps, until
 
 
 @pytest.fixture(scope="module")

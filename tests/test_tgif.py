@@ -5,9 +5,9 @@ import logging
 import shutil
 
 import pytest
-from communities import TGIF_TEST, TGIF_TRAIN, TGIF_VAL, small, write_tgif
 
 from cdc_mmpg.errors import DataError
+from communities import TGIF_TEST, TGIF_TRAIN, TGIF_VAL, small, write_tgif
 from conftest import ANSWERS, write_clip
 from data_modules.tgif_qa import TGIFAction, TGIFFrameQA, TGIFTransition, held_out
 
