@@ -92,8 +92,11 @@ class ExampleTable(Callback):
         if not isinstance(pl_module, Answering) or not trainer.is_global_zero:
             return
         outcomes = pl_module.outcomes[split]
-        ranking = ranked(outcomes) if CAPTIONS in outcomes else {}
-        labels = next(iter(ranking.values()))[0] if ranking else next(iter(outcomes.values()))[1][:, 0]
+        first = next(iter(outcomes))
+        if CAPTIONS in outcomes:
+            labels = ranked({case: outcomes[case] for case in (first, CAPTIONS)})[first][0]
+        else:
+            labels = outcomes[first][1][:, 0]
         chosen = range(0, len(labels), -(-len(labels) // EXAMPLES))  # from all over the split
         examples = [(self.data.example(split, i), self.data.word(split, i, int(labels[i]))) for i in chosen]
         with (self.run / f"examples.{split}.csv").open("w", newline="", encoding="utf-8") as file:

@@ -128,7 +128,8 @@ def recalls(outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[s
     Args:
         outcomes: by case, which sample each row is of, and its embedding; see `CAPTIONS`.
     """
-    videos, texts = ranked(outcomes)[next(iter(outcomes))]
+    first = next(iter(outcomes))
+    videos, texts = ranked({case: outcomes[case] for case in (first, CAPTIONS)})[first]
     found = {
         f"{way}@{k}": float(np.mean(places <= k)) for way, places in (("VR", videos), ("TR", texts)) for k in RECALLS
     }

@@ -74,10 +74,10 @@ def predict(
     model, data = experiment.model, experiment.settings["data"]["init_args"]
     model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     model.eval()
-    num_frames, size = data["num_frames"], data["image_size"]
-    candidates = read_frames(video, lambda count: candidate_indices(count, num_frames), size, data["decoder"],
+    kept, size = (data["num_frames"], data["candidates"]), data["image_size"]
+    candidates = read_frames(video, lambda count: candidate_indices(count, *kept), size, data["decoder"],
                              data["resize"])  # fmt: skip
-    frames = torch.from_numpy(crop(candidates[middle_candidates(num_frames)], size).copy())[None]
+    frames = torch.from_numpy(crop(candidates[middle_candidates(*kept)], size).copy())[None]
     text = TextEncoder(data["vocab"], data["text_length"])
     words = list(choices)
     if task == "open_ended":

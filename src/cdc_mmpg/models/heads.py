@@ -142,8 +142,8 @@ class MultipleChoice(Choosing):
         """
         if batch.text_ids.shape[1] != self.candidates:
             raise ConfigError(
-                f"the dataset has {batch.text_ids.shape[1]} candidates: set "
-                f"--model.init_args.head.init_args.candidates={batch.text_ids.shape[1]}"
+                f"{batch.text_ids.shape[1]} candidates, where this head is for {self.candidates}: it takes as many as "
+                f"--model.init_args.head.init_args.candidates={batch.text_ids.shape[1]} says in training"
             )
         return super().encode(encoder, batch)
 
