@@ -64,7 +64,7 @@ ANSWERING = ("linear", "fine_tuning", "hyper", "cdc_mmpg", "cdc_mmpg_frozen")
 
 @pytest.mark.parametrize("name", ANSWERING)
 def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
-    method = train(build(name, phase_one, learning_rate=1e-3), batch(), 120, tmp_path)
+    method = train(build(name, phase_one, learning_rate=3e-3), batch(), 50, tmp_path)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
 
 

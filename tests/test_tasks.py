@@ -48,7 +48,7 @@ HEADS = {"choice": MultipleChoice, "retrieval": Retrieval}
 @pytest.mark.parametrize("name", ANSWERING)
 def test_a_few_samples_are_learned_by_heart(name, head, phase_one, tmp_path):
     data = several(1 if head == "retrieval" else 5, size=2)
-    method = train(build(name, HEADS[head](), phase_one, learning_rate=2e-3), data, 60, tmp_path)
+    method = train(build(name, HEADS[head](), phase_one, learning_rate=3e-3), data, 40, tmp_path)
     metrics = method.trainer.callback_metrics
     if head == "retrieval":
         assert metrics["val/VR@1"] == metrics["val/TR@1"] == 1.0

@@ -50,8 +50,11 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     console = Console(soft_wrap=True)
     console.print(table(found))
     for row in found["published"]:
-        if row["here"] != row["published"]:
-            console.print(f"{row['split']}: {row['here']:,} {row['what']}, published {row['published']:,}")
+        same = row["here"] == row["published"]
+        published = "as published" if same else f"published {row['published']:,}"
+        console.print(f"{row['split']}: {row['here']:,} {row['what']}, {published}")
+    for split, source in found["notes"].items():
+        console.print(f"{split}: by {source}")
     cache = found["cache"]
     ready = f"{found['ready']:,} of {found['clips']:,} clips ready, {len(found['missing']):,} absent, "
     ready += f"{len(found['unreadable']):,} unreadable"
