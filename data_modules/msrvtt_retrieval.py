@@ -83,7 +83,7 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
             "protocol %s, split %s: %d clips with %d captions, by %s", self.protocol, split, len(samples),
             self.questions(samples), source,
         )  # fmt: skip
-        self.notes[split] = f"{self.protocol}, {source}"
+        self.notes[split] = f"protocol {self.protocol}, by {source}"
         return samples
 
     def _with_captions(self, clips: Sequence[str]) -> list[Sample]:

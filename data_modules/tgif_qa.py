@@ -84,7 +84,7 @@ class TGIF(VideoTextDataModule):
                 "questions", self.root, len({sample.clip for sample in chosen}),
                 len({sample.clip for sample in samples}), len(chosen), len(samples),
             )  # fmt: skip
-            self.notes["val"] = f"a hash of the GIF's name, held out of {self.part}'s training questions"
+            self.notes["val"] = "a tenth of the training GIFs, held out by a hash of their name"
         return chosen
 
     def find_clips(self) -> dict[str, Path]:

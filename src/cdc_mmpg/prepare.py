@@ -54,7 +54,7 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
         published = "as published" if same else f"published {row['published']:,}"
         console.print(f"{row['split']}: {row['here']:,} {row['what']}, {published}")
     for split, source in found["notes"].items():
-        console.print(f"{split}: by {source}")
+        console.print(f"{split}: {source}")
     cache = found["cache"]
     ready = f"{found['ready']:,} of {found['clips']:,} clips ready, {len(found['missing']):,} absent, "
     ready += f"{len(found['unreadable']):,} unreadable"

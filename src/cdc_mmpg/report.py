@@ -237,7 +237,7 @@ def caption(folder: Path) -> str:
     ceilings = each([f"{100 * run['data']['test']['ceiling']:.1f} %" for run in runs])
     beyond = "" if ceilings == "100.0 %" else f"; no method can exceed {ceilings} (answers outside the vocabulary)"
     resampled = "clips" if groups == [ALL_GROUPS] else "devices and then their clips"
-    splits = each([f"{split} by {source}" for run in runs for split, source in run["splits"].items()])
+    splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in run["splits"].items())
     machines = [run["machine"] for run in runs if "machine" in run]
     commits = [run["commit"][:8] + run["commit"][40:] for run in runs]
     sentences = [
@@ -250,7 +250,7 @@ def caption(folder: Path) -> str:
         if overall
         else "VR@K, in %: a clip asks for its captions, of which the best placed counts; TR@K: a caption "
         "asks for its clip. Ties count against us.",
-        f"Splits: {splits}." if splits else "",
+        f"Splits: {'; '.join(splits)}." if splits else "",
         f"Encoder from: {each([_inside(folder, run) or run['encoder'] or 'random weights' for run in runs])}.",
         _pretraining(folder, runs),
         f"Best epoch by {each([run['monitor'].replace('val/', 'validation ') for run in runs])}, tested once.",
