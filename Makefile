@@ -9,11 +9,13 @@ PYTHON     ?= python3
 JOBS       ?= $(if $(SYNTHETIC),2,1)
 
 SYNTHETIC := $(filter synthetic,$(DATASET))
+# The tasks of MSRVTT, and of TGIF, are about the same clips: they share the folder and the frames.
+FAMILY    := $(patsubst tgif_%,tgif,$(patsubst msrvtt_%,msrvtt,$(DATASET)))
 ROOT      := $(OUT)/$(DATASET)
 PY        := .venv/bin/python
 
 # The embedded dataset makes itself, its vocabulary and its encoder.
-DATA      ?= $(if $(SYNTHETIC),$(ROOT)/data/clips,data/$(DATASET))
+DATA      ?= $(if $(SYNTHETIC),$(ROOT)/data/clips,data/$(FAMILY))
 VOCAB     ?= $(if $(SYNTHETIC),$(DATA)/vocab.txt)
 PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,run/encoder_pretraining))
 
@@ -75,7 +77,7 @@ $(DATA)/digests.json: | .venv/.ready
 	$(PY) -m data_modules.synthetic_clips "$(DATA)"
 endif
 
-PLACES  = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(ROOT)/data" \
+PLACES  = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(OUT)/$(FAMILY)/data" \
 	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)")
 OPTIONS = $(PLACES) --seed_everything=$(SEED) \
 	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \

@@ -28,17 +28,17 @@ from cdc_mmpg.batch import (
     VideoTextBatch,
     View,
 )
-from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.errors import ConfigError, DataError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
+from data_modules.annotations import leads_out
 from data_modules.cache import FrameCache
 
 logger = logging.getLogger(__name__)
 
 Texts = Sequence[Sequence[int]]  # of one sample: a question, candidates or captions, as WordPieces
-SHOWN = 20  # names in a message; the whole list lies beside the cache
 
 
 class Sample(NamedTuple):
@@ -252,7 +252,7 @@ class VideoTextDataModule(EpochDataModule):
                 raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
             samples = self.read_split(split)
             for sample in samples:
-                if "/" in sample.clip or "\\" in sample.clip or sample.clip in ("", ".", ".."):
+                if leads_out(sample.clip):
                     raise DataError(
                         f"{self.root}, split {split}: the clip {sample.clip!r} would lie outside of the clips' "
                         "folder; refused"
@@ -292,6 +292,10 @@ class VideoTextDataModule(EpochDataModule):
             self.read_vocabulary()
             return True
 
+        try:
+            TextEncoder(self.vocab, self.text_length)
+        except DataError as error:
+            logger.warning("training will need a vocabulary: %s", error)
         found = {split: attempt(partial(self.samples, split), None) for split in SPLITS}
         annotated: dict[Split, list[Sample]] = {split: samples for split, samples in found.items() if samples}
         vocabulary = attempt(read_vocabulary, False)
@@ -365,25 +369,33 @@ class VideoTextDataModule(EpochDataModule):
         present = {name: paths[name] for name in named if name in paths}
         if not present:
             raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
-        problems = [] if self.only_present else [f"{name}: absent" for name in absent]
-        if len(problems) <= self.max_missing:
-            problems += self.cache.fill(present, os.cpu_count() or 1).values()
-        if len(problems) > self.max_missing:
-            raise self._missing(problems, len(named))
-        for line in problems:
+        self._refuse(self.lost(absent, {}), len(named))
+        lost = self.lost(absent, self.cache.fill(present, os.cpu_count() or 1))
+        self._refuse(lost, len(named))
+        for line in lost:
             logger.warning("left out with its questions: %s", line)
 
-    def _missing(self, problems: Sequence[str], clips: int) -> DataError:
-        """The refusal that names the clips; the whole list lies beside the cache."""
+    def lost(self, absent: Sequence[str], unreadable: Mapping[str, str]) -> list[str]:
+        """Clips that count towards `max_missing`, with what is wrong."""
+        gone = [] if self.only_present else [f"{name}: absent" for name in absent]
+        return gone + [f"{name}: {reason}" for name, reason in unreadable.items()]
+
+    def _refuse(self, lost: Sequence[str], clips: int) -> None:
+        """Whether too many clips are lost.
+
+        Raises:
+            DataError: names them; the whole list lies beside the cache.
+        """
+        if len(lost) <= self.max_missing:
+            return
         path = self.cache_dir / "missing.txt"
         with atomic_write(path) as file:
-            file.write("\n".join(problems).encode())
-        more = f"\n  and {len(problems) - SHOWN} more, all named in {path}" if len(problems) > SHOWN else ""
-        return DataError(
-            f"{self.root}: of {clips} clips {len(problems)} are absent or unreadable, {self.max_missing} may be:\n  "
-            + "\n  ".join(problems[:SHOWN])
-            + f"{more}\n{self.remedy()}\nTo leave clips out: ARGS=--data.init_args.max_missing=<how many>, or, where "
-            "the copy is a part of the dataset, ARGS=--data.init_args.only_present=true"
+            file.write("\n".join(lost).encode())
+        raise DataError(
+            f"{self.root}: of {clips} clips {len(lost)} are absent or unreadable, {self.max_missing} may be:"
+            f"{listing(lost, f', all named in {path}')}\n{self.remedy()}\nTo leave clips out: "
+            "ARGS=--data.init_args.max_missing=<how many>, or, where the copy is a part of the dataset, "
+            "ARGS=--data.init_args.only_present=true"
         )
 
     def setup(self, stage: str) -> None:
@@ -393,7 +405,11 @@ class VideoTextDataModule(EpochDataModule):
         self.text = TextEncoder(self.vocab, self.text_length)
         self.read_vocabulary()
         self.cache.load()
-        self._ready = self.cache.ready & self.find_clips().keys()
+        paths = self.find_clips()
+        self._ready = self.cache.ready & paths.keys()
+        named = {sample.clip for split in SPLITS for sample in self.samples(split)} | self.further_clips()
+        bare = dict.fromkeys(sorted((named & paths.keys()) - self._ready), "no frames are prepared")
+        self._refuse(self.lost(sorted(named - paths.keys()), bare), len(named))
         for split in SPLITS:
             samples = [sample for sample in self.samples(split) if sample.clip in self._ready]
             if not samples:

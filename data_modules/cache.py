@@ -34,14 +34,13 @@ from pebble import ProcessExpired, ProcessPool
 from rich.filesize import decimal
 from rich.progress import track
 
-from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.errors import CDCError, DataError, listing
 from cdc_mmpg.files import atomic_write, remove_leftovers
 from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
 from cdc_mmpg.video import Decoder, read_frames
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 20  # names in a message; the others are counted
 ARRAY = re.compile(r"[A-Za-z0-9_-]*\.[0-9a-f]{12}\.\d+\.npy")  # see `_array`
 AT_ONCE = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
 STOPPED = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)  # exit codes of who is ended from outside, as for memory
@@ -172,10 +171,9 @@ class FrameCache:
         changed = [name for name in other if self._entries[name].frames]
         if changed and not renew:
             raise DataError(
-                f"{self.folder}: {len(changed)} clips changed after they were prepared:\n  "
-                + "\n  ".join(f"{name} ({clips[name]})" for name in changed[:SHOWN])
-                + (f"\n  and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
-                + "\nfetch them again, or run `make data` to take them as they are now"
+                f"{self.folder}: {len(changed)} clips changed after they were prepared:"
+                f"{listing([f'{name} ({clips[name]})' for name in changed])}\n"
+                "fetch them again, or run `make data` to take them as they are now"
             )
         if changed:
             logger.warning("decoding anew, for their files changed: %s", ", ".join(changed))

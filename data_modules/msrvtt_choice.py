@@ -40,7 +40,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
     Splits: only the test is distributed. Of each of the 6,513 training clips (0-6512) and 497 validation clips
     (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a clip has fewer different
     captions): with four captions of four other clips of the same split and of other categories, none of them one of the
-    clip's own; where the captions come without categories, of any other clips, and the log says so. What is drawn
+    clip's own; a clip without a category is one of its own, and the log says so. What is drawn
     follows from the clip's name and the captions: the same on every machine and in every run. The question is empty.
 
     Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` ({clip_name or video_id, options:
@@ -83,8 +83,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
         if not clips:
             raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
         unknown = sum(clip not in categories for clip in clips)
-        if unknown:  # each clip is a category of its own
-            categories = {clip: place for place, clip in enumerate(clips)}
+        categories = {clip: categories.get(clip, -place) for place, clip in enumerate(clips, start=1)}
         sizes = Counter(categories[clip] for clip in clips)
         for category, size in sizes.items():
             if len(clips) - size < CHOICES - 1:
@@ -93,7 +92,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
                     f"another category than {category}, and an item needs {CHOICES - 1}\n{self.remedy()}"
                 )
         samples = [sample for clip in clips for sample in self._items(clip, clips, categories)]
-        others = f"any other clips, since {unknown} have no category" if unknown else "clips of other categories"
+        others = "clips of other categories" + (f"; {unknown} have none and count as one each" if unknown else "")
         logger.info(
             "split %s: made %d items from the captions of %d clips, their wrong candidates from %s",
             split, len(samples), len(clips), others,

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from cdc_mmpg import checkpoint
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.all_in_one import AllInOne, roll_tokens
 from cdc_mmpg.models.heads import OpenEnded
@@ -233,3 +234,28 @@ def test_wrong_inputs_are_refused():
                 (video.repeat(1, 2, 1, 1, 1), ids, mask), (video, ids.repeat(1, 9), mask.repeat(1, 9))]:  # fmt: skip
         with pytest.raises(ValueError, match=r"video|text|frames"):
             encoder(*bad)
+
+
+def test_a_checkpoint_is_inspected_key_by_key(state, tmp_path, capsys):
+    others = {"itm_score.fc.weight": torch.zeros(2, 192), "mystery": torch.zeros(1)}
+    longer = {"transformer.temporal_embed": torch.zeros(1, 8, 192)}
+    torch.save({"state_dict": state | others | longer}, tmp_path / "whole.ckpt")
+    assert checkpoint.main([str(tmp_path / "whole.ckpt")]) == 0
+    printed = capsys.readouterr().out
+    used, dropped, unexpected, missing = (
+        printed.index(word) for word in ("used ", "dropped ", "unexpected ", "missing 0")
+    )
+    assert used < printed.index("  transformer.temporal_embed  (1, 8, 192), here (1, 3, 192)\n") < dropped
+    assert dropped < printed.index("  itm_score.fc.weight\n") < unexpected < printed.index("  mystery\n") < missing
+    deit = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+    torch.save({"model": deit}, tmp_path / "deit_in_time.pth")  # DeiT's names, with a temporal embedding
+    assert checkpoint.main([str(tmp_path / "deit_in_time.pth")]) == 0
+    capsys.readouterr()
+    part = {key: value for key, value in state.items() if "blocks.3." not in key}
+    torch.save({"state_dict": part}, tmp_path / "part.ckpt")
+    assert checkpoint.main([str(tmp_path / "part.ckpt")]) == 4
+    said = capsys.readouterr()
+    assert said.out.count("  transformer.blocks.3.") == len(state) - len(part)
+    assert "lacks" in said.err
+    assert checkpoint.main([""]) == 4
+    assert "FILE=" in capsys.readouterr().err

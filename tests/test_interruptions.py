@@ -274,6 +274,7 @@ def kill_a_worker(command: list[str]) -> int:
 def hang_a_worker(command: list[str]) -> int:
     """A run whose loader process never answers."""
     EpochDataModule.TIMEOUT_SECONDS = 3
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # the loader waits so long for a worker to leave
     QADataset.__getitems__ = lambda self, items: time.sleep(1000)
     return main(command)
 

@@ -158,6 +158,14 @@ def test_unreadable_clips_are_named_even_where_absent_ones_may_be(own_msvd, tmp_
     assert ready(own_msvd, tmp_path, max_missing=1).summary()["train"]["questions"] == 8
 
 
+def test_clips_whose_frames_got_lost_after_the_preparation_are_refused(own_msvd, tmp_path):
+    data = module(own_msvd, tmp_path)
+    data.prepare_data()
+    next(data.cache.folder.glob("t_0_1.*.npy")).unlink()
+    with pytest.raises(DataError, match="t_0_1: no frames are prepared"):
+        data.setup("fit")
+
+
 def test_clips_may_be_mp4(own_msvd, tmp_path):
     clips = own_msvd / "YouTubeClips"
     (clips / "t_0_1.avi").unlink()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cdc_mmpg import report
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import accuracies, majorities
 
 
@@ -224,6 +225,14 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def test_runs_on_different_splits_are_not_set_side_by_side(tmp_path):
+    root = tmp_path / "msrvtt_retrieval"
+    write_run(root, "linear", protocol="full")
+    write_run(root, "linear", seed=1, protocol="9k")
+    with pytest.raises(ConfigError, match="linear on protocol full; linear on protocol 9k"):
+        report.rows(root)
 
 
 @pytest.fixture

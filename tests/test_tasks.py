@@ -63,6 +63,18 @@ def test_phase_one_reads_every_task(head, tmp_path):
     assert method.trainer.callback_metrics["val/loss"] > 0
 
 
+def test_the_contrast_is_float32_whatever_the_precision():
+    """Cosines near each other, which bfloat16 cannot tell apart."""
+    torch.manual_seed(0)
+    head = Retrieval()
+    videos = torch.nn.functional.normalize(torch.randn(64, 256) + 3, dim=-1)
+    texts = torch.randn(64, 1, 192) + 3
+    batch = FeatureBatch(torch.empty(0), torch.zeros(64), torch.arange(64), texts, torch.ones(64, 1, dtype=torch.bool))
+    expected = head.loss(videos, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.loss(videos, batch), expected)
+
+
 def test_everything_that_trains_gets_a_gradient_in_retrieval(phase_one):
     """DDP waits for parameters that nothing reads."""
     for name in ANSWERING:
@@ -229,8 +241,9 @@ def test_sessions_answer_open_ended_questions_only():
 
 
 def test_another_number_of_candidates_is_refused():
+    assert MultipleChoice().encode(encoder(), several(3)).frame_features.shape == (4, 3, 3, 192)
     with pytest.raises(ConfigError, match="candidates=3"):
-        MultipleChoice().encode(encoder(), several(3))
+        MultipleChoice(per_candidate=True).encode(encoder(), several(3))
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +288,10 @@ def test_what_is_cut_never_makes_candidates_equal(vocab, question, options, leng
 
 
 def test_equal_candidates_stay_equal_and_no_room_is_refused(vocab):
-    (own,) = TextEncoder(vocab, 8).choices([("", ["a man", "a man"])])
-    assert own[0] == own[1]
+    for length, options in ((8, ["a man", "a man"]), (4, ["b b b c", "b c", "b c b b", "b b", "b c b b"])):
+        (own,) = TextEncoder(vocab, length).choices([("", options)])
+        assert len({tuple(ids) for ids in own}) == len(set(options))
+        assert own[1 if len(options) == 2 else 2] == own[-1]
     with pytest.raises(DataError, match="text_length"):
         TextEncoder(vocab, 3).choices([("what", ["a", "the"])])
 

@@ -107,12 +107,12 @@ def ranks(
         own = np.take_along_axis(scores, owners[part, None], axis=1)
         by_text[part] = (~(scores < own - TIE)).sum(1)  # all that are not worse, itself among them
     by_video = np.empty(len(videos), np.int64)
-    order = np.argsort(owners, kind="stable")
+    texts = texts[np.argsort(owners, kind="stable")]
     sizes = np.bincount(owners, minlength=len(videos))
     begins = np.cumsum(sizes) - sizes
     step = max(1, SCORES // len(texts))
     for start in range(0, len(videos), step):
-        scores = videos[start : start + step] @ texts[order].T  # (v, C)
+        scores = videos[start : start + step] @ texts.T  # (v, C)
         for row, score in enumerate(scores, start):
             mine = slice(begins[row], begins[row] + sizes[row])
             others = ~(score < np.max(score[mine]) - TIE)

@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
-        answers = predict(options.run, options.video, options.question, choices, options.vocab)
+        task, answers = predict(options.run, options.video, options.question, choices, options.vocab)
         print(options.question or options.video)
         for word, score in answers:
-            print(f"  {score:6.1%}  {word}")
+            print(f"  {score:6.3f}  {word}" if task == "retrieval" else f"  {score:6.1%}  {word}")
 
     return exit_code(run)
 
@@ -38,8 +38,8 @@ def predict(
     choices: Sequence[str] = (),
     vocab: str | None = None,
     most: int = 5,
-) -> list[tuple[str, float]]:
-    """The `most` best answers to a question about a clip, or of the choices, with their probabilities.
+) -> tuple[str, list[tuple[str, float]]]:
+    """The run's task, and the `most` best answers to a question about a clip, or of the choices, with probabilities.
 
     Of a retrieval run the choices are captions, and their cosines to the clip come back. The last layer is made
     explicitly, as the cloud sends it, and then installed.
@@ -98,7 +98,8 @@ def predict(
         else:
             scores = outputs.softmax(-1)
     best = scores[0].topk(min(most, len(words)))
-    return [(words[label], value) for value, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    answers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return task, [(words[label], value) for value, label in answers]
 
 
 def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:

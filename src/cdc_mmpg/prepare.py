@@ -16,12 +16,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from cdc_mmpg.cli import check_paths, exit_code, log_to_terminal
-from cdc_mmpg.errors import DataError
+from cdc_mmpg.errors import DataError, listing
 from cdc_mmpg.results import provenance, write_json
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 20  # names on the screen; data.json has them all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,18 +58,15 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     ready += f"{len(found['unreadable']):,} unreadable"
     console.print(f"{ready}; frames in {cache['folder']} ({decimal(cache['bytes'])})")
     print(f"written: {folder / 'data.json'}")
-    unreadable = [f"{name}: {reason}" for name, reason in found["unreadable"].items()]
-    refused = list(found["problems"])
+    refused, rest = list(found["problems"]), ", all named in data.json"
     for pair, names in found["shared_between_splits"].items():
-        refused.append(_list(f"{pair} share {len(names)} clips", names))
-    absent = [] if dataset.only_present else found["missing"]
-    if len(absent) + len(unreadable) > dataset.max_missing:
-        if absent:
-            refused.append(_list(f"{len(absent)} clips are absent", absent))
-        if unreadable:
-            refused.append(_list(f"{len(unreadable)} clips cannot be decoded", unreadable))
-    elif absent or unreadable:
-        logger.warning(_list("left out with their questions", [*absent, *unreadable]))
+        refused.append(f"{pair} share {len(names)} clips:{listing(names, rest)}")
+    if lost := dataset.lost(found["missing"], found["unreadable"]):
+        said = f"{len(lost)} clips are absent or unreadable, {dataset.max_missing} may be:{listing(lost, rest)}"
+        if len(lost) > dataset.max_missing:
+            refused.append(said)
+        else:
+            logger.warning("left out with their questions: %s", said)
     if refused:
         said = "\n".join(refused)
         raise DataError(said if dataset.remedy() in said else f"{said}\n{dataset.remedy()}")
@@ -95,11 +90,6 @@ def table(found: dict[str, Any]) -> Table:
             f"{row['ready']['clips']:,}",
         )
     return shown
-
-
-def _list(head: str, names: Sequence[str]) -> str:
-    more = f"\n  and {len(names) - SHOWN} more, all named in data.json" if len(names) > SHOWN else ""
-    return f"{head}:\n  " + "\n  ".join(names[:SHOWN]) + more
 
 
 if __name__ == "__main__":

@@ -67,6 +67,13 @@ PAPER = {
     "tgif": {"linear": 27.3, "fine_tuning": 54.7, "hyper": 19.6, "cdc_mmpg": 55.2},
     "msrvtt_choice": {"linear": 3.58, "fine_tuning": 75.6, "hyper": 46.0, "cdc_mmpg": 77.0},
 }
+# Recalls at 1 / 5 / 10 in %, table 3.
+PAPER_RECALLS = {
+    "linear": ("2.0 / 7.7 / 14.1", "3.1 / 10.1 / 16.9"),
+    "fine_tuning": ("4.8 / 17.6 / 27.9", "6.2 / 20.7 / 31.8"),
+    "hyper": ("2.6 / 8.6 / 14.7", "2.7 / 11.4 / 17.6"),
+    "cdc_mmpg": ("6.6 / 21.3 / 33.8", "5.6 / 21.2 / 33.3"),
+}
 MEDIANS = {"VR": "VR median", "TR": "TR median"}  # ranks
 
 COSTS = ("D-Param", "C-Param", "bytes up", "bytes down", "best/epochs", "train s", "seeds")
@@ -99,6 +106,13 @@ def answering_runs(folder: Path) -> dict[str, list[Results]]:
                     f"delete {run} and train anew"
                 )
             found.setdefault(method, []).append(results)
+    kinds = {(run["protocol"], str(run["splits"])): run["method"] for runs in found.values() for run in runs}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{folder} holds runs on different splits, which no table can set side by side: "
+            + "; ".join(f"{method} on protocol {protocol}" for (protocol, _), method in kinds.items())
+            + ": give the runs of each protocol an OUT= of their own"
+        )
     if not found:
         raise ConfigError(f"{folder}: no finished run of {', '.join(NAMES)}; train one first (make train)")
     return found
@@ -124,7 +138,7 @@ def columns(folder: Path) -> list[str]:
     """The header of the table."""
     groups, types, overall = Layout.of(answering_runs(folder))
     if not overall:
-        return ["method", *types, *MEDIANS.values(), "val %", *COSTS]
+        return ["method", *types, "paper VR", "paper TR", *MEDIANS.values(), "val %", *COSTS]
     paper = ["paper %"] if groups == [ALL_GROUPS] else []
     return ["method", *(f"{group} %" for group in groups), *paper, *types, "val %", *COSTS]
 
@@ -140,7 +154,7 @@ def rows(folder: Path) -> list[list[str]]:
     first = next(runs[0] for runs in found.values())
     floors = first.get("floors", {})
     table = [
-        [label, *_accuracy_cells([floors[name]], layout, None), *_medians([], layout, None), "", *[""] * len(COSTS)]
+        [label, *_accuracy_cells([floors[name]], layout, None), *_rank_cells(None, [], layout), "", *[""] * len(COSTS)]
         for name, label in FLOORS.items()
         if name in floors
     ]
@@ -149,8 +163,7 @@ def rows(folder: Path) -> list[list[str]]:
         if runs:
             published = PAPER.get(first["dataset"], {}).get(row.method) if row.condition is None else None
             accuracies = _accuracy_cells([_under(run, row.condition) for run in runs], layout, published)
-            medians = _medians(runs, layout, row.condition)
-            table.append([row.label, *accuracies, *medians, *_cost_cells(row, runs)])
+            table.append([row.label, *accuracies, *_rank_cells(row, runs, layout), *_cost_cells(row, runs)])
     return table
 
 
@@ -177,12 +190,16 @@ def _accuracy_cells(seeds: list[Accuracies], layout: Layout, published: float | 
     ]
 
 
-def _medians(runs: list[Results], layout: Layout, condition: str | None) -> list[str]:
-    """Median ranks, in retrieval."""
+def _rank_cells(row: Row | None, runs: list[Results], layout: Layout) -> list[str]:
+    """In retrieval the paper's recalls, and median ranks; of a floor, without a row, nothing."""
     if layout.overall:
         return []
-    found = [run["median_rank"] for run in runs]
-    return [f"{mean(each[condition or next(iter(each))][way] for each in found):g}" if found else "" for way in MEDIANS]
+    if row is None:
+        return [""] * (2 + len(MEDIANS))
+    own = row.condition is None and runs[0]["protocol"] == "full"
+    published = PAPER_RECALLS.get(row.method, ("", "")) if own else ("", "")
+    found = [run["median_rank"][row.condition or next(iter(run["median_rank"]))] for run in runs]
+    return [*published, *(f"{mean(each[way] for each in found):g}" for way in MEDIANS)]
 
 
 def _cost_cells(row: Row, runs: list[Results]) -> list[str]:

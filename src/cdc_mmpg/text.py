@@ -91,14 +91,16 @@ class TextEncoder:
             own = [next(candidates) for _ in options]
             room = self.length - 2 - bool(question)
             kept = question[: max(room - max(map(len, own)), room // 2)]
-            windows = _windows(own, room - len(kept))
+            different = list(dict.fromkeys(map(tuple, own)))
+            windows = _windows(different, room - len(kept))
             if windows is None:
                 raise DataError(
                     f"{text!r} with {list(options)}: in {self.length} WordPieces its candidates cannot be told apart; "
                     "raise --data.init_args.text_length"
                 )
             start = [*self._cls, *kept, *self._sep] if question else self._cls
-            found.append([[*start, *window, *self._sep] for window in windows])
+            cut = dict(zip(different, windows, strict=True))
+            found.append([[*start, *cut[tuple(text)], *self._sep] for text in own])
         return found
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
@@ -106,14 +108,12 @@ class TextEncoder:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def _windows(texts: Sequence[Sequence[int]], room: int) -> list[Sequence[int]] | None:
-    """Of each text `room` ids, such that different texts stay different; None where that fails."""
+def _windows(texts: Sequence[tuple[int, ...]], room: int) -> list[tuple[int, ...]] | None:
+    """Of each of different texts `room` ids, such that they stay different; None where that fails."""
     starts = [0] * len(texts)
     for _ in range(len(texts) ** 2 + 1):
         windows = [text[start : start + room] for text, start in zip(texts, starts, strict=True)]
-        equal = [
-            (i, j) for j in range(len(texts)) for i in range(j) if windows[i] == windows[j] and texts[i] != texts[j]
-        ]
+        equal = [(i, j) for j in range(len(texts)) for i in range(j) if windows[i] == windows[j]]
         if not equal:
             return windows
         i, j = equal[0]

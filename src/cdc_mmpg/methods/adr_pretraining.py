@@ -61,8 +61,8 @@ class ADRPretraining(Method):
         losses = self.adr.losses(anchor, self.encoder.pool(frame_features.mean(1)), self.adr(anchor, sample=training))
         if not training:
             for name in ("kl", "reconstruction", "generation"):
-                self.log(f"{split}/{name}", getattr(losses, name), batch_size=len(batch.labels), sync_dist=True)
-            self.log(f"{split}/loss", losses.total, batch_size=len(batch.labels), sync_dist=True, prog_bar=True)
+                self.log(f"{split}/{name}", getattr(losses, name), batch_size=float(len(batch.labels)), sync_dist=True)
+            self.log(f"{split}/loss", losses.total, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
         return losses.total
 
     def parameter_counts(self) -> ParameterCounts:

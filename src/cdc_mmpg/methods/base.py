@@ -228,7 +228,9 @@ class Answering(Method):
         cases = self.scores(encoded, split)
         loss = self.head.loss(next(iter(cases.values())), encoded)
         if split != "train":
-            known = int((batch.labels != UNKNOWN).sum())  # the loss is their mean
+            known = float(
+                (batch.labels != UNKNOWN).sum()
+            )  # the loss is their mean; whole numbers are cut over processes
             self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
             for case, rows in self.head.outcomes(cases, encoded).items():
                 self._rows.setdefault(case, Rows().to(self.device)).update(*rows)

@@ -113,7 +113,7 @@ class EncoderPretraining(Method):
         words, words_accuracy = self.captions_loss(batch, training=False)
         loss, accuracy = self.questions_loss(batch)
         for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):
-            self.log(f"{split}/{name}", value, batch_size=len(batch.labels), sync_dist=True, prog_bar=True)
+            self.log(f"{split}/{name}", value, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
         return words + loss
 
     def configure_optimizers(self) -> dict[str, Any]:

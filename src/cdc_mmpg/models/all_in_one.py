@@ -309,9 +309,8 @@ class AllInOne(nn.Module):
         used = {key: value for key, value in state.items() if key in own}
         others = [key for key in state if key not in own]
         missing = [key for key in own if key not in used]
-        absent = [key for key in missing if not (is_deit and not key.startswith("transformer."))]
-        if is_deit:
-            absent.remove("transformer.temporal_embed")
+        foreign = [key for key in own if not key.startswith("transformer.") or key == "transformer.temporal_embed"]
+        absent = [key for key in missing if not (is_deit and key in foreign)]  # DeiT knows no text and no time
         dropped = [key for key in others if key.startswith(OTHER_HEADS)]
         unexpected = [key for key in others if key not in dropped]
         return used, ImportReport(list(used), dropped, unexpected, missing, absent)

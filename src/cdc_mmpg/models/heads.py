@@ -122,7 +122,7 @@ class MultipleChoice(Choosing):
     it, generated from the mean of their features, so that one upload and one layer serve them all.
 
     Args:
-        candidates: of every sample.
+        candidates: of every sample, where each has a layer; one layer serves any number.
         per_candidate: generate a layer for every candidate from its own feature: as many uploads and layers.
     """
 
@@ -132,17 +132,17 @@ class MultipleChoice(Choosing):
         super().__init__()
         self.inputs, self.outputs = WIDTH, 1
         self.layers = candidates if per_candidate else 1
-        self.candidates, self.per_candidate = candidates, per_candidate
+        self.per_candidate = per_candidate
 
     def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
         """See `Head`.
 
         Raises:
-            ConfigError: another number of candidates than this head was made for.
+            ConfigError: another number of candidates than there are layers for.
         """
-        if batch.text_ids.shape[1] != self.candidates:
+        if self.per_candidate and batch.text_ids.shape[1] != self.layers:
             raise ConfigError(
-                f"{batch.text_ids.shape[1]} candidates, where this head is for {self.candidates}: it takes as many as "
+                f"{batch.text_ids.shape[1]} candidates, where this head has {self.layers} layers: it takes as many as "
                 f"--model.init_args.head.init_args.candidates={batch.text_ids.shape[1]} says in training"
             )
         return super().encode(encoder, batch)
@@ -210,7 +210,8 @@ class Retrieval(Head):
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
             videos, texts, clips = (_everyone(part) for part in (videos, texts, clips))
-        scores = videos @ texts.T / self.temperature
+        with torch.autocast(videos.device.type, enabled=False):  # cosines near each other differ in later digits
+            scores = videos.float() @ texts.float().T / self.temperature
         own = torch.arange(len(clips), device=clips.device)
         scores = scores.masked_fill((clips[:, None] == clips) & (own[:, None] != own), float("-inf"))
         loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
