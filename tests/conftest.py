@@ -11,6 +11,7 @@ import pytest
 
 from data_modules.synthetic_clips import Counts, make
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # products are tiny here: a second thread costs more than it gives
 os.environ["WANDB_MODE"] = "disabled"  # tests that are about W&B set their own
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "who", "is", "the", "a", "man", "doing", "?", "in", "it"]

@@ -158,7 +158,9 @@ def test_prediction_is_what_the_test_split_saw(finished, msvd):
     with torch.no_grad():
         scores = model(model.encode(batch).frame_features).softmax(-1)[0]
     clip = msvd / "YouTubeClips" / "t_0_1.avi"
-    answers = dict(predict.predict(run, clip, data.example("test", 0).question))
+    task, found = predict.predict(run, clip, data.example("test", 0).question)
+    answers = dict(found)
+    assert task == "open_ended"
     for word, label in zip(data.answers(), range(4), strict=True):
         assert answers[word] == pytest.approx(scores[label].item(), abs=1e-5)
 
