@@ -45,7 +45,7 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
     clips `video<N>.mp4` (or .webm, .avi, .mkv) in `videos/`, `videos/all/`, `TrainValVideo/` and
     `TestVideo/`, or `root` itself.
 
-    Refused: a list with a clip twice, or with one that has no caption.
+    Refused: a list with a clip twice, or with one that has no caption (left out with `only_present`).
     """
 
     PROTOCOLS = ("full", "9k", "7k")
@@ -89,12 +89,15 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
     def _with_captions(self, clips: Sequence[str]) -> list[Sample]:
         """Clips with all of their captions, in the files' order."""
         captions = self.captioned.captions
-        if bare := [clip for clip in clips if clip not in captions]:
+        bare = [clip for clip in clips if clip not in captions]
+        if bare and self.only_present:
+            logger.warning("%d of %d clips have no caption: left out", len(bare), len(clips))
+        elif bare:
             raise DataError(
                 f"{self.root}: {len(bare)} of {len(clips)} clips have no caption, among them {', '.join(bare[:5])}\n"
                 f"{self.remedy()}"
             )
-        return [Sample(clip, "", options=tuple(captions[clip])) for clip in clips]
+        return [Sample(clip, "", options=tuple(captions[clip])) for clip in clips if clip in captions]
 
 
 def _listed(path: Path, *columns: str) -> list[tuple[str, Row]]:

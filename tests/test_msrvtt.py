@@ -389,6 +389,8 @@ def test_clips_without_captions_are_named(own):
     write_table(root / "MSRVTT_train.full.csv", rows)
     with pytest.raises(DataError, match=r"7 of 10 clips have no caption, among them video100, .*, video104\n"):
         small(MSRVTTRetrieval, root).samples("train")
+    partial = small(MSRVTTRetrieval, root, only_present=True)
+    assert [sample.clip for sample in partial.samples("train")] == ["video0", "video1", "video2"]
 
 
 @pytest.mark.parametrize(
@@ -454,3 +456,4 @@ def test_real_captions_are_read(real, tmp_path):
     assert categories["video7012"] == 5
     with pytest.raises(DataError, match="2985 of 2990 clips have no caption, among them video7015"):
         MSRVTTRetrieval(str(real / "msrvtt"), str(tmp_path)).samples("test")
+    assert len(MSRVTTRetrieval(str(real / "msrvtt"), str(tmp_path), only_present=True).samples("test")) == 5
