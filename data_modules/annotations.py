@@ -115,7 +115,8 @@ def choose_file(paths: Sequence[Path], remedy: str) -> Path:
     """
     found = find_file(paths)
     if found is None:
-        others = f", nor {', '.join(path.name for path in paths[1:])}" if len(paths) > 1 else ""
+        names = list(dict.fromkeys(path.name for path in paths))
+        others = f", nor {', '.join(names[1:])}" if len(names) > 1 else ""
         raise DataError(f"{paths[0]}: no such file{others}\n{remedy}")
     return found
 

@@ -68,8 +68,8 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
         else:
             logger.warning("left out with their questions: %s", said)
     if refused:
-        said = "\n".join(refused)
-        raise DataError(said if dataset.remedy() in said else f"{said}\n{dataset.remedy()}")
+        once = "\n".join(refused).replace(f"\n{dataset.remedy()}", "")
+        raise DataError(f"{once}\n{dataset.remedy()}")
 
 
 def table(found: dict[str, Any]) -> Table:
