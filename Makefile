@@ -28,7 +28,7 @@ METHODS  := $(ALL) $(FROZEN) $(SESSIONS) cdc_mmpg_session_full $(PHASES)
 RUNS     := $(addprefix run/,$(METHODS))
 WANTED   := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS),$(FROZEN)),$(METHOD)))
 
-ifneq ($(filter train data,$(MAKECMDGOALS)),)
+ifneq ($(filter train data predict table,$(MAKECMDGOALS)),)
 ifeq ($(filter $(METHOD),all $(METHODS)),)
 $(error METHOD=$(METHOD) is none of: all $(METHODS))
 endif

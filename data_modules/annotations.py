@@ -34,6 +34,9 @@ class Row(NamedTuple):
     def refusal(self, keys: Sequence[str], expected: str) -> DataError:
         """The error that says what a field is and what it should be."""
         where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
+        if not any(key in self.fields for key in keys):
+            there = ", ".join(map(str, self.fields))
+            return DataError(f"{where} is not there, only {there:.200}; mend the file, or fetch it again")
         return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; mend the file, or fetch it again")
 
     def field(self, kind: type[Field], *keys: str) -> Field:

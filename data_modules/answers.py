@@ -47,9 +47,12 @@ class Answers:
                 path, len(words), len(counts),
             )  # fmt: skip
         if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
+            source = f"{path}: {len(set(words))} different answers in {len(words)} lines"
+            if not path.is_file():
+                source = f"{path.parent}: {len(words)} different training answers"
             raise DataError(
-                f"{path}: {len(set(words))} different answers in {len(words)} lines, but num_classes is {num_classes} "
-                f"(answers + 1): set --data.init_args.num_classes={len(set(words)) + 1}, or mend the file"
+                f"{source}, but num_classes is {num_classes} (answers + 1): set "
+                f"ARGS=--data.init_args.num_classes={len(set(words)) + 1}, or mend the file"
             )
         return cls(words)
 

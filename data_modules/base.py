@@ -251,6 +251,9 @@ class VideoTextDataModule(EpochDataModule):
             if not self.root.is_dir():
                 raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
             samples = self.read_split(split)
+            if not samples:
+                raise DataError(f"{self.root}: split {split} has no questions")
+            self.check_samples(split, samples)
             for sample in samples:
                 if leads_out(sample.clip):
                     raise DataError(
@@ -259,6 +262,13 @@ class VideoTextDataModule(EpochDataModule):
                     )
             self._annotated[split] = samples
         return self._annotated[split]
+
+    def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
+        """Whether samples are what the task needs.
+
+        Raises:
+            DataError: one is not; names it.
+        """
 
     def unknown_answers(self, samples: Sequence[Sample]) -> int:
         """How many samples no method can get right."""
@@ -323,6 +333,7 @@ class VideoTextDataModule(EpochDataModule):
             "shared_between_splits": {
                 " and ".join(pair): names for pair, names in self.shared_clips(list(annotated)).items()
             },
+            "same_content_in_splits": self._same_content(annotated),
             "problems": list(dict.fromkeys(problems)),
             "cache": {
                 "folder": str(self.cache.folder),
@@ -332,6 +343,14 @@ class VideoTextDataModule(EpochDataModule):
 
     def _counts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {"questions": self.questions(samples), "clips": len({sample.clip for sample in samples})}
+
+    def _same_content(self, annotated: Mapping[Split, Sequence[Sample]]) -> list[list[str]]:
+        """Clips of different splits that are the same file under different names."""
+        owners: dict[str, dict[str, Split]] = {}
+        for split, samples in annotated.items():
+            for clip in {sample.clip for sample in samples} & self.cache.ready:
+                owners.setdefault(self.cache.key(clip), {})[clip] = split
+        return sorted(sorted(clips) for clips in owners.values() if len(set(clips.values())) > 1)
 
     def _published(self, splits: Mapping[Split, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Each published count beside what is here, of splits that are."""
@@ -374,6 +393,8 @@ class VideoTextDataModule(EpochDataModule):
         self._refuse(lost, len(named))
         for line in lost:
             logger.warning("left out with its questions: %s", line)
+        if absent and self.only_present:
+            logger.warning("a partial copy: %d of %d clips are here", len(present), len(named))
 
     def lost(self, absent: Sequence[str], unreadable: Mapping[str, str]) -> list[str]:
         """Clips that count towards `max_missing`, with what is wrong."""
@@ -386,14 +407,17 @@ class VideoTextDataModule(EpochDataModule):
         Raises:
             DataError: names them; the whole list lies beside the cache.
         """
-        if len(lost) <= self.max_missing:
-            return
-        path = self.cache_dir / "missing.txt"
-        with atomic_write(path) as file:
-            file.write("\n".join(lost).encode())
-        raise DataError(
+        if len(lost) > self.max_missing:
+            path = self.cache_dir / "missing.txt"
+            with atomic_write(path) as file:
+                file.write("\n".join(lost).encode())
+            raise DataError(self.refusal(lost, clips, f", all named in {path}"))
+
+    def refusal(self, lost: Sequence[str], clips: int, rest: str) -> str:
+        """What to say of too many lost clips, of so many, all of them listed where `rest` says."""
+        return (
             f"{self.root}: of {clips} clips {len(lost)} are absent or unreadable, {self.max_missing} may be:"
-            f"{listing(lost, f', all named in {path}')}\n{self.remedy()}\nTo leave clips out: "
+            f"{listing(lost, rest)}\n{self.remedy()}\nTo leave clips out: "
             "ARGS=--data.init_args.max_missing=<how many>, or, where the copy is a part of the dataset, "
             "ARGS=--data.init_args.only_present=true"
         )

@@ -71,11 +71,19 @@ class MultipleChoiceDataModule(VideoTextDataModule):
 
     task: ClassVar[Task] = "multiple_choice"
 
+    def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
+        """As many candidates for each, and a right one among them."""
+        number = len(samples[0].options)
+        for place, sample in enumerate(samples):
+            if len(sample.options) != number or not 0 <= sample.right < number:
+                raise DataError(
+                    f"{self.root}, split {split}: sample {place}, of clip {sample.clip}, has {len(sample.options)} "
+                    f"candidates and names number {sample.right}, counted from 0, as right; the first sample has "
+                    f"{number} candidates"
+                )
+
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
         """See `VideoTextDataModule`."""
-        numbers = {len(sample.options) for sample in samples}
-        if len(numbers) > 1:
-            raise DataError(f"{self.root}: samples have {sorted(numbers)} candidates; all must have as many")
         texts = self.text.choices([(sample.question, sample.options) for sample in samples])
         labels = torch.tensor([sample.right for sample in samples])
         return ClipDataset(samples, texts, labels, self.cache, seed=self.seed)

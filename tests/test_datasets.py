@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from cdc_mmpg import predict, prepare, report
 from cdc_mmpg.batch import FeatureBatch
 from cdc_mmpg.cli import main
+from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.heads import Retrieval
-from communities import write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
-from processes import finish, start, start_ranks
+from communities import small, write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
+from conftest import write_clip
+from data_modules.msrvtt_choice import MSRVTTChoice
+from processes import finish, kill, start, start_ranks, until
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -181,8 +185,8 @@ def test_make_data_lists_everything_that_is_wrong(tmp_path, capsys):
     (root / "val_qa.json").write_text(json.dumps(rows))
     assert check("msrvtt", root, tmp_path / "out") == 3
     said = capsys.readouterr().err
-    for part in ("train and val share 1 clips:\n  video1", "2 clips are absent or unreadable", "video3: absent",
-                 "video7011: ", "belongs"):  # fmt: skip
+    for part in ("train and val share 1 clips:\n  video1", "of 22 clips 2 are absent or unreadable", "video3: absent",
+                 "video7011: ", "belongs", "max_missing=<how many>"):  # fmt: skip
         assert part in said
     found = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
     assert found["missing"] == ["video3"]
@@ -197,6 +201,74 @@ def test_make_data_lists_everything_that_is_wrong(tmp_path, capsys):
     assert "train_qa.json: no such file" in said
     assert said.count("MSRVTT.zip") == 1
     assert "val" in json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["splits"]
+
+
+def test_the_same_file_in_two_splits_is_said(roots, tmp_path, caplog):
+    root = tmp_path / "msrvtt"
+    shutil.copytree(roots["msrvtt"], root)
+    shutil.copy(root / "videos" / "video2.mp4", root / "videos" / "video7012.mp4")
+    for number, clip in enumerate(sorted((root / "videos").iterdir())):
+        if clip.name not in ("video2.mp4", "video7012.mp4"):
+            write_clip(clip, frames=5 + number // 2)  # one twice within a split is no leak
+    assert check("msrvtt", root, tmp_path / "out") == 0
+    assert "video2, video7012" in caplog.text
+    found = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
+    assert ["video2", "video7012"] in found["same_content_in_splits"]
+
+
+@pytest.mark.parametrize("answer", [5, -1])
+def test_a_right_candidate_that_is_none_is_refused_by_name(answer, tmp_path):
+    data = small(MSRVTTChoice, write_msrvtt_choice(tmp_path / "choice"))
+    samples = data.read_split("test")
+    with pytest.raises(DataError, match=rf"sample 1, of clip video7011, has 5 candidates and names number {answer},"):
+        data.check_samples("test", [samples[0], samples[1]._replace(right=answer)])
+    with pytest.raises(DataError, match=r"sample 1, .* has 4 candidates"):
+        data.check_samples("test", [samples[0], samples[1]._replace(options=("a",) * 4)])
+
+
+def test_make_data_can_be_stopped_and_typed_again(roots, tmp_path):
+    root = tmp_path / "msrvtt"
+    shutil.copytree(roots["msrvtt"], root)
+    for clip in (root / "videos").iterdir():
+        write_clip(clip, frames=400, size=(320, 240), codec="libx264")
+    arguments = ("msrvtt", root, tmp_path / "out")
+    process = start(tmp_path / "log", check, *arguments)
+    until(lambda: any((tmp_path / "out").rglob("*.npy")), process)
+    kill(process, signal.SIGINT)
+    assert finish(process, 20) == 130
+    said = (tmp_path / "log").read_text()
+    assert "stopped by SIGINT; type the same command again to go on" in said
+    assert "Traceback" not in said
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    assert 0 < len(made) < 22
+    assert finish(start(tmp_path / "log", check, *arguments)) == 0
+    assert made.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}.items()
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_annotations(roots, tmp_path, phase_one, capsys):
+    root = tmp_path / "tgif"
+    shutil.copytree(roots["tgif"], root)
+    command = run("tgif", "linear", root, tmp_path / "out", phase_one)
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "finished on" in capsys.readouterr().out
+    path = root / "Test_frameqa_question.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert main(command) == 2
+    assert "content of data.init_args.root" in capsys.readouterr().err
+
+
+def test_a_partial_copy_does_not_stand_beside_the_paper(roots, tmp_path, phase_one, capsys):
+    root = tmp_path / "msrvtt"
+    shutil.copytree(roots["msrvtt"], root)
+    (root / "videos" / "video7011.mp4").unlink()
+    command = run("msrvtt", "linear", root, tmp_path / "out", phase_one, "--data.init_args.only_present=true")
+    assert main(command) == 0
+    assert report.main([str(tmp_path / "out" / "msrvtt")]) == 0
+    table = (tmp_path / "out" / "msrvtt" / "table.md").read_text()
+    assert "20 of 24 test questions" in table
+    assert "A partial copy" in table
+    assert "13.6" not in table
 
 
 def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_one, caplog):

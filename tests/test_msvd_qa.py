@@ -178,7 +178,7 @@ def test_clips_may_be_mp4(own_msvd, tmp_path):
     [
         ("train_qa.json", '"}]', "", r"train_qa\.json, line 1, column \d+"),
         ("train_qa.json", '"video_id": 1}]', '"video_id": 1', r"train_qa\.json, line 1"),
-        ("val_qa.json", '"question"', '"frage"', r"val_qa\.json: \[0\]\.question is None, not a str"),
+        ("val_qa.json", '"question"', '"frage"', r"val_qa\.json: \[0\]\.question is not there"),
         ("val_qa.json", '"video_id": 3', '"video_id": "3"', r"val_qa\.json: \[0\]\.video_id is '3', not a int"),
         ("test_qa.json", '"video_id": 4', '"video_id": 44', r"test_qa\.json: \[0\]\.video_id is 44.*mapping"),
         ("test_qa.json", "[", '{"rows": [', r"test_qa\.json, line 1"),

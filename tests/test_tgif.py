@@ -145,7 +145,7 @@ def test_the_vocabulary_is_that_of_the_whole_training_file(own, caplog):
             '"answer": 7',
             r"frameqa_test\.jsonl, line \d: answer is 7, not a str",
         ),
-        ("frameqa", "clipbert", '"question"', '"frage"', r"frameqa_test\.jsonl, line 1: question is None"),
+        ("frameqa", "clipbert", '"question"', '"frage"', r"frameqa_test\.jsonl, line 1: question is not there"),
         ("frameqa", "clipbert", '"color"', '"colour"', r"line 3: type or answer_type is 'colour'"),
         (
             "action",

@@ -22,8 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    leave_on_signals()
 
     def run() -> None:
         if not _is_finished(arguments):
@@ -84,7 +83,14 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     return values[-1] if values else None
 
 
+def leave_on_signals() -> None:
+    """End with 128 + the signal's number, cleaning up."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+
+
 def _leave(number: int, frame: object) -> None:
+    print(f"stopped by {signal.Signals(number).name}; type the same command again to go on", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

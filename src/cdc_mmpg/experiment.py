@@ -37,7 +37,15 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.results import RESULTS, RESUME, file_digest, fingerprint, provenance, write_json
+from cdc_mmpg.results import (
+    RESULTS,
+    RESUME,
+    annotations_digest,
+    file_digest,
+    fingerprint,
+    provenance,
+    write_json,
+)
 from cdc_mmpg.sessions import SessionDataModule
 from cdc_mmpg.text import vocabulary_size
 from cdc_mmpg.weights import load_checkpoint
@@ -46,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 ANSWERS = "answers.txt"  # of a run: the word of class k in line k
+ANNOTATED = "content of data.init_args.root (annotations)"
 PARTS = ("seed_everything", "trainer", "model", "data")
 
 # Where and how fast a run computes, not what: these may change between a run and its resumption.
@@ -191,11 +200,13 @@ class Experiment(LightningCLI):
                     f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)"
                 )
             settings = self.settings
-            claim(self.folder, settings, {
+            files = {
                 f"content of model.{key}": file_digest(Path(value))
                 for key, value in _flat(settings["model"])
                 if isinstance(value, str) and Path(value).is_file()
-            })  # fmt: skip
+            }
+            files[ANNOTATED] = annotations_digest(Path(settings["data"]["init_args"]["root"]))
+            claim(self.folder, settings, files)
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
     def _check_pair(self) -> None:
@@ -333,7 +344,8 @@ def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None
         asked = dict(_flat(settings | files))
         finished = (folder / RESULTS).is_file()
         # A run that goes on checks its data itself; a finished one cannot.
-        free = set(SURROUNDINGS) - ({"data.init_args.root", "data.init_args.vocab"} if finished else set())
+        own = {"data.init_args.root", "data.init_args.vocab", ANNOTATED}
+        free = {*SURROUNDINGS, ANNOTATED} - (own if finished else set())
         for values in (there, asked):
             for key in ("data.init_args.root", "data.init_args.vocab"):
                 values[key] = values.get(key) and str(Path(values[key]).resolve())

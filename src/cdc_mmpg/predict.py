@@ -105,7 +105,7 @@ def predict(
 def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
     """Of the run, once it is clear that everything it needs was given."""
     if not video.is_file():
-        raise DataError(f"{video}: no such clip (VIDEO=)")
+        raise DataError(f"{video}: no such clip (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
     results = read_results(run)
     if results is None:
         raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
@@ -116,7 +116,7 @@ def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
     task = str(results["task"])
     if task == "open_ended" and not question.strip():
         raise ConfigError("the question is empty: ask one (QUESTION=)")
-    if task != "open_ended" and not choices:
+    if task != "open_ended" and len(choices) < 2:
         raise ConfigError(f"{run} is for {task}: give the texts to choose from (CHOICES='one | another | ...')")
     return task
 

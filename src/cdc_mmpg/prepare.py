@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from cdc_mmpg.cli import check_paths, exit_code, log_to_terminal
+from cdc_mmpg.cli import check_paths, exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.errors import DataError, listing
 from cdc_mmpg.results import provenance, write_json
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a check; returns its exit code (see `errors`): 3 where training would refuse the dataset."""
     folder, *options = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
+    leave_on_signals()
 
     def run() -> None:
         check_paths(options)
@@ -44,9 +45,11 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
         DataError: training would refuse the dataset as it is; names what is wrong.
     """
     found = dataset.check()
+    if not found["splits"]:
+        raise DataError(_once(found["problems"], dataset.remedy()))
     write_json({**found, "configuration": settings, **provenance()}, folder / "data.json")
     console = Console(soft_wrap=True)
-    console.print(table(found))
+    console.print(table(found, dataset.task))
     for row in found["published"]:
         same = row["here"] == row["published"]
         published = "as published" if same else f"published {row['published']:,}"
@@ -61,34 +64,37 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     refused, rest = list(found["problems"]), ", all named in data.json"
     for pair, names in found["shared_between_splits"].items():
         refused.append(f"{pair} share {len(names)} clips:{listing(names, rest)}")
-    if lost := dataset.lost(found["missing"], found["unreadable"]):
-        said = f"{len(lost)} clips are absent or unreadable, {dataset.max_missing} may be:{listing(lost, rest)}"
-        if len(lost) > dataset.max_missing:
-            refused.append(said)
-        else:
-            logger.warning("left out with their questions: %s", said)
+    lost = dataset.lost(found["missing"], found["unreadable"])
+    if len(lost) > dataset.max_missing:
+        refused.append(dataset.refusal(lost, found["clips"], rest))
+    elif lost:
+        logger.warning("left out with their questions:%s", listing(lost, rest))
+    if alike := found["same_content_in_splits"]:
+        logger.warning(
+            "the same file under different names, in different splits:%s",
+            listing([", ".join(names) for names in alike], rest),
+        )
     if refused:
-        once = "\n".join(refused).replace(f"\n{dataset.remedy()}", "")
-        raise DataError(f"{once}\n{dataset.remedy()}")
+        raise DataError(_once(refused, dataset.remedy()))
 
 
-def table(found: dict[str, Any]) -> Table:
-    """Splits with their counts."""
-    columns = ("split", "questions", "clips", "unknown answers", "ceiling %", "questions ready", "clips ready")
-    shown = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+def _once(problems: Sequence[str], remedy: str) -> str:
+    """What is wrong, and the remedy at the end if it is one for any of it."""
+    said = "\n".join(problems)
+    return said.replace(f"\n{remedy}", "") + (f"\n{remedy}" if remedy in said else "")
+
+
+def table(found: dict[str, Any], task: str) -> Table:
+    """Splits with their counts; answers outside a vocabulary where there is one."""
+    asked = "captions" if task == "retrieval" else "questions"
+    answers = ["unknown answers", "ceiling %"] if task == "open_ended" else []
+    shown = Table("split", asked, "clips", *answers, f"{asked} ready", "clips ready", box=SIMPLE_HEAD, pad_edge=False)
     for column in shown.columns[1:]:
         column.justify = "right"
     for name, row in found["splits"].items():
-        known = "ceiling" in row
-        shown.add_row(
-            name,
-            f"{row['questions']:,}",
-            f"{row['clips']:,}",
-            f"{row['unknown_answers']:,}" if known else "?",
-            f"{100 * row['ceiling']:.1f}" if known else "?",
-            f"{row['ready']['questions']:,}",
-            f"{row['ready']['clips']:,}",
-        )
+        known = [f"{row['unknown_answers']:,}", f"{100 * row['ceiling']:.1f}"] if "ceiling" in row else ["?", "?"]
+        ready = [f"{row['ready'][what]:,}" for what in ("questions", "clips")]
+        shown.add_row(name, f"{row['questions']:,}", f"{row['clips']:,}", *known[: len(answers)], *ready)
     return shown
 
 

@@ -161,10 +161,22 @@ def rows(folder: Path) -> list[list[str]]:
     for row in ROWS:
         runs = [run for run in found.get(row.method, []) if _under(run, row.condition)]
         if runs:
-            published = PAPER.get(first["dataset"], {}).get(row.method) if row.condition is None else None
+            whole = row.condition is None and not any(_left_out(run, "test") for run in runs)
+            published = PAPER.get(first["dataset"], {}).get(row.method) if whole else None
             accuracies = _accuracy_cells([_under(run, row.condition) for run in runs], layout, published)
             table.append([row.label, *accuracies, *_rank_cells(row, runs, layout), *_cost_cells(row, runs)])
     return table
+
+
+def _left_out(run: Results, split: str) -> int:
+    """Questions whose clips were not there: of a partial copy, beside which no published figure may stand."""
+    return run["data"].get(split, {}).get("left_out", 0)
+
+
+def _asked(run: Results, split: str) -> str:
+    """Questions of a split, of how many where some were left out."""
+    number, left_out = run["questions"][split], _left_out(run, split)
+    return f"{number:,} of {number + left_out:,}" if left_out else str(number)
 
 
 def _under(run: Results, condition: str | None) -> Accuracies:
@@ -179,8 +191,8 @@ def _accuracy_cells(seeds: list[Accuracies], layout: Layout, published: float | 
     def cells(group: str, kind: str) -> list[dict[str, float]]:
         return [seed[group][kind] for seed in seeds if kind in seed.get(group, {})]
 
-    if not layout.overall:
-        return [_with_interval(cells(layout.groups[0], kind)) for kind in layout.types]
+    if not layout.overall:  # intervals would make it twice as wide
+        return [_spread([cell["value"] for cell in cells(layout.groups[0], kind)]) for kind in layout.types]
     paper = [f"{published:g}" if published else ""] if layout.groups == [ALL_GROUPS] else []
     by_type = ([cell["value"] for cell in cells(layout.groups[0], kind)] for kind in layout.types)
     return [
@@ -196,7 +208,7 @@ def _rank_cells(row: Row | None, runs: list[Results], layout: Layout) -> list[st
         return []
     if row is None:
         return [""] * (2 + len(MEDIANS))
-    own = row.condition is None and runs[0]["protocol"] == "full"
+    own = row.condition is None and runs[0]["protocol"] == "full" and not any(_left_out(run, "test") for run in runs)
     published = PAPER_RECALLS.get(row.method, ("", "")) if own else ("", "")
     found = [run["median_rank"][row.condition or next(iter(run["median_rank"]))] for run in runs]
     return [*published, *(f"{mean(each[way] for each in found):g}" for way in MEDIANS)]
@@ -246,6 +258,7 @@ def caption(folder: Path) -> str:
     found = answering_runs(folder)
     runs = [run for seeds in found.values() for run in seeds]
     groups, types, overall = Layout.of(found)
+    asked = "questions" if overall else "captions"
 
     def each(values: list[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))
@@ -258,8 +271,11 @@ def caption(folder: Path) -> str:
     machines = [run["machine"] for run in runs if "machine" in run]
     commits = [run["commit"][:8] + run["commit"][40:] for run in runs]
     sentences = [
-        f"{folder.absolute().name}: {each([run['questions']['test'] for run in runs])} test questions, "
-        f"{each([run['questions']['train'] for run in runs])} for training{beyond}.",
+        f"{folder.absolute().name}: {each([_asked(run, 'test') for run in runs])} test {asked}, "
+        f"{each([_asked(run, 'train') for run in runs])} for training{beyond}.",
+        "A partial copy: clips are missing, so nothing here compares with published figures."
+        if any(_left_out(run, "test") for run in runs)
+        else "",
         f"In brackets: 95 % interval, {resampled} resampled." if any("[" in cell for cell in cells) else "",
         "±: standard deviation over seeds." if any("±" in cell for cell in cells) else "",
         f"By question type ({', '.join(types)}): % on unseen devices." if types and groups != [ALL_GROUPS] else "",

@@ -13,6 +13,7 @@ from cdc_mmpg.files import atomic_write
 
 RESULTS = "results.json"
 RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
+ANNOTATIONS = (".json", ".jsonl", ".csv", ".txt")
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "timm", "av", "tokenizers", "numpy")
 
 
@@ -36,6 +37,18 @@ def fingerprint(arguments: Sequence[str]) -> str:
         path = Path(value if equals else following)
         if name.startswith(("--model.", "--config", "-c")) and path.is_file():
             digest.update(file_digest(path).encode())
+        if name == "--data.init_args.root" and path.is_dir():
+            digest.update(annotations_digest(path).encode())
+    return digest.hexdigest()
+
+
+def annotations_digest(root: Path) -> str:
+    """Of the content of a dataset's annotation files, in its folder and in those just below."""
+    digest = hashlib.sha256()
+    for pattern in ("*", "*/*"):
+        for path in sorted(root.glob(pattern)):
+            if path.suffix.lower() in ANNOTATIONS and path.is_file():
+                digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

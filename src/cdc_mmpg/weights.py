@@ -39,7 +39,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: absent, unreadable, or it names code to run.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder, not' if path.is_dir() else 'no such'} checkpoint file")
+        raise CheckpointError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} checkpoint file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

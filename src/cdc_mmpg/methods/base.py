@@ -244,7 +244,8 @@ class Answering(Method):
         self.outcomes[split] = {case: rows.compute() for case, rows in self._rows.items()}
         self._rows = {}
         for name, value in self.head.evaluate(self.outcomes[split]).items():
-            self.log(f"{split}/{name}", value, prog_bar=f"{split}/{name}" == self.monitor)
+            # The same on every process already; Lightning warns unless it is told to take their mean.
+            self.log(f"{split}/{name}", value, prog_bar=f"{split}/{name}" == self.monitor, sync_dist=True)
 
     def cloud_modules(self) -> list[nn.Module]:
         """What only the cloud has."""
