@@ -128,7 +128,7 @@ benchmark: .venv/.ready ## training speed at the paper's size: ARGS='--batch-siz
 	@$(PY) -m cdc_mmpg.benchmark $(ARGS)
 
 test: .venv/.ready ## run the tests: ARGS= for pytest
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/.ready ## ruff and mypy
 	.venv/bin/ruff check .

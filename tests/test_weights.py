@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -128,3 +130,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
     with pytest.raises(CDCError, match="below: cannot be written"):
         write()
+
+
+def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_died(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    leftover = tmp_path / f".array.npy.{HOST}.{child.pid}.tmp"
+    leftover.touch()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the table
+    remove_leftovers(tmp_path)
+    assert not leftover.exists()
+    assert child.wait() == 0

@@ -68,4 +68,8 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+    except OSError:  # no Linux, or gone meanwhile
+        return True
+    return not state.startswith("Z")  # dead, and nobody has asked how
