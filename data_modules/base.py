@@ -285,9 +285,11 @@ class VideoTextDataModule(EpochDataModule):
         """Look at everything and fill the frame cache, clips that changed included; goes on where something is wrong.
 
         Returns:
-            splits: what the annotations have, by split; missing: names of absent clips; unreadable: reasons by name;
-            shared_between_splits: names by pair; problems: annotations that cannot be read; clips, ready: how many are
-            named and have frames; cache: its folder and bytes.
+            splits: questions and clips, answers outside the vocabulary and the ceiling, by split, and what is ready;
+            published: the published counts beside those here; missing: names of absent clips; unreadable: reasons by
+            name; shared_between_splits: names by pair; same_content_in_splits: other names of one file; problems:
+            annotations that cannot be read; clips, ready: how many are named and have frames; cache: its folder and
+            bytes; protocol and notes: see the class.
         """
         problems: list[str] = []
 
@@ -383,7 +385,7 @@ class VideoTextDataModule(EpochDataModule):
         self.read_vocabulary()
         TextEncoder(self.vocab, self.text_length)
         paths = self.find_clips()
-        named = sorted({sample.clip for split in SPLITS for sample in self.samples(split)} | self.further_clips())
+        named = self._named()
         absent = [name for name in named if name not in paths]
         present = {name: paths[name] for name in named if name in paths}
         if not present:
@@ -395,6 +397,10 @@ class VideoTextDataModule(EpochDataModule):
             logger.warning("left out with its questions: %s", line)
         if absent and self.only_present:
             logger.warning("a partial copy: %d of %d clips are here", len(present), len(named))
+
+    def _named(self) -> list[str]:
+        """Every clip that the dataset has a use for."""
+        return sorted({sample.clip for split in SPLITS for sample in self.samples(split)} | self.further_clips())
 
     def lost(self, absent: Sequence[str], unreadable: Mapping[str, str]) -> list[str]:
         """Clips that count towards `max_missing`, with what is wrong."""
@@ -431,9 +437,9 @@ class VideoTextDataModule(EpochDataModule):
         self.cache.load()
         paths = self.find_clips()
         self._ready = self.cache.ready & paths.keys()
-        named = {sample.clip for split in SPLITS for sample in self.samples(split)} | self.further_clips()
-        bare = dict.fromkeys(sorted((named & paths.keys()) - self._ready), "no frames are prepared")
-        self._refuse(self.lost(sorted(named - paths.keys()), bare), len(named))
+        named = self._named()
+        bare = {name: "no frames are prepared" for name in named if name in paths and name not in self._ready}
+        self._refuse(self.lost([name for name in named if name not in paths], bare), len(named))
         for split in SPLITS:
             samples = [sample for sample in self.samples(split) if sample.clip in self._ready]
             if not samples:
