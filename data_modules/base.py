@@ -27,6 +27,7 @@ from cdc_mmpg.batch import (
     Task,
     VideoTextBatch,
     View,
+    draw_text,
 )
 from cdc_mmpg.errors import ConfigError, DataError, listing
 from cdc_mmpg.files import atomic_write
@@ -101,7 +102,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
         texts = self.texts[index]
         if not (self.draw and self.augment):
             return texts
-        return [texts[int(np.random.default_rng((self.seed, epoch, index, 1)).integers(len(texts)))]]
+        return [texts[draw_text(self.seed, epoch, index, len(texts))]]
 
     def collate(self, texts: Sequence[Texts]) -> tuple[Tensor, Tensor]:
         """Ids and mask of a batch's texts, (B, K, L): rows of zeros where a sample has fewer than K."""
@@ -234,12 +235,20 @@ class VideoTextDataModule(EpochDataModule):
         return set()
 
     def sessions(self) -> Sessions:
-        """Unlabelled clips by device, of a dataset whose `views` have "sessions"."""
-        raise NotImplementedError
+        """Unlabelled clips by device, of a dataset whose `views` have "sessions".
+
+        Raises:
+            ConfigError: it has not.
+        """
+        raise ConfigError(f"{type(self).__name__} does not know its clips' devices: sessions need them")
 
     def captions(self) -> Captions:
-        """Captioned clips, of a dataset whose `views` have "captions"."""
-        raise NotImplementedError
+        """Captioned clips, of a dataset whose `views` have "captions".
+
+        Raises:
+            ConfigError: it has not.
+        """
+        raise ConfigError(f"{type(self).__name__} has no captions: encoder_pretraining needs them")
 
     def samples(self, split: Split) -> list[Sample]:
         """All samples of a split, read once.

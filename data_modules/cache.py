@@ -9,7 +9,6 @@ Arrays appear whole or not at all. The index is only appended to, a line a clip,
 that no line tells of is found by its name: who loses the index has the clips hashed, not decoded again.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -35,7 +34,7 @@ from rich.filesize import decimal
 from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError, listing
-from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.files import atomic_write, file_digest, remove_leftovers
 from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
 from cdc_mmpg.video import Decoder, read_frames
 
@@ -99,7 +98,7 @@ class FrameCache:
         """What is known of a clip.
 
         Raises:
-            DataError: nothing.
+            DataError: the index does not have it.
         """
         if (entry := self._entries.get(name)) is None:
             raise DataError(f"{name}: not in {self._index}: run `make data`")
@@ -216,7 +215,7 @@ class FrameCache:
         other = []
         pool = ThreadPoolExecutor(workers)  # reading and hashing free the interpreter
         try:
-            digests = {name: pool.submit(_digest, clips[name]) for name in sorted(touched)}
+            digests = {name: pool.submit(file_digest, clips[name]) for name in sorted(touched)}
             for name, digest in track(digests.items(), description="comparing clips"):
                 try:
                     if digest.result() == (entry := self._entries[name]).sha256:
@@ -375,11 +374,6 @@ def _array(name: str, digest: str, frames: int) -> str:
     return f"{_stem(name)}.{digest[:12]}.{frames}.npy"
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _next(done: "SimpleQueue[Future[Entry]]", pool: ProcessPool) -> "Future[Entry]":
     """Wait for a clip to be done.
 
@@ -425,7 +419,7 @@ def _prepare(
     """
     before = _status(path)
     try:
-        digest = _digest(path)
+        digest = file_digest(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for file in kept:

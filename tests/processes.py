@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ CONTEXT.set_forkserver_preload(["processes"])
 
 import cdc_mmpg.experiment  # noqa: E402, F401  preloaded
 import data_modules.msvd_qa  # noqa: E402, F401  preloaded
+from cdc_mmpg.cli import main  # noqa: E402
 
 
 class Recorder(Callback):
@@ -101,6 +103,15 @@ def finish(process: multiprocessing.process.BaseProcess, seconds: float = 120) -
         process.join()
         raise TimeoutError(f"still running after {seconds} s")
     return process.exitcode
+
+
+def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
+    """What Lightning's own test of a run's best weights prints, in one process."""
+    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
+             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
+    assert finish(start(out / "log", main, alone)) == 0, (out / "log").read_text()
+    found = re.findall(r"test/([\w@]+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
+    return {name: float(value) for name, value in found}
 
 
 def until(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess, seconds: float = 60) -> None:

@@ -58,7 +58,7 @@ def lines(cache: FrameCache) -> list[dict[str, object]]:
 
 @pytest.fixture
 def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """forbid("_digest"): from here on the cache may not use it."""
+    """forbid("file_digest"): from here on the cache may not use it."""
 
     def forbid(what: str) -> None:
         monkeypatch.setattr(module, what, None)
@@ -281,7 +281,7 @@ def test_a_touched_or_moved_clip_is_not_decoded_again(tmp_path, forbid):
     assert [cache.key(name) for name in clips] == keys
     assert cache.entry("c1").mtime_ns == clips["c1"].stat().st_mtime_ns
     assert [line["name"] for line in lines(cache)][3:] == ["c1"]
-    forbid("_digest")
+    forbid("file_digest")
     assert cache.fill(clips, 1) == {}
 
 

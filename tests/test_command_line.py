@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip
-from processes import finish, start
+from processes import finish, result_of_testing_alone, start
 
 METHODS = ("linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen")
 
@@ -187,16 +186,6 @@ def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp
         assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-5)
         printed = result_of_testing_alone(folder, tmp_path / method)
         assert printed == pytest.approx({"accuracy": accuracy, "loss": loss}, abs=1e-4)
-
-
-def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
-    """What Lightning's own test of a run's best weights prints, in one process."""
-    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
-             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
-    process = start(out / "log", main, alone)
-    assert finish(process) == 0, (out / "log").read_text()
-    found = re.findall(r"test/(\w+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
-    return {name: float(value) for name, value in found}
 
 
 def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from cdc_mmpg.models.heads import Retrieval
 from communities import small, write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
 from conftest import write_clip
 from data_modules.msrvtt_choice import MSRVTTChoice
-from processes import finish, kill, start, start_ranks, until
+from processes import finish, kill, result_of_testing_alone, start, start_ranks, until
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -303,15 +303,6 @@ def test_what_makes_no_sense_is_refused_with_the_reason(
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
-
-
-def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
-    """What Lightning's own test of a run's best weights prints, in one process."""
-    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
-             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
-    assert finish(start(out / "log", main, alone)) == 0, (out / "log").read_text()
-    found = re.findall(r"test/([\w@]+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
-    return {name: float(value) for name, value in found}
 
 
 def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):

@@ -33,7 +33,7 @@ ROOMS = {
     "metrics": set(),
     "evaluation": {"batch", "files", "metrics"},
     "models": {"models", "batch", "errors", "metrics", "weights"},
-    "methods": {"methods", "models", "batch", "errors", "weights"},
+    "methods": {"methods", "models", "batch", "errors", "metrics", "weights"},
     "features": {"models", "batch", "errors", "files", "weights"},
     "sessions": {"batch", "errors", "features"},
     "captions": {"batch"},

@@ -229,6 +229,14 @@ def test_captions_are_held_out_by_clip(data):
         assert asked[0] == asked[3]
 
 
+def test_a_dataset_without_devices_or_captions_says_so(msvd, tmp_path):
+    plain = MSVDQA(str(msvd), str(tmp_path), 5, vocab=str(msvd / "vocab.txt"))
+    with pytest.raises(ConfigError, match="devices"):
+        plain.sessions()
+    with pytest.raises(ConfigError, match="captions"):
+        plain.captions()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

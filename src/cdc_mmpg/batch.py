@@ -115,6 +115,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return iter([(self.epoch, int(index)) for index in own])
 
 
+def draw_text(seed: int, epoch: int, index: int, number: int) -> int:
+    """Which of a sample's texts, of so many, is this epoch's in training: the same from frames and from features."""
+    return int(np.random.default_rng((seed, epoch, index, 1)).integers(number))
+
+
 class EpochDataModule(LightningDataModule):
     """A DataModule whose order is a function of seed and epoch, and which can go on in the middle of an epoch.
 

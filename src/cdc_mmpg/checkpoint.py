@@ -45,7 +45,7 @@ def inspect(file: str) -> None:
         for key in keys:
             fitted = f"  {tuple(others[key])}, here {tuple(own[key].shape)}" if key in others else ""
             print(f"  {key}{fitted}")
-    encoder.load_reference(file)  # refuses what cannot be used
+    encoder.take(taken, report, file)  # refuses what cannot be used
     print(
         f"{sum(value.numel() for value in taken.values()):,} of {sum(v.numel() for v in own.values()):,} values taken"
     )

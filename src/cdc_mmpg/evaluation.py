@@ -1,7 +1,7 @@
 """What a test gave, by task: figures with intervals for results.json, and every answer as a table."""
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from io import StringIO
 from math import comb
 from pathlib import Path
@@ -12,9 +12,7 @@ from numpy.typing import ArrayLike
 
 from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin, VideoTextData
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.metrics import CAPTIONS, RECALLS, accuracies, majorities, ranked
-
-Outcomes = Mapping[str, tuple[Any, Any]]  # see `models.heads`
+from cdc_mmpg.metrics import CAPTIONS, RECALLS, Outcomes, accuracies, majorities, ranked
 
 
 def evaluation(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from cdc_mmpg.dashboard import ExampleTable, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
-from cdc_mmpg.files import atomic_write
+from cdc_mmpg.files import atomic_write, file_digest
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
@@ -41,7 +41,6 @@ from cdc_mmpg.results import (
     RESULTS,
     RESUME,
     annotations_digest,
-    file_digest,
     fingerprint,
     provenance,
     write_json,

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
@@ -23,6 +22,7 @@ from cdc_mmpg.batch import (
     Split,
     VideoTextBatch,
     VideoTextData,
+    draw_text,
 )
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
@@ -59,7 +59,7 @@ class FeatureDataset(Dataset[FeatureBatch]):
         if not self.draw or batch.texts is None or batch.there is None:
             return batch
         chosen = torch.tensor([
-            int(np.random.default_rng((self.seed, epoch, i)).integers(number))
+            draw_text(self.seed, epoch, i, number)
             for (epoch, i), number in zip(items, batch.there.sum(1).tolist(), strict=True)
         ])  # fmt: skip
         texts = batch.texts[torch.arange(len(chosen)), chosen]

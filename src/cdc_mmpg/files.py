@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever happens to the process that writes them."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             f"{path}: cannot be written ({error.strerror or error}), and what was there is untouched: make room, or "
             "make the folder writable, and type the same command again"
         ) from error
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

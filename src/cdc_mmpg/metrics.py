@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 Cell = dict[str, float]  # value, standard_error, low, high, questions
 Accuracies = dict[str, dict[str, dict[str, Cell]]]  # by condition, group of devices, type of question
 
+Outcomes = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # by case: of which sample each row is, and what it says
+
 INTERVAL = (2.5, 97.5)  # percentiles
 CHUNK = 100  # draws that are held at once
 
@@ -120,7 +122,7 @@ def ranks(
     return by_video, by_text
 
 
-def recalls(outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, float]:
+def recalls(outcomes: Outcomes) -> dict[str, float]:
     """VR@K, TR@K, median ranks and the mean of the recalls, `recall`, of the first case.
 
     As the paper has it: VR@K is video to text (a clip asks for its captions), TR@K text to video.
@@ -140,9 +142,7 @@ def recalls(outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[s
     }
 
 
-def ranked(
-    outcomes: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
-) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def ranked(outcomes: Outcomes) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Ranks of clips and of captions by case; arguments as `recalls`', the rows in the samples' order."""
     owners, texts = outcomes[CAPTIONS]
     found = {}

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cdc_mmpg.files import atomic_write
+from cdc_mmpg.files import atomic_write, file_digest
 
 RESULTS = "results.json"
 RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
@@ -21,12 +21,6 @@ def write_json(content: Any, path: Path) -> None:
     """Write JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-
-
-def file_digest(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(arguments: Sequence[str]) -> str:

@@ -15,9 +15,10 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View
 from cdc_mmpg.errors import ConfigError, DivergedError
+from cdc_mmpg.metrics import Outcomes
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
-from cdc_mmpg.models.heads import Head, LastLayer, Outcomes
+from cdc_mmpg.models.heads import Head, LastLayer
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 

@@ -273,8 +273,17 @@ class AllInOne(nn.Module):
         Raises:
             CheckpointError: not a checkpoint, an encoder key is missing, or a shape differs.
         """
-        used, report = self.compare(path_or_state_dict)
         source = "the state dict" if isinstance(path_or_state_dict, Mapping) else str(path_or_state_dict)
+        used, report = self.compare(path_or_state_dict)
+        self.take(used, report, source)
+        return report
+
+    def take(self, used: Mapping[str, Tensor], report: ImportReport, source: str) -> None:
+        """The second half of `load_reference`, after `compare`; `source` is for messages.
+
+        Raises:
+            CheckpointError: an encoder key is missing, or a shape differs.
+        """
         if report.absent:
             raise CheckpointError(
                 f"{source} lacks {len(report.absent)} of the encoder's {len(self.state_dict())} weights, the first "
@@ -288,7 +297,6 @@ class AllInOne(nn.Module):
             "%s: %d keys used, %d of other heads dropped, unexpected %s, missing %s",
             source, len(report.used), len(report.dropped), report.unexpected or "none", report.missing or "none",
         )  # fmt: skip
-        return report
 
     def compare(self, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ImportReport]:
         """What `load_reference` would take over, by this encoder's names, and what becomes of every key.

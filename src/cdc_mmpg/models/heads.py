@@ -1,22 +1,20 @@
 """Heads: what stands on a device after the encoder, for each task, and what a prediction there costs and counts."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.metrics import CAPTIONS, recalls
+from cdc_mmpg.metrics import CAPTIONS, Outcomes, recalls
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 
 Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
-Outcomes = dict[str, tuple[NDArray[Any], NDArray[Any]]]  # by case, the rows of a whole split in the samples' order
 
 
 class LastLayer(Protocol):
@@ -66,7 +64,7 @@ class Head(nn.Module):
 
     @abstractmethod
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
-        """Metrics of a whole split, of the first case."""
+        """Metrics of a whole split, its rows in the samples' order, of the first case."""
 
 
 class Choosing(Head):
