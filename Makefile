@@ -62,7 +62,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors.
 train: .venv/.ready $(PRETRAIN) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
 	@$(MAKE) --no-print-directory $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(WANTED)
-	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.report "$(ROOT)")
+	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
 # Phase two builds on phase one; the frozen recipe adapts the encoder first.
 run/cdc_mmpg: run/adr_pretraining
@@ -116,7 +116,7 @@ predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
-	@$(PY) -m cdc_mmpg.report "$(ROOT)"
+	@$(PY) -m cdc_mmpg.tables "$(ROOT)"
 
 figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= DATA= OUT=
 	@$(PY) -m cdc_mmpg.figures "$(ROOT)" --data "$(DATA)"

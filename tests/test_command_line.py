@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from cdc_mmpg import dashboard, predict, report
+from cdc_mmpg import dashboard, predict, tables
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.weights import load_checkpoint
@@ -85,14 +85,14 @@ def test_the_best_epoch_is_the_one_that_was_tested(fit, tmp_path):
 
 
 def test_the_table_puts_the_methods_side_by_side(finished, capsys):
-    assert report.main([str(finished / "msvd")]) == 0
+    assert tables.main([str(finished / "msvd")]) == 0
     printed = capsys.readouterr().out
     table = (finished / "msvd" / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     by_label = {row[0].strip("| "): row for row in rows[2:]}
-    assert [label for label in by_label if label in report.NAMES.values()] == [report.NAMES[name] for name in METHODS]
+    assert [label for label in by_label if label in tables.NAMES.values()] == [tables.NAMES[name] for name in METHODS]
     for method in METHODS:
-        row = by_label[report.NAMES[method]]
+        row = by_label[tables.NAMES[method]]
         results = json.loads((finished / "msvd" / method / "seed0" / "results.json").read_text())
         assert row[1].startswith(f"{100 * results['metrics']['test/accuracy']:.1f} [")
         assert row[rows[0].index("D-Param")] == f"{results['parameters']['device']:,}"
@@ -103,7 +103,7 @@ def test_the_table_puts_the_methods_side_by_side(finished, capsys):
 
 
 def test_the_table_of_an_empty_folder_says_what_to_do(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert tables.main([str(tmp_path)]) == 2
     assert "make train" in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_the_table_gives_the_spread_over_seeds(finished, tmp_path):
         folder.mkdir(parents=True)
         source["accuracy"]["own"]["test"]["all"]["value"] = accuracy
         (folder / "results.json").write_text(json.dumps(source))
-    table = {row[0]: row for row in report.rows(tmp_path / "msvd")}
+    table = {row[0]: row for row in tables.rows(tmp_path / "msvd")}
     assert table["F-linear"][1] == "30.0 ± 14.1"
 
 
@@ -290,9 +290,9 @@ def test_wandb_stays_below_the_run_and_logs_examples(fit, tmp_path, monkeypatch)
     folder = tmp_path / "out" / "msvd" / "fine_tuning" / "seed0"
     (run,) = folder.glob("wandb/offline-run-*")
     assert list(run.glob("*.wandb"))
-    tables = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
-    assert {tuple(table["columns"]) for table in tables} == {("frames", "clip", "question", "prediction", "answer")}
-    assert any(row[1] == "t_0_1" for table in tables for row in table["data"])
+    logged = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
+    assert {tuple(table["columns"]) for table in logged} == {("frames", "clip", "question", "prediction", "answer")}
+    assert any(row[1] == "t_0_1" for table in logged for row in table["data"])
 
 
 def test_a_silent_wandb_server_costs_seconds_and_nothing_else(fit, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdc_mmpg import predict, prepare, report
+from cdc_mmpg import predict, prepare, tables
 from cdc_mmpg.batch import FeatureBatch
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import DataError
@@ -140,10 +140,10 @@ def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_on
 
 def test_the_table_of_each_task(roots, out, capsys):
     for dataset, header in (("msrvtt_choice", "paper %"), ("msrvtt_retrieval", "VR@1 | VR@5"), ("tgif", "location")):
-        assert report.main([str(out / dataset)]) == 0
+        assert tables.main([str(out / dataset)]) == 0
         table = (out / dataset / "table.md").read_text()
         assert header in table
-        assert all(report.NAMES[method] in table for method in METHODS)
+        assert all(tables.NAMES[method] in table for method in METHODS)
     assert "| VR median | TR median |" in (out / "msrvtt_retrieval" / "table.md").read_text()
     assert "77" in (out / "msrvtt_choice" / "table.md").read_text()
     assert "MSRVTT_test.full.csv" in (out / "msrvtt_retrieval" / "table.md").read_text()
@@ -265,7 +265,7 @@ def test_a_partial_copy_does_not_stand_beside_the_paper(roots, tmp_path, phase_o
     (root / "videos" / "video7011.mp4").unlink()
     command = run("msrvtt", "linear", root, tmp_path / "out", phase_one, "--data.init_args.only_present=true")
     assert main(command) == 0
-    assert report.main([str(tmp_path / "out" / "msrvtt")]) == 0
+    assert tables.main([str(tmp_path / "out" / "msrvtt")]) == 0
     table = (tmp_path / "out" / "msrvtt" / "table.md").read_text()
     assert "20 of 24 test questions" in table
     assert "A partial copy" in table

@@ -135,7 +135,7 @@ def test_a_damaged_dataset_is_named(name, content, message, synthetic, tmp_path)
 
 
 def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path):
-    from cdc_mmpg.report import finished_runs
+    from cdc_mmpg.tables import finished_runs
 
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.8})
     assert accuracy(finished_runs(tmp_path), None, "all") == pytest.approx(Score(80, 78, 83))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cdc_mmpg import checkpoint, figures, predict, prepare, report
+from cdc_mmpg import checkpoint, figures, predict, prepare, tables
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from conftest import write_clip, write_msvd
@@ -40,8 +40,8 @@ ROOMS = {
     "checkpointing": {"errors", "files", "results", "weights"},
     "dashboard": {"methods", "batch", "metrics"},
     "results": {"files"},
-    "report": {"errors", "files", "results"},
-    "figures": {"errors", "files", "frames", "report", "video"},
+    "tables": {"errors", "files", "results"},
+    "figures": {"errors", "files", "frames", "tables", "video"},
     "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "evaluation", "features", "files",
                    "methods", "models", "results", "sessions", "text", "weights"},
     "prepare": {"cli", "errors", "experiment", "results"},
@@ -86,7 +86,7 @@ def test_imports_flow_one_way(path):
         "text",
         "results",
         "cli",
-        "report",
+        "tables",
         "predict",
         "metrics",
         "prepare",
@@ -218,7 +218,7 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
                 continue
             made.add(tuple(arguments))
             shell = {"$CLIP": named.get("VIDEO"), "$ASKED": named.get("QUESTION")}
-            program = {"fit": main, "--run": predict.main}.get(arguments[0], report.main)
+            program = {"fit": main, "--run": predict.main}.get(arguments[0], tables.main)
             program = {"figures": figures.main, "data": prepare.main, "checkpoint": checkpoint.main}.get(
                 command[0], program
             )
@@ -229,9 +229,9 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}
-        sessions = {name for name in report.NAMES if "session" in name}
+        sessions = {name for name in tables.NAMES if "session" in name}
         absent = sessions if dataset == "msvd" else {"cdc_mmpg_frozen", "cdc_mmpg_session_full"}
-        assert methods == ({*report.NAMES} - absent) | others | {"adr_pretraining"}
+        assert methods == ({*tables.NAMES} - absent) | others | {"adr_pretraining"}
     assert (out / "msvd" / "table.md").exists()
     pictures = {path.name for path in (out / "synthetic" / "figures").iterdir()}
     assert pictures == {"method.png", "data.png", "anchors.png"}

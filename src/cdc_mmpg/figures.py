@@ -19,7 +19,7 @@ import numpy as np
 from cdc_mmpg.errors import CDCError, ConfigError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import Frames
-from cdc_mmpg.report import finished_runs
+from cdc_mmpg.tables import finished_runs
 from cdc_mmpg.video import read_frames
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg import report
+from cdc_mmpg import tables
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import accuracies, majorities
 
@@ -232,35 +232,35 @@ def test_runs_on_different_splits_are_not_set_side_by_side(tmp_path):
     write_run(root, "linear", protocol="full")
     write_run(root, "linear", seed=1, protocol="9k")
     with pytest.raises(ConfigError, match="linear on protocol full; linear on protocol 9k"):
-        report.rows(root)
+        tables.rows(root)
 
 
 @pytest.fixture
 def synthetic(tmp_path):
     """One seed of every method on a dataset with devices."""
     root = tmp_path / "synthetic"
-    for number, method in enumerate(report.NAMES):
+    for number, method in enumerate(tables.NAMES):
         write_run(root, method, value=0.7 + 0.01 * number)
     return root
 
 
 def by_label(folder):
     """The rows as dictionaries."""
-    header = report.columns(folder)
-    return {row[0]: dict(zip(header, row, strict=True)) for row in report.rows(folder)}
+    header = tables.columns(folder)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in tables.rows(folder)}
 
 
 def test_the_methods_that_answer():
-    assert list(report.NAMES) == [
+    assert list(tables.NAMES) == [
         "linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen", "cdc_mmpg_session",
         "cdc_mmpg_session_full", "session_concatenated", "session_oracle",
     ]  # fmt: skip
-    assert report.NAMES["cdc_mmpg"] == "CDC-MMPG"
-    assert report.NAMES["cdc_mmpg_session"] == "Session, n = 16"
+    assert tables.NAMES["cdc_mmpg"] == "CDC-MMPG"
+    assert tables.NAMES["cdc_mmpg_session"] == "Session, n = 16"
 
 
 def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
-    assert report.columns(synthetic) == [
+    assert tables.columns(synthetic) == [
         "method", "unseen %", "seen %", *TYPES, "val %", "D-Param", "C-Param", "bytes up", "bytes down", "best/epochs",
         "train s", "seeds",
     ]  # fmt: skip
@@ -340,17 +340,17 @@ def test_a_dataset_without_devices_stands_beside_the_paper(tmp_path):
     root = tmp_path / "msvd"
     for method in ("linear", "cdc_mmpg", "cdc_mmpg_frozen"):
         write_run(root, method, devices=False, value=0.35)
-    assert report.columns(root)[:5] == ["method", "test %", "paper %", "val %", "D-Param"]
+    assert tables.columns(root)[:5] == ["method", "test %", "paper %", "val %", "D-Param"]
     table = by_label(root)
     assert (table["CDC-MMPG"]["test %"], table["CDC-MMPG"]["paper %"]) == ("35.0 [32.6, 37.3]", "35.4")
     assert table["F-linear"]["paper %"] == "17.3"
     for label in ("· ADR bypassed", "CDC-MMPG, frozen", "Majority answer"):
         assert table[label]["paper %"] == ""
-    assert "no method can exceed 90.8 % (answers outside the vocabulary)" in report.caption(root)
-    assert "95 % interval, clips resampled." in report.caption(root)
+    assert "no method can exceed 90.8 % (answers outside the vocabulary)" in tables.caption(root)
+    assert "95 % interval, clips resampled." in tables.caption(root)
     types = {"test": {"all": cell(0.3), "what": cell(0.2), "who": cell(0.4)}}
     write_run(root, "linear", devices=False, accuracy={"own": types})
-    assert report.columns(root)[:6] == ["method", "test %", "paper %", "what", "who", "val %"]
+    assert tables.columns(root)[:6] == ["method", "test %", "paper %", "what", "who", "val %"]
     assert by_label(root)["F-linear"]["who"] == "40.0"
     assert by_label(root)["CDC-MMPG"]["who"] == ""
 
@@ -365,12 +365,12 @@ def test_several_seeds_give_mean_and_deviation(tmp_path):
     assert (row["color"], row["best/epochs"], row["seeds"]) == ("29.0", "12–13/40", "2")
     assert by_label(root)["Majority answer"]["unseen %"] == "10.0 [7.6, 12.3]"
     assert by_label(root)["Session, n = 8"]["unseen %"] == "50.0 ± 14.1"
-    assert "±: standard deviation over seeds." in report.caption(root)
-    assert "In brackets" in report.caption(root)  # of the floors
+    assert "±: standard deviation over seeds." in tables.caption(root)
+    assert "In brackets" in tables.caption(root)  # of the floors
 
 
 def test_the_caption(synthetic):
-    caption = report.caption(synthetic)
+    caption = tables.caption(synthetic)
     assert caption.startswith("synthetic: 3168 test questions, 2304 for training. In brackets: ")
     assert "95 % interval, devices and then their clips resampled. " in caption
     assert "By question type (color, shape, size, side, count): % on unseen devices. " in caption
@@ -379,63 +379,63 @@ def test_the_caption(synthetic):
     assert "±" not in caption
     assert "Machine" not in caption
     write_run(synthetic, "linear", machine="8 cores, 16 GB")
-    assert "Machine: 8 cores, 16 GB. " in report.caption(synthetic)
+    assert "Machine: 8 cores, 16 GB. " in tables.caption(synthetic)
 
 
 def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypatch):
     encoder = synthetic / "encoder_pretraining" / "seed0" / "encoder.safetensors"
-    for method in report.NAMES:
+    for method in tables.NAMES:
         write_run(synthetic, method, encoder=str(encoder))
-    assert "Encoder from: encoder_pretraining/seed0/encoder.safetensors. Best" in report.caption(synthetic)
+    assert "Encoder from: encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
     labels = {"clips": 5760, "captions": 5760, "questions": 17280}
     encoder.parent.mkdir(parents=True)
     content = {"labels": labels, "seconds": {"train": 94.6, "test": 0.0}}
     (encoder.parent / "results.json").write_text(json.dumps(content))
     sentence = "Encoder pretrained in this run on 5,760 captions and 17,280 questions of 5,760 other clips (95 s)."
-    assert sentence in report.caption(synthetic)
+    assert sentence in tables.caption(synthetic)
     monkeypatch.chdir(synthetic.parent)
-    for method in report.NAMES:
+    for method in tables.NAMES:
         write_run(synthetic, method, encoder="synthetic/encoder_pretraining/seed0/encoder.safetensors")
-    assert sentence in report.caption(Path("synthetic"))
-    assert sentence in report.caption(synthetic)
+    assert sentence in tables.caption(Path("synthetic"))
+    assert sentence in tables.caption(synthetic)
     monkeypatch.chdir(synthetic)
-    for method in report.NAMES:
+    for method in tables.NAMES:
         write_run(synthetic, method)  # without a checkpoint
-    assert report.caption(Path()).startswith("synthetic: ")
-    assert "Encoder from: random weights. Best" in report.caption(Path())
-    for method in report.NAMES:
+    assert tables.caption(Path()).startswith("synthetic: ")
+    assert "Encoder from: random weights. Best" in tables.caption(Path())
+    for method in tables.NAMES:
         write_run(synthetic, method, encoder="../other/encoder_pretraining/seed0/encoder.safetensors")
-    assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in report.caption(synthetic)
+    assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
 
 
 def test_it_is_printed_and_written(synthetic, capsys):
-    assert report.main([str(synthetic)]) == 0
+    assert tables.main([str(synthetic)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= 200
     assert not any("…" in line for line in printed)
-    for row in report.rows(synthetic):
+    for row in tables.rows(synthetic):
         assert any(all(part in line for part in row) for line in printed), row
     assert printed[-1] == f"written: {synthetic / 'table.md'}"
     text = (synthetic / "table.md").read_text()
-    assert text == report.markdown(synthetic)
+    assert text == tables.markdown(synthetic)
     table, caption = text.rstrip().split("\n\n")
-    assert caption == report.caption(synthetic)
+    assert caption == tables.caption(synthetic)
     lines = [re.fullmatch(r"\| (.*) \|", line)[1].split(" | ") for line in table.splitlines()]
-    assert {len(line) for line in lines} == {len(report.columns(synthetic))}
+    assert {len(line) for line in lines} == {len(tables.columns(synthetic))}
     assert lines[1] == ["---", *["---:"] * (len(lines[0]) - 1)]
-    assert lines[2:] == report.rows(synthetic)
+    assert lines[2:] == tables.rows(synthetic)
 
 
 def test_three_seeds_fit_two_hundred_columns(synthetic, capsys):
-    for method in report.NAMES:
+    for method in tables.NAMES:
         for seed in range(3):
             write_run(synthetic, method, seed, 0.7 + 0.1 * seed, seconds={"train": 12345.6})
-    assert report.main([str(synthetic)]) == 0
+    assert tables.main([str(synthetic)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 200
 
 
 def test_a_folder_without_runs_says_what_to_do(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert tables.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path) in error
     assert "make train" in error
@@ -447,7 +447,7 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(synthetic, capsys):
     results = json.loads((folder / "results.json").read_text())
     del results["accuracy"]
     (folder / "results.json").write_text(json.dumps(results))
-    assert report.main([str(synthetic)]) == 2
+    assert tables.main([str(synthetic)]) == 2
     error = capsys.readouterr().err
     assert f'{folder / "results.json"} has no "accuracy"' in error
     assert f"delete {folder} and train anew" in error
@@ -455,13 +455,13 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(synthetic, capsys):
 
 def test_a_table_that_cannot_be_written_is_an_error_with_a_code(synthetic, capsys):
     (synthetic / "table.md").mkdir()
-    assert report.main([str(synthetic)]) == 1
+    assert tables.main([str(synthetic)]) == 1
     assert "table.md: cannot be written" in capsys.readouterr().err
 
 
 def test_finished_runs_are_those_with_results(synthetic):
-    assert len(report.finished_runs(synthetic)) == len(report.NAMES)
-    (run,) = report.finished_runs(synthetic, "linear")
+    assert len(tables.finished_runs(synthetic)) == len(tables.NAMES)
+    (run,) = tables.finished_runs(synthetic, "linear")
     assert run["method"] == "linear"
     (synthetic / "linear" / "seed0" / "results.json").write_text("{")
-    assert report.finished_runs(synthetic, "linear") == []
+    assert tables.finished_runs(synthetic, "linear") == []
