@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +36,7 @@ from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
 from data_modules.annotations import leads_out
 from data_modules.cache import FrameCache
+from data_modules.domains import Kind, Shift, unseen_domains
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
         augment: draw frames within their segments and a place for the crop; else the middles.
         draw: of several texts take one in training, another every epoch.
         seed: of the draws.
+        shift: the clips' domains, which change what is read; None where there are none.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class ClipDataset(Dataset[VideoTextBatch]):
         augment: bool = False,
         draw: bool = False,
         seed: int = 0,
+        shift: Shift | None = None,
     ) -> None:
         self.samples, self.texts, self.labels = samples, texts, labels
-        self.cache, self.augment, self.draw, self.seed = cache, augment, draw, seed
+        self.cache, self.augment, self.draw, self.seed, self.shift = cache, augment, draw, seed, shift
 
     def augmented(self, augment: bool) -> "ClipDataset":
         """The same samples, augmented or not."""
-        return type(self)(self.samples, self.texts, self.labels, self.cache, augment, self.draw, self.seed)
+        return type(self)(self.samples, self.texts, self.labels, self.cache, augment, self.draw, self.seed, self.shift)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,7 +97,10 @@ class ClipDataset(Dataset[VideoTextBatch]):
             generator = np.random.default_rng((self.seed, epoch, index))
             starts = np.arange(self.cache.num_frames) * each
             chosen = list(starts + generator.integers(each, size=len(starts)))
-        frames = self.cache.read(self.samples[index].clip, chosen)
+        clip = self.samples[index].clip
+        frames = self.cache.read(clip, chosen)
+        if self.shift is not None:
+            frames = self.shift.changed(clip, frames)
         return torch.from_numpy(crop(frames, self.cache.image_size, generator))
 
     def drawn(self, epoch: int, index: int) -> Texts:
@@ -149,11 +155,17 @@ class VideoTextDataModule(EpochDataModule):
         max_missing: how many clips may be absent or unreadable; their samples are left out, and counted. More
             refuse the run, all named.
         only_present: take the samples whose clips are there and leave out the others: for partial copies.
+        domains: what stands for devices, see `data_modules.domains`. A clip's domain is the same in all splits. Clips
+            of domains that are held out leave training and validation; the test keeps all, and tells those unseen from
+            those seen. Every domain's unlabelled clips are its training clips. The answer vocabulary stays the whole
+            dataset's.
+        held_out: names of the domains that training does not see; None is about a fifth, see `domains.HELD_OUT`.
         seed: of the order and the augmentation.
     """
 
     task: ClassVar[Task]
     views: ClassVar[frozenset[View]] = frozenset({"samples"})  # what methods can read of it
+    DOMAINS: ClassVar[tuple[Kind, ...]] = ("casts", "corruptions")  # that it can be given; none where it knows devices
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("official",)
     # Questions and clips of each split, by protocol; what was published together, such as "train+val", is added up.
     PUBLISHED: ClassVar[Mapping[str, Mapping[str, Mapping[str, int]]]] = {}
@@ -175,6 +187,8 @@ class VideoTextDataModule(EpochDataModule):
         decoder: Decoder = "pyav",
         max_missing: int = 0,
         only_present: bool = False,
+        domains: Kind | None = None,
+        held_out: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
@@ -195,6 +209,14 @@ class VideoTextDataModule(EpochDataModule):
             raise ConfigError(
                 f"data.init_args.num_classes is {num_classes}: open-ended questions have classes, the other tasks none"
             )
+        if domains is not None and domains not in self.DOMAINS:
+            raise ConfigError(
+                f"data.init_args.domains is {domains!r}, but {type(self).__name__} "
+                + (f"can be given {' or '.join(self.DOMAINS)}" if self.DOMAINS else "has devices of its own")
+            )
+        if domains is None and held_out is not None:
+            raise ConfigError("data.init_args.held_out names domains, but data.init_args.domains gives none")
+        self.domains, self.held_out = domains, unseen_domains(domains, held_out) if domains else []
         self.root, self.cache_dir = Path(root), Path(cache_dir)
         self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
@@ -203,6 +225,7 @@ class VideoTextDataModule(EpochDataModule):
         self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
         self.notes: dict[Split, str] = {}  # where a split comes from, where that has to be said; `read_split` fills it
         self._annotated: dict[Split, list[Sample]] = {}
+        self._kept: dict[Split, list[Sample]] = {}
         self._splits: dict[Split, ClipDataset] = {}
         self._left_out: Counter[Split] = Counter()
 
@@ -234,13 +257,61 @@ class VideoTextDataModule(EpochDataModule):
         """Names of clips that no split asks about but that the dataset has a use for."""
         return set()
 
-    def sessions(self) -> Sessions:
-        """Unlabelled clips by device, of a dataset whose `views` have "sessions".
+    def categories(self) -> dict[str, str]:
+        """One of `domains.CATEGORIES` for every clip, of a dataset whose `DOMAINS` have "categories".
 
         Raises:
-            ConfigError: it has not.
+            DataError: no file says it.
         """
-        raise ConfigError(f"{type(self).__name__} does not know its clips' devices: sessions need them")
+        raise ConfigError(f"{type(self).__name__} knows no categories of its clips")
+
+    @cached_property
+    def shift(self) -> Shift | None:
+        """The clips' domains, where it was given some.
+
+        Raises:
+            DataError: see `categories`.
+        """
+        if self.domains is None:
+            return None
+        return Shift(self.domains, frozenset(self.held_out), self.categories() if self.domains == "categories" else {})
+
+    def sessions(self) -> Sessions:
+        """Unlabelled clips by device: of every domain its training clips, which of unseen ones nobody trains on.
+
+        Raises:
+            ConfigError: the dataset knows no devices and was given none.
+        """
+        if self.shift is None:
+            raise ConfigError(
+                f"{type(self).__name__} does not know its clips' devices, and sessions need them: give it some, "
+                "ARGS=--data.init_args.domains=casts"
+            )
+        clips = dict.fromkeys(sample.clip for sample in self.samples("train") if self.is_ready(sample.clip))
+        return self.pooled({clip: self.shift.domain(clip) for clip in clips}, self.shift.casts())
+
+    def pooled(self, devices: Mapping[str, str], casts: Mapping[str, float]) -> Sessions:
+        """Sessions of devices with unlabelled clips.
+
+        Args:
+            devices: whose each unlabelled clip is.
+            casts: of every device in turn, in degrees, not a number where it is unknown.
+        """
+        anchors = self.build([Sample(clip, "", options=("",)) for clip in devices])  # one text, whatever the task
+        anchors.texts = [[self.text.neutral()]] * len(devices)
+        number = {device: place for place, device in enumerate(casts)}
+        place = {clip: i for i, clip in enumerate(devices)}
+        pools: list[list[int]] = [[] for _ in casts]
+        for clip, device in devices.items():
+            pools[number[device]].append(place[clip])
+        return Sessions(
+            anchors,
+            pools,
+            {split: [number[origin.device] for origin in self.origins(split)] for split in SPLITS},
+            {split: [place.get(sample.clip, -1) for sample in self._splits[split].samples] for split in SPLITS},
+            list(casts.values()),
+            self.digest(anchors, frames=True),
+        )
 
     def captions(self) -> Captions:
         """Captioned clips, of a dataset whose `views` have "captions".
@@ -272,6 +343,57 @@ class VideoTextDataModule(EpochDataModule):
             self._annotated[split] = samples
         return self._annotated[split]
 
+    def kept(self, split: Split) -> list[Sample]:
+        """A split as a run sees it: without the samples of domains that are held out, which the test alone keeps.
+
+        Raises:
+            DataError: see `samples`; also a clip whose domain no file tells, and a split of which nothing is left.
+        """
+        if split not in self._kept:
+            samples, shift = self.samples(split), self.shift
+            if shift is not None:
+                self._check_domains(split, shift)
+                if split != "test":
+                    samples = [sample for sample in samples if not shift.unseen(sample.clip)]
+                    self._note_held_out(split, samples)
+            self._kept[split] = samples
+        return self._kept[split]
+
+    def _check_domains(self, split: Split, shift: Shift) -> None:
+        """Whether each clip of a split has a domain.
+
+        Raises:
+            DataError: one has not; names it.
+        """
+        clips = sorted({sample.clip for sample in self.samples(split)})
+        if unknown := [clip for clip in clips if not shift.domain(clip)]:
+            raise DataError(
+                f"{self.root}, split {split}: of {len(clips)} clips {len(unknown)} have no category:"
+                f"{listing(unknown)}\nmend the file, or take ARGS=--data.init_args.domains=casts or corruptions"
+            )
+
+    def _note_held_out(self, split: Split, kept: Sequence[Sample]) -> None:
+        """Say what left a split, and that it is another one than the published.
+
+        Raises:
+            DataError: everything has left.
+        """
+        gone, asked = self.gone(split, kept), "captions" if self.task == "retrieval" else "questions"
+        named = f"{self.domains} {', '.join(self.held_out)}"
+        if not kept:
+            raise DataError(
+                f"{self.root}: every clip of split {split} is of a domain that is held out ({named}): name others, "
+                "ARGS=--data.init_args.held_out=[...]"
+            )
+        said = f"without {gone['questions']:,} {asked} about {gone['clips']:,} clips of unseen domains ({named})"
+        self.notes[split] = "; ".join(filter(None, [self.notes.get(split), said]))
+        logger.info("split %s: %s", split, said)
+
+    def gone(self, split: Split, kept: Sequence[Sample]) -> dict[str, int]:
+        """Questions and clips that left a split."""
+        before, after = self._counts(self.samples(split)), self._counts(kept)
+        return {what: before[what] - after[what] for what in before}
+
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
         """Whether samples are what the task needs.
 
@@ -294,7 +416,8 @@ class VideoTextDataModule(EpochDataModule):
         """Look at everything and fill the frame cache, clips that changed included; goes on where something is wrong.
 
         Returns:
-            splits: questions and clips, answers outside the vocabulary and the ceiling, by split, and what is ready;
+            splits: questions and clips, answers outside the vocabulary and the ceiling, by split, what is ready, and
+            of domains what is held out;
             published: the published counts beside those here; missing: names of absent clips; unreadable: reasons by
             name; shared_between_splits: names by pair; same_content_in_splits: other names of one file; problems:
             annotations that cannot be read; clips, ready: how many are named and have frames; cache: its folder and
@@ -319,6 +442,7 @@ class VideoTextDataModule(EpochDataModule):
             logger.warning("training will need a vocabulary: %s", error)
         found = {split: attempt(partial(self.samples, split), None) for split in SPLITS}
         annotated: dict[Split, list[Sample]] = {split: samples for split, samples in found.items() if samples}
+        kept = {split: attempt(partial(self.kept, split), None) for split in annotated}
         vocabulary = attempt(read_vocabulary, False)
         named = {sample.clip for samples in annotated.values() for sample in samples}
         named |= attempt(self.further_clips, set())
@@ -331,6 +455,8 @@ class VideoTextDataModule(EpochDataModule):
             if vocabulary:
                 row["unknown_answers"] = self.unknown_answers(samples)
                 row["ceiling"] = 1 - row["unknown_answers"] / row["questions"]
+            if self.domains and (seen := kept[split]) is not None:
+                row["held_out"] = self.gone(split, seen)
             row["ready"] = self._counts([s for s in samples if s.clip in present and s.clip not in unreadable])
         return {
             "protocol": self.protocol,
@@ -386,6 +512,8 @@ class VideoTextDataModule(EpochDataModule):
         """
         for split in SPLITS:
             self.samples(split)
+        for split in SPLITS:
+            self.kept(split)
         for (first, second), names in self.shared_clips(SPLITS).items():
             raise DataError(
                 f"{self.root}: {first} and {second} share {len(names)} clips, among them {', '.join(names[:5])}: "
@@ -450,10 +578,11 @@ class VideoTextDataModule(EpochDataModule):
         bare = {name: "no frames are prepared" for name in named if name in paths and name not in self._ready}
         self._refuse(self.lost([name for name in named if name not in paths], bare), len(named))
         for split in SPLITS:
-            samples = [sample for sample in self.samples(split) if sample.clip in self._ready]
+            kept = self.kept(split)
+            samples = [sample for sample in kept if sample.clip in self._ready]
             if not samples:
                 raise DataError(f"{self.root}: no question of split {split} has its clip here\n{self.remedy()}")
-            self._left_out[split] = self.questions(self.samples(split)) - self.questions(samples)
+            self._left_out[split] = self.questions(kept) - self.questions(samples)
             self._splits[split] = self.build(samples)
 
     def is_ready(self, clip: str) -> bool:
@@ -489,15 +618,23 @@ class VideoTextDataModule(EpochDataModule):
         digest = hashlib.sha256()
         for sample, texts, label in zip(dataset.samples, dataset.texts, dataset.labels.tolist(), strict=True):
             clip = self.cache.key(sample.clip) if frames else sample.clip
+            if frames and dataset.shift is not None:
+                clip += dataset.shift.effect(sample.clip)
             digest.update(f"{clip} {texts} {label}\n".encode())
         return digest.hexdigest()
 
     def origins(self, split: Split) -> list[Origin]:
-        """Where each sample comes from: of its clip, which counts as a device of its own."""
+        """Where each sample comes from: of its clip's domain, or, without domains, of a device of its own."""
         return [
-            Origin(sample.clip, sample.clip, "", sample.type, sample.question, self.word(split, index))
+            Origin(sample.clip, *self._device(sample.clip), sample.type, sample.question, self.word(split, index))
             for index, sample in enumerate(self._splits[split].samples)
         ]
+
+    def _device(self, clip: str) -> tuple[str, str]:
+        """A clip's device and the device's group."""
+        if self.shift is None:
+            return clip, ""
+        return self.shift.domain(clip), "unseen" if self.shift.unseen(clip) else "seen"
 
     def texts(self, split: Split, index: int) -> Sequence[str]:
         """A sample's candidates or captions; none of an open-ended question."""
@@ -508,7 +645,10 @@ class VideoTextDataModule(EpochDataModule):
         """The right answer to a sample as an annotation has it, or what the prediction `label` says."""
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
+        """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split.
+
+        Left out are those whose clips are not there; what left with unseen domains is counted apart, under held_out.
+        """
         summary: dict[str, dict[str, float]] = {}
         for split, dataset in self._splits.items():
             questions, unknown = self.questions(dataset.samples), int((dataset.labels == UNKNOWN).sum())
@@ -519,6 +659,9 @@ class VideoTextDataModule(EpochDataModule):
                 "unknown_answers": unknown,
                 "ceiling": 1 - unknown / questions,
             }
+            if self.domains:
+                gone = self.gone(split, self.kept(split))
+                summary[split] |= {"held_out": gone["questions"], "held_out_clips": gone["clips"]}
         return summary
 
     def example(self, split: Split, index: int) -> Example:

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cdc_mmpg.batch import Split
-from cdc_mmpg.errors import DataError
+from cdc_mmpg.errors import DataError, listing
 from data_modules.annotations import Row, as_rows, choose_file, clips_in, find_file, read_json
 from data_modules.base import VideoTextDataModule
+from data_modules.domains import CATEGORIES, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class MSRVTT(VideoTextDataModule):
         see `VideoTextDataModule`.
     """
 
+    DOMAINS: ClassVar[tuple[Kind, ...]] = ("casts", "corruptions", "categories")
     _counted = ""
 
     def find_clips(self) -> dict[str, Path]:
@@ -120,6 +122,22 @@ class MSRVTT(VideoTextDataModule):
             "".join(f", {number} {reason} left out" for reason, number in left_out.items()),
         )  # fmt: skip
         return Captioned(captions, categories)
+
+    def categories(self) -> dict[str, str]:
+        """The category of every clip, from the captions' files; see the base class."""
+        there = any(path.is_file() for path in self.files(*CAPTION_FILES, *MICROSOFTS))
+        numbers = self.captioned.categories if there else {}
+        if not numbers:
+            raise DataError(
+                f"{self.root}: no file says of which category a clip is, for domains=categories. It needs "
+                f"{GET_CAPTIONS}. Or take ARGS=--data.init_args.domains=casts or corruptions"
+            )
+        if wrong := [clip for clip, number in numbers.items() if not 0 <= number < len(CATEGORIES)]:
+            raise DataError(
+                f"{self.root}: clips whose category is none of 0 to {len(CATEGORIES) - 1}:"
+                f"{listing([f'{clip}: {numbers[clip]}' for clip in wrong])}\nfetch the captions' file again"
+            )
+        return {clip: CATEGORIES[number] for clip, number in numbers.items()}
 
     def _sentences(self, content: Any, path: Path) -> list[tuple[str, str]]:
         """Clips and their captions."""

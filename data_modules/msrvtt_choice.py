@@ -40,8 +40,9 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
     Splits: only the test is distributed. Of each of the 6,513 training clips (0-6512) and 497 validation clips
     (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a clip has fewer different
     captions): with four captions of four other clips of the same split and of other categories, none of them one of the
-    clip's own; a clip without a category is one of its own, and the log says so. What is drawn
-    follows from the clip's name and the captions: the same on every machine and in every run. The question is empty.
+    clip's own; a clip without a category is one of its own, and the log says so. What is drawn follows from the clip's
+    name and the captions (and, with `domains`, from which are held out: unseen ones give no wrong candidates): the same
+    on every machine and in every run. The question is empty.
 
     Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` ({clip_name or video_id, options:
     [5], answer: 0 to 4} a line); `MSRVTT_data.json` (sentences: [{caption, video_id}], videos: [{video_id, category}]),
@@ -84,14 +85,16 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
             raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
         unknown = sum(clip not in categories for clip in clips)
         categories = {clip: categories.get(clip, -place) for place, clip in enumerate(clips, start=1)}
-        sizes = Counter(categories[clip] for clip in clips)
-        for category, size in sizes.items():
-            if len(clips) - size < CHOICES - 1:
+        # A caption of an unseen domain that is always wrong in training would teach that such captions are wrong.
+        drawn = [clip for clip in clips if self.shift is None or not self.shift.unseen(clip)]
+        sizes = Counter(categories[clip] for clip in drawn)
+        for category in categories.values():
+            if (fitting := len(drawn) - sizes[category]) < CHOICES - 1:
                 raise DataError(
-                    f"{self.root}: of the {len(clips)} captioned clips of split {split} {len(clips) - size} are of "
+                    f"{self.root}: of the {len(drawn)} captioned clips of split {split} {fitting} are of "
                     f"another category than {category}, and an item needs {CHOICES - 1}\n{self.remedy()}"
                 )
-        samples = [sample for clip in clips for sample in self._items(clip, clips, categories)]
+        samples = [sample for clip in clips for sample in self._items(clip, drawn, categories)]
         others = "clips of other categories" + (f"; {unknown} have none and count as one each" if unknown else "")
         logger.info(
             "split %s: made %d items from the captions of %d clips, their wrong candidates from %s",

@@ -33,7 +33,8 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
     category_id, id, question, video_id: 7010}), `msrvtt_qa_{split}.jsonl` or `{split}.jsonl` ({answer, question,
     video_id: "video7010", answer_type} a line); `msrvtt_train_ans2label.json` or `train_ans2label.json` ({answer:
     class}; counted from the training questions where both are absent); clips `video<N>.mp4` (or .webm, .avi, .mkv) in
-    `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself.
+    `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself; for `domains: categories` alone also
+    `MSRVTT_data.json`.
 
     Refused: a video_id that is no clip's name; a vocabulary whose classes are not 0, 1, 2 and so on, each once.
 

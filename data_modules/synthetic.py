@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 from torch.utils.data import Dataset
 
-from cdc_mmpg.batch import SPLITS, CaptionBatch, Captions, Origin, Sessions, Split, View
+from cdc_mmpg.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.text import pad
 from data_modules.base import ClipDataset, Sample
+from data_modules.domains import Kind
 from data_modules.msvd_qa import MSVDQA
+from data_modules.synthetic_clips import DIGESTS, as_it_looks, scene_of
 
 
 class CaptionDataset(Dataset[CaptionBatch]):
@@ -58,7 +60,8 @@ class Synthetic(MSVDQA):
     clips are among them): what sessions are drawn from.
 
     Pretraining: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
-    clip and does not know the camera: colours as they look, in captions by twelve names.
+    clip and does not know the camera: colours as they look, by twelve names, so that a hue is told more finely than the
+    six colours need; the pretraining answers in words.
 
     Vocabulary: the 16 answers, and one class for the rest: 17.
 
@@ -69,6 +72,7 @@ class Synthetic(MSVDQA):
     """
 
     views: ClassVar[frozenset[View]] = frozenset({"samples", "sessions", "captions"})
+    DOMAINS: ClassVar[tuple[Kind, ...]] = ()
 
     def remedy(self) -> str:
         """What to fetch, from where, and where to put it."""
@@ -90,39 +94,63 @@ class Synthetic(MSVDQA):
 
     def origins(self, split: Split) -> list[Origin]:
         """Where each sample comes from; a device is seen if it has training clips."""
-        seen = {row["device"] for row in self.devices.values() if row["role"] == "train"}
+        return self._origins(self._splits[split].samples)
+
+    def _origins(self, samples: Sequence[Sample]) -> list[Origin]:
         found = []
-        for sample in self._splits[split].samples:
+        for sample in samples:
             device = str(self.devices[sample.clip]["device"])
-            group = "seen" if device in seen else "unseen"
+            group = "seen" if device in self._seen else "unseen"
             found.append(Origin(sample.clip, device, group, sample.type, sample.question, sample.answer))
         return found
 
+    @cached_property
+    def _seen(self) -> set[str]:
+        """Devices that train."""
+        return {str(row["device"]) for row in self.devices.values() if row["role"] == "train"}
+
     def sessions(self) -> Sessions:
         """Training and history clips, by device."""
-        clips = [
-            clip for clip, row in self.devices.items() if row["role"] in ("train", "history") and self.is_ready(clip)
-        ]
-        anchors = self.build([Sample(clip, "") for clip in clips])
-        anchors.texts = [[self.text.neutral()]] * len(clips)
-        names = list(dict.fromkeys(str(row["device"]) for row in self.devices.values() if row["role"] != "pretraining"))
-        number = {name: place for place, name in enumerate(names)}
-        place = {clip: i for i, clip in enumerate(clips)}
-        pools: list[list[int]] = [[] for _ in names]
-        casts = [float("nan")] * len(names)
+        devices = {
+            clip: str(row["device"])
+            for clip, row in self.devices.items()
+            if row["role"] in ("train", "history") and self.is_ready(clip)
+        }
+        recording = (row for row in self.devices.values() if row["role"] != "pretraining")
+        return self.pooled(devices, {str(row["device"]): float(row["cast"]) for row in recording})
+
+    def device_labels(self) -> DeviceLabels:
+        """Questions about the unseen devices' unlabelled clips, with their answers: for controls only."""
+        samples = [sample for sample in self.read_questions("history_qa.json") if self.is_ready(sample.clip)]
+        return DeviceLabels(self.build(samples), self._origins(samples))
+
+    def contents(self) -> dict[str, Content]:
+        """What the generator has put into every unlabelled clip: for controls only."""
+        path = self.root / DIGESTS
+        record = self.read_json(path)
+        if not isinstance(record, dict) or not isinstance(record.get("seed"), int):
+            raise DataError(f"{path}: does not say with which seed the clips were made\n{self.remedy()}")
+        found = {}
         for clip, row in self.devices.items():
-            if row["device"] in number:
-                casts[number[str(row["device"])]] = float(row["cast"])
-                if clip in place:
-                    pools[number[str(row["device"])]].append(place[clip])
-        return Sessions(
-            anchors,
-            pools,
-            {split: [number[origin.device] for origin in self.origins(split)] for split in SPLITS},
-            {split: [place.get(sample.clip, -1) for sample in self._splits[split].samples] for split in SPLITS},
-            casts,
-            self.digest(anchors, frames=True),
-        )
+            if row["role"] in ("train", "history") and self.is_ready(clip):
+                scene, cast = scene_of(record["seed"], clip), float(row["cast"])
+                found[clip] = Content(
+                    row["device"] in self._seen,
+                    tuple(thing.shape for thing in scene.things),
+                    tuple(thing.color for thing in scene.things),
+                    tuple(thing.color for thing in as_it_looks(scene, cast).things),
+                    (scene.hue + cast) % 360,
+                )
+        return found
+
+    def answered_in_words(self, samples: Sequence[Sample]) -> ClipDataset:
+        """Questions whose labels are the answers' places in the vocabulary of WordPieces."""
+        words = [ids[1:-1] for ids in self.text([sample.answer for sample in samples])]
+        if several := {sample.answer for sample, ids in zip(samples, words, strict=True) if len(ids) != 1}:
+            raise DataError(f"{self.vocab}: {', '.join(sorted(several))} are no single words there\n{self.remedy()}")
+        questions = self.build(samples)
+        questions.labels = torch.tensor([word for (word,) in words])
+        return questions
 
     def captions(self) -> Captions:
         """Captioned clips with their questions; a twenty-fourth of them, by a hash of the name, is for validation."""
@@ -145,7 +173,7 @@ class Synthetic(MSVDQA):
         train, val = (
             CaptionDataset(
                 self.build(samples).augmented(not held_out),
-                self.build([question for sample in samples for question in asked[sample.clip][:each]]),
+                self.answered_in_words([question for sample in samples for question in asked[sample.clip][:each]]),
                 self.text.neutral(),
             )
             for held_out, samples in parts.items()

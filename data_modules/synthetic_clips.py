@@ -39,6 +39,7 @@ ANSWERS = (*COLORS, *SHAPES, *SIZES, *SIDES, *COUNTS)
 TYPES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
 
 DIGESTS = "digests.json"  # written last
+EDITION = 2  # of what is written; 1 asked in pretraining for six colours
 
 SIDE = 64  # pixels of a frame, what the model sees: nothing is resampled
 FRAMES = 6
@@ -195,9 +196,9 @@ def questions_of(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[
     return asked
 
 
-def as_it_looks(scene: Scene, cast: float) -> Scene:
+def as_it_looks(scene: Scene, cast: float, names: Sequence[str] = COLORS) -> Scene:
     """The scene with the colours' names that somebody would give who sees the clip and knows nothing of the camera."""
-    return scene._replace(things=[thing._replace(color=apparent(thing.hue + cast)) for thing in scene.things])
+    return scene._replace(things=[thing._replace(color=apparent(thing.hue + cast, names)) for thing in scene.things])
 
 
 def caption_of(scene: Scene, cast: float) -> str:
@@ -282,7 +283,7 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
             if clip.role == role and clip.device.startswith(group):
                 scene = scene_of(seed, clip.name)
                 if role == "pretraining":
-                    scene = as_it_looks(scene, casts[clip.device])
+                    scene = as_it_looks(scene, casts[clip.device], HUES)
                 for kind, question, answer in questions_of(seed, clip.name, scene, number):
                     row = {"answer": answer, "id": len(rows), "question": question, "type": kind}
                     rows.append(row | {"video_id": videos[clip.name]})
@@ -313,7 +314,7 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
     texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWERS)
     asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
     captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
-    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions]))
+    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWERS]))
     return texts
 
 
@@ -341,7 +342,7 @@ def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
     """
     counts = counts or Counts()
     clips = plan(counts)
-    settings = {"seed": seed, "counts": counts._asdict()}
+    settings = {"edition": EDITION, "seed": seed, "counts": counts._asdict()}
     record, folder = root / DIGESTS, root / "YouTubeClips"
     if record.is_file():
         check(root, settings)

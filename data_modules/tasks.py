@@ -47,6 +47,7 @@ class VideoQADataModule(VideoTextDataModule):
             torch.tensor([self._answers.label(sample.answer) for sample in samples]),
             self.cache,
             seed=self.seed,
+            shift=self.shift,
         )
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
@@ -86,7 +87,7 @@ class MultipleChoiceDataModule(VideoTextDataModule):
         """See `VideoTextDataModule`."""
         texts = self.text.choices([(sample.question, sample.options) for sample in samples])
         labels = torch.tensor([sample.right for sample in samples])
-        return ClipDataset(samples, texts, labels, self.cache, seed=self.seed)
+        return ClipDataset(samples, texts, labels, self.cache, seed=self.seed, shift=self.shift)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
         """See `VideoTextDataModule`."""
@@ -108,7 +109,7 @@ class RetrievalDataModule(VideoTextDataModule):
         ids = iter(self.text([caption for sample in samples for caption in sample.options]))
         texts = [[next(ids) for _ in sample.options] for sample in samples]
         labels = torch.zeros(len(samples), dtype=torch.long)
-        return ClipDataset(samples, texts, labels, self.cache, draw=True, seed=self.seed)
+        return ClipDataset(samples, texts, labels, self.cache, draw=True, seed=self.seed, shift=self.shift)
 
     def questions(self, samples: Sequence[Sample]) -> int:
         """Captions."""

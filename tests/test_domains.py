@@ -1,0 +1,519 @@
+"""Domains for datasets that know no devices: whose a clip is, what its frames become, and what leaves which split."""
+
+import colorsys
+import json
+import logging
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import communities
+from cdc_mmpg import prepare, tables
+from cdc_mmpg.batch import SPLITS
+from cdc_mmpg.cli import main
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.frames import crop, middle_candidates
+from communities import (
+    small,
+    write_captions,
+    write_msrvtt_choice,
+    write_msrvtt_qa,
+    write_msrvtt_retrieval,
+    write_tgif,
+)
+from data_modules.domains import (
+    CATEGORIES,
+    HELD_OUT,
+    NAMES,
+    SEVERITIES,
+    Shift,
+    add_noise,
+    blur,
+    darken,
+    rotate_hues,
+    unseen_domains,
+)
+from data_modules.msrvtt_choice import MSRVTTChoice
+from data_modules.msrvtt_qa import MSRVTTQA
+from data_modules.msrvtt_retrieval import MSRVTTRetrieval
+from data_modules.msvd_qa import MSVDQA
+from data_modules.synthetic import Synthetic
+from data_modules.tgif_qa import TGIFFrameQA, held_out
+
+CASTS = {"domains": "casts", "held_out": ["camera04", "camera12", "camera20"]}
+CORRUPTIONS = {"domains": "corruptions", "held_out": ["hue-4", "noise-2"]}
+CLIPS = {"train": range(16), "val": range(6513, 6525), "test": range(7010, 7020)}
+KINDS = {"categories": {"domains": "categories"}, "casts": CASTS, "corruptions": CORRUPTIONS}
+
+
+def shift(kind, *unseen):
+    return Shift(kind, frozenset(unseen), {})
+
+
+def write_coloured(path: Path, number: int) -> None:
+    """A clip of one saturated colour over another, so that every corruption shows in it."""
+    picture = np.empty((32, 48, 3), np.uint8)
+    for rows, hue in ((slice(0, 16), number % 9 / 9), (slice(16, 32), (number % 9 + 4) / 9)):
+        picture[rows] = [round(200 * channel) + 20 for channel in colorsys.hsv_to_rgb(hue % 1, 1, 1)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv444p"
+        for _ in range(9):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv444p")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each task of MSRVTT, with captions, its clips in colours; not to be changed."""
+    root = tmp_path_factory.mktemp("domains")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communities, "CLIPS", CLIPS)  # more than elsewhere, so that every split has some of each group
+        found = {"qa": write_captions(write_msrvtt_qa(root / "qa")), "choice": write_msrvtt_choice(root / "choice"),
+                 "retrieval": write_msrvtt_retrieval(root / "retrieval")}  # fmt: skip
+    for number in [number for numbers in CLIPS.values() for number in numbers]:
+        write_coloured(root / "qa" / "videos" / f"video{number}.mp4", number)
+        for task in ("choice", "retrieval"):
+            shutil.copy(root / "qa" / "videos" / f"video{number}.mp4", root / task / "videos")
+    return found
+
+
+TASKS = {"qa": (MSRVTTQA, {"num_classes": 5}), "choice": (MSRVTTChoice, {}), "retrieval": (MSRVTTRetrieval, {})}
+
+
+def module(folders, task="qa", **arguments):
+    kind, own = TASKS[task]
+    return small(kind, folders[task], **own, image_size=64, **arguments)
+
+
+def ready(folders, task="qa", **arguments):
+    data = module(folders, task, **arguments)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def numbers(samples):
+    return sorted({int(sample.clip.removeprefix("video")) for sample in samples})
+
+
+# Whose a clip is
+
+
+def test_the_domains_have_these_names_for_good():
+    assert len(CATEGORIES) == 20
+    assert [CATEGORIES[number] for number in (0, 6, 17, 19)] == ["music", "tv shows", "cooking", "advertisement"]
+    assert (NAMES["casts"][0], NAMES["casts"][-1], len(NAMES["casts"])) == ("camera00", "camera23", 24)
+    assert NAMES["corruptions"][:3] == ("clean", "hue-1", "hue-2")
+    assert len(NAMES["corruptions"]) == 21
+    assert HELD_OUT == {
+        "categories": ("gaming", "movie/comedy", "science/technology", "cooking"),
+        "casts": ("camera02", "camera07", "camera12", "camera17", "camera22"),
+        "corruptions": ("hue-5", "blur-5", "noise-5", "low-light-5"),
+    }
+    for kind, names in HELD_OUT.items():
+        assert unseen_domains(kind, None) == list(names)
+
+
+def test_a_clip_stays_where_it_is_for_good():
+    assert [shift("casts").domain(f"video{n}") for n in (0, 6513, 7010)] == ["camera21", "camera18", "camera04"]
+    assert [shift("corruptions").domain(f"video{n}") for n in (0, 6513, 7010)] == ["low-light-1", "blur-4", "hue-4"]
+
+
+@pytest.mark.parametrize("kind", ["casts", "corruptions"])
+def test_the_domains_share_the_clips_evenly_in_every_split(kind):
+    clips = [f"tumblr_{number}" for number in range(60_000)]
+    for part in (clips, [clip for clip in clips if held_out(clip)]):  # a tenth, by the same hash of the name
+        counts = Counter(map(shift(kind).domain, part))
+        assert counts.keys() == set(NAMES[kind])
+        expected = len(part) / len(NAMES[kind])
+        assert max(abs(count - expected) for count in counts.values()) < 5 * expected**0.5
+
+
+def test_casts_are_evenly_spaced_and_known():
+    assert list(shift("casts").casts().values()) == [15.0 * number for number in range(24)]
+    known = shift("corruptions").casts()
+    assert list(known) == list(NAMES["corruptions"])
+    assert [known[f"hue-{place}"] for place in range(1, 6)] == [30, 60, 90, 120, 150]
+    assert {known[name] for name in known if not name.startswith("hue")} == {0.0}
+    assert np.isnan(list(shift("categories").casts().values())).all()
+
+
+# What its frames become
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """(2, 80, 108, 3) smooth colours with some detail."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (2, 20, 27, 3)).repeat(4, 1).repeat(4, 2)
+    return (coarse * 0.8 + generator.integers(0, 50, (2, 80, 108, 3))).astype(np.uint8)
+
+
+def test_a_rotation_by_nothing_or_by_a_circle_changes_nothing():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    assert np.array_equal(rotate_hues(frames, 0), frames)
+    assert np.array_equal(rotate_hues(frames, 360), frames)
+    assert rotate_hues(frames, 75).dtype == np.uint8
+
+
+@pytest.mark.parametrize("degrees", [15, 60, 120, 180, 300, 345])
+def test_a_rotation_lands_where_colorsys_says(degrees):
+    pure = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]]
+    special = [[0, 0, 0], [255, 255, 255], [90, 90, 90], [91, 90, 90]]
+    others = np.random.default_rng(1).integers(0, 256, (54, 3)).tolist()
+    frames = np.array([*pure, *special, *others], np.uint8).reshape(1, 8, 8, 3)
+    expected = []
+    for colour in frames.reshape(-1, 3) / 255:
+        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+        expected.append(colorsys.hsv_to_rgb((hue + degrees / 360) % 1, saturation, value))
+    found = rotate_hues(frames, degrees).reshape(-1, 3)
+    assert np.abs(found - 255 * np.array(expected)).max() <= 0.51
+    if degrees == 120:
+        assert found[:3].tolist() == [[0, 255, 0], [0, 0, 255], [255, 0, 0]]
+
+
+@pytest.mark.parametrize("what", SEVERITIES)
+def test_severities_are_ordered_and_the_clean_domain_is_clean(what, picture):
+    clips = {shift("corruptions").domain(clip): clip for clip in (f"clip{number}" for number in range(400))}
+    changes = [
+        np.abs(shift("corruptions").changed(clips[name], picture).astype(float) - picture).mean()
+        for name in ("clean", *(f"{what}-{severity}" for severity in range(1, 6)))
+    ]
+    assert changes[0] == 0 < changes[1]
+    assert changes == sorted(changes)
+    assert len(set(changes)) == 6
+
+
+def test_what_each_corruption_does(picture):
+    grey = np.full((1, 40, 60, 3), 128, np.uint8)
+    noise = add_noise(grey, 20, "a").astype(float) - 128
+    assert abs(noise.std() - 20) < 1
+    assert abs(noise.mean()) < 1
+    assert np.array_equal(add_noise(grey, 20, "a"), add_noise(grey, 20, "a"))
+    assert not np.array_equal(add_noise(grey, 20, "a"), add_noise(grey, 20, "b"))
+    assert {add_noise(np.uint8([[[[value] * 3]]]), 500, "x").dtype for value in (0, 255)} == {np.dtype(np.uint8)}
+    assert np.array_equal(blur(grey, 6), grey)  # to the border
+    assert blur(picture, 30).std() < picture.std() / 2
+    twice = picture.repeat(2, 1).repeat(2, 2)
+    half = blur(twice, 15)[:, ::2, ::2].astype(float)
+    assert np.abs(half - blur(picture, 15)).mean() < 2  # as strong at another size
+    assert np.array_equal(darken(grey, 0.25), np.full_like(grey, 32))
+
+
+@pytest.mark.parametrize("kind", ["casts", "corruptions"])
+def test_frames_are_changed_when_they_are_read(kind, folders):
+    plain, data = ready(folders), ready(folders, **KINDS[kind])
+    differing = 0
+    for split in SPLITS:
+        where = {sample.clip: place for place, sample in enumerate(plain.dataset(split, augment=False).samples)}
+        dataset = data.dataset(split, augment=False)
+        for place, sample in enumerate(dataset.samples):
+            stored = data.cache.read(sample.clip, middle_candidates(3))
+            expected = crop(data.shift.changed(sample.clip, stored), 64)
+            assert np.array_equal(dataset.frames(0, place), expected)
+            assert np.array_equal(data.example(split, place).frames, expected)
+            before = plain.dataset(split, augment=False).frames(0, where[sample.clip]).numpy()
+            effect = data.shift.effect(sample.clip)
+            assert np.array_equal(before, expected) == (not effect), (sample.clip, effect)
+            differing += bool(effect)
+    assert differing > 20
+    augmented = data.dataset("train", augment=True)
+    index, clip = next((i, s.clip) for i, s in enumerate(augmented.samples) if data.shift.effect(s.clip))
+    assert np.array_equal(augmented.frames(3, index), augmented.frames(3, index))
+    assert not np.array_equal(
+        augmented.frames(3, index), plain.dataset("train", augment=True).frames(3, index)
+    ), clip  # fmt: skip
+    again = pickle.loads(pickle.dumps(augmented))  # as processes that load batches get it
+    assert np.array_equal(augmented.frames(3, index), again.frames(3, index))
+    loaded = list(ready(folders, **KINDS[kind], num_workers=1).test_dataloader())
+    expected = list(data.test_dataloader())
+    assert all(torch.equal(one.frames, other.frames) for one, other in zip(loaded, expected, strict=True))
+
+
+def test_all_domains_share_the_cache_and_none_the_digests_of_frames(folders):
+    plain = ready(folders)
+
+    def files():
+        return {path.name: path.stat().st_mtime_ns for path in plain.cache.folder.iterdir()}
+
+    before = files()
+    found = {None: plain} | {kind: ready(folders, **arguments) for kind, arguments in KINDS.items()}
+    assert files() == before
+    assert len({data.cache.folder for data in found.values()}) == 1
+    digests = {kind: data.fingerprint("test", frames=True) for kind, data in found.items()}
+    assert digests["categories"] == digests[None]  # the same clips as they are
+    assert len(set(digests.values())) == 3
+    assert len({data.fingerprint("test", frames=False) for data in found.values()}) == 1
+    for split in ("train", "val"):
+        assert len({data.fingerprint(split, frames=False) for data in found.values()}) == 4
+    other = ready(folders, domains="casts", held_out=["camera20"])
+    assert other.fingerprint("train", frames=False) != found["casts"].fingerprint("train", frames=False)
+    assert other.fingerprint("test", frames=True) == digests["casts"]
+    anchors = {kind: data.sessions().fingerprint for kind, data in found.items() if kind}
+    assert other.sessions().fingerprint == anchors["casts"]
+    assert len(set(anchors.values())) == 3  # of the same clips
+
+
+# What leaves which split
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_unseen_domains_leave_training_and_validation_and_stay_in_the_test(kind, task, folders):
+    data, plain = ready(folders, task, **KINDS[kind]), ready(folders, task)
+    for split in SPLITS:
+        before = plain.dataset(split, augment=False).samples
+        after = data.dataset(split, augment=False).samples
+        if split == "test":
+            assert after == before
+        else:
+            kept = {sample.clip for sample in before if data.shift.domain(sample.clip) not in data.held_out}
+            assert {sample.clip for sample in after} == kept < {sample.clip for sample in before}
+            if task != "choice":  # whose wrong candidates are others
+                assert after == [sample for sample in before if sample.clip in kept]
+        for origin in data.origins(split):
+            assert origin.device == data.shift.domain(origin.clip)
+            assert origin.group == ("unseen" if origin.device in data.held_out else "seen")
+    assert {origin.group for origin in data.origins("train") + data.origins("val")} == {"seen"}
+    assert {origin.group for origin in data.origins("test")} == {"seen", "unseen"}
+    assert {origin.group for origin in plain.origins("test")} == {""}
+
+
+def test_categories_are_the_datasets_own(folders):
+    data = ready(folders, domains="categories")
+    assert data.held_out == ["gaming", "movie/comedy", "science/technology", "cooking"]
+    assert data.categories() == {
+        f"video{number}": CATEGORIES[number % 4] for numbers in CLIPS.values() for number in numbers
+    }
+    assert numbers(data.dataset("train", False).samples) == [0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15]
+    assert numbers(data.dataset("val", False).samples) == [6513, 6515, 6516, 6517, 6519, 6520, 6521, 6523, 6524]
+    assert {o.clip for o in data.origins("test") if o.group == "unseen"} == {"video7010", "video7014", "video7018"}
+
+
+def test_wrong_candidates_are_of_seen_domains(folders):
+    for sample in module(folders, "choice", domains="categories", held_out=["music"]).samples("train"):
+        wrong = [int(text.split()[-1]) for place, text in enumerate(sample.options) if place != sample.right]
+        assert not any(number % 4 == 0 for number in wrong)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pool_holds_the_training_clips_of_its_domain_and_no_other(kind, task, folders):
+    data = ready(folders, task, **KINDS[kind])
+    sessions = data.sessions()
+    clips = [sample.clip for sample in sessions.anchors.samples]
+    assert len(clips) == len(set(clips)) == 16
+    names = NAMES[kind]
+    assert len(sessions.pools) == len(sessions.casts) == len(names)
+    training = {f"video{number}" for number in CLIPS["train"]}
+    for name, pool in zip(names, sessions.pools, strict=True):
+        assert {clips[anchor] for anchor in pool} == {clip for clip in training if data.shift.domain(clip) == name}
+    assert any(pool for name, pool in zip(names, sessions.pools, strict=True) if name in data.held_out)
+    assert not all(sessions.pools)
+    for split in SPLITS:
+        for origin, device, own in zip(data.origins(split), sessions.devices[split], sessions.own[split], strict=True):
+            assert names[device] == origin.device
+            assert own == (clips.index(origin.clip) if split == "train" else -1)
+    batch = sessions.anchors.__getitems__([(0, 0), (0, 1)])
+    neutral = [2, *[4] * 8, 3]  # [CLS], eight [MASK], [SEP]
+    assert batch.text_ids.tolist() == [neutral] * 2 if task == "qa" else [[neutral]] * 2
+    for place, clip in enumerate(clips):
+        expected = crop(data.shift.changed(clip, data.cache.read(clip, middle_candidates(3))), 64)
+        assert np.array_equal(sessions.anchors.frames(0, place), expected)
+
+
+def test_what_is_held_out_is_counted_and_said(folders, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    data = ready(folders, domains="categories")
+    summary = data.summary()
+    assert [summary[split]["held_out"] for split in SPLITS] == [16, 12, 0]
+    assert [summary[split]["held_out_clips"] for split in SPLITS] == [4, 3, 0]
+    assert [summary[split]["questions"] for split in SPLITS] == [48, 36, 40]
+    assert {row["left_out"] for row in summary.values()} == {0}
+    unseen = "of unseen domains (categories gaming, movie/comedy, science/technology, cooking)"
+    said = f"without 16 questions about 4 clips {unseen}"
+    assert data.notes == {"train": said, "val": f"without 12 questions about 3 clips {unseen}"}
+    assert f"split train: {said}" in caplog.text
+    found = module(folders, domains="categories").check()
+    assert found["notes"] == data.notes
+    assert [row["held_out"] for row in found["splits"].values()] == [
+        {"questions": 16, "clips": 4}, {"questions": 12, "clips": 3}, {"questions": 0, "clips": 0}
+    ]  # fmt: skip
+    assert [row["questions"] for row in found["splits"].values()] == [64, 48, 40]  # as annotated, beside the published
+    assert "held_out" not in module(folders).check()["splits"]["train"]
+    assert "held_out" not in ready(folders).summary()["train"]
+    retrieval = ready(folders, "retrieval", domains="categories")
+    said = said.replace("16 questions", "24 captions")
+    assert retrieval.notes["train"] == f"protocol full, by MSRVTT_train.full.csv; {said}"
+
+
+def test_absent_clips_are_left_out_and_not_held_out(folders, tmp_path):
+    root = tmp_path / "qa"
+    shutil.copytree(folders["qa"], root)
+    for number in (1, 2):  # of a seen and of an unseen domain
+        (root / "videos" / f"video{number}.mp4").unlink()
+    data = ready({"qa": root}, domains="categories", only_present=True)
+    assert data.summary()["train"] | {"ceiling": 0, "unknown_answers": 0} == {
+        "questions": 44, "clips": 11, "left_out": 4, "held_out": 16, "held_out_clips": 4, "ceiling": 0,
+        "unknown_answers": 0,
+    }  # fmt: skip
+    assert len(data.sessions().anchors) == 14
+
+
+def test_the_vocabulary_stays_the_datasets(folders):
+    plain, data = ready(folders), ready(folders, **CASTS)
+    assert data.answers() == plain.answers()
+
+
+def test_validation_held_out_by_a_hash_has_all_cameras(tmp_path):
+    root = write_tgif(tmp_path / "tgif")
+    data = small(TGIFFrameQA, root, num_classes=5, domains="casts", held_out=["camera00"])
+    data.prepare_data()
+    data.setup("fit")
+    assert data.notes["val"].startswith("a tenth of the training GIFs, held out by a hash of their name; without")
+    pools = {sample.clip for sample in data.sessions().anchors.samples}
+    assert pools == {sample.clip for sample in data.samples("train")}
+    assert not pools & {sample.clip for sample in data.samples("val")}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"domains": "cameras"}, "domains is 'cameras', but MSRVTTQA can be given casts or corruptions or categories"),
+        ({"held_out": ["camera00"]}, "held_out names domains, but data.init_args.domains gives none"),
+        ({"domains": "casts", "held_out": []}, "none of the domains of casts: some must be left"),
+        ({"domains": "casts", "held_out": list(NAMES["casts"])}, "all of the domains of casts"),
+        ({"domains": "casts", "held_out": ["camera24"]}, r"'camera24', none of the domains of casts: camera00, .*23$"),
+        ({"domains": "categories", "held_out": ["dance"]}, "'dance', none of .* categories: music, .*, advertisement"),
+        ({"domains": "corruptions", "held_out": ["hue-6"]}, "'hue-6', none of .*: clean, hue-1, .*, low-light-5"),
+    ],
+)
+def test_impossible_domains_are_refused(arguments, message, folders):
+    with pytest.raises(ConfigError, match=message):
+        module(folders, **arguments)
+
+
+def test_datasets_are_given_only_what_they_have(msvd, synthetic, tmp_path):
+    with pytest.raises(ConfigError, match="'categories', but MSVDQA can be given casts or corruptions"):
+        small(MSVDQA, msvd, num_classes=5, domains="categories")
+    with pytest.raises(ConfigError, match="'casts', but Synthetic has devices of its own"):
+        small(Synthetic, synthetic, num_classes=17, domains="casts")
+    with pytest.raises(ConfigError, match=r"sessions need them: give it some, ARGS=--data\.init_args\.domains=casts"):
+        small(MSVDQA, msvd, num_classes=5).sessions()
+
+
+def test_categories_need_a_file_that_knows_them(folders, tmp_path, monkeypatch):
+    root = tmp_path / "qa"
+    shutil.copytree(folders["qa"], root)
+    path = root / "MSRVTT_data.json"
+    content = path.read_text()
+    data = {"qa": root}
+
+    def refused(message):
+        with pytest.raises(DataError, match=message):
+            ready(data, domains="categories")
+        problems = module(data, domains="categories").check()["problems"]
+        assert problems
+        assert all(not problem.startswith("Traceback") for problem in problems)
+
+    path.write_text(content.replace('"video_id": "video3", "split"', '"video_id": "video33", "split"'))
+    refused(r"split train: of 16 clips 1 have no category:\n  video3\nmend the file, or take ARGS=.*casts")
+    path.write_text(content.replace('"category": 3, "video_id": "video3"', '"category": 20, "video_id": "video3"'))
+    refused(r"category is none of 0 to 19:\n  video3: 20\nfetch")
+    path.unlink()
+    refused(r"no file says of which category .*MSRVTT_data\.json .*Or take ARGS=--data\.init_args\.domains=casts")
+    write_captions(root, "annotations")
+    refused(r"no file says of which category .*MSRVTT_data\.json")
+    (root / "MSR_VTT.json").unlink()
+    monkeypatch.setattr(communities, "CLIPS", CLIPS)
+    write_captions(root, "microsoft")
+    assert ready(data, domains="categories").summary()["train"]["held_out_clips"] == 4
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(folders):
+    names = [f"camera{number:02}" for number in (7, 8, 10, 12, 16, 18, 19, 20, 22)]  # of all validation clips
+    data = module(folders, domains="casts", held_out=names)
+    with pytest.raises(DataError, match=r"every clip of split val .* camera22\): name others, ARGS=.*held_out="):
+        data.prepare_data()
+    with pytest.raises(DataError, match="of the 0 captioned clips of split val"):
+        module(folders, "choice", domains="casts", held_out=names).samples("val")
+
+
+# From the command line
+
+
+def command(folders, task, method, out, *more):
+    root, dataset = folders[task], {"qa": "msrvtt"}.get(task, f"msrvtt_{task}")
+    return [
+        "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",
+        f"--trainer.default_root_dir={out / dataset / method / 'seed0'}", f"--data.init_args.root={root}",
+        f"--data.init_args.cache_dir={out / 'data'}", f"--data.init_args.vocab={root / 'vocab.txt'}",
+        "--data.init_args.image_size=32", "--data.init_args.batch_size=4", "--data.init_args.num_workers=0",
+        *(["--data.init_args.num_classes=5"] if task == "qa" else []), "--model.init_args.encoder.depth=1",
+        "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", *more,
+    ]  # fmt: skip
+
+
+def test_a_method_with_sessions_needs_domains_and_says_so(folders, tmp_path, capsys):
+    assert main(command(folders, "qa", "cdc_mmpg_session", tmp_path)) == 2
+    remedy = "(ARGS=--data.init_args.domains=casts or corruptions or categories), take another method"
+    assert remedy in capsys.readouterr().err
+    given = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera44]"]
+    assert main(command(folders, "qa", "cdc_mmpg_session", tmp_path, *given)) == 2
+    assert "'camera44', none of the domains" in capsys.readouterr().err
+
+
+def test_it_trains_and_the_test_tells_unseen_from_seen(folders, tmp_path, capsys):
+    given = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera12,camera20]"]
+    for method in ("linear", "cdc_mmpg_session"):
+        assert main(command(folders, "qa", method, tmp_path, *given)) == 0
+        results = json.loads((tmp_path / "msrvtt" / method / "seed0" / "results.json").read_text())
+        cells = next(iter(results["accuracy"].values()))
+        assert cells["unseen"]["all"]["questions"] == 12
+        assert cells["seen"]["all"]["questions"] == 28
+        assert results["domains"] == {"kind": "casts", "held_out": ["camera04", "camera12", "camera20"]}
+        assert results["questions"] == {"train": 48, "val": 32, "test": 40}
+        assert results["data"]["train"]["held_out"] == 16
+    features = tmp_path / "data" / "features"
+    assert {path.name.split(".")[0] for path in features.iterdir()} == {"train", "val", "test", "anchors"}
+    assert tables.main([str(tmp_path / "msrvtt")]) == 0
+    table = (tmp_path / "msrvtt" / "table.md").read_text()
+    assert "unseen %" in table
+    assert "paper %" not in table
+    assert "without 16 questions about 4 clips of unseen domains (casts camera04, camera12, camera20)" in table
+    assert "partial copy" not in table
+    before = len(list(features.iterdir()))
+    assert (
+        main(command(folders, "qa", "linear", tmp_path, "--data.init_args.domains=casts")) == 2
+    )  # another run's folder
+    assert main(command(folders, "qa", "hyper", tmp_path)) == 0
+    assert len(list(features.iterdir())) == before + 3  # of frames as they are
+    capsys.readouterr()
+    assert tables.main([str(tmp_path / "msrvtt")]) == 2
+    refused = capsys.readouterr().err
+    assert "different splits" in refused
+    assert "on protocol official, casts without camera04, camera12, camera20;" in refused
+
+
+@pytest.mark.parametrize("given", [[], ["--data.init_args.domains=categories"]])
+def test_published_figures_do_not_stand_beside_other_splits(given, folders, tmp_path):
+    assert main(command(folders, "retrieval", "linear", tmp_path, *given)) == 0
+    assert tables.main([str(tmp_path / "msrvtt_retrieval")]) == 0
+    table = (tmp_path / "msrvtt_retrieval" / "table.md").read_text()
+    assert ("7.7 / 14.1" in table) == (not given)
+
+
+def test_make_data_says_what_is_held_out(folders, tmp_path, capsys):
+    arguments = command(folders, "qa", "linear", tmp_path, "--data.init_args.domains=categories")[1:]
+    assert prepare.main([str(tmp_path), *(a for a in arguments if not a.startswith("--trainer.default"))]) == 0
+    assert "train: without 16 questions about 4 clips of unseen domains (categories gaming" in capsys.readouterr().out
