@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, VideoTextBatch, normalise
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Origin, VideoTextBatch, normalise, others
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Answering, Method
@@ -18,6 +18,7 @@ from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.payloads import PRECISIONS
 
 
 def encoder(**arguments: float) -> AllInOne:
@@ -71,9 +72,9 @@ def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
 @pytest.mark.parametrize("name", ANSWERING)
 def test_what_trains_is_what_moves(name, phase_one, tmp_path):
     method = build(name, phase_one, learning_rate=1e-3)
-    before = {key: value.clone() for key, value in method.state_dict().items()}
+    before = {key: value.clone() for key, value in method.named_parameters()}
     train(method, batch(), 3, tmp_path)
-    moved = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {key for key, value in method.named_parameters() if not torch.equal(value, before[key])}
     parts = {key.split(".")[0] for key in moved}
     assert ("encoder" in parts) == (name in ("fine_tuning", "cdc_mmpg"))
     assert "adr" not in parts
@@ -225,3 +226,71 @@ def test_defaults_are_the_papers():
     assert ADR.LAMBDA == 0.1
     assert default(CDCMMPG, "recipe") == "paper"
     assert default(Hyper, "init") == "printed"
+
+
+def origin(device: str, kind: str) -> Origin:
+    return Origin("", device, "", kind, "", "")
+
+
+def test_others_are_elsewhere_and_of_the_same_type():
+    origins = [origin(f"d{place % 5}", "color" if place % 2 else "size") for place in range(60)]
+    origins.append(origin("alone", "count"))
+    found = others(origins, seed=0)
+    assert list(found) == ["shuffled", "shuffled_device"]
+    assert sorted(found["shuffled"]) == list(range(61))
+    assert all(other != place for place, other in enumerate(found["shuffled"]))
+    for place, other in enumerate(found["shuffled_device"][:-1]):
+        assert origins[other].device != origins[place].device
+        assert origins[other].type == origins[place].type
+    assert origins[found["shuffled_device"][-1]].device != "alone"  # the only one of its type
+    assert others(origins, seed=0) == found
+    assert others(origins, seed=1) != found
+    single = others([origin("a", ""), origin("a", "")], seed=0)  # no other device: any other sample
+    assert single["shuffled_device"] == [1, 0]
+
+
+class Data(LightningDataModule):
+    """One batch for everything, of as many devices as samples."""
+
+    def __init__(self, data: VideoTextBatch) -> None:
+        super().__init__()
+        self.data = data
+
+    def test_dataloader(self) -> DataLoader[VideoTextBatch]:
+        halves = [VideoTextBatch(*(part[rows] for part in self.data)) for rows in ([0, 2, 4], [1, 3, 5])]
+        return DataLoader(halves, batch_size=None)
+
+    def origins(self, split: str) -> list[Origin]:
+        return [origin(f"d{place}", "") for place in range(len(self.data.labels))]
+
+
+@pytest.mark.parametrize("name", ["hyper", "cdc_mmpg"])
+def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one, tmp_path):
+    method, data = build(name, phase_one, classes=6), Data(batch(6))
+    torch.nn.init.normal_(method.fda.hyper.weight, std=0.2)
+    torch.nn.init.normal_(method.fda.mean_latent)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                      default_root_dir=tmp_path)  # fmt: skip
+    (logged,) = trainer.test(method, data, verbose=False)
+    outcomes = method.outcomes["test"]
+    expected = {"own", "mean_head", *PRECISIONS, "shuffled", "shuffled_device"}
+    assert set(outcomes) == expected | ({"bypassed"} if name == "cdc_mmpg" else set())
+    method.eval()
+    with torch.no_grad():
+        features = method.encode(data.data).frame_features
+        weight, bias = method.device_layers(features)
+        hidden = method.head.phi(method.fused(features))
+        given = {case: torch.tensor(other) for case, other in others(data.origins("test"), method.seed).items()}
+        for case, other in {"own": torch.arange(6), "float32": torch.arange(6), **given}.items():
+            scores = torch.einsum("bld,bd->bl", weight[other], hidden) + bias[other]
+            where, rows = outcomes[case]
+            assert where.tolist() == list(range(6))
+            assert rows[:, 0].tolist() == scores.argmax(-1).tolist(), case
+            assert rows[:, 1].tolist() == list(range(6))
+        mean = method.fda.average(hidden).argmax(-1)
+    assert outcomes["mean_head"][1][:, 0].tolist() == mean.tolist()
+    assert logged["test/float32_agreement"] == 1
+    assert logged["test/float32_error"] == 0
+    assert 0 < logged["test/float16_error"] < logged["test/int8_error"]
+    layer = 4 * 6 * 97
+    assert method.payloads() == {"float32": layer, "float16": layer // 2, "int8": layer // 4 + 12}

@@ -5,15 +5,18 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import CASES, CaptionBatch, SessionBatch
-from cdc_mmpg.errors import ConfigError
+from cdc_mmpg import payloads
+from cdc_mmpg.batch import CASES, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.base import Method
-from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession, session_feature
+from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.fda import LowRankFDA
-from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
+from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+from cdc_mmpg.payloads import PRECISIONS
 
 
 def encoder() -> AllInOne:
@@ -30,7 +33,8 @@ def sessions() -> SessionBatch:
     shuffled = [place for place, case in enumerate(CASES.values()) if case.shuffled]
     uploads[:, shuffled] = uploads[:, shuffled].flip(0)
     casts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    return SessionBatch(feature, uploads, anchors, casts, torch.tensor([0, 1]), torch.arange(2))
+    samples = FeatureBatch(feature, torch.tensor([0, 1]), torch.arange(2))
+    return SessionBatch(samples, uploads, anchors, casts)
 
 
 def train(method: Method, batch: object, steps: int) -> Method:
@@ -45,34 +49,41 @@ def train(method: Method, batch: object, steps: int) -> Method:
 
 def build(name: str, classes: int = 5) -> CDCMMPGSession | SessionConcatenated:
     parts = (encoder(), OpenEnded(classes))
+    plain = {"axes": None, "learning_rate": 1e-3}
     if name == "concatenated":
-        return SessionConcatenated(*parts, learning_rate=1e-3)
-    kind = {"low_rank": {}, "full": {"rank": None}, "oracle": {"oracle": True}}[name]
-    return CDCMMPGSession(*parts, learning_rate=1e-3, **kind)
+        return SessionConcatenated(*parts, **plain)
+    kind = {
+        "low_rank": {},
+        "full": {"generated": "full"},
+        "basis": {"generated": "basis", "size": 8},
+        "oracle": {"oracle": True},
+    }[name]
+    return CDCMMPGSession(*parts, **plain, **kind)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "full", "oracle", "concatenated"])
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis", "oracle", "concatenated"])
 def test_what_only_the_session_tells_is_learned(name):
     method = train(build(name), sessions(), 60)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
     method.eval()
     with torch.no_grad():
         cases = method.scores(sessions(), "test")
-    assert list(cases) == (["own"] if name == "oracle" else list(CASES))
+    further = [] if name == "concatenated" else ["mean_head", *PRECISIONS]
+    assert list(cases) == (["own"] if name == "oracle" else [*CASES, *further])
     if name != "oracle":
         assert cases["n16"].argmax(-1).tolist() == [0, 1]
         assert cases["shuffled_n16"].argmax(-1).tolist() == [1, 0]  # the other's upload gives the other's answers
         assert torch.equal(*cases["n0"])  # without an upload both get one answer
 
 
-@pytest.mark.parametrize("name", ["low_rank", "full"])
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
 def test_without_anchors_the_device_answers_with_its_own_layer(name):
     method, batch = build(name).eval(), sessions()
     with torch.no_grad():
         fallback = method.scores(batch, "test")["n0"]
-        assert torch.equal(fallback, method.head(method.fused(batch.frame_features), method.shared))
-        assert torch.equal(fallback, method(batch.frame_features))
-        weight, bias = method.device_layers(batch.frame_features)
+        assert torch.equal(fallback, method.head(method.fused(batch.samples.frame_features), method.shared))
+        assert torch.equal(fallback, method(batch.samples.frame_features))
+        weight, bias = method.device_layers(batch.samples.frame_features)
     assert torch.equal(weight[0], method.shared.weight)
     assert torch.equal(bias[1], method.shared.bias)
 
@@ -90,11 +101,16 @@ def test_counts_and_bytes():
     for classes, numbers in ((1501, 6392), (17, 456)):  # 4 (L + 97)
         assert LowRankFDA(96, classes, 4).numbers == numbers
     method = build("low_rank", 1501)
-    assert method.traffic() == (768, 4 * 6392)
+    assert method.traffic() == (768, 6408)  # int8, a float16 scale for each of 8 factor vectors
+    assert method.payloads() == {"float32": 4 * 6392, "float16": 2 * 6392, "int8": 6408}
     counts = method.parameter_counts()
     assert counts.device == sum(p.numel() for p in method.encoder.parameters()) + 18_720 + 145_597
     assert counts.cloud == 74_496 + 193 * 6392
-    assert build("full", 1501).traffic() == (768, 582_388)
+    assert build("full", 1501).payloads() == {"float32": 582_388, "float16": 291_194, "int8": 148_599}
+    basis = build("basis", 1501)
+    assert basis.traffic() == (768, 10)
+    assert basis.parameter_counts().device == counts.device + 8 * 145_597
+    assert basis.parameter_counts().cloud == 193 * 200
     assert build("concatenated").traffic() == (0, 0)
     plain = build("low_rank").parameter_counts().device
     assert build("concatenated").parameter_counts().device == plain + 385 * 192
@@ -114,16 +130,135 @@ def test_the_low_rank_layers_are_what_training_applies():
     assert torch.linalg.matrix_rank(residual, atol=1e-4).tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize("rank", [0, 18])
-def test_a_rank_must_fit(rank):
-    with pytest.raises(ConfigError, match="from 1 to 17"):
-        LowRankFDA(96, 17, rank)
+def test_a_rank_must_fit():
+    with pytest.raises(ConfigError, match="at least 1"):
+        LowRankFDA(96, 17, 0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        BasisFDA(96, 17, 0)
+    assert LowRankFDA(192, 1, 4).numbers == 1 + 193  # of a single score there is no other rank
 
 
-def test_the_session_feature_is_the_layer_normed_mean():
-    feature = session_feature(torch.randn(4, 192) * 3 + 1)
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
+def test_the_layers_that_a_device_installs_are_what_training_applies(name):
+    fda = build(name, 17).fda
+    for parameter in fda.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    feature, hidden = torch.randn(3, 192), torch.randn(3, 96)
+    weight, bias = fda.generate(feature)
+    assert torch.allclose(fda(feature, hidden), torch.einsum("bld,bd->bl", weight, hidden) + bias, atol=1e-5)
+    several = torch.randn(3, 5, 96)  # hidden vectors that share a layer, as the candidates of a multiple choice do
+    together = fda(feature[:, None], several)
+    for place in range(5):
+        assert torch.allclose(together[:, place], fda(feature, several[:, place]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
+def test_the_mean_layer_is_the_mean_of_what_training_generated(name):
+    fda = build(name, 17).fda.train()
+    for parameter in fda.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    feature, hidden = torch.randn(8, 192), torch.randn(8, 96)
+    fda(feature, hidden)
+    fda.eval()
+    weight, bias = (part.mean(0) for part in fda.generate(feature))
+    assert torch.allclose(fda.average(hidden), hidden @ weight.T + bias, atol=1e-4)
+    before = fda.average(hidden)
+    fda(torch.randn(8, 192), hidden)  # evaluation does not move it
+    assert torch.equal(fda.average(hidden), before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
+def test_what_the_test_answers_with_is_what_the_bytes_say(name, precision):
+    method = build(name, 17)
+    fda = method.fda
+    for parameter in fda.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    feature = torch.randn(3, 192)
+    parts = fda.parts(feature)
+    for sample in range(3):
+        content = payloads.encode([part[sample].detach().numpy() for part in parts], precision)
+        assert len(content) == method.payloads()[precision]
+        arrived = payloads.decode(content, fda.shapes, precision)
+        for part, matrix in zip(as_sent(parts, precision), arrived, strict=True):
+            assert torch.equal(part[sample], torch.from_numpy(matrix))
+
+
+def test_rounding_passes_the_gradient_on():
+    part = torch.tensor([[0.3, -1.0, 0.004]], requires_grad=True)
+    (arrived,) = as_sent((part,), "int8")
+    arrived.sum().backward()
+    assert torch.equal(part.grad, torch.ones(1, 3))
+    assert arrived[0, 2] in (0.0, torch.tensor(1 / 127).half().float())
+
+
+def test_without_axes_the_session_feature_is_the_layer_normed_mean():
+    feature = build("low_rank").axes(torch.randn(4, 192) * 3 + 1)
     assert torch.allclose(feature.mean(-1), torch.zeros(4), atol=1e-5)
     assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)
+
+
+def devices(number: int = 60, clips: int = 8) -> tuple[torch.Tensor, list[list[int]]]:
+    """Anchor features of devices that differ along two known directions, amid content that varies ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(number, generator=generator) * 2 * torch.pi
+    anchors = torch.randn(number * clips, 192, generator=generator) * torch.linspace(0.1, 5, 192)
+    anchors[:, 3] += 2 * angles.cos().repeat_interleave(clips)
+    anchors[:, 5] += 2 * angles.sin().repeat_interleave(clips)
+    return anchors, [list(range(place * clips, (place + 1) * clips)) for place in range(number)]
+
+
+def test_the_axes_are_those_in_which_devices_differ():
+    anchors, pools = devices()
+    axes = DeviceAxes(2)
+    axes.fit(anchors, pools)
+    strength = axes.axes.norm(dim=1)
+    assert set(strength.topk(2).indices.tolist()) == {3, 5}
+    feature = axes(torch.stack([anchors[pool].mean(0) for pool in pools]))
+    assert feature.shape == (60, 192)
+    assert torch.allclose(feature.norm(dim=-1), torch.full((60,), 192**0.5))
+    assert not feature[:, 2:].any()
+    # The same directions whatever the content is, and the same from clips it was not fitted on.
+    fresh, _ = devices()
+    again = axes(torch.stack([fresh[pool[:4]].mean(0) for pool in pools]))
+    assert torch.nn.functional.cosine_similarity(feature, again).min() > 0.8
+    assert sum(p.numel() for p in axes.parameters()) == 3 * 192
+    assert not any(p.requires_grad for p in axes.parameters())
+
+
+@pytest.mark.parametrize("number", [0, 192])
+def test_impossible_axes_are_refused(number):
+    with pytest.raises(ConfigError, match="from 1 to 191"):
+        DeviceAxes(number)
+
+
+def test_axes_need_devices():
+    anchors, pools = devices(2)
+    with pytest.raises(DataError, match="2 devices have two unlabelled clips"):
+        DeviceAxes(2).fit(anchors, [*pools, [0], []])
+
+
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis", "concatenated"])
+@pytest.mark.parametrize("head", [MultipleChoice(), Retrieval(32)])
+def test_every_task_has_sessions(name, head):
+    parts = {"axes": None, "learning_rate": 1e-3}
+    if name == "concatenated":
+        method = SessionConcatenated(encoder(), head, **parts)
+    else:
+        method = CDCMMPGSession(encoder(), head, name, **parts)
+    batch = sessions()
+    if head.task == "multiple_choice":
+        features = torch.randn(2, 5, 3, 192)
+        batch = batch._replace(samples=batch.samples._replace(frame_features=features))
+    else:
+        texts, there = torch.randn(2, 3, 192), torch.ones(2, 3, dtype=torch.bool)
+        batch = batch._replace(samples=batch.samples._replace(texts=texts, there=there))
+    train(method, batch, 2)
+    with torch.no_grad():
+        cases = method.eval().scores(batch, "test")
+    shape = (2, 5) if head.task == "multiple_choice" else (2, 32)
+    assert {tuple(outputs.shape) for outputs in cases.values()} == {shape}
+    assert torch.isfinite(torch.stack(list(cases.values()))).all()
 
 
 def captions() -> CaptionBatch:

@@ -4,7 +4,7 @@ import signal
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Task = Literal["open_ended", "multiple_choice", "retrieval"]
 View = Literal["samples", "sessions", "captions"]  # how a method reads a dataset
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+TRIES = 64  # to find a sample of another device
 UNKNOWN_ANSWER = "(unknown)"  # the word of the class that stands for all other answers
 UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
 
@@ -49,12 +50,20 @@ class FeatureBatch(NamedTuple):
 class SessionBatch(NamedTuple):
     """The same samples, each with what its device uploads in several cases (training knows one)."""
 
-    frame_features: Tensor  # (B, T, 192)
+    samples: FeatureBatch
     uploads: Tensor  # (B, C, 192) means of the anchor features of n other clips of a device
     anchors: Tensor  # (B, C) n, 0 where nothing is uploaded
     casts: Tensor  # (B, 2) cosine and sine of the device's true hue cast, for the oracle; 0 where it is unknown
-    labels: Tensor  # (B,)
-    indices: Tensor  # (B,)
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,)."""
+        return self.samples.labels
+
+    @property
+    def indices(self) -> Tensor:
+        """(B,)."""
+        return self.samples.indices
 
 
 class CaptionBatch(NamedTuple):
@@ -66,7 +75,7 @@ class CaptionBatch(NamedTuple):
     text_ids: Tensor  # (B, L') the question
     text_mask: Tensor  # (B, L')
     neutral: Tensor  # (P,) the neutral prompt: [CLS], [MASK] as often as it likes, [SEP]
-    labels: Tensor  # (B,)
+    labels: Tensor  # (B,) the answers, as WordPieces
     indices: Tensor  # (B,)
 
 
@@ -220,11 +229,35 @@ class Origin(NamedTuple):
     """Where a sample comes from: what accuracies are broken down by, and resampled by."""
 
     clip: str
-    device: str  # the clip's own name where devices are unknown
+    device: str  # or the domain that stands for one; the clip's own name where devices are unknown
     group: str  # "seen" or "unseen" in training; "" where devices are unknown
     type: str  # of the question; "" where there are none
     question: str
     answer: str
+
+
+def others(origins: Sequence[Origin], seed: int) -> dict[str, list[int]]:
+    """For every sample another one, whose anchor it is given in a control: any, or of the same question elsewhere.
+
+    Returns:
+        shuffled: any other sample; shuffled_device: one of another device with the same type of question, or of another
+        device where there is none with that type.
+    """
+    generator = np.random.default_rng(seed)
+    circle = generator.permutation(len(origins))
+    following = dict(zip(circle.tolist(), np.roll(circle, -1).tolist(), strict=True))
+    types: dict[str, list[int]] = {}
+    for index, origin in enumerate(origins):
+        types.setdefault(origin.type, []).append(index)
+    elsewhere = []
+    for index, origin in enumerate(origins):
+        for pool in (types[origin.type], range(len(origins))):
+            tried = (pool[place] for place in generator.integers(len(pool), size=TRIES).tolist())
+            other = next((i for i in tried if origins[i].device != origin.device), None)
+            if other is not None:
+                break
+        elsewhere.append(following[index] if other is None else other)
+    return {"shuffled": [following[index] for index in range(len(origins))], "shuffled_device": elsewhere}
 
 
 class Sessions(NamedTuple):
@@ -267,12 +300,43 @@ class Captions(NamedTuple):
     fingerprint: str
 
 
+class DeviceLabels(NamedTuple):
+    """Questions with answers about clips that are unlabelled to every method: for controls only."""
+
+    questions: Dataset[VideoTextBatch]
+    origins: list[Origin]
+
+
+class Content(NamedTuple):
+    """What an unlabelled clip shows: for controls only."""
+
+    seen: bool  # whether its device trains
+    shapes: tuple[str, ...]  # of its objects
+    colors: tuple[str, ...]  # theirs in truth
+    looks: tuple[str, ...]  # theirs as the device sees them
+    background: float  # hue in degrees as the device sees it
+
+
+@runtime_checkable
+class Controls(Protocol):
+    """What a dataset knows that no method may: labels of the devices' unlabelled clips, for controls only."""
+
+    def device_labels(self) -> DeviceLabels:
+        """Of test devices."""
+
+    def contents(self) -> dict[str, Content]:
+        """Of every anchor of `VideoTextData.sessions`, by clip."""
+
+
 class VideoTextData(Protocol):
     """What the feature cache, the results and the logs ask of a DataModule."""
 
     task: ClassVar[Task]
     views: ClassVar[frozenset[View]]
+    DOMAINS: ClassVar[tuple[str, ...]]  # kinds of domains that it can be given in place of devices
     protocol: str
+    domains: str | None  # which of these it was given
+    held_out: list[str]  # domains that training does not see
     notes: dict[Split, str]  # where a split comes from, where that has to be said
     cache_dir: Path
     batch_size: int
@@ -298,7 +362,7 @@ class VideoTextData(Protocol):
         """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Questions, clips, questions left out, unknown answers and the ceiling of the accuracy, by split."""
+        """Questions, clips, questions left out and held out, unknown answers and the accuracy's ceiling, by split."""
 
     def example(self, split: Split, index: int) -> Example:
         """A sample to look at."""
@@ -316,7 +380,7 @@ class VideoTextData(Protocol):
         """Where each sample comes from."""
 
     def sessions(self) -> Sessions:
-        """Unlabelled clips by device, of a dataset whose `views` have "sessions"."""
+        """Unlabelled clips by device, of a dataset whose `views` have "sessions", or that was given domains."""
 
     def captions(self) -> Captions:
         """Captioned clips, of a dataset whose `views` have "captions"."""

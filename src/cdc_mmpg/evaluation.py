@@ -26,10 +26,12 @@ def evaluation(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str
 
 
 def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
-    """Of tasks whose outcomes are predictions and labels."""
+    """Of tasks whose outcomes are predictions and labels; a case that answers some questions counts only those."""
     origins = data.origins("test")
     clips, devices, groups, types, *_ = (list(column) for column in zip(*origins, strict=True))
-    correct: dict[str, ArrayLike] = {case: rows[:, 0] == rows[:, 1] for case, (_, rows) in outcomes.items()}
+    correct: dict[str, ArrayLike] = {
+        case: rows[:, 0] == rows[:, 1] for case, (where, rows) in outcomes.items() if len(where) == len(origins)
+    }
     if data.task == "open_ended":
         trained = [(label, origin.type) for label, origin in
                    zip(data.labels("train").tolist(), data.origins("train"), strict=True)
@@ -43,15 +45,23 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
     else:
         floors = {"chance": [1 / len(data.texts("test", i)) for i in range(len(origins))]}
     found = accuracies(correct | floors, clips, devices, groups, types)
-    given = [[data.word("test", i, label) for i, label in enumerate(rows[:, 0])] for _, rows in outcomes.values()]
+    given = [[""] * len(origins) for _ in outcomes]
+    for words_given, (case, (where, rows)) in zip(given, outcomes.items(), strict=True):
+        for i, label in zip(where.tolist(), rows[:, 0].tolist(), strict=True):
+            words_given[i] = data.word("test", i, label)
+        if case not in correct:
+            own = [[column[i] for i in where.tolist()] for column in (clips, devices, groups, types)]
+            found |= accuracies({case: rows[:, 0] == rows[:, 1]}, own[0], own[1], own[2], own[3])
     _write(table, [*Origin._fields, *outcomes], ([*origin, *own] for origin, *own in zip(origins, *given, strict=True)))
-    return {"accuracy": {case: found[case] for case in correct}, "floors": {name: found[name] for name in floors}}
+    return {"accuracy": {case: found[case] for case in outcomes}, "floors": {name: found[name] for name in floors}}
 
 
 def _retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
     """Of retrieval, whose outcomes are embeddings."""
     places = ranked(outcomes)
-    names = [origin.clip for origin in data.origins("test")]
+    origins = data.origins("test")
+    names = [origin.clip for origin in origins]
+    of = {origin.clip: origin for origin in origins}
     owners = outcomes[CAPTIONS][0].tolist()
     asking = {"VR": names, "TR": [names[owner] for owner in owners]}
     kinds = [f"{way}@{k}" for way in asking for k in RECALLS]
@@ -63,8 +73,12 @@ def _retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str
     number, sizes = len(owners), np.bincount(owners, minlength=len(names)).tolist()
     chance = [[1 - comb(number - size, k) / max(1, comb(number, k)) for size in sizes] for k in RECALLS]
     chance += [[min(1.0, k / len(names))] * number for k in RECALLS]
-    found = accuracies(correct | {"chance": np.concatenate(chance)}, clips, clips, [""] * len(clips), types)
-    kept = {case: {"test": {kind: cells["test"][kind] for kind in kinds}} for case, cells in found.items()}
+    devices, groups = [of[clip].device for clip in clips], [of[clip].group for clip in clips]
+    found = accuracies(correct | {"chance": np.concatenate(chance)}, clips, devices, groups, types)
+    kept = {
+        case: {group: {kind: own[kind] for kind in kinds if kind in own} for group, own in cells.items()}
+        for case, cells in found.items()
+    }
     rows = [("VR", name, "", *(int(both[0][i]) for both in places.values())) for i, name in enumerate(names)]
     seen: dict[int, int] = {}
     for i, owner in enumerate(owners):

@@ -19,6 +19,7 @@ from cdc_mmpg.batch import (
     SPLITS,
     EpochDataModule,
     FeatureBatch,
+    Origin,
     Split,
     VideoTextBatch,
     VideoTextData,
@@ -96,7 +97,11 @@ class FeatureDataModule(EpochDataModule):
             features = self.features(split, self.data.dataset(split, augment=False), self.data.fingerprint(split, True))
             self._splits[split] = self.view(split, features)
 
-    def view(self, split: Split, features: Features) -> Dataset[Any]:
+    def origins(self, split: Split) -> list[Origin]:
+        """The dataset's own."""
+        return self.data.origins(split)
+
+    def view(self, split: Split, features: Features) -> Any:
         """A split with its features."""
         return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed)
 

@@ -9,33 +9,35 @@ from torch.utils.data import Dataset
 
 from cdc_mmpg.batch import CASES, SessionBatch, Sessions, Split
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.features import FeatureDataModule, Features
+from cdc_mmpg.features import FeatureDataModule, FeatureDataset, Features
 
-TRAINED_ON = (4, 8, 16)  # numbers of anchors, one drawn for every sample
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
 
 
 class SessionDataset(Dataset[SessionBatch]):
-    """A split with its uploads: drawn anew for every sample and epoch in training, one for all of a device after it.
+    """A split with its uploads.
+
+    In training a sample's is the mean of all other clips of its device, the best estimate there is: with fewer, drawn
+    anew every epoch, a generator answers worse, and also where it is then used with fewer. After training a device has
+    one upload of so many clips for all of its questions.
 
     Args:
-        features: (N, T, 192) of the samples.
-        labels: (N,).
+        samples: the split as the encoder sees it.
         anchors: (A, 192) anchor features of all unlabelled clips.
         sessions: whose they are.
         split: which samples.
         seed: of the draws.
     """
 
-    def __init__(
-        self, features: Tensor, labels: Tensor, anchors: Tensor, sessions: Sessions, split: Split, seed: int
-    ) -> None:
-        self.features, self.labels, self.anchors, self.sessions = features, labels, anchors, sessions
+    def __init__(self, samples: FeatureDataset, anchors: Tensor, sessions: Sessions, split: Split, seed: int) -> None:
+        self.samples, self.anchors, self.sessions = samples, anchors, sessions
         self.split, self.seed = split, seed
         self.devices = sessions.devices[split]
         casts = torch.deg2rad(torch.tensor(sessions.casts))
         self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1).nan_to_num()  # (D, 2)
-        if split != "train":
+        if split == "train":
+            self._totals = torch.stack([anchors[pool].sum(0) for pool in sessions.pools])
+        else:
             self.uploads, self.counts = self._fixed()
 
     def _fixed(self) -> tuple[Tensor, Tensor]:
@@ -59,30 +61,26 @@ class SessionDataset(Dataset[SessionBatch]):
         return uploads, counts
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.samples)
 
-    def _draw(self, epoch: int, index: int) -> tuple[Tensor, int]:
+    def _rest(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """A training sample's upload (192,) and its number of anchors; its own clip is not among them."""
-        generator = np.random.default_rng((self.seed, epoch, index))
-        own = self.sessions.own[self.split][index]
-        pool = [anchor for anchor in self.sessions.pools[self.devices[index]] if anchor != own]
-        number = min(int(generator.choice(TRAINED_ON)), len(pool))
-        if not number or generator.random() < WITHOUT:
+        own, pool = self.sessions.own[self.split][index], self.sessions.pools[self.devices[index]]
+        number = len(pool) - (own >= 0)
+        if not number or np.random.default_rng((self.seed, epoch, index)).random() < WITHOUT:
             return torch.zeros(self.anchors.shape[-1]), 0
-        return self.anchors[generator.choice(pool, number, replace=False)].mean(0), number
+        total = self._totals[self.devices[index]]
+        return (total - self.anchors[own] if own >= 0 else total) / number, number
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> SessionBatch:
-        index = torch.tensor([index for _, index in items])
         devices = torch.tensor([self.devices[i] for _, i in items])
         if self.split == "train":
-            drawn = [self._draw(epoch, i) for epoch, i in items]
+            drawn = [self._rest(epoch, i) for epoch, i in items]
             uploads = torch.stack([upload for upload, _ in drawn])[:, None]
             counts = torch.tensor([[number] for _, number in drawn])
         else:
             uploads, counts = self.uploads[devices], self.counts[devices]
-        return SessionBatch(
-            self.features[index], uploads, counts, self.casts[devices], self.labels[index], index
-        )  # fmt: skip
+        return SessionBatch(self.samples.__getitems__(items), uploads, counts, self.casts[devices])
 
 
 class SessionDataModule(FeatureDataModule):
@@ -108,12 +106,14 @@ class SessionDataModule(FeatureDataModule):
         features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)["frame_features"]
         with torch.no_grad():
             device = next(self.encoder.parameters()).device
-            self._anchors = self.encoder.pool(features[:, 0].to(device)).cpu()
+            self._anchors = self.encoder.pool(features.flatten(1, -2)[:, 0].to(device)).cpu()
         self._sessions = sessions
         super().setup(stage)
 
+    def history(self) -> tuple[Tensor, list[list[int]]]:
+        """The anchor features (A, 192), and which of them each device that trains has."""
+        return self._anchors, [self._sessions.pools[device] for device in sorted(set(self._sessions.devices["train"]))]
+
     def view(self, split: Split, features: Features) -> SessionDataset:
         """A split with its features and its uploads."""
-        return SessionDataset(
-            features["frame_features"], self.data.labels(split), self._anchors, self._sessions, split, self.seed
-        )
+        return SessionDataset(super().view(split, features), self._anchors, self._sessions, split, self.seed)

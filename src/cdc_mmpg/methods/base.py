@@ -13,16 +13,19 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View
+from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View, others
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.metrics import Outcomes
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.payloads import PRECISIONS, Precision, size_bytes
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 
 ANCHOR_BYTES = 4 * WIDTH  # of the upload: 192 float32
+READ = "read"  # rows that hold what head and hypernetwork read
+CHUNK = 256  # samples whose layers are applied at once
 
 
 class ParameterCounts(NamedTuple):
@@ -153,6 +156,10 @@ class Method(LightningModule):
     def traffic(self) -> Traffic:
         """Bytes for one adaptation."""
 
+    def payloads(self) -> dict[Precision, int]:
+        """Bytes down for one adaptation by precision, where the test tries several: its cases by these names."""
+        return {}
+
     def export(self, folder: Path) -> None:
         """Write what later runs build on into the run's folder."""
 
@@ -186,15 +193,23 @@ class Answering(Method):
         encoder, head, train_encoder, learning_rate, weight_decay, seed: see `Method`.
     """
 
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        train_encoder: bool,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
+        self.outcomes: dict[Split, Outcomes] = {}  # of the last evaluation of each split
+        self._rows: dict[str, Rows] = {}
+
     @property
     def monitor(self) -> str:  # type: ignore[override]  # which is best is for the task to say
         """See `Head`."""
         return self.head.monitor
-
-    def setup(self, stage: str) -> None:
-        """Nothing is evaluated yet."""
-        self.outcomes: dict[Split, Outcomes] = {}  # of the last evaluation of each split
-        self._rows: dict[str, Rows] = {}
 
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -223,15 +238,22 @@ class Answering(Method):
     def _step(self, batch: Batch, split: Split) -> Tensor:
         encoded = self.encode(batch)
         cases = self.scores(encoded, split)
-        loss = self.head.loss(next(iter(cases.values())), encoded)
+        samples = encoded.samples if isinstance(encoded, SessionBatch) else encoded
+        loss = self.head.loss(next(iter(cases.values())), samples)
         if split != "train":
-            known = float(
-                (batch.labels != UNKNOWN).sum()
-            )  # the loss is their mean; whole numbers are cut over processes
+            # The loss is the mean of these; whole numbers are cut over processes.
+            known = float((batch.labels != UNKNOWN).sum())
             self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
-            for case, rows in self.head.outcomes(cases, encoded).items():
-                self._rows.setdefault(case, Rows().to(self.device)).update(*rows)
+            for case, rows in self.head.outcomes(cases, samples).items():
+                self.keep(case, *rows)
+            for case in cases.keys() & self.payloads().keys():
+                for name, value in compare(cases["float32"], cases[case]).items():
+                    self.log(f"{split}/{case}_{name}", value, batch_size=float(len(batch.labels)), sync_dist=True)
         return loss
+
+    def keep(self, case: str, indices: Tensor, values: Tensor) -> None:
+        """Add to the rows of a case: (R,) of which sample, (R, X) what."""
+        self._rows.setdefault(case, Rows().to(self.device)).update(indices, values)
 
     def on_validation_epoch_end(self) -> None:
         """Metrics of the whole split, on every process the same."""
@@ -242,11 +264,16 @@ class Answering(Method):
         self._evaluate("test")
 
     def _evaluate(self, split: Split) -> None:
-        self.outcomes[split] = {case: rows.compute() for case, rows in self._rows.items()}
+        kept = {case: rows.compute() for case, rows in self._rows.items()}
         self._rows = {}
+        self.outcomes[split] = self.completed(kept)
         for name, value in self.head.evaluate(self.outcomes[split]).items():
             # The same on every process already; Lightning warns unless it is told to take their mean.
             self.log(f"{split}/{name}", value, prog_bar=f"{split}/{name}" == self.monitor, sync_dist=True)
+
+    def completed(self, outcomes: Outcomes) -> Outcomes:
+        """The outcomes of a whole split, after what can only be said when all of it is known."""
+        return outcomes
 
     def cloud_modules(self) -> list[nn.Module]:
         """What only the cloud has."""
@@ -288,13 +315,41 @@ class Generating(Answering):
         """What the hypernetwork reads, (..., 192), of clips whose condition is (..., T, 192)."""
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """Also, in the test: with the layer of another sample, half a batch away."""
+        """Also, in the test: with one layer for everyone, and with layers sent in several precisions.
+
+        What the head and the hypernetwork read is kept, to put other samples' layers to the test at the end of it.
+        """
         features = batch.frame_features
         cases = {"own": self(features)}
         if split == "test":
-            other = self.last_layer(features.roll(len(features) // 2, dims=0))
-            cases["shuffled"] = self.head(self.fused(features), other)
+            fused, read = self.fused(features), self.generator_input(self.head.condition(features))
+            cases["mean_head"] = self.head(fused, self.fda.average)
+            for name in PRECISIONS:
+                cases[name] = self.head(fused, lambda hidden, name=name: self.fda.sent(read, hidden, name))
+            self._shape = fused.shape[1:], read.shape[1:]
+            known = batch.labels[:, None].to(fused.dtype)
+            self.keep(READ, batch.indices, torch.cat([known, fused.flatten(1), read.flatten(1)], dim=-1))
         return cases
+
+    def completed(self, outcomes: Outcomes) -> Outcomes:
+        """Also, in the test: with the layer of another sample (see `batch.others`)."""
+        if READ not in outcomes:
+            return outcomes
+        indices, rows = (torch.from_numpy(part).to(self.device) for part in outcomes[READ])
+        labels, values = rows[:, 0].long(), rows[:, 1:]
+        fused_shape, shape = self._shape
+        fused = values[:, : -shape.numel()].unflatten(1, fused_shape)
+        read = values[:, -shape.numel() :].unflatten(1, shape)
+        found = {case: outcomes[case] for case in outcomes if case != READ}
+        for case, other in others(self.trainer.datamodule.origins("test"), self.seed).items():
+            chunks = []
+            for part in torch.arange(len(indices), device=self.device).split(CHUNK):
+                own = read[torch.tensor(other, device=self.device)[part]]
+                given = self.head(fused[part], lambda hidden, own=own: self.fda(own, hidden))
+                samples = FeatureBatch(fused[part], labels[part], indices[part])
+                chunks.append(self.head.predictions(given, samples))
+            found[case] = outcomes["own"][0], torch.cat(chunks).cpu().numpy()
+        return found
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """Every sample's own layer, applied without being held."""
@@ -307,12 +362,21 @@ class Generating(Answering):
 
     def cloud_modules(self) -> list[nn.Module]:
         """The hypernetwork."""
-        return [self.fda]
+        return self.fda.cloud_modules()
 
     def traffic(self) -> Traffic:
         """One feature up, one float32 layer down, for every layer of a sample."""
-        layer = 4 * self.head.outputs * (self.head.inputs + 1)
-        return Traffic(self.head.layers * ANCHOR_BYTES, self.head.layers * layer)
+        return Traffic(self.head.layers * ANCHOR_BYTES, self.payloads()["float32"])
+
+    def payloads(self) -> dict[Precision, int]:
+        """Every layer of a sample, whole."""
+        return {name: self.head.layers * size_bytes(self.fda.shapes, name) for name in PRECISIONS}
+
+
+def compare(layers: Tensor, sent: Tensor) -> dict[str, Tensor]:
+    """What rounding does to outputs (B, ...), scalars: the same answer (share), and the mean absolute difference."""
+    error = (sent - layers).abs().mean()
+    return {"agreement": (sent.argmax(-1) == layers.argmax(-1)).float().mean(), "error": error}
 
 
 def count(module: nn.Module) -> int:

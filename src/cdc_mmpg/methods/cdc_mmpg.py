@@ -72,4 +72,4 @@ class CDCMMPG(Generating):
 
     def cloud_modules(self) -> list[nn.Module]:
         """Reasoner and hypernetwork."""
-        return [self.adr, self.fda]
+        return [self.adr, *super().cloud_modules()]

@@ -1,23 +1,21 @@
 """CDC-MMPG for a session, our extension: one last layer for all questions, from several clips of a device."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.batch import CASES, Split, View
-from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, Traffic
+from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Traffic
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
-from cdc_mmpg.models.fda import FDA, LowRankFDA
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
+from cdc_mmpg.payloads import PRECISIONS, Precision, size_bytes
 
-
-def session_feature(uploads: Tensor) -> Tensor:
-    """The layer-normed mean of a session's anchor features: (..., 192) both."""
-    return F.layer_norm(uploads, (WIDTH,))
+Generated = Literal["full", "low_rank", "basis"]
 
 
 class Session(Answering):
@@ -25,21 +23,29 @@ class Session(Answering):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
+        axes: how many of the axes in which devices differ are read of a session's mean feature (`DeviceAxes`), fitted
+            before training; None reads all of it, layer-normed.
     """
 
     reads: ClassVar[View] = "sessions"
 
-    def __init__(self, encoder: AllInOne, head: Head, learning_rate: float, weight_decay: float, seed: int) -> None:
-        if head.task != "open_ended":
-            raise ConfigError(f"sessions answer open-ended questions, not {head.task}: take another method (METHOD=)")
+    def __init__(
+        self, encoder: AllInOne, head: Head, axes: int | None, learning_rate: float, weight_decay: float, seed: int
+    ) -> None:
         super().__init__(encoder, head, False, learning_rate, weight_decay, seed)
+        self.axes: nn.Module = nn.LayerNorm(WIDTH, elementwise_affine=False) if axes is None else DeviceAxes(axes)
+
+    def setup(self, stage: str) -> None:
+        """Fit the axes on the devices that train."""
+        if stage == "fit" and isinstance(self.axes, DeviceAxes):
+            self.axes.fit(*self.trainer.datamodule.history())
 
     @abstractmethod
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
-        """Scores (B, L) of clips with features (B, T, 192).
+        """The head's outputs for clips with features (B, ..., T, 192).
 
         Args:
-            frame_features: of the questions.
+            frame_features: of the samples.
             upload: (B, 192) means of anchor features.
             anchors: (B,) of how many; where 0, nothing was uploaded.
         """
@@ -47,7 +53,7 @@ class Session(Answering):
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """In the test, a case for every number of anchors, and for another device's; in training, the one drawn."""
         cases = list(CASES) if split == "test" else list(CASES)[:1]
-        features = batch.frame_features
+        features = batch.samples.frame_features
         return {
             case: self.answer(features, batch.uploads[:, place], batch.anchors[:, place])
             for place, case in enumerate(cases)
@@ -63,8 +69,11 @@ class CDCMMPGSession(Session):
     keep able to.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        rank: of the residual that is generated (see `LowRankFDA`); None generates the whole layer.
+        encoder, head, axes, learning_rate, weight_decay, seed: see `Session`.
+        generated: what the cloud makes: the "full" layer (see `FDA`), a "low_rank" residual on the shared one
+            (`LowRankFDA`), or coefficients of a "basis" that the device keeps (`BasisFDA`).
+        size: the rank, or how many layers the basis has; a full layer has none.
+        payload: the precision in which it is sent, and in which validation and test answer.
         oracle: feed the hypernetwork the device's true hue cast in place of the anchors: a control, the ceiling.
     """
 
@@ -72,36 +81,57 @@ class CDCMMPGSession(Session):
         self,
         encoder: AllInOne,
         head: Head,
-        rank: int | None = 4,
+        generated: Generated = "low_rank",
+        size: int = 4,
+        payload: Precision = "int8",
+        axes: int | None = 2,
         oracle: bool = False,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(encoder, head, learning_rate, weight_decay, seed)
-        self.oracle = oracle
-        if rank is None:
-            self.fda: FDA | LowRankFDA = FDA(head.inputs, head.outputs, "hyperfan_in", project=True)
-            self.shared = StaticLayer(head.inputs, head.outputs)
+        super().__init__(encoder, head, None if oracle else axes, learning_rate, weight_decay, seed)
+        self.oracle, self.payload = oracle, payload
+        self.fda: Adaptor
+        if generated == "full":
+            self.fda, self.shared = (
+                FDA(head.inputs, head.outputs, "hyperfan_in", True),
+                StaticLayer(head.inputs, head.outputs),
+            )
         else:
-            self.fda = LowRankFDA(head.inputs, head.outputs, rank)
-            self.shared = self.fda.shared
+            fda = (LowRankFDA if generated == "low_rank" else BasisFDA)(head.inputs, head.outputs, size)
+            self.fda, self.shared = fda, fda.shared
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""
-        feature = session_feature(upload)
+        precision: Precision = "float32" if self.training else self.payload
+        return self._answer(frame_features, self.axes(upload), anchors, precision)
+
+    def _answer(self, frame_features: Tensor, feature: Tensor, anchors: Tensor, precision: Precision) -> Tensor:
+        """Of layers that are made of (B, 192) and sent in that precision."""
+        fused = self.fused(frame_features)
+        several = [1] * (fused.dim() - 2)  # hidden vectors of a sample, which share its layer
+        feature = feature.unflatten(0, (-1, *several))
 
         def layer(hidden: Tensor) -> Tensor:
-            return torch.where(anchors[:, None] > 0, self.fda(feature, hidden), self.shared(hidden))
+            adapted = self.fda(feature, hidden) if precision == "float32" else self.fda.sent(feature, hidden, precision)
+            return torch.where(anchors.view(-1, *several, 1) > 0, adapted, self.shared(hidden))
 
-        return self.head(self.fused(frame_features), layer)
+        return self.head(fused, layer)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """See `Session`; the oracle has one case."""
-        if not self.oracle:
-            return super().scores(batch, split)
-        cast = F.pad(batch.casts, (0, WIDTH - batch.casts.shape[-1]))  # cosine, sine and zeros
-        return {"own": self.head(self.fused(batch.frame_features), lambda hidden: self.fda(cast, hidden))}
+        """See `Session`; in the test, also one layer for everyone, and every precision. The oracle has one case."""
+        features = batch.samples.frame_features
+        if self.oracle:
+            # Cosine and sine, as long as a layer-normed feature, and zeros.
+            cast = F.pad(batch.casts * WIDTH**0.5, (0, WIDTH - batch.casts.shape[-1]))
+            return {"own": self._answer(features, cast, torch.ones_like(cast[:, 0]), "float32")}
+        cases = super().scores(batch, split)
+        if split == "test":
+            feature, anchors = self.axes(batch.uploads[:, 0]), batch.anchors[:, 0]
+            cases["mean_head"] = self.head(self.fused(features), self.fda.average)
+            cases |= {name: self._answer(features, feature, anchors, name) for name in PRECISIONS}
+        return cases
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """Without a session: the shared one."""
@@ -112,9 +142,18 @@ class CDCMMPGSession(Session):
         return self.shared.repeated(len(frame_features))
 
     def cloud_modules(self) -> list[nn.Module]:
-        """MLP and hypernetwork; the shared layer is the device's."""
-        return [self.fda.mlp, self.fda.hyper]
+        """Axes and what generates; the shared layer is the device's."""
+        return [self.axes, *self.fda.cloud_modules()]
+
+    def parameter_counts(self) -> ParameterCounts:
+        """A basis is on the device, too."""
+        counts = super().parameter_counts()
+        return counts._replace(device=counts.device + self.fda.stored())
 
     def traffic(self) -> Traffic:
-        """One mean feature up; the generated numbers down, in float32, once a session."""
-        return Traffic(ANCHOR_BYTES, 4 * self.fda.numbers)
+        """One mean feature up; the generated numbers down, once a session."""
+        return Traffic(ANCHOR_BYTES, self.payloads()[self.payload])
+
+    def payloads(self) -> dict[Precision, int]:
+        """By precision."""
+        return {name: size_bytes(self.fda.shapes, name) for name in PRECISIONS}

@@ -19,23 +19,27 @@ class EncoderPretraining(Method):
     """Captions for some epochs, then questions and captions in turn; leaves `encoder.safetensors`.
 
     The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
-    enough to begin at random. Of a caption 30 % of the words are masked, in a fifth of the captions all of them, and a
-    quarter of the batches see a single frame. Beside either, a quarter of the batch is seen as anchors are (one frame,
-    a neutral prompt), and the caption's words are told from the anchor feature. The rate rises over `WARM_UP` steps.
+    enough to begin at random. Of a caption half of the words are masked, in a fifth of the captions all of them;
+    questions are answered in words, as many as the vocabulary has. Nearly all batches see a single frame of each clip,
+    which costs a third and teaches what a frame shows as well; the last epochs see all. Beside either, a quarter of the
+    batch is seen as anchors are (one frame, a neutral prompt), and the caption's words are told from the anchor
+    feature. The rate rises over `WARM_UP` steps.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head is that of the questions.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head reads what the questions are answered
+            from.
         caption_epochs: how many epochs see captions only.
         question_share: of the batches after them.
+        whole_epochs: how many of the last epochs see all frames of every clip.
     """
 
     reads: ClassVar[View] = "captions"
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
-    MASKED = 0.3
+    MASKED = 0.5
     WHOLLY_MASKED = 0.2
-    SINGLE_FRAME = 0.25
+    SINGLE_FRAME = 0.95
     ANCHORS = 0.25
     ANCHOR_WEIGHT = 10.0  # of a mean over all words, of which few are in a caption
     WARM_UP = 100
@@ -44,19 +48,21 @@ class EncoderPretraining(Method):
         self,
         encoder: AllInOne,
         head: Head,
-        caption_epochs: int = 4,
+        caption_epochs: int = 9,
         question_share: float = 0.75,
+        whole_epochs: int = 2,
         learning_rate: float = 7e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, True, learning_rate, weight_decay, seed)
-        if caption_epochs < 0 or not 0 <= question_share <= 1:
+        if caption_epochs < 0 or whole_epochs < 0 or not 0 <= question_share <= 1:
             raise ConfigError(
-                f"caption_epochs {caption_epochs} must not be negative and question_share {question_share} be in [0, 1]"
+                f"caption_epochs {caption_epochs} and whole_epochs {whole_epochs} must not be negative and "
+                f"question_share {question_share} be in [0, 1]"
             )
-        self.caption_epochs, self.question_share = caption_epochs, question_share
-        self.layer = StaticLayer(head.inputs, head.outputs)
+        self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
+        self.layer = StaticLayer(head.inputs, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
         self.anchor_head = nn.Linear(WIDTH, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
@@ -76,8 +82,6 @@ class EncoderPretraining(Method):
         masked &= is_word
         masked[:, 1] |= is_word[:, 1]  # at least one
         video = normalise(batch.frames)
-        if training and torch.rand(()) < self.SINGLE_FRAME:
-            video = video[:, int(torch.randint(video.shape[1], ()))][:, None]
         ids = batch.caption_ids.masked_fill(masked, mask)
         words = self.encoder.encode_words(video, ids, batch.caption_mask)[masked]
         scores = F.linear(
@@ -107,6 +111,9 @@ class EncoderPretraining(Method):
 
     def _step(self, batch: Any, split: Split) -> Tensor:
         if split == "train":
+            if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
+                each = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
+                batch = batch._replace(frames=batch.frames.take_along_dim(each.view(-1, 1, 1, 1, 1), dim=1))
             captions = self.current_epoch < self.caption_epochs or torch.rand(()) >= self.question_share
             loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]
             return loss + self.anchors_loss(batch)

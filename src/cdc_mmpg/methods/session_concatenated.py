@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
-from cdc_mmpg.methods.cdc_mmpg_session import Session, session_feature
+from cdc_mmpg.methods.cdc_mmpg_session import Session
 from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
 from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
 
@@ -14,19 +14,28 @@ class SessionConcatenated(Session):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
+        axes: see `Session`.
     """
 
     def __init__(
-        self, encoder: AllInOne, head: Head, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
+        self,
+        encoder: AllInOne,
+        head: Head,
+        axes: int | None = 2,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
     ) -> None:
-        super().__init__(encoder, head, learning_rate, weight_decay, seed)
+        super().__init__(encoder, head, axes, learning_rate, weight_decay, seed)
         self.mix = nn.Linear(2 * WIDTH, WIDTH)
         self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""
-        session = torch.where(anchors[:, None] > 0, session_feature(upload), 0.0)
-        both = torch.cat([super().fused(frame_features), session], dim=-1)
+        fused = super().fused(frame_features)
+        session = torch.where(anchors[:, None] > 0, self.axes(upload), 0.0)
+        session = session.unflatten(0, (-1, *[1] * (fused.dim() - 2))).expand_as(fused)
+        both = torch.cat([fused, session], dim=-1)
         return self.head(self.mix(both), self.layer)
 
     def fused(self, frame_features: Tensor) -> Tensor:
@@ -43,9 +52,9 @@ class SessionConcatenated(Session):
         return self.layer.repeated(len(frame_features))
 
     def parameter_counts(self) -> ParameterCounts:
-        """The mixing layer is on the device, too."""
+        """Axes and mixing layer are on the device, too."""
         counts = super().parameter_counts()
-        return counts._replace(device=counts.device + count(self.mix))
+        return counts._replace(device=counts.device + count(self.axes) + count(self.mix))
 
     def traffic(self) -> Traffic:
         """None."""

@@ -1,5 +1,6 @@
 """Fast Domain Adaptor (paper section 3.2): a hypernetwork that turns a feature into the weights of the last layer."""
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -9,11 +10,99 @@ from torch import Tensor, nn
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.all_in_one import WIDTH
 from cdc_mmpg.models.heads import StaticLayer
+from cdc_mmpg.payloads import LARGEST, Precision
 
 Init = Literal["printed", "hyperfan_in", "shared_head"]
+Parts = tuple[Tensor, ...]  # what the cloud sends: matrices (..., vectors, length)
 
 
-class FDA(nn.Module):
+class Adaptor(nn.Module):
+    """Feature (..., 192) -> what the cloud sends -> a last layer of L outputs on D inputs.
+
+    A feature's dimensions before the last are those of what the layer reads, or 1 where several hidden vectors share
+    a layer. What is sent, and what is made of it, is computed in float32.
+
+    Attributes:
+        inputs: D, hidden units that the last layer reads.
+        outputs: L, what the last layer tells apart.
+        shapes: of the matrices that are sent: vectors, and their length.
+    """
+
+    seen: Tensor  # steps of training that `remember` has seen
+
+    def __init__(self, inputs: int, outputs: int, shapes: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.shapes = inputs, outputs, shapes
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the cloud sends for a layer."""
+        return sum(vectors * length for vectors, length in self.shapes)
+
+    @abstractmethod
+    def parts(self, feature: Tensor) -> Parts:
+        """What the cloud sends for features (..., 192), one matrix for each of `shapes`."""
+
+    @abstractmethod
+    def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
+        """Outputs (..., L) of the layers that the parts make on hidden units (..., D)."""
+
+    @abstractmethod
+    def install(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """The layers as a device installs them: weight (..., L, D) and bias (..., L)."""
+
+    @abstractmethod
+    def average(self, hidden: Tensor) -> Tensor:
+        """Outputs (..., L) of one layer for everyone: the mean of those that training generated."""
+
+    @abstractmethod
+    def cloud_modules(self) -> list[nn.Module]:
+        """What a device does not have."""
+
+    def stored(self) -> int:
+        """Parameters that the device keeps to make a layer of what is sent, beside that layer."""
+        return 0
+
+    def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
+        """Outputs (..., L) of every feature's own layer on hidden units (..., D)."""
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.apply_parts(self.parts(feature.float()), hidden.float())
+
+    def sent(self, feature: Tensor, hidden: Tensor, precision: Precision) -> Tensor:
+        """The same outputs after the layers were sent in that precision."""
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.apply_parts(as_sent(self.parts(feature.float()), precision), hidden.float())
+
+    def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Every feature's own layer: weight (..., L, D) and bias (..., L)."""
+        return self.install(self.parts(feature))
+
+    def remember(self, mean: Tensor, own: Tensor) -> None:
+        """Update a running mean, over training's last hundred steps or so."""
+        if self.training:
+            self.seen += 1
+            mean.lerp_(own.detach(), max(0.01, 1 / int(self.seen)))
+
+
+def as_sent(parts: Parts, precision: Precision) -> Parts:
+    """The parts as they arrive: what `payloads.decode` makes of their bytes, with a gradient where nothing is rounded.
+
+    Over "int8" the gradient passes as if nothing were rounded (straight through), so that training may know of it.
+    """
+    if precision == "float32":
+        return parts
+    if precision == "float16":
+        return tuple(part.half().float() for part in parts)
+    arrived = []
+    for part in parts:
+        scale = (part.detach().abs().amax(-1, keepdim=True) / LARGEST).half().float()
+        rounded = torch.where(scale > 0, (part.detach() / scale.clamp(min=1e-12)).round().clamp(-LARGEST, LARGEST), 0.0)
+        arrived.append(part + (rounded * scale - part).detach())
+    return tuple(arrived)
+
+
+class FDA(Adaptor):
     """Feature (B, 192) -> weight (B, L, D) and bias (B, L) of a device's last layer, L outputs on D inputs.
 
     Source: eq. 5, 6 and 11. H is one linear layer with bias: 193 x (D + 1) L parameters, as the paper's counts say.
@@ -25,16 +114,17 @@ class FDA(nn.Module):
     weight is zero.
 
     Args:
-        inputs: D, hidden units that the last layer reads.
-        outputs: L, what the last layer tells apart.
+        inputs, outputs: see `Adaptor`.
         init: see above.
         project: put the MLP of eq. 5 and 11 (two linears, then a LayerNorm: 74,496 parameters) before H. The counts
             of the paper's F-hyper leave no room for it.
     """
 
+    mean_latent: Tensor
+
     def __init__(self, inputs: int, outputs: int, init: Init, project: bool) -> None:
-        super().__init__()
-        self.inputs, self.outputs = inputs, outputs
+        super().__init__(inputs, outputs, ((outputs, inputs + 1),))
+        self.register_buffer("mean_latent", torch.zeros(WIDTH))
         self.mlp: nn.Module = nn.Identity()
         if project:
             self.mlp = projection()
@@ -54,37 +144,54 @@ class FDA(nn.Module):
                 bias[:, -1] = shared.bias
 
     def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
-        """Logits (..., L) of every sample's own generated layer on `hidden` (..., D), for `feature` (..., 192).
+        """See `Adaptor`: the same as `generate`, then the layer, without holding B layers.
 
-        The dimensions before the last are those of both, or 1 where several hidden vectors share a layer. The same as
-        `generate`, then the layer, without holding B layers: H is linear, so the product over D and over H's 192 inputs
-        can be taken at once (B x 192 D numbers in place of B x (D + 1) L). Few answers make the layers the smaller of
-        the two. Always in float32.
+        H is linear, so the product over D and over H's 192 inputs can be taken at once (B x 192 D numbers in place of
+        B x (D + 1) L). Few answers make the layers the smaller of the two.
         """
+        if self.outputs <= WIDTH:
+            return super().forward(feature, hidden)
         with torch.autocast(feature.device.type, enabled=False):
-            feature, hidden = feature.float(), hidden.float()
-            if self.outputs <= WIDTH:
-                weight, bias = self.generate(feature)
-                return (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias
-            latent = self.mlp(feature)
-            rows = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)  # (..., D + 1)
-            products = (rows.unsqueeze(-1) * latent.unsqueeze(-2)).flatten(-2)  # (..., (D + 1) * 192)
-            return F.linear(products, self.hyper.weight.view(self.outputs, -1)) + F.linear(
-                rows, self.hyper.bias.view(self.outputs, -1)
-            )
+            return self._contract(self._latent(feature.float()), hidden.float())
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers the cloud sends for a layer."""
-        return self.outputs * (self.inputs + 1)
+    def _contract(self, latent: Tensor, hidden: Tensor) -> Tensor:
+        """Outputs (..., L) for latents (..., 192)."""
+        rows = with_one(hidden)  # (..., D + 1)
+        products = (rows.unsqueeze(-1) * latent.unsqueeze(-2)).flatten(-2)  # (..., (D + 1) * 192)
+        return F.linear(products, self.hyper.weight.view(self.outputs, -1)) + F.linear(
+            rows, self.hyper.bias.view(self.outputs, -1)
+        )
 
-    def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The layers as the cloud sends them: weight (..., L, D) and bias (..., L) for features (..., 192)."""
-        layer = self.hyper(self.mlp(feature)).unflatten(-1, (self.outputs, self.inputs + 1))
-        return layer[..., :-1], layer[..., -1]
+    def _latent(self, feature: Tensor) -> Tensor:
+        """What H reads."""
+        latent: Tensor = self.mlp(feature)
+        self.remember(self.mean_latent, latent.flatten(0, -2).mean(0))
+        return latent
+
+    def parts(self, feature: Tensor) -> Parts:
+        """The layer with its bias as the last column."""
+        return (self.hyper(self._latent(feature)).unflatten(-1, (self.outputs, self.inputs + 1)),)
+
+    def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
+        """See `Adaptor`."""
+        weight, bias = self.install(parts)
+        return (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias
+
+    def install(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Adaptor`."""
+        return parts[0][..., :-1], parts[0][..., -1]
+
+    def average(self, hidden: Tensor) -> Tensor:
+        """H is linear: the mean layer is that of the mean latent."""
+        layer = self.hyper(self.mean_latent).view(self.outputs, self.inputs + 1)
+        return F.linear(hidden.float(), layer[:, :-1], layer[:, -1])
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """MLP and H."""
+        return [self.mlp, self.hyper]
 
 
-class LowRankFDA(nn.Module):
+class LowRankFDA(Adaptor):
     """Feature (B, 192) -> a rank-r residual on a shared last layer, which the device has.
 
     The layer is [W, b] = [W0, b0] + U V with U (L, r) and V (r, D + 1): the cloud sends r (L + D + 1) numbers in place
@@ -94,16 +201,19 @@ class LowRankFDA(nn.Module):
     at random, so that the first steps train U.
 
     Args:
-        inputs: D, hidden units that the last layer reads.
-        outputs: L, what the last layer tells apart.
-        rank: r.
+        inputs, outputs: see `Adaptor`.
+        rank: r; at most the smaller side of the layer, which is taken in place of more.
     """
 
+    mean_residual: Tensor
+
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
-        super().__init__()
-        if not 1 <= rank <= min(inputs, outputs):
-            raise ConfigError(f"rank {rank}: from 1 to {min(inputs, outputs)}, the smaller side of the layer")
-        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+        if rank < 1:
+            raise ConfigError(f"rank {rank}: at least 1")
+        rank = min(rank, inputs, outputs)
+        super().__init__(inputs, outputs, ((rank, outputs), (rank, inputs + 1)))
+        self.rank = rank
+        self.register_buffer("mean_residual", torch.zeros(outputs, inputs + 1))
         self.shared = StaticLayer(inputs, outputs)
         self.mlp = projection()
         self.hyper = nn.Linear(WIDTH, self.numbers)
@@ -112,33 +222,102 @@ class LowRankFDA(nn.Module):
             nn.init.normal_(self.hyper.weight[outputs * rank :], std=(inputs * WIDTH) ** -0.5)
             nn.init.zeros_(self.hyper.bias)
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers the cloud sends for a layer."""
-        return self.rank * (self.outputs + self.inputs + 1)
+    def parts(self, feature: Tensor) -> Parts:
+        """U transposed (..., r, L), and V (..., r, D + 1)."""
+        left, right = self.hyper(self.mlp(feature)).split([length * self.rank for _, length in self.shapes], dim=-1)
+        left, right = left.unflatten(-1, self.shapes[0]), right.unflatten(-1, self.shapes[1])
+        if self.training:
+            residuals = left.detach().flatten(0, -2).T @ right.detach().flatten(0, -2)
+            self.remember(self.mean_residual, residuals / (left.numel() / self.rank / self.outputs))
+        return left, right
 
-    def factors(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cloud sends: U (B, L, r) and V (B, r, D + 1) for features (B, 192)."""
-        left, right = self.hyper(self.mlp(feature)).split(
-            [self.outputs * self.rank, self.rank * (self.inputs + 1)], dim=-1
-        )
-        return left.view(-1, self.outputs, self.rank), right.view(-1, self.rank, self.inputs + 1)
+    def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
+        """See `Adaptor`."""
+        left, right = parts
+        residual: Tensor = ((right @ with_one(hidden).unsqueeze(-1)) * left).sum(-2)
+        return self.shared(hidden) + residual
 
-    def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
-        """Logits (B, L) of every sample's own layer on `hidden` (B, D), always in float32."""
-        with torch.autocast(feature.device.type, enabled=False):
-            left, right = self.factors(feature.float())
-            rows = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1).float()  # (B, D + 1)
-            residual: Tensor = (left @ (right @ rows.unsqueeze(-1))).squeeze(-1)
-            return self.shared(hidden) + residual
-
-    def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The layers as the device installs them: weight (B, L, D) and bias (B, L) for features (B, 192)."""
-        left, right = self.factors(feature)
-        layer = torch.cat([self.shared.weight, self.shared.bias.unsqueeze(-1)], dim=-1) + left @ right
+    def install(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Adaptor`."""
+        layer = _joined(self.shared) + parts[0].mT @ parts[1]
         return layer[..., :-1], layer[..., -1]
+
+    def average(self, hidden: Tensor) -> Tensor:
+        """See `Adaptor`."""
+        return self.shared(hidden) + F.linear(with_one(hidden.float()), self.mean_residual)
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """MLP and H; the shared layer is the device's."""
+        return [self.mlp, self.hyper]
+
+
+class BasisFDA(Adaptor):
+    """Feature (B, 192) -> k coefficients of basis layers that the device keeps beside a shared one.
+
+    The layer is [W0, b0] + sum of c_i [W_i, b_i]: the cloud sends k numbers, however many answers there are. The basis
+    trains with what reads the feature, two linears and a tanh, so that it is the one that k numbers use best.
+
+    Source: ours; mixing kept weights by an input is CondConv's (Yang et al. 2019), here with the mixture sent.
+
+    Args:
+        inputs, outputs: see `Adaptor`.
+        number: k.
+    """
+
+    mean_coefficients: Tensor
+
+    def __init__(self, inputs: int, outputs: int, number: int) -> None:
+        if number < 1:
+            raise ConfigError(f"a basis of {number} layers: at least 1")
+        super().__init__(inputs, outputs, ((1, number),))
+        self.register_buffer("mean_coefficients", torch.zeros(number))
+        self.shared = StaticLayer(inputs, outputs)
+        self.basis = nn.Parameter(torch.randn(number, outputs, inputs + 1) * inputs**-0.5)
+        last = nn.Linear(WIDTH, number)
+        nn.init.normal_(last.weight, std=0.1 * WIDTH**-0.5)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), last)
+
+    def parts(self, feature: Tensor) -> Parts:
+        """The coefficients (..., 1, k), between -1 and 1."""
+        coefficients = torch.tanh(self.mlp(feature))
+        self.remember(self.mean_coefficients, coefficients.flatten(0, -2).mean(0))
+        return (coefficients.unsqueeze(-2),)
+
+    def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
+        """See `Adaptor`."""
+        each = F.linear(with_one(hidden), self.basis.flatten(0, 1)).unflatten(-1, self.basis.shape[:2])  # (..., k, L)
+        return self.shared(hidden) + (parts[0] @ each).squeeze(-2)
+
+    def install(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Adaptor`."""
+        mixed = (parts[0] @ self.basis.flatten(1)).squeeze(-2)
+        layer = _joined(self.shared) + mixed.unflatten(-1, self.basis.shape[1:])
+        return layer[..., :-1], layer[..., -1]
+
+    def average(self, hidden: Tensor) -> Tensor:
+        """See `Adaptor`."""
+        return self.apply_parts((self.mean_coefficients[None],), hidden.float())
+
+    def cloud_modules(self) -> list[nn.Module]:
+        """What reads the feature; the layers are the device's."""
+        return [self.mlp]
+
+    def stored(self) -> int:
+        """The basis."""
+        return self.basis.numel()
 
 
 def projection() -> nn.Sequential:
     """The MLP of eq. 5 and 11: two linears, then a LayerNorm."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
+
+
+def with_one(hidden: Tensor) -> Tensor:
+    """Hidden units with a one behind them, which a bias multiplies: (..., D) -> (..., D + 1)."""
+    return torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
+
+
+def _joined(layer: nn.Linear) -> Tensor:
+    """Weight and bias: (L, D + 1)."""
+    return torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1)

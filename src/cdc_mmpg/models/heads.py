@@ -63,6 +63,10 @@ class Head(nn.Module):
         """What has to be kept of an evaluated batch, given its outputs by case."""
 
     @abstractmethod
+    def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """Of what is kept, the rows of a case: (B, X)."""
+
+    @abstractmethod
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
         """Metrics of a whole split, its rows in the samples' order, of the first case."""
 
@@ -77,10 +81,11 @@ class Choosing(Head):
 
     def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
         """Prediction and label."""
-        return {
-            case: (batch.indices, torch.stack([scores.argmax(-1), batch.labels], dim=-1))
-            for case, scores in cases.items()
-        }
+        return {case: (batch.indices, self.predictions(scores, batch)) for case, scores in cases.items()}
+
+    def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """The answer and the right one: (B, 2)."""
+        return torch.stack([outputs.argmax(-1), batch.labels], dim=-1)
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
         """The accuracy over all samples; an unknown answer is never right."""
@@ -220,9 +225,13 @@ class Retrieval(Head):
         assert batch.texts is not None
         assert batch.there is not None
         own = batch.indices[:, None].expand_as(batch.there)[batch.there]
-        return {case: (batch.indices, videos) for case, videos in cases.items()} | {
+        return {case: (batch.indices, self.predictions(videos, batch)) for case, videos in cases.items()} | {
             CAPTIONS: (own, self.captions(batch.texts[batch.there]))
         }
+
+    def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
+        """The embeddings."""
+        return outputs
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
         """See `metrics.recalls`."""
