@@ -1,0 +1,264 @@
+"""What a device can do by itself: labels teach it, TENT touches LayerNorms only, and nothing leaks between devices."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdc_mmpg import on_device
+from cdc_mmpg.batch import Controls, Origin, VideoTextBatch
+from cdc_mmpg.cli import main as train
+from cdc_mmpg.evaluation import evaluation
+from cdc_mmpg.methods.fine_tuning import FineTuning
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
+from data_modules.synthetic import Synthetic
+
+
+@pytest.fixture(scope="module")
+def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning run on the embedded dataset, in small."""
+    out = tmp_path_factory.mktemp("on_device") / "synthetic"
+    folder = out / "fine_tuning" / "seed0"
+    command = [
+        "fit", "--config=experiments/methods/fine_tuning.yaml", "--config=experiments/datasets/synthetic.yaml",
+        f"--trainer.default_root_dir={folder}", f"--data.init_args.root={synthetic}",
+        f"--data.init_args.cache_dir={out / 'data'}", f"--data.init_args.vocab={synthetic / 'vocab.txt'}",
+        "--data.init_args.batch_size=8", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert train(command) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(run: Path) -> Path:
+    """What the evaluation leaves of it."""
+    assert on_device.main([str(run)]) == 0
+    return run.parents[1] / "on_device" / "seed0"
+
+
+def read(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_results_are_of_the_form_of_a_runs(run, done):
+    before, results = read(run), read(done)
+    assert {"dataset", "method", "seed", "task", "protocol", "splits", "metrics", "classes", "questions", "data",
+            "accuracy", "floors", "parameters", "bytes", "seconds", "machine", "finished", "arguments", "commit",
+            "versions", "recipe"} <= results.keys()  # fmt: skip
+    assert (results["dataset"], results["method"], results["seed"]) == ("synthetic", "on_device", 0)
+    for key in ("task", "protocol", "splits", "questions", "data", "floors", "classes"):
+        assert results[key] == before[key]
+    assert results["bytes"] == {"up": 0, "down": 0}
+    assert list(results["accuracy"]) == ["own", "labels_2", "labels_5", "labels_15", "tent"]
+    assert results["parameters"]["device"] == before["parameters"]["device"]
+
+
+def test_unadapted_it_is_the_run_itself(run, done):
+    assert read(done)["accuracy"]["own"] == read(run)["accuracy"]["own"]
+    assert read(done)["metrics"]["test/accuracy"] == pytest.approx(read(run)["metrics"]["test/accuracy"])
+
+
+def test_only_devices_with_labels_are_counted_where_labels_are_used(done):
+    accuracy = read(done)["accuracy"]
+    for number in (2, 5, 15):
+        cells = accuracy[f"labels_{number}"]
+        assert set(cells) == {"test", "unseen"}
+        assert cells["test"]["all"]["questions"] == accuracy["own"]["unseen"]["all"]["questions"]
+    assert set(accuracy["tent"]) == {"test", "seen", "unseen"}
+    rows = list(csv.DictReader((done / "predictions.test.csv").open()))
+    assert len(rows) == accuracy["own"]["test"]["all"]["questions"]
+    for row in rows:
+        assert (row["labels_15"] == "") == (row["group"] == "seen")
+        assert row["own"]
+        assert row["tent"]
+    right = np.mean([row["labels_15"] == row["answer"] for row in rows if row["group"] == "unseen"])
+    assert right == pytest.approx(accuracy["labels_15"]["unseen"]["all"]["value"])
+
+
+def test_what_was_picked_stands_beside_what_was_not(done):
+    recipe = read(done)["recipe"]
+    for number in (2, 5, 15):
+        own = recipe[f"labels_{number}"]
+        assert len(own["grid"]) == len(on_device.PARTS) * len(on_device.RATES) * len(on_device.STEPS)
+        assert any(all(own[key] == point[key] for key in ("parts", "rate", "steps")) for point in own["grid"])
+        assert own["picked_on"] == 2 * (18 - 15)  # two unseen devices with six clips of three questions
+    best = max(recipe["tent"]["grid"], key=lambda point: point["accuracy"])
+    assert recipe["tent"]["rate"] == best["rate"]
+
+
+def test_the_second_time_it_is_finished_unless_the_run_changed(run, done, tmp_path, capsys):
+    copy = tmp_path / "synthetic"
+    shutil.copytree(run.parents[1], copy)
+    own, before = copy / "fine_tuning" / "seed0", (done / "results.json").read_bytes()
+    capsys.readouterr()
+    assert on_device.main([str(own)]) == 0
+    assert "finished on" in capsys.readouterr().out
+    assert (copy / "on_device" / "seed0" / "results.json").read_bytes() == before
+    content = torch.load(own / "best.ckpt", weights_only=False)
+    content["state_dict"]["layer.bias"] += 1
+    torch.save(content, own / "best.ckpt")
+    assert on_device.main([str(own)]) == 0
+    assert "written" in capsys.readouterr().out
+    assert json.loads((copy / "on_device" / "seed0" / "results.json").read_text())["made_of"] != read(done)["made_of"]
+
+
+def test_what_is_no_fine_tuning_run_is_refused(run, fit, tmp_path, capsys):
+    assert on_device.main([str(tmp_path)]) == 4
+    assert "not a finished run" in capsys.readouterr().err
+    assert train(fit("linear")) == 0
+    assert on_device.main([str(tmp_path / "msvd" / "linear" / "seed0")]) == 2
+    assert "not a fine-tuning run" in capsys.readouterr().err
+    assert train(fit("fine_tuning")) == 0
+    assert on_device.main([str(tmp_path / "msvd" / "fine_tuning" / "seed0")]) == 2
+    assert "no labels for clips of its devices" in capsys.readouterr().err
+    damaged = tmp_path / "damaged" / "fine_tuning" / "seed0"
+    shutil.copytree(run, damaged)
+    (damaged / "best.ckpt").write_bytes(b"cut short")
+    assert on_device.main([str(damaged)]) == 4
+    (damaged / "config.yaml").write_text("model: 1\n")
+    assert on_device.main([str(damaged)]) == 2
+    capsys.readouterr()
+    other = tmp_path / "other" / "fine_tuning" / "seed0"
+    shutil.copytree(run, other)
+    inputs = json.loads((other / "inputs.json").read_text())
+    (other / "inputs.json").write_text(json.dumps(dict.fromkeys(inputs, "another")))
+    assert on_device.main([str(other)]) == 3
+    assert "annotations changed" in capsys.readouterr().err
+
+
+def model(classes: int = 3) -> FineTuning:
+    torch.manual_seed(0)
+    encoder = AllInOne(image_size=32, depth=1, vocab_size=50, dropout=0.0, drop_path=0.0)
+    return FineTuning(encoder, OpenEnded(classes)).eval()
+
+
+class NoData:
+    seed = 0
+
+
+def test_labels_that_contradict_the_training_are_learned_by_each_device_alone():
+    comparison = Comparison(model(), NoData())
+    features = torch.randn(6, 3, 192, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = comparison.model(features).argmax(-1)
+    labels = (before + 1) % 3
+    chosen = torch.tensor([[0, 1, 2], [3, 4, -1]])
+    weights = comparison.fine_tuned(features, labels, chosen, "head", 1e-2, [1, 60])
+    answers = comparison.answers(weights[-1], features, chosen)
+    assert answers[chosen >= 0].tolist() == labels[:5].tolist()
+    assert torch.equal(comparison.model(features).argmax(-1), before)  # the model itself is as it was
+    for row, name in ((0, "layer.weight"), (1, "head.phi.0.weight")):  # side by side is as alone
+        alone = comparison.fine_tuned(features, labels, chosen[row : row + 1], "head", 1e-2, [1, 60])
+        assert torch.allclose(alone[-1][name][0], weights[-1][name][row], atol=1e-4)
+    assert set(weights[0]) == {name for name, _ in model().named_parameters() if name.startswith(("head.", "layer."))}
+
+
+def test_no_device_picks_its_own_recipe():
+    figures = np.array([[9, 0, 0], [0, 3, 3], [0, 3, 2]])
+    assert pick(figures).tolist() == [1, 0, 0]
+
+
+def batches() -> list[VideoTextBatch]:
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for start in (0, 4):
+        frames = torch.randint(256, (4, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        ids = torch.randint(5, 50, (4, 6), generator=generator)
+        found.append(VideoTextBatch(frames, ids, torch.ones_like(ids), torch.zeros(4), torch.arange(start, start + 4)))
+    return found
+
+
+def test_tent_moves_layer_norms_alone_and_puts_them_back(monkeypatch):
+    method = model().requires_grad_(False)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    norms = set(layer_norms(method))
+    assert "head.phi.1.weight" in norms
+    assert "encoder.text_embeddings.LayerNorm.bias" in norms
+    moved: list[set[str]] = []
+    forward = FineTuning.forward
+
+    def spy(self, features):
+        moved.append({name for name, value in method.state_dict().items() if not torch.equal(value, before[name])})
+        return forward(self, features)
+
+    monkeypatch.setattr(FineTuning, "forward", spy)
+    first = adapt_by_entropy(method, batches(), 0.05)
+    assert moved[0] == set()
+    assert moved[1]
+    assert moved[1] <= norms
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert torch.equal(adapt_by_entropy(method, batches(), 0.05), first)  # nothing is left of the device before
+    with torch.no_grad():
+        own = method(method.encode(batches()[0]).frame_features).argmax(-1)
+    assert torch.equal(first[:4], own)  # the first batch is answered before the first step
+
+
+def test_tent_makes_the_answers_surer(monkeypatch):
+    method, entropies = model().requires_grad_(False), []
+    forward = FineTuning.forward
+
+    def spy(self, features):
+        scores = forward(self, features)
+        entropies.append(float(-(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean().detach()))
+        return scores
+
+    monkeypatch.setattr(FineTuning, "forward", spy)
+    adapt_by_entropy(method, [batches()[0]] * 6, 1e-2)
+    assert entropies[-1] < entropies[0]
+
+
+def test_the_labels_are_those_of_unseen_devices_history(synthetic, tmp_path):
+    data = Synthetic(str(synthetic), str(tmp_path), 17, image_size=64, resize=64, num_workers=0,
+                     vocab=str(synthetic / "vocab.txt"))  # fmt: skip
+    assert isinstance(data, Controls)
+    data.prepare_data()
+    data.setup("test")
+    questions, origins = data.device_labels()
+    assert len(questions) == len(origins) == 2 * 6 * 3
+    assert {origin.group for origin in origins} == {"unseen"}
+    assert not {origin.clip for origin in origins} & {origin.clip for origin in data.origins("test")}
+    words = data.answers()
+    assert [words[label] for label in questions.labels.tolist()] == [origin.answer for origin in origins]
+
+
+class FourQuestions:
+    """Of two devices, as `evaluation` reads a dataset."""
+
+    task = "open_ended"
+
+    def origins(self, split: str) -> list[Origin]:
+        places = [("a", "p", "seen"), ("b", "q", "unseen"), ("c", "q", "unseen"), ("d", "p", "seen")]
+        return [Origin(clip, device, group, "", "what?", "yes") for clip, device, group in places]
+
+    def labels(self, split: str) -> torch.Tensor:
+        return torch.zeros(4, dtype=torch.long)
+
+    def answers(self) -> list[str]:
+        return ["yes"]
+
+    def word(self, split: str, index: int, label: int | None = None) -> str:
+        return ["yes", "no"][label or 0]
+
+
+def test_a_case_that_answers_some_questions_counts_those(tmp_path):
+    whole = (np.arange(4), np.array([[0, 0], [1, 0], [0, 0], [1, 0]]))
+    part = (np.array([1, 2]), np.array([[0, 0], [0, 0]]))
+    found = evaluation(FourQuestions(), {"own": whole, "part": part}, tmp_path / "table.csv")["accuracy"]
+    assert list(found) == ["own", "part"]
+    assert found["own"]["test"]["all"]["value"] == 0.5
+    assert set(found["part"]) == {"test", "unseen"}
+    assert (found["part"]["unseen"]["all"]["value"], found["part"]["unseen"]["all"]["questions"]) == (1.0, 2)
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["part"] for row in rows] == ["", "yes", "yes", ""]
+    assert [row["own"] for row in rows] == ["yes", "no", "yes", "no"]
+
+
+def test_rows_of_different_lengths_are_padded():
+    assert padded([[1, 2, 3], [4]]).tolist() == [[1, 2, 3], [4, -1, -1]]
