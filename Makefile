@@ -4,6 +4,8 @@
 DATASET    ?= synthetic
 METHOD     ?= $(if $(SYNTHETIC),all,cdc_mmpg)
 SEED       ?= 0
+# Seeds 0 to SEEDS - 1 instead of SEED. ENCODER_SEED: whose encoder is taken, where that is another seed's.
+SEEDS      ?=
 OUT        ?= checkpoints
 PYTHON     ?= python3
 JOBS       ?= $(if $(SYNTHETIC),2,1)
@@ -15,22 +17,34 @@ ROOT      := $(OUT)/$(DATASET)
 PY        := .venv/bin/python
 
 # The embedded dataset makes itself, its vocabulary and its encoder.
-DATA      ?= $(if $(SYNTHETIC),$(ROOT)/data/clips,data/$(FAMILY))
+CACHE     ?= $(OUT)/$(FAMILY)/data
+DATA      ?= $(if $(SYNTHETIC),$(CACHE)/clips,data/$(FAMILY))
 VOCAB     ?= $(if $(SYNTHETIC),$(DATA)/vocab.txt)
-PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,run/encoder_pretraining))
+PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,encoder_pretraining))
 
 # The longest first, so that side by side none is left alone at the end.
 ALL      := linear fine_tuning cdc_mmpg hyper hyper_fan_in
 FROZEN   := cdc_mmpg_frozen
-SESSIONS := cdc_mmpg_session session_concatenated session_oracle
+SESSIONS := cdc_mmpg_session cdc_mmpg_session_basis session_concatenated session_oracle cdc_mmpg_session_full cdc_mmpg_session_plain
 PHASES   := encoder_pretraining adr_pretraining adr_pretraining_frozen
-METHODS  := $(ALL) $(FROZEN) $(SESSIONS) cdc_mmpg_session_full $(PHASES)
-RUNS     := $(addprefix run/,$(METHODS))
-WANTED   := $(addprefix run/,$(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS),$(FROZEN)),$(METHOD)))
+CONTROLS := on_device privacy
+METHODS  := $(ALL) $(FROZEN) $(SESSIONS) $(PHASES) $(CONTROLS)
+
+# A variant of a method is METHOD=<method>.<variant>: a run of its own, with these arguments.
+FRAMES       := frames2 frames4 frames5
+REASONERS    := $(foreach axis,feature group8 batch,$(foreach target,anchor global,$(axis)_$(target)))
+frames        = --data.init_args.num_frames=$(patsubst frames%,%,$1)
+reasoner      = $(if $(filter adr_%,$2),--model.init_args.axis=$(patsubst group%,group:%,$(firstword $(subst _, ,$1))) --model.init_args.target=$(lastword $(subst _, ,$1)))
+VARIANTS     := $(foreach method,$(ALL) $(FROZEN) $(PHASES),$(FRAMES:%=$(method).%)) $(foreach method,cdc_mmpg cdc_mmpg_frozen adr_pretraining adr_pretraining_frozen,$(REASONERS:%=$(method).%))
+
+SEVERAL := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))),$(SEED))
+# What is asked for, for every seed, as run/<method>[.<variant>]/<seed>.
+ASKED   := $(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS) $(CONTROLS),$(FROZEN)),$(METHOD))
+WANTED  := $(foreach method,$(ASKED),$(foreach seed,$(SEVERAL),run/$(method)/$(seed)))
 
 ifneq ($(filter train data predict table,$(MAKECMDGOALS)),)
-ifeq ($(filter $(METHOD),all $(METHODS)),)
-$(error METHOD=$(METHOD) is none of: all $(METHODS))
+ifneq ($(filter-out all $(METHODS) $(VARIANTS),$(METHOD)),)
+$(error METHOD=$(METHOD) is none of: all $(METHODS), nor a variant: $(FRAMES:%=<method>.%), $(REASONERS:%=cdc_mmpg_frozen.%))
 endif
 ifeq ($(wildcard experiments/datasets/$(DATASET).yaml),)
 $(error DATASET=$(DATASET) is none of: $(basename $(notdir $(wildcard experiments/datasets/*.yaml))))
@@ -38,7 +52,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment data train predict table figures checkpoint benchmark test lint check clean $(RUNS)
+.PHONY: help environment data train tables report predict table figures checkpoint sweep benchmark test lint check clean
 
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -59,53 +73,100 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 	@$(PY) -m cdc_mmpg.prepare "$(ROOT)" --config experiments/methods/linear.yaml --config experiments/datasets/$(DATASET).yaml \
 		$(PLACES) $(ARGS)
 
-# Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors.
-train: .venv/.ready $(PRETRAIN) ## train and test: DATASET= DATA= METHOD=<name>|all CHECKPOINT= VOCAB= SEED= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= OUT=
+# Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
+# seed's pretraining comes first and has all of them.
+train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(WANTED)
-	$(if $(filter-out $(PHASES),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
+	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
-# Phase two builds on phase one; the frozen recipe adapts the encoder first.
-run/cdc_mmpg: run/adr_pretraining
-run/adr_pretraining_frozen: run/fine_tuning
-run/cdc_mmpg_frozen: run/adr_pretraining_frozen
-ifneq ($(SYNTHETIC),)
-$(filter-out run/encoder_pretraining,$(RUNS)): $(PRETRAIN)
-# The first run on the frozen encoder computes its features, for all.
-$(addprefix run/,hyper hyper_fan_in adr_pretraining $(SESSIONS)): $(if $(filter all,$(METHOD)),run/linear)
-$(RUNS): $(DATA)/digests.json
-$(DATA)/digests.json: | .venv/.ready
-	$(PY) -m data_modules.synthetic_clips "$(DATA)"
-endif
+# A run's target is run/<method>[.<variant>]/<seed>, its folder <dataset>/<method>[.<variant>]/seed<seed>.
+method  = $(firstword $(subst ., ,$(firstword $(subst /, ,$1))))
+variant = $(word 2,$(subst ., ,$(firstword $(subst /, ,$1))))
+seed    = $(lastword $(subst /, ,$1))
+folder  = $(ROOT)/$(firstword $(subst /, ,$1))/seed$(call seed,$1)
+# The same variant of another method; the encoder of the same seed, or of ENCODER_SEED.
+beside  = $2$(addprefix .,$(call variant,$1))/$(call seed,$1)
+origin_ = $2/$(if $(ENCODER_SEED),$(ENCODER_SEED),$(call seed,$1))
 
-PLACES  = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(OUT)/$(FAMILY)/data" \
+ENCODER = --model.init_args.encoder.checkpoint=
+START   = $(if $(PRETRAIN),$(ROOT)/encoder_pretraining/seed$(notdir $(call origin_,$1))/encoder.safetensors,$(CHECKPOINT))
+STARTS  = $(if $(START),$(ENCODER)"$(START)")
+TUNED   = $(ENCODER)"$(ROOT)/fine_tuning/seed$(notdir $(call origin_,$1))/encoder.safetensors"
+ADR     = --model.init_args.adr="$(call folder,$(call beside,$1,$2))/adr.safetensors"
+BUILDS_ON_encoder_pretraining    = $(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
+BUILDS_ON_adr_pretraining_frozen = $(TUNED)
+BUILDS_ON_cdc_mmpg_frozen        = $(TUNED) $(call ADR,$1,adr_pretraining_frozen)
+BUILDS_ON_cdc_mmpg               = $(STARTS) $(call ADR,$1,adr_pretraining)
+BUILDS_ON = $(if $(filter undefined,$(origin BUILDS_ON_$(call method,$1))),$(STARTS),$(BUILDS_ON_$(call method,$1)))
+VARIED    = $(if $(call variant,$1),$(call $(if $(filter frames%,$(call variant,$1)),frames,reasoner),$(call variant,$1),$(call method,$1)))
+CONFIGS   = $(addprefix --config ,experiments/methods/$(call method,$1).yaml experiments/datasets/$(DATASET).yaml $(wildcard experiments/tuned/$(DATASET).$(call method,$1).yaml))
+
+PLACES  = --data.init_args.root="$(DATA)" --data.init_args.cache_dir="$(CACHE)" \
 	$(if $(VOCAB),--data.init_args.vocab="$(VOCAB)")
-OPTIONS = $(PLACES) --seed_everything=$(SEED) \
+OPTIONS = $(PLACES) \
 	$(if $(EPOCHS),--trainer.max_epochs=$(EPOCHS)) \
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
 	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
-	$(if $(filter-out 1,$(JOBS)),$(if $(PRETRAINING),,--trainer.enable_progress_bar=false))
-
-ENCODER = --model.init_args.encoder.checkpoint=
-START   = $(if $(PRETRAIN),$(ROOT)/encoder_pretraining/seed$(SEED)/encoder.safetensors,$(CHECKPOINT))
-ADR     = --model.init_args.adr="$(ROOT)/$(1)/seed$(SEED)/adr.safetensors"
-TUNED   = $(ENCODER)"$(ROOT)/fine_tuning/seed$(SEED)/encoder.safetensors"
-BUILDS_ON_encoder_pretraining    = $(if $(CHECKPOINT),$(ENCODER)"$(CHECKPOINT)")
-BUILDS_ON_adr_pretraining_frozen = $(TUNED)
-BUILDS_ON_cdc_mmpg_frozen        = $(TUNED) $(call ADR,adr_pretraining_frozen)
-BUILDS_ON_cdc_mmpg               = $(STARTS) $(call ADR,adr_pretraining)
-STARTS    = $(if $(START),$(ENCODER)"$(START)")
-BUILDS_ON = $(if $(filter undefined,$(origin BUILDS_ON_$*)),$(STARTS),$(BUILDS_ON_$*))
-CONFIGS   = experiments/methods/$*.yaml experiments/datasets/$(DATASET).yaml $(wildcard experiments/tuned/$(DATASET).$*.yaml)
-
-run/encoder_pretraining: PRETRAINING = 1
-$(filter-out run/encoder_pretraining,$(RUNS)): export OMP_NUM_THREADS ?= $(if $(filter-out 1,$(JOBS)),$(THREADS))
-THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))')
-
+	$(if $(filter-out 1,$(JOBS)),$(if $(ALONE),,--trainer.enable_progress_bar=false))
 # ARGS reaches every run, ARGS_<method> that one alone.
-$(RUNS): run/%: .venv/.ready
-	exec $(PY) -m cdc_mmpg.cli fit $(addprefix --config ,$(CONFIGS)) \
-		--trainer.default_root_dir="$(ROOT)/$*/seed$(SEED)" $(OPTIONS) $(BUILDS_ON) $(ARGS) $(ARGS_$*)
+FIT     = fit $(CONFIGS) --trainer.default_root_dir="$(call folder,$1)" --seed_everything=$(call seed,$1) $(OPTIONS) \
+	$(BUILDS_ON) $(VARIED) $(ARGS) $(ARGS_$(call method,$1))
+
+# Phase two builds on phase one, the frozen recipe on an encoder that was adapted first, all on what makes the encoder.
+NEEDS_cdc_mmpg               = $(call beside,$1,adr_pretraining)
+NEEDS_adr_pretraining_frozen = $(call origin_,$1,fine_tuning)
+NEEDS_cdc_mmpg_frozen        = $(call beside,$1,adr_pretraining_frozen)
+NEEDS_on_device              = $(call origin_,$1,fine_tuning)
+# The first run on the frozen encoder computes its features, for all.
+FIRST = $(if $(filter all,$(METHOD)),$(if $(filter hyper hyper_fan_in adr_pretraining $(SESSIONS),$(call method,$1)),linear/$(call seed,$1)))
+NEEDS = $(addprefix run/,$(NEEDS_$(call method,$1)) $(call FIRST,$1) $(if $(filter encoder_pretraining/%,$1),,$(addsuffix /$(notdir $(call origin_,$1)),$(PRETRAIN))))
+
+THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))')
+ALONE   = $(if $(filter run/encoder_pretraining/%,$@),$(if $(SEEDS),,1))
+SHARE   = $(if $(ALONE),,$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)}))
+
+# All that could be asked for, by name: make does not chain a pattern with itself.
+NUMBERS := $(sort 0 1 2 3 4 $(SEVERAL) $(SEED) $(ENCODER_SEED))
+RUNS    := $(foreach method,$(filter-out $(CONTROLS),$(METHODS)) $(VARIANTS),$(NUMBERS:%=run/$(method)/%))
+.PHONY: $(RUNS) $(foreach control,$(CONTROLS),$(NUMBERS:%=run/$(control)/%)) $(REASONERS:%=study/%)
+
+.SECONDEXPANSION:
+$(RUNS): run/%: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) $$(call NEEDS,$$*)
+	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(call FIT,$*)
+
+$(NUMBERS:%=run/on_device/%): run/on_device/%: .venv/.ready $$(call NEEDS,on_device/$$*)
+	exec env $(SHARE) $(PY) -m cdc_mmpg.on_device "$(call folder,fine_tuning/$*)"
+
+$(NUMBERS:%=run/privacy/%): run/privacy/%: .venv/.ready $$(addprefix run/,$$(addsuffix /$$*,$$(PRETRAIN)))
+	exec env $(SHARE) $(PY) -m cdc_mmpg.privacy "$(call folder,encoder_pretraining/$*)"
+
+ifneq ($(SYNTHETIC),)
+$(DATA)/digests.json: | .venv/.ready
+	$(PY) -m data_modules.synthetic_clips "$(DATA)"
+endif
+
+# Every table of the paper, and what it does not ask: three seeds of the main rows, one of the rest (FULL=1: five of
+# all, hours); whether the reasoner does anything, over five seeds on one encoder's features.
+MAIN  := linear fine_tuning cdc_mmpg hyper_fan_in cdc_mmpg_session cdc_mmpg_session_basis session_concatenated session_oracle
+STUDY := $(addprefix study/,$(REASONERS))
+REST  := $(foreach method,$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=cdc_mmpg.%),run/$(method)/0)
+tables: SEEDS = $(if $(FULL),5,3)
+tables: .venv/.ready ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
+	$(if $(SYNTHETIC),@$(MAKE) --no-print-directory METHOD=all SEEDS=$(SEEDS) $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(EVIDENCE))
+	@$(PY) -m cdc_mmpg.tables --paper "$(ROOT)"
+
+EVIDENCE = $(foreach seed,$(shell seq 0 $$(($(SEEDS) - 1))),$(foreach method,$(if $(FULL),$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=cdc_mmpg.%),$(MAIN)),run/$(method)/$(seed))) $(REST) $(STUDY)
+
+$(STUDY): study/%: run/fine_tuning/0
+	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))
+$(STUDY): ENCODER_SEED = 0
+
+report: .venv/.ready ## one page with every figure, and where each comes from: DATASET= DATA= OUT=
+	@$(PY) -m cdc_mmpg.report "$(ROOT)" --data "$(DATA)"
+
+sweep: .venv/.ready ## learning rates, by W&B's agent or, without a server, one after another: experiments/sweep.yaml
+	@$(PY) -m cdc_mmpg.sweep experiments/sweep.yaml
 
 # Through the environment, verbatim: neither make nor the shell may read into a question.
 predict: export CLIP := $(value VIDEO)

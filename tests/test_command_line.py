@@ -353,3 +353,25 @@ def test_the_real_clips_at_the_papers_size(real, tmp_path):
 def test_wandb_disabled_leaves_nothing(fit, tmp_path):
     assert main(fit("linear")) == 0
     assert not list(tmp_path.rglob("wandb"))
+
+
+def test_several_commands_in_one_process_are_as_many_runs(fit, tmp_path):
+    once = [fit(method, out=tmp_path / "once") for method in ("linear", "hyper")]
+    both = [fit(method, out=tmp_path / "both") for method in ("linear", "hyper")]
+    for command in once:
+        assert finish(start(tmp_path / "log", main, command)) == 0, (tmp_path / "log").read_text()
+    assert finish(start(tmp_path / "log", main, [*both[0], "--", *both[1], "--"])) == 0, (tmp_path / "log").read_text()
+    for method in ("linear", "hyper"):
+        alone, together = (
+            json.loads((tmp_path / out / "msvd" / method / "seed0" / "results.json").read_text())
+            for out in ("once", "both")
+        )
+        assert together["accuracy"] == alone["accuracy"]
+        assert together["metrics"] == alone["metrics"]
+        assert together["method"] == method
+
+
+def test_the_first_command_that_fails_is_the_last(fit, tmp_path):
+    wrong, right = fit("linear", "--trainer.max_epochs=0", out=tmp_path), fit("hyper", out=tmp_path)
+    assert finish(start(tmp_path / "log", main, [*wrong, "--", *right])) == 2
+    assert not (tmp_path / "msvd" / "hyper").exists()

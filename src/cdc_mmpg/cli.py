@@ -1,5 +1,7 @@
 """The command line: `python -m cdc_mmpg.cli fit --config DATASET.yaml --config METHOD.yaml ...` trains and tests.
 
+Several commands with `--` between them run one after another in one process: of small ones the imports take longest.
+
 Lightning's own (see its documentation), with three additions: what the dataset fixes is handed to the model, a run
 that was stopped goes on where it was, and a finished one leaves `results.json`. Lightning is imported late: refusing
 a wrong path or finding a run finished takes no time.
@@ -12,6 +14,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from cdc_mmpg.errors import CDCError, CheckpointError, DataError
@@ -22,16 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
-    leave_on_signals()
+    for _, command in groupby(arguments, lambda argument: argument != "--"):
+        if (own := list(command)) != ["--"]:
+            leave_on_signals()
+            sys.argv[1:] = own  # what Lightning starts its other processes with
+            if code := exit_code(partial(_run, own)):
+                return code
+    return 0
 
-    def run() -> None:
-        if not _is_finished(arguments):
-            check_paths(arguments)
-            from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
-            Experiment(arguments)
+def _run(arguments: Sequence[str]) -> None:
+    """One command."""
+    if not _is_finished(arguments):
+        check_paths(arguments)
+        from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
-    return exit_code(run)
+        Experiment(arguments)
 
 
 def exit_code(function: Callable[[], None]) -> int:

@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from cdc_mmpg.batch import EpochDataModule
 from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
-from cdc_mmpg.dashboard import ExampleTable, loggers
+from cdc_mmpg.dashboard import ExampleTable, close, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
@@ -220,12 +220,14 @@ class Experiment(LightningCLI):
                 f"{data.__name__} is a dataset for {data.task}, {head.__name__} a head for {head.task}: "
                 "leave the head to the dataset's configuration"
             )
-        if method.reads not in data.views:
-            lacking = {"sessions": "does not know its clips' devices, and sessions need them",
-                       "captions": "has no captions to pretrain an encoder with"}[method.reads]  # fmt: skip
+        given = method.reads == "sessions" and config["data"]["init_args"].get("domains")
+        if method.reads not in data.views and not given:
+            lacking = {"sessions": "does not know its clips' devices, and sessions need them: give it some "
+                                   f"(ARGS=--data.init_args.domains={' or '.join(data.DOMAINS)}), take",
+                       "captions": "has no captions to pretrain an encoder with: take"}[method.reads]  # fmt: skip
             raise ConfigError(
-                f"{method.__name__} does not go with {data.__name__}, which {lacking}: take another method "
-                "(METHOD=), or the embedded dataset (DATASET=synthetic)"
+                f"{method.__name__} does not go with {data.__name__}, which {lacking} another method (METHOD=), or the "
+                "embedded dataset (DATASET=synthetic)"
             )
 
     def instantiate_classes(self) -> None:
@@ -296,6 +298,7 @@ class Experiment(LightningCLI):
             "task": self.dataset.task,
             "protocol": self.dataset.protocol,
             "splits": self.dataset.notes,
+            "domains": self.dataset.domains and {"kind": self.dataset.domains, "held_out": self.dataset.held_out},
             "metrics": metrics,
             "monitor": best.monitor,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
@@ -313,6 +316,7 @@ class Experiment(LightningCLI):
             "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
             "parameters": parameters._asdict(),
             "bytes": model.traffic()._asdict(),
+            "payloads": {name: {"bytes": size} for name, size in model.payloads().items()},
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
             "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}",
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
@@ -322,6 +326,7 @@ class Experiment(LightningCLI):
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+        close(trainer.loggers, results)
 
 
 def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None:
