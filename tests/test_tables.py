@@ -1,5 +1,6 @@
-"""Accuracies with their intervals, and the table that is made of results.json files."""
+"""Accuracies with their intervals, and the tables and sentences that are made of runs."""
 
+import csv
 import json
 import re
 import time
@@ -11,6 +12,8 @@ import pytest
 
 from cdc_mmpg import tables
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.evidence import Evidence, Side
+from cdc_mmpg.findings import claims, equal_accuracy, told
 from cdc_mmpg.metrics import accuracies, majorities
 
 
@@ -253,7 +256,8 @@ def by_label(folder):
 def test_the_methods_that_answer():
     assert list(tables.NAMES) == [
         "linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen", "cdc_mmpg_session",
-        "cdc_mmpg_session_full", "session_concatenated", "session_oracle",
+        "cdc_mmpg_session_basis", "cdc_mmpg_session_full", "cdc_mmpg_session_plain", "session_concatenated",
+        "session_oracle", "on_device",
     ]  # fmt: skip
     assert tables.NAMES["cdc_mmpg"] == "CDC-MMPG"
     assert tables.NAMES["cdc_mmpg_session"] == "Session, n = 16"
@@ -261,13 +265,13 @@ def test_the_methods_that_answer():
 
 def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
     assert tables.columns(synthetic) == [
-        "method", "unseen %", "seen %", *TYPES, "val %", "D-Param", "C-Param", "bytes up", "bytes down", "best/epochs",
-        "train s", "seeds",
+        "method", "unseen %", "seen %", "vs fine-tuning", *TYPES, "val %", "D-Param", "C-Param", "up, B", "down, B",
+        "epoch", "train s", "seeds",
     ]  # fmt: skip
     table = by_label(synthetic)
     assert list(table) == [
         "Majority answer",
-        "Majority answer per question type",
+        "Majority answer per type",
         "F-linear",
         "Fine-tuning",
         "F-hyper",
@@ -283,23 +287,26 @@ def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
         "· no anchors: the static head",
         "· another device's 8 anchors",
         "· another device's 16 anchors",
+        "Session, basis",
         "Session, full layer",
+        "Session, plain mean",
         "Concatenated, n = 16",
         "Oracle: the true cast",
+        "On the device: before",
     ]
     assert list(table["F-linear"].values()) == [
-        "F-linear", "70.0 [67.6, 72.3]", "80.0 [77.6, 82.3]", "69.0", "68.0", "67.0", "66.0", "65.0", "71.0",
+        "F-linear", "70.0 [67.6, 72.3]", "80.0 [77.6, 82.3]", "", "69.0", "68.0", "67.0", "66.0", "65.0", "71.0",
         "11,546,921", "19,369,097", "768", "388,388", "12/40", "34.2", "1",
     ]  # fmt: skip
-    majority = list(table["Majority answer per question type"].values())
+    majority = list(table["Majority answer per type"].values())
     assert majority[1:3] == ["20.0 [17.6, 22.3]", "30.0 [27.6, 32.3]"]
-    assert majority[3:8] == ["19.0", "18.0", "17.0", "16.0", "15.0"]
-    assert not any(majority[8:])
+    assert majority[4:9] == ["19.0", "18.0", "17.0", "16.0", "15.0"]
+    assert not any(majority[9:])
 
 
 def test_rows_of_conditions(synthetic):
     table = by_label(synthetic)
-    costs = ("val %", "D-Param", "C-Param", "bytes up", "bytes down", "train s")
+    costs = ("val %", "D-Param", "C-Param", "up, B", "down, B", "train s")
     own = table["Session, n = 16"]
     for label, unseen in (("n = 16", "76.0"), ("n = 8", "66.0"), ("n = 4", "56.0"), ("n = 1", "46.0")):
         row = table[f"Session, {label}"]
@@ -340,7 +347,7 @@ def test_a_dataset_without_devices_stands_beside_the_paper(tmp_path):
     root = tmp_path / "msvd"
     for method in ("linear", "cdc_mmpg", "cdc_mmpg_frozen"):
         write_run(root, method, devices=False, value=0.35)
-    assert tables.columns(root)[:5] == ["method", "test %", "paper %", "val %", "D-Param"]
+    assert tables.columns(root)[:5] == ["method", "test %", "paper %", "vs fine-tuning", "val %"]
     table = by_label(root)
     assert (table["CDC-MMPG"]["test %"], table["CDC-MMPG"]["paper %"]) == ("35.0 [32.6, 37.3]", "35.4")
     assert table["F-linear"]["paper %"] == "17.3"
@@ -350,7 +357,7 @@ def test_a_dataset_without_devices_stands_beside_the_paper(tmp_path):
     assert "95 % interval, clips resampled." in tables.caption(root)
     types = {"test": {"all": cell(0.3), "what": cell(0.2), "who": cell(0.4)}}
     write_run(root, "linear", devices=False, accuracy={"own": types})
-    assert tables.columns(root)[:6] == ["method", "test %", "paper %", "what", "who", "val %"]
+    assert tables.columns(root)[:6] == ["method", "test %", "paper %", "vs fine-tuning", "what", "who"]
     assert by_label(root)["F-linear"]["who"] == "40.0"
     assert by_label(root)["CDC-MMPG"]["who"] == ""
 
@@ -362,7 +369,7 @@ def test_several_seeds_give_mean_and_deviation(tmp_path):
         write_run(root, "cdc_mmpg_session", seed, value + 0.3)
     row = by_label(root)["F-linear"]
     assert (row["unseen %"], row["seen %"], row["val %"]) == ("30.0 ± 14.1", "40.0 ± 14.1", "31.0 ± 14.1")
-    assert (row["color"], row["best/epochs"], row["seeds"]) == ("29.0", "12–13/40", "2")
+    assert (row["color"], row["epoch"], row["seeds"]) == ("29.0", "12–13/40", "2")
     assert by_label(root)["Majority answer"]["unseen %"] == "10.0 [7.6, 12.3]"
     assert by_label(root)["Session, n = 8"]["unseen %"] == "50.0 ± 14.1"
     assert "±: standard deviation over seeds." in tables.caption(root)
@@ -418,8 +425,9 @@ def test_it_is_printed_and_written(synthetic, capsys):
     assert printed[-1] == f"written: {synthetic / 'table.md'}"
     text = (synthetic / "table.md").read_text()
     assert text == tables.markdown(synthetic)
-    table, caption = text.rstrip().split("\n\n")
+    table, caption, said = text.rstrip().split("\n\n")
     assert caption == tables.caption(synthetic)
+    assert said in "\n".join(printed)
     lines = [re.fullmatch(r"\| (.*) \|", line)[1].split(" | ") for line in table.splitlines()]
     assert {len(line) for line in lines} == {len(tables.columns(synthetic))}
     assert lines[1] == ["---", *["---:"] * (len(lines[0]) - 1)]
@@ -465,3 +473,292 @@ def test_finished_runs_are_those_with_results(synthetic):
     assert run["method"] == "linear"
     (synthetic / "linear" / "seed0" / "results.json").write_text("{")
     assert tables.finished_runs(synthetic, "linear") == []
+
+
+# What needs every answer
+
+
+def questions(unseen: int = 12, seen: int = 6, clips: int = 4) -> list[tuple[str, ...]]:
+    """Two questions a clip: clip, device, group, type, question, answer."""
+    return [
+        (f"{group}{d:03}_{c:02}", f"{group}{d:03}", group, kind, f"what {kind}?", "red" if kind == "color" else "two")
+        for group, devices in (("seen", seen), ("unseen", unseen))
+        for d in range(devices)
+        for c in range(clips)
+        for kind in ("color", "count")
+    ]
+
+
+def drawn(share: float, name: str, number: int) -> list[bool]:
+    """Whether each question is answered rightly: of each ten in turn, the same share."""
+    generator = np.random.default_rng([ord(letter) for letter in name])
+    ranks = np.concatenate([generator.permutation(10) for _ in range(0, number, 10)])[:number]
+    return (ranks + 0.5 < 10 * share).tolist()
+
+
+def answered_run(
+    root: Path, method: str, seed: int = 0, cases: dict[str, object] | None = None, devices: bool = True,
+    asked: list[tuple[str, ...]] | None = None, **changes: object,
+) -> Path:  # fmt: skip
+    """A finished run with its answers; a case is the share of right ones, or whether each is right, None: not asked."""
+    asked = asked or questions()
+    if not devices:
+        asked = [(clip, clip, "", "", question, answer) for clip, _, _, _, question, answer in asked]
+    right = {
+        case: drawn(given, f"{method} {seed} {case}", len(asked)) if isinstance(given, float) else list(given)
+        for case, given in (cases or {"own": 0.5}).items()
+    }
+    accuracy = {}
+    for case, each in right.items():
+        rows = [number for number, value in enumerate(each) if value is not None]
+        names = [[asked[number][place] for number in rows] for place in range(4)]
+        accuracy |= accuracies({case: [each[number] for number in rows]}, *names, draws=200)
+    folder = write_run(root, method, seed, devices=devices, accuracy=accuracy, **changes)
+    words = {True: lambda answer: answer, False: lambda _: "wrong", None: lambda _: ""}
+    with (folder / "predictions.test.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "device", "group", "type", "question", "answer", *right])
+        for number, row in enumerate(asked):
+            writer.writerow([*row, *(words[each[number]](row[-1]) for each in right.values())])
+    log = folder / "logs" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{epoch},{10 * epoch + 9},{0.3 + 0.1 * epoch},\n,{10 * epoch + 9},,0.5\n" for epoch in range(3)]
+    log.write_text("epoch,step,val/accuracy,lr\n" + "".join(lines))
+    return folder
+
+
+def ranked_run(root: Path, method: str, ranks: dict[str, dict[str, list[int]]]) -> Path:
+    """A run of retrieval with ranks by case and direction: two captions a clip."""
+    first = next(iter(ranks.values()))
+    rows = [("VR", f"clip{i}", "") for i in range(len(first["VR"]))]
+    rows += [("TR", f"clip{i // 2}", f"caption {i % 2}") for i in range(len(first["TR"]))]
+    kinds = {f"{way}@{k}": np.mean(np.array(first[way]) <= k) for way in ("VR", "TR") for k in (1, 5, 10)}
+    accuracy = {case: {"test": {kind: cell(float(value)) for kind, value in kinds.items()}} for case in ranks}
+    folder = write_run(root, method, devices=False, accuracy=accuracy, floors={}, protocol="full", task="retrieval",
+                       median_rank={case: {way: float(np.median(of[way])) for way in of}
+                                    for case, of in ranks.items()})  # fmt: skip
+    with (folder / "predictions.test.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["direction", "clip", "caption", *ranks])
+        writer.writerows([*row, *(([*of["VR"], *of["TR"]])[i] for of in ranks.values())] for i, row in enumerate(rows))
+    return folder
+
+
+def test_the_difference_to_fine_tuning_is_paired_over_the_seeds_that_both_have(tmp_path):
+    root = tmp_path / "synthetic"
+    asked = questions()
+    right = {
+        (method, seed): drawn(share, f"{method}{seed}", len(asked))
+        for method, share, seeds in (("fine_tuning", 0.5, 3), ("cdc_mmpg", 0.7, 2))
+        for seed in range(seeds)
+    }
+    for (method, seed), each in right.items():
+        answered_run(root, method, seed, {"own": each})
+    evidence = Evidence(root)
+    gain = evidence.gain(Side("cdc_mmpg"), Side("fine_tuning"))
+    assert gain.seeds == (0, 1)
+    differences = [
+        np.mean([float(right["cdc_mmpg", seed][i]) - right["fine_tuning", seed][i] for seed in range(2)])
+        for i in range(len(asked))
+    ]
+    clips, devices, groups = ([row[place] for row in asked] for place in range(3))
+    unseen = np.array(groups) == "unseen"
+    assert gain.value.value == pytest.approx(100 * np.array(differences)[unseen].mean())
+    low, high = 100 * by_loops(differences, clips, devices, groups, draws=4000, seed=1)["unseen"]
+    assert (gain.low.value, gain.high.value) == pytest.approx((low, high), abs=1.5)
+    wide = evidence.accuracy(Side("cdc_mmpg")).facts[0]
+    assert wide.how == "mean"
+    label, cells = tables.methods(evidence).rows[-1]
+    assert label == "CDC-MMPG"
+    assert cells[2].text == gain.cell().text
+    assert re.fullmatch(r"\+\d+\.\d \[[+−]?\d+\.\d, \+\d+\.\d\]", cells[2].text)
+
+
+def test_questions_in_another_order_are_paired_and_other_questions_are_not(tmp_path):
+    root = tmp_path / "synthetic"
+    answered_run(root, "fine_tuning", cases={"own": 0.5})
+    folder = answered_run(root, "linear", cases={"own": 0.7})
+    path = folder / "predictions.test.csv"
+    before = Evidence(root).gain(Side("linear"), Side("fine_tuning"))
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(rows)]))
+    after = Evidence(root).gain(Side("linear"), Side("fine_tuning"))
+    assert after.value.value == pytest.approx(before.value.value)
+    path.write_text("\n".join([header, *rows]).replace("what color?", "which color?"))
+    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")) is None
+    path.unlink()
+    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")) is None
+
+
+def test_a_case_that_was_asked_some_questions_is_compared_on_those(tmp_path):
+    root = tmp_path / "synthetic"
+    asked = questions()
+    answered_run(root, "fine_tuning", cases={"own": [True, False] * (len(asked) // 2)})
+    some = [True if row[2] == "unseen" else None for row in asked]
+    answered_run(root, "on_device", cases={"own": 0.5, "labels_2": some})
+    gain = Evidence(root).gain(Side("on_device", "labels_2"), Side("fine_tuning"))
+    assert gain.value.value == pytest.approx(50)
+
+
+def test_recalls_are_paired_and_weigh_both_directions_alike(tmp_path):
+    root = tmp_path / "msrvtt_retrieval"
+    ranked_run(root, "fine_tuning", {"own": {"VR": [1, 20, 3], "TR": [1, 1, 20, 20, 7, 7]}})
+    ranked_run(
+        root, "cdc_mmpg", {"own": {"VR": [1, 1, 1], "TR": [1] * 6}, "shuffled": {"VR": [50] * 3, "TR": [50] * 6}}
+    )
+    evidence = Evidence(root)
+    own = np.mean([1 / 3, 2 / 3, 2 / 3, 2 / 6, 2 / 6, 4 / 6])
+    gain = evidence.gain(Side("cdc_mmpg"), Side("fine_tuning"))
+    assert gain.value.value == pytest.approx(100 * (1 - own))
+    assert evidence.gain(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).value.value == pytest.approx(100)
+    form = tables.paper_form(evidence)
+    assert form.title == "Table 3 of the paper: msrvtt_retrieval"
+    assert form.header[:5] == ["method", "VR@1", "paper", "VR@5", "paper"]
+    by_name = {label: [each.text for each in cells] for label, cells in form.rows}
+    assert by_name["CDC-MMPG"][:4] == ["100.0", "6.6", "100.0", "21.3"]
+    assert by_name["Fine-tuning"][:2] == ["33.3", "4.8"]
+    assert by_name["F-linear"][:2] == ["not run", "2.0"]  # named with its command
+    assert "Split inference: the cloud answers (computed)" not in by_name
+    assert tables.frames(evidence) is None
+    assert tables.main([str(root), "--paper"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "mean_head", "said"),
+    [
+        (0.7, 0.7, "CDC-MMPG: another sample's anchor costs nothing that this test can tell ({}): the adaptation is "
+                   "unused."),
+        (0.2, 0.7, "CDC-MMPG: another sample's anchor costs {}: its head depends on what was uploaded."),
+        (0.97, 0.2, "CDC-MMPG: another sample's anchor does better, by its own minus that {}: the adaptation is "
+                    "unused, or harms."),
+    ],
+)  # fmt: skip
+def test_what_a_control_costs_is_said_whichever_way_it_turns_out(shuffled, mean_head, said, tmp_path):
+    root = tmp_path / "synthetic"
+    answered_run(root, "cdc_mmpg", cases={"own": 0.7, "shuffled": shuffled, "mean_head": mean_head})
+    evidence = Evidence(root)
+    points = evidence.gain(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).amounts().text
+    sentences = [each.text for each in told(evidence)]
+    assert said.format(points) in sentences
+    (about,) = (each for each in sentences if each.startswith("CDC-MMPG: the mean of all heads, for everyone, costs"))
+    assert ("one head for all would do" in about) == (mean_head == 0.7)
+    assert ("that heads differ is of use" in about) == (mean_head == 0.2)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.97, "adds to fine-tuning"), (0.2, "loses to fine-tuning"),
+     (0.6, "shows no difference to fine-tuning that this test can tell")],
+)  # fmt: skip
+def test_what_adaptation_adds_is_said_whichever_way_it_turns_out(share, said, tmp_path):
+    root = tmp_path / "synthetic"
+    answered_run(root, "fine_tuning", cases={"own": 0.6})
+    answered_run(root, "cdc_mmpg", cases={"own": share, "bypassed": share})
+    answered_run(root, "cdc_mmpg_session", cases={"n16": share, "shuffled_n16": 0.1})
+    sentences = [each.text for each in told(Evidence(root))]
+    assert sum(each.startswith(f"Per-sample adaptation (CDC-MMPG) {said}: ") for each in sentences) == 1
+    assert sum(each.startswith(f"Adaptation to a session (Session, n = 16) {said}: ") for each in sentences) == 1
+    assert any(each.startswith("The reasoner (ADR) can be left out in CDC-MMPG") for each in sentences)
+
+
+def test_the_least_bytes_within_two_tenths_of_a_point(tmp_path):
+    root = tmp_path / "synthetic"
+    asked = questions(unseen=150)
+    last = len(asked) - 1  # of 1,200 on devices not seen, two are 0.17 points and three 0.25
+    missed = {"n16": 0, "float32": 0, "int8": 2, "int4": 3}
+    cases = {case: [last - number >= few for number in range(len(asked))] for case, few in missed.items()}
+    sizes = {"float32": {"bytes": 1824}, "int8": {"bytes": 484}, "int4": {"bytes": 258}}
+    answered_run(root, "cdc_mmpg_session", cases=cases, asked=asked, payloads=sizes, bytes={"up": 768, "down": 1824})
+    answered_run(root, "cdc_mmpg_session_full", asked=asked, bytes={"up": 768, "down": 6596})
+    evidence = Evidence(root)
+    least, top = equal_accuracy(evidence)
+    assert (least.bytes.value, top.bytes.value) == (484, 1824)
+    assert claims(evidence)[-1].text.startswith("484 bytes a session are enough (Session, n = 16, int8): 99.8 %")
+    rows = dict(tables.sent(evidence).rows)
+    assert [each.text for each in rows["Session, n = 16, int4"][:3]] == ["a session", "258", "418"]
+    assert list(rows)[-1] == "Session, full layer"
+
+
+def test_the_papers_tables(tmp_path):
+    root = tmp_path / "msvd"
+    for method in ("fine_tuning", "cdc_mmpg"):
+        answered_run(root, method, devices=False)
+    answered_run(root, "cdc_mmpg.frames2", devices=False, seconds={"train": 80.0, "test": 1.0})
+    answered_run(root, "hyper", devices=False, bytes={"up": 768, "down": 388_388})
+    evidence = Evidence(root)
+    first, fourth, sixth = tables.paper_form(evidence), tables.frames(evidence), tables.delays(evidence)
+    assert first.title == "Table 1 of the paper: msvd"
+    assert first.header == [
+        "method", "test %", "paper", "vs fine-tuning", "D-Param", "paper", "C-Param", "paper", "bytes up", "bytes down",
+        "delay up, ms", "delay down, ms", "paper", "seeds",
+    ]  # fmt: skip
+    rows = {row[0]: dict(zip(range(13), row[1:], strict=True)) for row in tables.texts(first)}
+    assert [rows["CDC-MMPG"][i] for i in (1, 4, 6, 10, 11)] == ["35.4", "11.5M", "46.5M", "3.70", "3.71"]
+    assert (rows["F-linear"][0], rows["F-linear"][1], rows["F-linear"][11]) == ("not run", "17.3", "60000")
+    split = rows["Split inference: the cloud answers (computed)"]
+    assert (split[7], split[8]) == ("768", "2")
+    assert rows["Generator on the device (computed)"][3] == "30,916,018"
+    assert fourth.header == ["frames", "CDC-MMPG %", "s / epoch", "Fine-tuning %", "s / epoch", "paper %",
+                             "paper s / epoch"]  # fmt: skip
+    two, three, four, _ = tables.texts(fourth)
+    assert (two[0], two[2], two[5:]) == ("2", "2.0", ["34.1", "204"])
+    assert all(three[:4])
+    assert four[1:5] == ["not run", ""] * 2
+    download = next(row for row in tables.texts(sixth) if row[0].startswith("Download a sample"))
+    assert download[1:] == ["388,388", "388,548", "74.08", "24.69", "7.41", "3.70", "379.4", "3.71"]
+    upload = tables.texts(sixth)[0]
+    assert upload[1:] == ["768", "928", "0.146", "0.0488", "0.0146", "0.00732", "0.75", "0.007"]
+
+
+def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
+    root = tmp_path / "synthetic"
+    for seed in range(2):
+        answered_run(root, "cdc_mmpg_frozen.batch_global", seed, {"own": 0.9, "bypassed": 0.4})
+    probes = [{"what": "the hue", "from": "the mean of 16", "degrees": 20.5, "low": 18.0, "high": 23.0, "chance": 90.0,
+               "number": 48}, {"what": "the device", "from": "one anchor", "accuracy": 0.4}]  # fmt: skip
+    folder = root / "privacy" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"probes": probes}))
+    evidence = Evidence(root)
+    ((label, cells),) = tables.reasoner(evidence).rows
+    assert label == "batch, global"
+    assert "±" in cells[0].text
+    assert cells[2].text.startswith("+")
+    assert cells[3].text == "2"
+    assert any("In some readings of equation 16 the reasoner helps" in each.text for each in told(evidence))
+    assert tables.texts(tables.privacy(evidence)) == [
+        ["the hue, from the mean of 16", "20.5 [18.0, 23.0]", "degrees off", "90.0", "48"],
+        ["the device, from one anchor", "40.0", "% right", "", ""],
+    ]
+
+
+def test_what_is_missing_is_named_with_its_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = Path("checkpoints") / "msvd"
+    for seed in range(2):
+        answered_run(root, "linear", seed, devices=False, encoder="all-in-one-ti.ckpt")
+    answered_run(root, "fine_tuning", 0, devices=False, encoder="all-in-one-ti.ckpt")
+    answered_run(Path("checkpoints") / "synthetic", "linear")
+    answered_run(Path("checkpoints") / "synthetic", "cdc_mmpg_frozen.batch_anchor", cases={"own": 0.5, "bypassed": 0.5})
+    (Path("checkpoints") / "synthetic" / "linear" / "seed0" / "predictions.test.csv").unlink()
+    assert tables.main(["checkpoints", "--paper"]) == 0
+    printed = capsys.readouterr().out
+    for command in (
+        "make train DATASET=msvd METHOD=fine_tuning SEED=1 CHECKPOINT=all-in-one-ti.ckpt",
+        "make train DATASET=msvd METHOD=hyper SEEDS=2 CHECKPOINT=all-in-one-ti.ckpt",
+        "make train DATASET=msvd METHOD=cdc_mmpg.frames4 SEED=0 CHECKPOINT=all-in-one-ti.ckpt",
+        "make train DATASET=synthetic METHOD=cdc_mmpg_session SEED=0",
+        "make train DATASET=synthetic METHOD=cdc_mmpg_frozen.batch_global SEEDS=5 ENCODER_SEED=0",
+        "for seed in 1 2 3 4; do make train DATASET=synthetic METHOD=cdc_mmpg_frozen.batch_anchor SEED=$seed "
+        "ENCODER_SEED=0; done",
+    ):
+        assert f"\n  {command}\n" in printed
+        dataset = "msvd" if "msvd" in command else "synthetic"
+        assert command in (Path("checkpoints") / dataset / "tables.md").read_text()
+    assert "delete checkpoints/synthetic/linear/seed0 and train anew: it has no predictions.test.csv" in printed
+    assert "METHOD=cdc_mmpg_session" not in (root / "tables.md").read_text()
+    capsys.readouterr()
+    assert tables.main([str(tmp_path / "checkpoints" / "synthetic"), "--paper"]) == 0
+    assert "Table 1 of the paper" not in capsys.readouterr().out
+    assert tables.main([str(tmp_path / "nothing"), "--paper"]) == 2
+    assert "make train" in capsys.readouterr().err

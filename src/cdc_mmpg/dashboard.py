@@ -1,9 +1,11 @@
 """Logs of a run: CSV always, Weights & Biases beside it, everything below the run's folder."""
 
+import contextlib
 import csv
 import logging
 import os
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +22,108 @@ logger = logging.getLogger(__name__)
 PROJECT = "cdc-mmpg"
 EXAMPLES = 8  # in a table
 PATIENCE_SECONDS = 15  # with a server that does not answer
+UPLOAD_SECONDS = 120  # for what is not uploaded when a run ends; it stays on the disk
+AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # how a sweep's agent names the run it starts
 
 
 def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
     """CSV in `logs/`, and W&B in `wandb/` unless WANDB_MODE is disabled.
 
     W&B works offline unless a key is configured (WANDB_API_KEY or ~/.netrc) or WANDB_MODE says otherwise; a server
-    that does not answer costs some seconds at the start and then nothing.
+    that does not answer costs some seconds at the start or at the end and then nothing. Below a sweep's agent the run
+    is the one that the agent waits for, if its method is the one asked for: what make trains before it is a run apart.
 
     Args:
-        run: `<dataset>/<method>/seed<N>`, whose parts name the W&B run and its group.
+        run: `<dataset>/<method>/seed<N>`, whose parts name the W&B run, its group and its tags.
         config: what to record with the run.
     """
     found: list[Logger] = [CSVLogger(run, name="logs")]
     mode: Any = os.environ.get("WANDB_MODE")
     if mode == "disabled":
         return found
-    run.mkdir(parents=True, exist_ok=True)
     for name in ("CACHE", "DATA", "ARTIFACT"):  # W&B would use the home and the working directory
         os.environ[f"WANDB_{name}_DIR"] = str(run.absolute() / "wandb" / name.lower())
-    identity = run / "wandb" / "id"  # a run that goes on is one run there, too
-    if not identity.is_file():
-        identity.parent.mkdir(exist_ok=True)
-        identity.write_text(uuid.uuid4().hex)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # sent offline, too, and waited for: 14 s a run
     import wandb  # noqa: PLC0415  takes seconds, and only here
 
     dataset, method, seed = run.absolute().parts[-3:]
+    awaited = AGENT[0] in os.environ and os.environ.get("METHOD", method) == method  # make exports what it was told
+    identity = run / "wandb" / "id"  # a run that goes on is one run there, too
+    identity.parent.mkdir(parents=True, exist_ok=True)
+    if awaited:
+        identity.write_text(os.environ[AGENT[1]])
+    elif not identity.is_file():
+        identity.write_text(uuid.uuid4().hex)
 
-    def begin(mode: Any, identity: str) -> Any:
-        settings = wandb.Settings(init_timeout=PATIENCE_SECONDS, silent=mode == "offline", console="off")
-        return wandb.init(
-            project=PROJECT,
-            name=f"{dataset}/{method}/{seed}",
-            group=f"{dataset}/{method}",
-            id=identity,
-            resume="allow",
-            dir=run,
-            mode=mode,
-            config=config,
-            settings=settings,
-        )
+    def begin(mode: Any, identity: str, awaited: bool) -> Any:
+        wandb.teardown()  # it reads the environment once, and an earlier run of this process may have failed
+        with contextlib.nullcontext() if awaited else _without_agent():
+            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            return wandb.init(
+                project=None if awaited else os.environ.get("WANDB_PROJECT", PROJECT),
+                name=f"{dataset}/{method}/{seed}",
+                group=dataset,
+                job_type=method,
+                tags=[part[:64] for part in (dataset, method, seed)],  # the longest that it takes
+                id=None if awaited else identity,
+                resume="allow",
+                dir=run,
+                mode=mode,
+                config=config,
+                settings=wandb.Settings(
+                    init_timeout=PATIENCE_SECONDS,
+                    finish_timeout=UPLOAD_SECONDS,
+                    silent=mode == "offline",
+                    console="off",
+                ),
+            )
 
     try:
-        wandb_run = begin(mode or ("online" if wandb.login(prompt=False) else "offline"), identity.read_text())
+        wandb_run = begin(mode, identity.read_text(), awaited)
     except Exception as error:  # the client raises errors of many families
         logger.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads later", error)
-        wandb_run = begin("offline", uuid.uuid4().hex)  # the other is taken by the attempt
+        wandb_run = begin("offline", uuid.uuid4().hex, False)  # the other is taken by the attempt
+    wandb_run.define_metric("trainer/global_step")  # the horizontal axis
+    wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return [*found, WandbLogger(experiment=wandb_run)]
+
+
+@contextlib.contextmanager
+def _without_agent() -> Iterator[None]:
+    """As if no sweep's agent had started this process."""
+    hidden = {name: os.environ.pop(name) for name in AGENT if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
+
+
+def close(boards: Sequence[Logger], results: dict[str, Any]) -> None:
+    """Put a run's results into its summary, and end it: the next run of this process is another one.
+
+    The summary's value of the monitored metric becomes that of the best epoch, where W&B has the last; a sweep
+    optimises that number. (`define_metric(summary="max")` would leave a table in its place, which is none.)
+
+    Args:
+        boards: of the run.
+        results: as `results.json` has them.
+    """
+    for board in boards:
+        if isinstance(board, WandbLogger):
+            figures = {
+                f"test/{case}/{group}": cells["all"]["value"]
+                for case, groups in results.get("accuracy", {}).items()
+                for group, cells in groups.items()
+                if "all" in cells
+            }
+            costs = {f"{part}/{name}": value for part in ("parameters", "bytes", "seconds")
+                     for name, value in results[part].items()}  # fmt: skip
+            best = {"best_epoch": results["best_epoch"]}
+            try:
+                board.experiment.summary.update(results["metrics"] | figures | costs | best)
+                board.experiment.finish()
+            except Exception as error:  # the results are written: a broken server takes nothing from them
+                logger.warning("W&B could not end the run (%s): `wandb sync` uploads what it lacks", error)
 
 
 class ExampleTable(Callback):

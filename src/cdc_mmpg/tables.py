@@ -1,350 +1,766 @@
-"""The table: the methods of a dataset side by side, from their results.json files, beside the paper's figures."""
+"""The tables: the methods of a dataset side by side, and the paper's tables beside ours, from the runs' results.
+
+`python -m cdc_mmpg.tables checkpoints/<dataset>` prints the methods and writes `table.md`. With `--paper` it prints
+the tables of the paper, too, with what is missing and the command that makes it, and writes `tables.md`; given
+`checkpoints`, of all its datasets.
+"""
 
 import argparse
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from cdc_mmpg.errors import CDCError, ConfigError
+from cdc_mmpg.evidence import (
+    ALL_TYPES,
+    ANSWER_BYTES,
+    BASELINE,
+    EMPTY,
+    EVERYTHING,
+    FEATURE_BYTES,
+    FRAMING_BYTES,
+    NAMES,
+    NOTHING_BYTES,
+    PAPERS,
+    PREDICTIONS,
+    ROWS,
+    SESSION,
+    SESSIONS,
+    Cell,
+    Evidence,
+    Fact,
+    Gain,
+    Results,
+    Row,
+    Run,
+    Side,
+    Table,
+    cell,
+    constant,
+    delay,
+    join,
+    on_wire,
+    total,
+)
 from cdc_mmpg.files import atomic_write
+from cdc_mmpg.findings import AXES, TARGETS, payloads, told
 from cdc_mmpg.results import RESULTS, read_results
 
-Results = dict[str, Any]
-Accuracies = dict[str, dict[str, dict[str, float]]]  # group of devices -> type of question -> value, low, high
-
 PRETRAINING = "encoder_pretraining"  # the run that makes the encoder and answers nothing
-ALL_GROUPS, ALL_TYPES = "test", "all"  # hold everything
-
-
-class Row(NamedTuple):
-    """A line of the table: a method as it is, or under another condition."""
-
-    label: str  # "· ..." for a control of the row above
-    method: str
-    condition: str | None = None  # None: the first of its results, with which it was trained and is compared
-
-
-# In the order of the paper's tables, then what is not in them; phase one answers nothing and has no row.
-ROWS = (
-    Row("F-linear", "linear"),
-    Row("Fine-tuning", "fine_tuning"),
-    Row("F-hyper", "hyper"),
-    Row("F-hyper, hyperfan-in", "hyper_fan_in"),
-    Row("CDC-MMPG", "cdc_mmpg"),
-    Row("· another sample's anchor", "cdc_mmpg", "shuffled"),
-    Row("· ADR bypassed", "cdc_mmpg", "bypassed"),
-    Row("CDC-MMPG, frozen", "cdc_mmpg_frozen"),
-    Row("Session, n = 1", "cdc_mmpg_session", "n1"),
-    Row("Session, n = 4", "cdc_mmpg_session", "n4"),
-    Row("Session, n = 8", "cdc_mmpg_session", "n8"),
-    Row("Session, n = 16", "cdc_mmpg_session"),
-    Row("· no anchors: the static head", "cdc_mmpg_session", "n0"),
-    Row("· another device's 8 anchors", "cdc_mmpg_session", "shuffled_n8"),
-    Row("· another device's 16 anchors", "cdc_mmpg_session", "shuffled_n16"),
-    Row("Session, full layer", "cdc_mmpg_session_full"),
-    Row("Concatenated, n = 16", "session_concatenated"),
-    Row("Oracle: the true cast", "session_oracle"),
-)
-NAMES = {row.method: row.label for row in ROWS if row.condition is None}
 FLOORS = {
     "majority": "Majority answer",
-    "majority_per_type": "Majority answer per question type",
+    "majority_per_type": "Majority answer per type",
     "chance": "Chance",
 }
 STATIC = "n0"  # the condition in which nothing is sent
-
-# Accuracy in %, tables 1, 2 and 5 of the paper.
-PAPER = {
-    "msrvtt": {"linear": 13.6, "fine_tuning": 36.7, "hyper": 11.1, "cdc_mmpg": 37.1},
-    "msvd": {"linear": 17.3, "fine_tuning": 34.3, "hyper": 6.34, "cdc_mmpg": 35.4},
-    "tgif": {"linear": 27.3, "fine_tuning": 54.7, "hyper": 19.6, "cdc_mmpg": 55.2},
-    "msrvtt_choice": {"linear": 3.58, "fine_tuning": 75.6, "hyper": 46.0, "cdc_mmpg": 77.0},
-}
-# Recalls at 1 / 5 / 10 in %, table 3.
-PAPER_RECALLS = {
-    "linear": ("2.0 / 7.7 / 14.1", "3.1 / 10.1 / 16.9"),
-    "fine_tuning": ("4.8 / 17.6 / 27.9", "6.2 / 20.7 / 31.8"),
-    "hyper": ("2.6 / 8.6 / 14.7", "2.7 / 11.4 / 17.6"),
-    "cdc_mmpg": ("6.6 / 21.3 / 33.8", "5.6 / 21.2 / 33.3"),
-}
 MEDIANS = {"VR": "VR median", "TR": "TR median"}  # ranks
+COSTS = ["D-Param", "C-Param", "up, B", "down, B", "epoch", "train s", "seeds"]
+GAIN = "vs fine-tuning"
 
-COSTS = ("D-Param", "C-Param", "bytes up", "bytes down", "best/epochs", "train s", "seeds")
+RATES = (5, 15, 50, 100)  # MiB/s, the paper's MB/s
+FRAMES = (2, 3, 4, 5)
+FULL = 3  # the frames of every other run
+STUDY = {f"cdc_mmpg_frozen.{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
+STUDY_SEEDS = range(5)
+
+NOT_RUN = Cell("not run")
+NOTHING = constant(NOTHING_BYTES, "NOTHING_BYTES")
 
 
 def finished_runs(folder: Path, method: str = "*") -> list[Results]:
     """The results of all seeds of a method, or of all methods."""
-    return [results for _, results in _finished(folder, method)]
+    paths = sorted(folder.glob(f"{method}/seed*/{RESULTS}"))
+    return [results for path in paths if (results := read_results(path.parent))]
 
 
-def _finished(folder: Path, method: str) -> Iterator[tuple[Path, Results]]:
-    """With the folders of the runs."""
-    for path in sorted(folder.glob(f"{method}/seed*/{RESULTS}")):
-        if results := read_results(path.parent):
-            yield path.parent, results
-
-
-def answering_runs(folder: Path) -> dict[str, list[Results]]:
-    """The results of all seeds of the methods that answer, by method.
+def answering(folder: Path) -> Evidence:
+    """The evidence of a dataset whose runs can stand side by side.
 
     Raises:
-        ConfigError: there are none, or one has no accuracies by condition.
+        ConfigError: no method has a finished run, one has no accuracies by condition, or they are on different splits.
     """
-    found: dict[str, list[Results]] = {}
-    for method in NAMES:
-        for run, results in _finished(folder, method):
-            if not results.get("accuracy") or "monitor" not in results:
-                raise ConfigError(
-                    f'{run / RESULTS} has no "accuracy" by condition: the run is of an earlier version; '
-                    f"delete {run} and train anew"
-                )
-            found.setdefault(method, []).append(results)
-    kinds = {(run["protocol"], str(run["splits"])): run["method"] for runs in found.values() for run in runs}
+    try:
+        evidence = Evidence(folder)
+    except ConfigError:
+        evidence = None
+    runs = [run for method in NAMES for run in (evidence.runs.get(method, []) if evidence else [])]
+    for run in runs:
+        if not run.results.get("accuracy") or ("monitor" not in run.results and run.name != "on_device"):
+            raise ConfigError(
+                f'{run.path / RESULTS} has no "accuracy" by condition: the run is of an earlier version; '
+                f"delete {run.path} and train anew"
+            )
+    kinds = {
+        (run.find("protocol"), _domains(run), str(run.find("splits"))): run.name for run in runs if run.find("protocol")
+    }
     if len(kinds) > 1:
         raise ConfigError(
             f"{folder} holds runs on different splits, which no table can set side by side: "
-            + "; ".join(f"{method} on protocol {protocol}" for (protocol, _), method in kinds.items())
+            + "; ".join(f"{method} on protocol {protocol}{domains}" for (protocol, domains, _), method in kinds.items())
             + ": give the runs of each protocol an OUT= of their own"
         )
-    if not found:
+    if not evidence or not runs:
         raise ConfigError(f"{folder}: no finished run of {', '.join(NAMES)}; train one first (make train)")
-    return found
+    return evidence
 
 
-class Layout(NamedTuple):
-    """Which accuracies, or recalls, the table shows."""
+# The methods side by side.
 
-    groups: list[str]  # a column with interval each
-    types: list[str]  # a column each, of the first group; in retrieval recalls, with intervals
-    overall: bool  # whether there is one figure over all types
 
-    @classmethod
-    def of(cls, found: dict[str, list[Results]]) -> "Layout":
-        """Of a dataset with devices: those that nothing was trained on come first."""
-        main = [_under(run, None) for runs in found.values() for run in runs]
-        groups = [group for group in ("unseen", "seen") if any(group in each for each in main)] or [ALL_GROUPS]
-        types = dict.fromkeys(kind for each in main for kind in each.get(groups[0], {}) if kind != ALL_TYPES)
-        return cls(groups, list(types), any(ALL_TYPES in each.get(groups[0], {}) for each in main))
+def methods(evidence: Evidence) -> Table:
+    """A row for every method and condition with finished runs."""
+    types = _types(evidence)
+    header = ["method", *_accuracy_header(evidence, types), "val %", *COSTS]
+    runs = _main_runs(evidence)
+    rows: list[tuple[str, list[Cell]]] = [
+        (label, [*_floor(evidence, runs[0], name, types), *[EMPTY] * (1 + len(COSTS))])
+        for name, label in FLOORS.items()
+        if runs[0].find("floors", name)
+    ]
+    there = [row for row in ROWS if evidence.of(row.method, row.condition)]
+    gains = _gains(evidence, [Side(row.method, row.condition) for row in there])
+    for row, gain in zip(there, gains, strict=True):
+        found = evidence.of(row.method, row.condition)
+        rows.append((row.label, [*_accuracies(evidence, row, found, gain, types), *_costs(evidence, row, found)]))
+    return Table("methods", "Methods side by side", header, rows)
+
+
+def _main_runs(evidence: Evidence) -> list[Run]:
+    """Of the methods that have rows, method by method."""
+    return [run for method in NAMES for run in evidence.of(method)]
+
+
+def _types(evidence: Evidence) -> list[str]:
+    """Of questions, in retrieval the recalls: those of any run's first condition."""
+    groups = [run.find("accuracy", run.case(None) or "", evidence.group) or {} for run in _main_runs(evidence)]
+    return list(dict.fromkeys(kind for group in groups for kind in group if kind != ALL_TYPES))
+
+
+def _accuracy_header(evidence: Evidence, types: list[str]) -> list[str]:
+    if evidence.ranks:
+        return [*types, GAIN, "paper VR", "paper TR", *MEDIANS.values()]
+    paper = ["paper %"] if evidence.groups == [EVERYTHING] else []
+    return [*(f"{group} %" for group in evidence.groups), *paper, GAIN, *types]
+
+
+def _gains(evidence: Evidence, sides: list[Side]) -> list[Gain | None]:
+    """Over fine-tuning; of itself, none."""
+    found = evidence.gains([(side, Side(BASELINE)) for side in sides])
+    return [None if side.name == BASELINE else gain for side, gain in zip(sides, found, strict=True)]
+
+
+def _floor(evidence: Evidence, run: Run, name: str, types: list[str]) -> list[Cell]:
+    """What answers without looking; the same in every run."""
+
+    def value(group: str, kind: str, interval: bool) -> Cell:
+        if not run.find("floors", name, group, kind):
+            return EMPTY
+        ends = ("value", "low", "high") if interval else ("value",)
+        facts = [evidence.over([run], ("floors", name, group, kind, end), times=100) for end in ends]
+        return cell("{} [{}, {}]" if interval else "{}", *facts)
+
+    by_type = [value(evidence.group, kind, False) for kind in types]
+    if evidence.ranks:
+        return [*by_type, EMPTY, *[EMPTY] * (2 + len(MEDIANS))]
+    paper = [EMPTY] if evidence.groups == [EVERYTHING] else []
+    return [*(value(group, ALL_TYPES, True) for group in evidence.groups), *paper, EMPTY, *by_type]
+
+
+def _accuracies(evidence: Evidence, row: Row, runs: list[Run], gain: Gain | None, types: list[str]) -> list[Cell]:
+    """By group, the paper's where there are no devices, the difference to fine-tuning, then by type."""
+    side = Side(row.method, row.condition)
+    whole = row.condition is None and _on_published(runs)
+    difference = gain.cell() if gain else EMPTY
+    if evidence.ranks:
+        recalls = [_spread(evidence, side, kind) for kind in types]
+        paper = [EMPTY, EMPTY]
+        if whole and runs[0].find("protocol") == "full":
+            paper = [
+                cell("{} / {} / {}", *(fact for fact in facts if fact)) if all(facts) else EMPTY
+                for way in MEDIANS
+                for facts in ([evidence.printed(row.method, f"{way}@{k}") for k in (1, 5, 10)],)
+            ]
+        case = runs[0].case(row.condition) or ""
+        known = [run for run in runs if run.find("median_rank", case)]
+        medians = [
+            cell("{}", evidence.over(known, ("median_rank", case, way), form="{:g}")) if known else EMPTY
+            for way in MEDIANS
+        ]
+        return [*recalls, difference, *paper, *medians]
+    published = evidence.printed(row.method, "accuracy") if whole else None
+    paper = [cell("{}", published) if published else EMPTY] if evidence.groups == [EVERYTHING] else []
+    return [
+        *(evidence.accuracy(side, group) for group in evidence.groups),
+        *paper,
+        difference,
+        *(evidence.accuracy(side, kind=kind, interval=False) for kind in types),
+    ]
+
+
+def _spread(evidence: Evidence, side: Side, kind: str) -> Cell:
+    """Without an interval: six of them would make the table twice as wide."""
+    several = len(evidence.of(*side)) > 1
+    return evidence.accuracy(side, kind=kind, interval=several)
+
+
+def _costs(evidence: Evidence, row: Row, runs: list[Run]) -> list[Cell]:
+    """A row's validation accuracy and what it took; a condition gives what is not the method's own."""
+    own, control = row.condition is None, row.label.startswith("·")
+    size = [EMPTY, EMPTY] if control else [_known(evidence, runs[0], "parameters", key) for key in ("device", "cloud")]
+    traffic = [EMPTY, EMPTY] if control else [_known(evidence, runs[0], "bytes", key) for key in ("up", "down")]
+    if row.condition == STATIC:
+        traffic = [cell("{}", NOTHING)] * 2
+    validated = [run for run in runs if run.find("monitor") and run.find("metrics", run.results["monitor"]) is not None]
+    validation = EMPTY
+    if own and validated:
+        keys = ("metrics", validated[0].results["monitor"])
+        hows = ("mean", "stdev") if len(validated) > 1 else ("mean",)
+        validation = cell(
+            " ± ".join("{}" for _ in hows), *(evidence.over(validated, keys, how, times=100) for how in hows)
+        )
+    timed = [run for run in runs if run.find("seconds", "train") is not None] if own else []
+    return [
+        validation,
+        *size,
+        *traffic,
+        _epochs(evidence, runs),
+        cell("{}", evidence.over(timed, ("seconds", "train"))) if timed else EMPTY,
+        _seeds(runs),
+    ]
+
+
+def _epochs(evidence: Evidence, runs: list[Run]) -> Cell:
+    """The best epoch, from one on, of so many."""
+    runs = [run for run in runs if run.find("best_epoch") is not None and run.find("epochs") is not None]
+    if not runs:
+        return EMPTY
+    parts = []
+    for key, plus in (("best_epoch", 1), ("epochs", 0)):
+        least, most = (evidence.over(runs, (key,), how, "{:.0f}", plus=plus) for how in ("least", "most"))
+        parts.append(cell("{}", least) if least.value == most.value else cell("{}–{}", least, most))
+    return join("{}/{}", *parts)
+
+
+def _seeds(runs: list[Run]) -> Cell:
+    return cell("{}", Fact(len(runs), str(len(runs)), "count", tuple(run.source("seed") for run in runs)))
+
+
+def _known(evidence: Evidence, run: Run, *keys: str) -> Cell:
+    found = evidence.text(run, *keys)
+    return cell("{}", found) if found else EMPTY
+
+
+def _left_out(run: Run, split: str) -> int:
+    """Questions whose clips were not there: of a partial copy, beside which no published figure may stand."""
+    return run.find("data", split, "left_out") or 0
+
+
+def _partial(runs: list[Run]) -> bool:
+    return any(_left_out(run, EVERYTHING) for run in runs)
+
+
+def _domains(run: Run) -> str:
+    """What stood for devices, and which of them left training."""
+    found = run.find("domains")
+    return f", {found['kind']} without {', '.join(found['held_out'])}" if found else ""
+
+
+def _on_published(runs: list[Run]) -> bool:
+    """Whether these runs saw the published splits, whole and as they are."""
+    return not _partial(runs) and not any(map(_domains, runs))
+
+
+def _comparable(evidence: Evidence, runs: list[Run]) -> bool:
+    """Whether these runs answered what the paper's did: all of the test split, on the paper's protocol."""
+    full = not evidence.ranks or runs[0].find("protocol") == "full"
+    return full and evidence.groups == [EVERYTHING] and _on_published(runs)
+
+
+# The paper's tables.
+
+
+def paper_form(evidence: Evidence) -> Table:
+    """Tables 1, 2, 3 and 5: accuracy, parameters, bytes and delay of every method, the paper's beside ours."""
+    number = evidence.printed("table")
+    columns: list[tuple[str, list[str]]] = []  # ours, with the paper's key where it prints one
+    runs = _main_runs(evidence)
+    whole = _comparable(evidence, runs)
+    shown = bool(number) and whole
+    if evidence.ranks:
+        columns = [(kind, [kind]) for kind in _types(evidence)]
+    else:
+        columns = [(f"{evidence.group} %", ["accuracy"])]
+    columns += [(GAIN, []), ("D-Param", ["D-Param"]), ("C-Param", ["C-Param"]), ("bytes up", []), ("bytes down", []),
+                ("delay up, ms", []), ("delay down, ms", ["delay"]), ("seeds", [])]  # fmt: skip
+    keys = [key for _, own in columns for key in own]
+    printed = {key: shown and any(evidence.printed(method, key) for method in PAPERS) for key in keys}
+    header = ["method"]
+    for name, own in columns:
+        header += [name, *(["paper"] if own and printed[own[0]] else [])]
+    listed = [name for name in NAMES if name != "on_device" and evidence.of(name)]
+    gains = dict(zip(listed, _gains(evidence, [Side(name) for name in listed]), strict=True))
+    rows: list[tuple[str, list[Cell]]] = []
+
+    def add(label: str, ours: dict[str, Cell], method: str | None) -> None:
+        cells = []
+        for name, own in columns:
+            cells.append(ours.get(name, EMPTY))
+            if own and printed[own[0]]:
+                fact = evidence.printed(method, own[0]) if method else None
+                cells.append(cell("{}", fact) if fact else EMPTY)
+        rows.append((label, cells))
+
+    for method in [*PAPERS, *(name for name in listed if name not in PAPERS)]:
+        found = evidence.of(method)
+        if not found and not shown:
+            continue
+        ours = _ours(evidence, method, found, gains.get(method)) if found else {columns[0][0]: NOT_RUN}
+        add(NAMES[method], ours, method if method in PAPERS else None)
+    for label, ours in _computed(evidence):
+        add(label, ours, None)
+    title = f"Table {number.shown} of the paper" if number else "In the form of the paper's tables 1 and 2"
+    notes = [
+        Cell("Delays are those of the payload alone at 100 MiB/s, the paper's 100 MB/s."),
+        Cell("Computed: no run, the bytes follow from what is sent. The generator on the device is CDC-MMPG's."),
+    ]
+    if shown:
+        notes.append(Cell("The paper's columns are as printed; its delay of a static method is nominal."))
+    if number and not whole:
+        notes.append(Cell("These runs are on another selection than the paper's, so its figures are left out."))
+    return Table("paper", f"{title}: {evidence.dataset}", header, rows, notes)
+
+
+def _ours(evidence: Evidence, method: str, runs: list[Run], gain: Gain | None) -> dict[str, Cell]:
+    """A method's cells by column."""
+    side = Side(method)
+    result = {
+        **{kind: _spread(evidence, side, kind) for kind in (_types(evidence) if evidence.ranks else [])},
+        f"{evidence.group} %": evidence.accuracy(side),
+        GAIN: gain.cell() if gain else EMPTY,
+        "D-Param": _known(evidence, runs[0], "parameters", "device"),
+        "C-Param": _known(evidence, runs[0], "parameters", "cloud"),
+        "seeds": _seeds(runs),
+    }
+    for way in ("up", "down"):
+        if sent := evidence.text(runs[0], "bytes", way):
+            result |= _traffic(way, sent)
+    return result
+
+
+def _traffic(way: str, sent: Fact) -> dict[str, Cell]:
+    return {f"bytes {way}": cell("{}", sent), f"delay {way}, ms": cell("{}", delay(sent, RATES[-1]))}
+
+
+def _computed(evidence: Evidence) -> list[tuple[str, dict[str, Cell]]]:
+    """What needs no run: the cloud answers itself, or the device generates itself."""
+    rows: list[tuple[str, dict[str, Cell]]] = []
+    if not evidence.ranks:
+        up, down = constant(FEATURE_BYTES, "FEATURE_BYTES"), constant(ANSWER_BYTES, "ANSWER_BYTES")
+        rows.append(("Split inference: the cloud answers (computed)", _traffic("up", up) | _traffic("down", down)))
+    for method, label in (("cdc_mmpg", "Generator on the device (computed)"),):
+        for run in evidence.of(method)[:1]:
+            sizes = [evidence.text(run, "parameters", place) for place in ("device", "cloud")]
+            known = [size for size in sizes if size]
+            rows.append((label, {
+                "D-Param": cell("{}", total(*known)) if len(known) == 2 else EMPTY,
+                "C-Param": cell("{}", NOTHING),
+                **_traffic("up", NOTHING), **_traffic("down", NOTHING),
+            }))  # fmt: skip
+    return rows
+
+
+def frames(evidence: Evidence) -> Table | None:
+    """Table 4: accuracy and seconds per epoch by frames. The paper's are fine-tuning's."""
+    if evidence.ranks or evidence.find_task() == "multiple_choice":
+        return None
+    shown = [method for method in ("cdc_mmpg", BASELINE) if any(evidence.of(with_frames(method, n)) for n in FRAMES)]
+    paper = evidence.printed("frames", "2", "accuracy") and _comparable(evidence, _main_runs(evidence))
+    header = ["frames"]
+    for method in shown:
+        header += [f"{NAMES[method]} %", "s / epoch"]
+    header += ["paper %", "paper s / epoch"] if paper else []
+    rows = []
+    for number in FRAMES:
+        cells = []
+        for method in shown:
+            runs = [run for run in evidence.of(with_frames(method, number)) if run.find("seconds", "train") is not None]
+            cells.append(evidence.accuracy(Side(with_frames(method, number))) or NOT_RUN)
+            epoch = evidence.over(runs, ("seconds", "train"), over=("epochs",)) if runs else None
+            cells.append(cell("{}", epoch) if epoch else EMPTY)
+        if paper:
+            printed = (evidence.printed("frames", str(number), key) for key in ("accuracy", "seconds"))
+            cells += [cell("{}", fact) if fact else EMPTY for fact in printed]
+        rows.append((str(number), cells))
+    notes = [Cell("The paper's figures are fine-tuning's on one A100, 256 questions a batch.")] if paper else []
+    title = "Table 4 of the paper" if paper else "In the form of the paper's table 4"
+    return Table("frames", f"{title}: frames, {evidence.dataset}", header, rows, notes) if shown or paper else None
+
+
+def with_frames(method: str, number: int) -> str:
+    """The run of a method on so many frames."""
+    return method if number == FULL else f"{method}.frames{number}"
+
+
+def delays(evidence: Evidence) -> Table | None:
+    """Table 6: bytes, and the time that they take at four rates."""
+    sent: list[tuple[str, Fact, str]] = []
+    for run in [*evidence.of("cdc_mmpg"), *evidence.of(SESSION)][:1]:
+        if up := evidence.text(run, "bytes", "up"):
+            sent.append(("Upload: the feature of one frame", up, "up"))
+    for each in payloads(evidence):
+        whole = each.side.name == "cdc_mmpg" and each.side.case in (None, "float32")
+        per = "session" if each.side.name in SESSIONS else "sample"
+        sent.append((f"Download a {per}: {each.label}", each.bytes, "down" if whole else ""))
+    if not sent:
+        return None
+    sent.append(("Split inference: the answer of the cloud (computed)", constant(ANSWER_BYTES, "ANSWER_BYTES"), ""))
+    paper = bool(evidence.printed("delays", "up", "KB"))
+    header = ["what", "payload B", "on the wire B", *(f"{rate} MB/s, ms" for rate in RATES)]
+    header += ["paper KB", "paper 100 MB/s, ms"] if paper else []
+    rows = []
+    for label, payload, way in sent:
+        cells = [cell("{}", payload), cell("{}", on_wire(payload))]
+        cells += [cell("{}", delay(payload, rate)) for rate in RATES]
+        if paper:
+            printed = (evidence.printed("delays", way, key) if way else None for key in ("KB", "100"))
+            cells += [cell("{}", fact) if fact else EMPTY for fact in printed]
+        rows.append((label, cells))
+    notes = [
+        Cell("MB/s as in the paper, whose figures are those of MiB/s; delays are the payload's bytes over the rate."),
+        cell(
+            "On the wire: a header and a signature may take at most {} bytes more; what TCP, TLS and IP add, and round "
+            "trips, are in no figure.", constant(FRAMING_BYTES, "FRAMING_BYTES"),
+        ),
+    ]  # fmt: skip
+    title = "Table 6 of the paper" if paper else "In the form of the paper's table 6"
+    return Table("delays", f"{title}: bytes and time, {evidence.dataset}", header, rows, notes)
+
+
+# What the paper does not show.
+
+
+def sent(evidence: Evidence) -> Table | None:
+    """Heads by the way in which they are sent."""
+    found = payloads(evidence)
+    if not found:
+        return None
+    gains = _gains(evidence, [each.side for each in found])
+    rows = []
+    for each, gain in zip(found, gains, strict=True):
+        per = Cell("a session" if each.side.name in SESSIONS else "a sample")
+        cells = [per, cell("{}", each.bytes), cell("{}", on_wire(each.bytes)), evidence.accuracy(each.side)]
+        rows.append((each.label, [*cells, gain.cell() if gain else EMPTY]))
+    header = ["head", "sent once", "payload B", "on the wire B", f"{evidence.group} %", GAIN]
+    return Table("payloads", "What is sent, and what it answers", header, rows)
+
+
+def reasoner(evidence: Evidence) -> Table | None:
+    """The readings of equation 16, each with the reasoner and without it."""
+    there = {label: name for name, label in STUDY.items() if evidence.of(name)}
+    if not there:
+        return None
+    gains = evidence.gains([(Side(name), Side(name, "bypassed")) for name in there.values()])
+    rows = []
+    for (label, name), gain in zip(there.items(), gains, strict=True):
+        both = [evidence.accuracy(Side(name)), evidence.accuracy(Side(name, "bypassed"))]
+        rows.append((label, [*both, gain.cell() if gain else EMPTY, _seeds(evidence.of(name))]))
+    header = ["statistics over, target", f"{evidence.group} %", "bypassed %", "difference", "seeds"]
+    return Table("reasoner", "Does the reasoner do anything?", header, rows)
+
+
+def privacy(evidence: Evidence) -> Table | None:
+    """What can be read out of what is uploaded."""
+    rows = []
+    runs = evidence.runs.get("privacy", [])
+    for run in runs:
+        for place, probe in enumerate(run.find("probes") or []):
+            unit = "accuracy" if "accuracy" in probe else "degrees"
+            form, times = ("{:.1f}", 100) if unit == "accuracy" else ("{:.1f}", 1)
+
+            def figure(
+                key: str, run: Run = run, place: int = place, form: str = form, times: int = times,
+                probe: dict[str, Any] = probe,
+            ) -> Fact | None:  # fmt: skip
+                if probe.get(key) is None:
+                    return None
+                value = times * probe[key]
+                more = {"times": times} if times != 1 else {}
+                return Fact(value, form.format(value), "value", (run.source("probes", str(place), key),), more)
+
+            value, low, high, chance = (figure(key) for key in (unit, "low", "high", "chance"))
+            interval = cell("{} [{}, {}]", value, low, high) if value and low and high else EMPTY
+            number = probe.get("number")
+            asked = (
+                Fact(number, f"{number:,}", "value", (run.source("probes", str(place), "number"),)) if number else None
+            )
+            label = f"{probe.get('what', '')}, from {probe.get('from', '')}"
+            rows.append((label + (f" (seed {run.seed})" if len(runs) > 1 else ""), [
+                interval or (cell("{}", value) if value else EMPTY),
+                Cell("% right" if unit == "accuracy" else "degrees off"),
+                cell("{}", chance) if chance else EMPTY,
+                cell("{}", asked) if asked else EMPTY,
+            ]))  # fmt: skip
+    if not rows:
+        return None
+    return Table(
+        "privacy", "What the upload gives away", ["what is guessed", "by a probe", "unit", "chance", "on"], rows
+    )
+
+
+def everything(evidence: Evidence) -> list[Table]:
+    """All tables for which there is anything."""
+    made = (paper_form, frames, delays, methods, sent, reasoner, privacy)
+    return [table for make in made if (table := make(evidence))]
+
+
+# What is missing.
+
+
+def missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
+    """For every table the commands that make what it lacks."""
+    seeds = evidence.seeds
+    sessions = [SESSION, "session_concatenated", "session_oracle", *SESSIONS[1:]]
+    devices = evidence.groups != [EVERYTHING]
+    by_table: list[tuple[str, list[tuple[str, Sequence[int]]]]] = [
+        ("the paper's methods", [(method, seeds) for method in PAPERS]),
+        ("controls", [(method, seeds) for method in ("hyper_fan_in", "cdc_mmpg_frozen")]),
+        ("sessions", [(method, seeds) for method in sessions] if devices else []),
+        ("opponents on the device", [("on_device", seeds)] if devices else []),
+        ("frames (table 4)", [(with_frames("cdc_mmpg", n), seeds[:1]) for n in FRAMES if n != FULL]
+         if frames(evidence) else []),
+        ("the study of the reasoner",
+         [(name, STUDY_SEEDS) for name in STUDY] if devices else []),
+        ("privacy", [("privacy", seeds[:1])] if devices else []),
+    ]  # fmt: skip
+    found = []
+    for what, wanted in by_table:
+        lacking = {
+            name: [seed for seed in asked if seed not in {run.seed for run in evidence.runs.get(name, [])}]
+            for name, asked in wanted
+        }
+        if commands := [command(evidence, name, seeds) for name, seeds in lacking.items() if seeds]:
+            found.append((what, commands))
+    without = [
+        f"delete {run.path} and train anew: it has no {PREDICTIONS}"
+        for run in _main_runs(evidence) if not (run.path / PREDICTIONS).is_file()
+    ]  # fmt: skip
+    return found + ([("answers by question, for the differences", without)] if without else [])
+
+
+def command(evidence: Evidence, name: str, seeds: Sequence[int]) -> str:
+    """What makes a run, a method or a variant of one, with one seed or several."""
+    words = ["make", "train", f"DATASET={evidence.dataset}", f"METHOD={name}"]
+    if len(seeds) == 1:
+        words.append(f"SEED={seeds[0]}")
+    else:
+        words.append(f"SEEDS={len(seeds)}" if list(seeds) == list(range(len(seeds))) else "SEED=$seed")
+    if name in STUDY:
+        words.append("ENCODER_SEED=0")  # one encoder for all
+    out = evidence.folder.parent
+    if out.absolute() != Path("checkpoints").absolute():
+        words.append(f"OUT={shlex.quote(str(out))}")
+    encoders = (run.find("encoder") for run in evidence.of("linear"))
+    given = [encoder for encoder in encoders if encoder and PRETRAINING not in Path(encoder).parts]
+    words += [f"CHECKPOINT={shlex.quote(encoder)}" for encoder in given[:1]]
+    made = " ".join(words)
+    return f"for seed in {' '.join(map(str, seeds))}; do {made}; done" if "SEED=$seed" in words else made
+
+
+# In the terminal and as Markdown.
 
 
 def columns(folder: Path) -> list[str]:
-    """The header of the table."""
-    groups, types, overall = Layout.of(answering_runs(folder))
-    if not overall:
-        return ["method", *types, "paper VR", "paper TR", *MEDIANS.values(), "val %", *COSTS]
-    paper = ["paper %"] if groups == [ALL_GROUPS] else []
-    return ["method", *(f"{group} %" for group in groups), *paper, *types, "val %", *COSTS]
+    """The header of the table of methods."""
+    return methods(answering(folder)).header
 
 
 def rows(folder: Path) -> list[list[str]]:
-    """A row for every method and condition with finished runs below `folder` (`checkpoints/<dataset>`).
+    """The rows of the table of methods, as texts.
 
     Raises:
-        ConfigError: see `answering_runs`.
+        ConfigError: see `answering`.
     """
-    found = answering_runs(folder)
-    layout = Layout.of(found)
-    first = next(runs[0] for runs in found.values())
-    floors = first.get("floors", {})
-    table = [
-        [label, *_accuracy_cells([floors[name]], layout, None), *_rank_cells(None, [], layout), "", *[""] * len(COSTS)]
-        for name, label in FLOORS.items()
-        if name in floors
-    ]
-    for row in ROWS:
-        runs = [run for run in found.get(row.method, []) if _under(run, row.condition)]
-        if runs:
-            whole = row.condition is None and not any(_left_out(run, "test") for run in runs)
-            published = PAPER.get(first["dataset"], {}).get(row.method) if whole else None
-            accuracies = _accuracy_cells([_under(run, row.condition) for run in runs], layout, published)
-            table.append([row.label, *accuracies, *_rank_cells(row, runs, layout), *_cost_cells(row, runs)])
-    return table
+    return texts(methods(answering(folder)))
 
 
-def _left_out(run: Results, split: str) -> int:
-    """Questions whose clips were not there: of a partial copy, beside which no published figure may stand."""
-    return run["data"].get(split, {}).get("left_out", 0)
-
-
-def _asked(run: Results, split: str) -> str:
-    """Questions of a split, of how many where some were left out."""
-    number, left_out = run["questions"][split], _left_out(run, split)
-    return f"{number:,} of {number + left_out:,}" if left_out else str(number)
-
-
-def _under(run: Results, condition: str | None) -> Accuracies:
-    """A run's accuracies under a condition, none where it was not tested so."""
-    accuracy = run["accuracy"]
-    return accuracy[next(iter(accuracy))] if condition is None else accuracy.get(condition, {})
-
-
-def _accuracy_cells(seeds: list[Accuracies], layout: Layout, published: float | None) -> list[str]:
-    """By group, the paper's where there are no devices, then by type."""
-
-    def cells(group: str, kind: str) -> list[dict[str, float]]:
-        return [seed[group][kind] for seed in seeds if kind in seed.get(group, {})]
-
-    if not layout.overall:  # intervals would make it twice as wide
-        return [_spread([cell["value"] for cell in cells(layout.groups[0], kind)]) for kind in layout.types]
-    paper = [f"{published:g}" if published else ""] if layout.groups == [ALL_GROUPS] else []
-    by_type = ([cell["value"] for cell in cells(layout.groups[0], kind)] for kind in layout.types)
-    return [
-        *(_with_interval(cells(group, ALL_TYPES)) for group in layout.groups),
-        *paper,
-        *(f"{100 * mean(values):.1f}" if values else "" for values in by_type),
-    ]
-
-
-def _rank_cells(row: Row | None, runs: list[Results], layout: Layout) -> list[str]:
-    """In retrieval the paper's recalls, and median ranks; of a floor, without a row, nothing."""
-    if layout.overall:
-        return []
-    if row is None:
-        return [""] * (2 + len(MEDIANS))
-    own = row.condition is None and runs[0]["protocol"] == "full" and not any(_left_out(run, "test") for run in runs)
-    published = PAPER_RECALLS.get(row.method, ("", "")) if own else ("", "")
-    found = [run["median_rank"][row.condition or next(iter(run["median_rank"]))] for run in runs]
-    return [*published, *(f"{mean(each[way] for each in found):g}" for way in MEDIANS)]
-
-
-def _cost_cells(row: Row, runs: list[Results]) -> list[str]:
-    """What a row took, and its validation accuracy; a condition gives what is not the method's own."""
-    parameters, sent = runs[0]["parameters"], runs[0]["bytes"]
-    own, control = row.condition is None, row.label.startswith("·")
-    size = ["", ""] if control else [f"{parameters[place]:,}" for place in ("device", "cloud")]
-    traffic = ["", ""] if control else [f"{sent[way]:,}" for way in ("up", "down")]
-    return [
-        _spread([run["metrics"][run["monitor"]] for run in runs]) if own else "",
-        *size,
-        *(["0", "0"] if row.condition == STATIC else traffic),
-        f"{_range([run['best_epoch'] + 1 for run in runs])}/{_range([run['epochs'] for run in runs])}",
-        f"{mean(run['seconds']['train'] for run in runs):.1f}" if own else "",
-        str(len(runs)),
-    ]
-
-
-def _with_interval(cells: list[dict[str, float]]) -> str:
-    """Of one seed, the interval; of several, their spread."""
-    if len(cells) != 1:
-        return _spread([cell["value"] for cell in cells])
-    value, low, high = (100 * cells[0][name] for name in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _spread(values: list[float]) -> str:
-    """In %."""
-    if not values:
-        return ""
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _range(values: list[int]) -> str:
-    return "–".join(str(value) for value in dict.fromkeys((min(values), max(values))))
+def texts(table: Table) -> list[list[str]]:
+    """A table's rows without where they come from."""
+    return [[label, *(each.text for each in cells)] for label, cells in table.rows]
 
 
 def caption(folder: Path) -> str:
     """What the figures were obtained on, how to read them, and by which commits.
 
     Raises:
-        ConfigError: see `answering_runs`.
+        ConfigError: see `answering`.
     """
-    found = answering_runs(folder)
-    runs = [run for seeds in found.values() for run in seeds]
-    groups, types, overall = Layout.of(found)
-    asked = "questions" if overall else "captions"
+    return _caption(answering(folder))
+
+
+def _caption(evidence: Evidence) -> str:
+    runs = [run for run in _main_runs(evidence) if run.name != "on_device"] or _main_runs(evidence)
+    groups, types = evidence.groups, _types(evidence)
+    asked = "captions" if evidence.ranks else "questions"
 
     def each(values: list[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))
 
-    cells = [cell for row in rows(folder) for cell in row]
-    ceilings = each([f"{100 * run['data']['test']['ceiling']:.1f} %" for run in runs])
+    table = methods(evidence)
+    cells = [text for row in texts(table) for text in row]
+    gained = table.header.index(GAIN)
+    ceilings = each([f"{100 * run.find('data', EVERYTHING, 'ceiling'):.1f} %" for run in runs])
     beyond = "" if ceilings == "100.0 %" else f"; no method can exceed {ceilings} (answers outside the vocabulary)"
-    resampled = "clips" if groups == [ALL_GROUPS] else "devices and then their clips"
-    splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in run["splits"].items())
-    machines = [run["machine"] for run in runs if "machine" in run]
-    commits = [run["commit"][:8] + run["commit"][40:] for run in runs]
+    resampled = "clips" if groups == [EVERYTHING] else "devices and then their clips"
+    splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in (run.find("splits") or {}).items())
+    machines = [run.results["machine"] for run in runs if "machine" in run.results]
+    commits = [run.results["commit"][:8] + run.results["commit"][40:] for run in runs]
     sentences = [
-        f"{folder.absolute().name}: {each([_asked(run, 'test') for run in runs])} test {asked}, "
+        f"{evidence.dataset}: {each([_asked(run, EVERYTHING) for run in runs])} test {asked}, "
         f"{each([_asked(run, 'train') for run in runs])} for training{beyond}.",
-        "A partial copy: clips are missing, so nothing here compares with published figures."
-        if any(_left_out(run, "test") for run in runs)
+        "A partial copy: clips are missing, so nothing here compares with published figures." if _partial(runs) else "",
+        f"In brackets: 95 % interval, {resampled} resampled." if any("[" in text for text in cells) else "",
+        "±: standard deviation over seeds." if any("±" in text for text in cells) else "",
+        "Against fine-tuning: the difference in points, paired by question."
+        if any(row[gained] for row in texts(table))
         else "",
-        f"In brackets: 95 % interval, {resampled} resampled." if any("[" in cell for cell in cells) else "",
-        "±: standard deviation over seeds." if any("±" in cell for cell in cells) else "",
-        f"By question type ({', '.join(types)}): % on unseen devices." if types and groups != [ALL_GROUPS] else "",
-        ""
-        if overall
-        else "VR@K, in %: a clip asks for its captions, of which the best placed counts; TR@K: a caption "
-        "asks for its clip. Ties count against us.",
+        f"By question type ({', '.join(types)}): % on unseen devices." if types and groups != [EVERYTHING] else "",
+        "VR@K, in %: a clip asks for its captions, of which the best placed counts; TR@K: a caption "
+        "asks for its clip. Ties count against us."
+        if evidence.ranks
+        else "",
         f"Splits: {'; '.join(splits)}." if splits else "",
-        f"Encoder from: {each([_inside(folder, run) or run['encoder'] or 'random weights' for run in runs])}.",
-        _pretraining(folder, runs),
-        f"Best epoch by {each([run['monitor'].replace('val/', 'validation ') for run in runs])}, tested once.",
+        f"Encoder from: {each([_inside(evidence.folder, r) or r.find('encoder') or 'random weights' for r in runs])}.",
+        _pretraining(evidence, runs),
+        f"Best epoch by {each([run.results['monitor'].replace('val/', 'validation ') for run in runs])}, tested once.",
         f"Machine: {each(machines)}." if machines else "",
         f"Commit {each(commits)}.",
     ]
     return " ".join(filter(None, sentences))
 
 
-def _inside(folder: Path, run: Results) -> Path | None:
+def _asked(run: Run, split: str) -> str:
+    """Questions of a split, of how many where some were left out."""
+    number, left_out = run.results["questions"][split], _left_out(run, split)
+    return f"{number:,} of {number + left_out:,}" if left_out else str(number)
+
+
+def _inside(folder: Path, run: Run) -> Path | None:
     """Where in `folder` a run's encoder came from."""
-    if not run["encoder"]:
+    if not run.find("encoder"):
         return None
-    path = Path(run["encoder"]).resolve()
+    path = Path(run.results["encoder"]).resolve()
     return path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else None
 
 
-def _pretraining(folder: Path, runs: list[Results]) -> str:
-    """On what the encoder was pretrained, where that is a run below `folder`, too."""
-    places = {place.parent for run in runs if (place := _inside(folder, run)) and place.parts[0] == PRETRAINING}
-    found = [results for place in sorted(places) if (results := read_results(folder / place)) and "labels" in results]
+def _pretraining(evidence: Evidence, runs: list[Run]) -> str:
+    """On what the encoder was pretrained, where that is a run of the dataset, too."""
+    inside = filter(None, (_inside(evidence.folder, run) for run in runs))
+    places = {place.parent.name for place in inside if place.parts[0] == PRETRAINING}
+    found = [run for run in evidence.runs.get(PRETRAINING, []) if run.path.name in places and run.find("labels")]
     if not found:
         return ""
-    labels = found[0]["labels"]
+    labels = found[0].results["labels"]
+    seconds = [round(run.results["seconds"]["train"]) for run in found]
     return (
         f"Encoder pretrained in this run on {labels['captions']:,} captions and {labels['questions']:,} questions of "
-        f"{labels['clips']:,} other clips ({_range([round(run['seconds']['train']) for run in found])} s)."
+        f"{labels['clips']:,} other clips ({'–'.join(dict.fromkeys(map(str, (min(seconds), max(seconds)))))} s)."
     )
 
 
+def _grid(table: Table) -> str:
+    """As Markdown."""
+    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *texts(table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def markdown(folder: Path) -> str:
-    """The table with its caption."""
-    header = columns(folder)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows(folder)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(folder)}\n"
+    """The table of methods with its caption, and what it says."""
+    evidence = answering(folder)
+    parts = [_grid(methods(evidence)), _caption(evidence), _bullets([each.text for each in told(evidence)])]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def all_markdown(evidence: Evidence) -> str:
+    """All tables, what they say, and what is missing."""
+    parts = [f"# {evidence.dataset}"]
+    for table in everything(evidence):
+        parts += [f"## {table.title}", _grid(table), " ".join(note.text for note in table.notes)]
+        parts += [_caption(evidence)] if table.name == "methods" else []
+    if sentences := [each.text for each in told(evidence)]:
+        parts += ["## What the figures say", _bullets(sentences)]
+    if lacking := missing(evidence):
+        parts.append("## What is missing")
+        for what, commands in lacking:
+            parts += [f"{what[0].upper()}{what[1:]}:", "```sh\n" + "\n".join(commands) + "\n```"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _print(table: Table, below: str, title: str | None = None) -> None:
+    grid = Grid(
+        collapse_padding=True, pad_edge=False, box=SIMPLE_HEAD, caption=Text(below), caption_justify="left",
+        title=title, title_justify="left",
+    )  # fmt: skip
+    for number, name in enumerate(table.header):
+        grid.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in texts(table):
+        grid.add_row(*(Text(text) for text in row))  # brackets are no markup
+    Console(width=1000).print(grid)  # as wide as its figures, below 200 columns; a narrower terminal wraps it
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    print(f"written: {path}")
+
+
+def _methods_alone(folder: Path) -> None:
+    evidence = answering(folder)
+    _print(methods(evidence), _caption(evidence))
+    for each in told(evidence):
+        print(f"- {each.text}")
+    _write(folder / "table.md", markdown(folder))
+
+
+def _all(folder: Path) -> None:
+    """Of a dataset, or of all that lie in a folder."""
+    datasets = sorted({path.parents[2] for path in folder.glob(f"*/*/seed*/{RESULTS}")})
+    if any(folder.glob(f"*/seed*/{RESULTS}")) or not datasets:
+        datasets = [folder]
+    for dataset in datasets:
+        evidence = answering(dataset)
+        for table in everything(evidence):
+            below = " ".join(note.text for note in table.notes)
+            _print(table, _caption(evidence) if table.name == "methods" else below, table.title)
+            print()
+        for each in told(evidence):
+            print(f"- {each.text}")
+        for what, commands in missing(evidence):
+            print(f"\nmissing, {what}:", *(f"  {line}" for line in commands), sep="\n")
+        _write(dataset / "tables.md", all_markdown(evidence))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and write it as `table.md` beside the runs; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
-    folder = parser.parse_args(arguments).folder
+    """Print the tables and write them beside the runs; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="checkpoints/<dataset>; with --paper also checkpoints")
+    parser.add_argument("--paper", action="store_true", help="all tables, and what they lack")
+    options = parser.parse_args(arguments)
     try:
-        table = Table(
-            collapse_padding=True,
-            pad_edge=False,
-            box=SIMPLE_HEAD,
-            caption=Text(caption(folder)),
-            caption_justify="left",
-        )
-        for name in columns(folder):
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-        for row in rows(folder):
-            table.add_row(*(Text(cell) for cell in row))  # brackets are no markup
-        Console(width=1000).print(table)  # as wide as its figures, below 200 columns; a narrower terminal wraps it
-        with atomic_write(folder / "table.md") as file:
-            file.write(markdown(folder).encode())
+        (_all if options.paper else _methods_alone)(options.folder)
     except CDCError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"written: {folder / 'table.md'}")
     return 0
 
 

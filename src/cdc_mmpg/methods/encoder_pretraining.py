@@ -48,7 +48,7 @@ class EncoderPretraining(Method):
         self,
         encoder: AllInOne,
         head: Head,
-        caption_epochs: int = 9,
+        caption_epochs: int = 4,
         question_share: float = 0.75,
         whole_epochs: int = 2,
         learning_rate: float = 7e-4,
