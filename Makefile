@@ -150,13 +150,13 @@ endif
 # all, hours); whether the reasoner does anything, over five seeds on one encoder's features.
 MAIN  := linear fine_tuning cdc_mmpg hyper_fan_in cdc_mmpg_session cdc_mmpg_session_basis session_concatenated session_oracle
 STUDY := $(addprefix study/,$(REASONERS))
-REST  := $(foreach method,$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=cdc_mmpg.%),run/$(method)/0)
+REST  := $(foreach method,$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%),run/$(method)/0)
 tables: SEEDS = $(if $(FULL),5,3)
 tables: .venv/.ready ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
 	$(if $(SYNTHETIC),@$(MAKE) --no-print-directory METHOD=all SEEDS=$(SEEDS) $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(EVIDENCE))
 	@$(PY) -m cdc_mmpg.tables --paper "$(ROOT)"
 
-EVIDENCE = $(foreach seed,$(shell seq 0 $$(($(SEEDS) - 1))),$(foreach method,$(if $(FULL),$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=cdc_mmpg.%),$(MAIN)),run/$(method)/$(seed))) $(REST) $(STUDY)
+EVIDENCE = $(foreach seed,$(shell seq 0 $$(($(SEEDS) - 1))),$(foreach method,$(if $(FULL),$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%),$(MAIN)),run/$(method)/$(seed))) $(REST) $(STUDY)
 
 $(STUDY): study/%: run/fine_tuning/0
 	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))

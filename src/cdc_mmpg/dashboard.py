@@ -82,7 +82,8 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         wandb_run = begin(mode, identity.read_text(), awaited)
     except Exception as error:  # the client raises errors of many families
         logger.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads later", error)
-        wandb_run = begin("offline", uuid.uuid4().hex, False)  # the other is taken by the attempt
+        os.environ["WANDB_MODE"] = "offline"  # the next run of this process does not wait again
+        wandb_run = begin("offline", uuid.uuid4().hex, False)  # the other identity is taken by the attempt
     wandb_run.define_metric("trainer/global_step")  # the horizontal axis
     wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return [*found, WandbLogger(experiment=wandb_run)]
