@@ -136,7 +136,7 @@ class ExampleTable(Callback):
     """
 
     def __init__(self, run: Path, data: VideoTextData) -> None:
-        self.run, self.data = run, data
+        self.run, self.data, self.tables = run, data, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of validation samples."""
@@ -161,9 +161,13 @@ class ExampleTable(Callback):
             rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
             csv.writer(file).writerows([("clip", "question", "prediction", "answer"), *rows])
         for board in trainer.loggers:
-            if isinstance(board, WandbLogger):
+            if isinstance(board, WandbLogger) and self.tables:
                 import wandb  # noqa: PLC0415  see `loggers`
 
                 strips = [wandb.Image(np.concatenate(list(example.frames), axis=1)) for example, _ in examples]
                 table = [[strip, *row] for strip, row in zip(strips, rows, strict=True)]
-                board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], table)
+                try:
+                    board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], table)
+                except Exception as error:  # of a table the server is asked at once, and it may be gone meanwhile
+                    logger.warning("W&B takes no table (%s): this run logs no more of them", error)
+                    self.tables = False

@@ -47,7 +47,12 @@ class Sweep(NamedTuple):
     @property
     def folder(self) -> str:
         """Of its runs: another command makes other runs, a wider grid only more of them."""
-        return f"{self.path.stem}-{_digest(self.command)}"
+        return f"{self.path.stem}-{_digest(self.words)}"
+
+    @property
+    def words(self) -> list[str]:
+        """Of its command, but for the folder, which is W&B's run's there and the combination's here."""
+        return [word for word in self.command if not word.startswith("OUT=")]
 
 
 class Outcome(NamedTuple):
@@ -81,7 +86,7 @@ def _run(path: Path, out: Path) -> None:
 def is_online() -> bool:
     """Whether W&B's server takes part, as for any run: see `dashboard.loggers`."""
     if mode := os.environ.get("WANDB_MODE"):
-        return mode in ("online", "run", "shared")
+        return mode == "online"
     import wandb  # noqa: PLC0415  takes a second
 
     return bool(wandb.login(prompt=False, verify=False))
@@ -126,18 +131,29 @@ def _check_parameters(path: Path, parameters: Any, command: list[str]) -> None:
     """Refuse names that nothing reads: make takes any variable and says nothing."""
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: parameters is {parameters!r}: variables with values, as METHOD: {{values: [a, b]}}")
-    makefile = Path("Makefile").read_text(encoding="utf-8") if command[0] == "make" else ""
+    makefile = ""
+    if command[0] == "make":
+        try:
+            makefile = Path("Makefile").read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: command is make, and there is no Makefile here: run it where one is") from error
     for name, own in parameters.items():
         if name in ALONE:
             raise ConfigError(f"{path}: parameters.{name} cannot be one: {ALONE[name]}")
-        reads = str(name).startswith("ARGS_") or f"$({name})" in makefile
-        if command[0] == "make" and not reads:
+        if makefile and not str(name).startswith("ARGS_") and f"$({name})" not in makefile:
             raise ConfigError(
                 f"{path}: parameters.{name}: the Makefile reads no such variable; an option goes into ARGS, as "
                 "--model.init_args.learning_rate=0.001"
             )
-        if name == "METHOD" and isinstance(own, dict) and "all" in (own.get("value"), *(own.get("values") or ())):
+        if name == "METHOD" and "all" in _values(own):
             raise ConfigError(f"{path}: parameters.METHOD is 'all': a run has one method, name them as values")
+
+
+def _values(parameter: Any) -> list[Any]:
+    """Of a parameter; none where it is no list of values."""
+    own = parameter if isinstance(parameter, dict) else {}
+    found = own.get("values", [own["value"]] if "value" in own else None)
+    return found if isinstance(found, list) and not any(isinstance(value, dict | list) for value in found) else []
 
 
 def grid(sweep: Sweep) -> list[Combination]:
@@ -156,8 +172,7 @@ def grid(sweep: Sweep) -> list[Combination]:
             raise ConfigError(f"{sweep.path}: {key} is the work of W&B's server: configure a key, or leave it out")
     values = []
     for name, own in sweep.config["parameters"].items():
-        found = own.get("values", [own["value"]] if "value" in own else None) if isinstance(own, dict) else None
-        if not isinstance(found, list) or not found or any(isinstance(value, dict | list) for value in found):
+        if not (found := _values(own)):
             raise ConfigError(f"{sweep.path}: parameters.{name} is {own!r}: a grid needs values: [a, b] or value: a")
         values.append([str(value) for value in found])
     return [dict(zip(sweep.config["parameters"], own, strict=True)) for own in itertools.product(*values)]
@@ -184,8 +199,8 @@ def by_agent(sweep: Sweep, out: Path) -> None:
         wandb.agent(identity, entity=entity, project=project)
     except Exception as error:  # the client raises errors of many families
         raise CDCError(
-            f"{sweep.path}: W&B's server cannot be reached, or refuses the sweep ({error}); WANDB_MODE=offline runs the "
-            "grid without it"
+            f"{sweep.path}: W&B's server cannot be reached, or refuses the sweep ({error}); WANDB_MODE=offline runs "
+            "the grid without it"
         ) from error
 
 
@@ -203,10 +218,9 @@ def by_itself(sweep: Sweep, out: Path) -> None:
         print(f"sweep: {number} of {len(combinations)}: {_words(combination)}", flush=True)
         outcome = outcome_of(sweep, combination, folder)
         if outcome.failure:
-            words = [word for word in sweep.command if not word.startswith("OUT=")]
-            at = words.index(PARAMETERS)
             own = [f"{name}={value}" for name, value in combination.items()]
-            code = _call([*words[:at], *own, *words[at + 1 :], f"OUT={folder}"])
+            at = sweep.words.index(PARAMETERS)
+            code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"])
             outcome = outcome_of(sweep, combination, folder)
             if code:
                 outcome = Outcome(combination, failure=f"exit code {code}")
@@ -214,8 +228,8 @@ def by_itself(sweep: Sweep, out: Path) -> None:
                 print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
         outcomes.append(outcome)
         with atomic_write(place / "sweep.md") as file:
-            file.write(table(sweep, outcomes, len(combinations)).encode())
-    print(f"\n{table(sweep, outcomes, len(combinations))}\nwritten: {place / 'sweep.md'}")
+            file.write(table(sweep, outcomes).encode())
+    print(f"\n{table(sweep, outcomes)}\n{place / 'sweep.md'}")
     if failed := [outcome for outcome in outcomes if outcome.failure]:
         raise CDCError(
             f"{len(failed)} of {len(outcomes)} runs failed; type the same command again to try these alone:"
@@ -244,12 +258,13 @@ def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
 
     Args:
         sweep: whose metric.
-        combination: of the run; its METHOD tells it from those that it builds on.
+        combination: of the run; METHOD tells it from those that it builds on.
         folder: below which `<dataset>/<method>/seed<N>` lies.
     """
     found = [own for path in sorted(folder.glob("*/*/seed*")) if (own := read_results(path)) is not None]
-    if "METHOD" in combination:
-        found = [own for own in found if own.get("method") == combination["METHOD"]]
+    named = {word.partition("=")[0]: word.partition("=")[2] for word in sweep.command} | combination
+    if "METHOD" in named:
+        found = [own for own in found if own.get("method") == named["METHOD"]]
     if len(found) != 1:
         return Outcome(combination, failure=f"{len(found)} finished runs in {folder}, where one was to be")
     value = found[0].get("metrics", {}).get(sweep.metric)
@@ -258,36 +273,29 @@ def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
     return Outcome(combination, value, found[0].get("best_epoch"))
 
 
-def table(sweep: Sweep, outcomes: Sequence[Outcome], number: int) -> str:
-    """The runs as Markdown, the best first, those that failed last; what all have in common stands below.
-
-    Args:
-        sweep: whose runs.
-        outcomes: of those that were run.
-        number: of all combinations.
-    """
-    names = list(sweep.config["parameters"])
-    varied = [name for name in names if len({outcome.combination[name] for outcome in outcomes}) > 1]
+def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
+    """The runs so far as Markdown, the best first, those that failed last; what all have in common stands below."""
+    combinations = grid(sweep)
+    varied = [name for name in combinations[0] if len({own[name] for own in combinations}) > 1]
     sign = -1 if sweep.maximises else 1
     ordered = sorted(outcomes, key=lambda outcome: (outcome.value is None, sign * (outcome.value or 0)))
-    lines = [f"| {' | '.join([*varied, sweep.metric, 'best epoch'])} |",
-             f"| {' | '.join(['---'] * len(varied) + ['---:'] * 2)} |"]  # fmt: skip
+    rows = [[*varied, sweep.metric, "best epoch"], ["---"] * len(varied) + ["---:"] * 2]
     for outcome in ordered:
         value = outcome.failure if outcome.value is None else f"{outcome.value:.4f}"
         epoch = "" if outcome.best_epoch is None else str(outcome.best_epoch)
-        cells = [*(outcome.combination[name] for name in varied), value, epoch]
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    common = [f"{name}={outcomes[0].combination[name]}" for name in names if name not in varied]
-    run = " ".join(" ".join(common) if word == PARAMETERS else word for word in sweep.command)
-    return "\n".join([*lines, "", f"{len(outcomes)} of {number} combinations of {sweep.path}, by {sweep.metric}. "
-                      f"All: `{run}`. Chosen on validation alone; what is chosen is tested by `make train`.", ""])  # fmt: skip
+        rows.append([*(outcome.combination[name] for name in varied), value, epoch])
+    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
+    common = " ".join(f"{name}={combinations[0][name]}" for name in combinations[0] if name not in varied)
+    command = " ".join(common if word == PARAMETERS else word for word in sweep.words)
+    return "\n".join([*lines, "", f"{len(outcomes)} of {len(combinations)} combinations of {sweep.path}, by "
+                      f"{sweep.metric} at the best epoch. All: `{command}`.", ""])  # fmt: skip
 
 
 def name_of(combination: Combination) -> str:
-    """Of a combination's folder: what can be read of its values, and a digest of all of it."""
-    readable = re.sub(r"[^\w.=-]+", "_", "-".join(value.rpartition(".")[2] if value.startswith("-") else value
-                                                 for value in combination.values()))  # fmt: skip
-    return f"{readable[:48]}-{_digest(sorted(combination.items()))}"
+    """Of a combination's folder: its values, of options the last part of their name, and a digest of all of it."""
+    values = [re.sub(r"--[\w.]*?(\w+)=", r"\1=", value) for value in combination.values()]
+    readable = re.sub(r"[^\w.=-]+", "_", "-".join(values))[:60]
+    return f"{readable}-{_digest(sorted(combination.items()))}"
 
 
 def _words(combination: Combination) -> str:

@@ -1,0 +1,461 @@
+"""Sweeps: the grid without a server, and W&B's client and agent on a server that answers as W&B's does."""
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cdc_mmpg import dashboard, sweep
+from cdc_mmpg.cli import main
+from cdc_mmpg.errors import ConfigError
+from processes import finish, start
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
+
+
+# Without a server.
+
+RUN = """
+import json, pathlib, sys, time
+named = dict(word.split("=", 1) for word in sys.argv[1:])
+with open("ran", "a") as file:
+    file.write(named["METHOD"] + " " + named["RATE"] + "\\n")
+if named["RATE"] == "wrong" and not pathlib.Path("mended").exists():
+    sys.exit(7)
+if named["RATE"] == "slow":
+    try:
+        time.sleep(60)
+    finally:
+        pathlib.Path("stopped").touch()
+folder = pathlib.Path(named["OUT"], "synthetic", named["METHOD"], "seed0")
+folder.mkdir(parents=True)
+accuracy = {"0.1": 0.25, "0.2": 0.75, "wrong": 0.5}[named["RATE"]] + (named["METHOD"] == "b") / 8
+(folder / "results.json").write_text(json.dumps(
+    {"method": named["METHOD"], "metrics": {"val/accuracy": accuracy}, "best_epoch": 3}))
+"""
+
+MAKEFILE = f"""
+train:
+	@exec {sys.executable} run.py METHOD=$(METHOD) RATE=$(RATE) OUT=$(OUT)
+"""
+
+
+def write(folder: Path, **changed: object) -> Path:
+    """A sweep over two methods and two rates, with a Makefile that runs it."""
+    config = {
+        "method": "grid",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": {"METHOD": {"values": ["a", "b"]}, "SEED": {"value": 0}, "RATE": {"values": [0.1, 0.2]}},
+        "command": ["make", "--silent", "train", "${args_no_hyphens}", "OUT=elsewhere/$(WANDB_RUN_ID)"],
+    } | changed
+    (folder / "Makefile").write_text(MAKEFILE + "# $(SEED)\n")
+    (folder / "run.py").write_text(RUN)
+    (folder / "own.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return folder / "own.yaml"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to sweep in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MAKEFLAGS", " -j2 --jobserver-auth=3,4 -- RATE=9")  # of a make that runs this one
+    return tmp_path
+
+
+def rows(place: Path) -> list[list[str]]:
+    (path,) = place.glob("checkpoints/sweeps/own-*/sweep.md")
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in path.read_text().splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_the_grid_is_run_in_order_and_the_best_stands_first(place, capfd):
+    path = write(place)
+    assert sweep.main([str(path)]) == 0
+    assert (place / "ran").read_text().splitlines() == ["a 0.1", "a 0.2", "b 0.1", "b 0.2"]
+    assert rows(place)[0] == ["METHOD", "RATE", "val/accuracy", "best epoch"]  # SEED is that of all
+    assert rows(place)[2:] == [["b", "0.2", "0.8750", "3"], ["a", "0.2", "0.7500", "3"],
+                               ["b", "0.1", "0.3750", "3"], ["a", "0.1", "0.2500", "3"]]  # fmt: skip
+    out, err = capfd.readouterr()
+    assert "| b | 0.2 | 0.8750 | 3 |" in out
+    assert "4 of 4 combinations of" in out
+    assert "make --silent train SEED=0" in out
+    assert "jobserver" not in err
+    assert not (place / "elsewhere").exists()
+    assert len(list(place.glob("checkpoints/sweeps/own-*/*/synthetic/*/seed0/results.json"))) == 4
+
+
+def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place):
+    path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": [0.1]}})
+    assert sweep.main([str(path)]) == 0
+    path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": [0.2, 0.1]}})
+    assert sweep.main([str(path)]) == 0
+    assert (place / "ran").read_text().splitlines() == ["a 0.1", "a 0.2"]
+    assert [row[0] for row in rows(place)[2:]] == ["0.2", "0.1"]
+    path = write(place, metric={"name": "val/accuracy", "goal": "minimize"},
+                 parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": [0.2, 0.1]}})  # fmt: skip
+    assert sweep.main([str(path)]) == 0
+    assert [row[0] for row in rows(place)[2:]] == ["0.1", "0.2"]
+    assert len((place / "ran").read_text().splitlines()) == 2
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(place, capfd):
+    path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": ["wrong", 0.1]}})
+    assert sweep.main([str(path)]) == 1
+    assert rows(place)[2:] == [["0.1", "0.2500", "3"], ["wrong", "exit code 2", ""]]  # which is make's
+    err = capfd.readouterr().err
+    assert "1 of 2 runs failed" in err
+    assert "METHOD=a RATE=wrong: exit code 2" in err
+    (place / "mended").touch()
+    assert sweep.main([str(path)]) == 0
+    assert (place / "ran").read_text().splitlines() == ["a wrong", "a 0.1", "a wrong"]
+    assert [row[0] for row in rows(place)[2:]] == ["wrong", "0.1"]
+
+
+def test_a_run_without_the_metric_or_without_results_fails(place, capfd):
+    one = {"METHOD": {"values": ["a"]}, "RATE": {"values": [0.1]}}
+    assert sweep.main([str(write(place, parameters=one, metric={"name": "val/recall", "goal": "maximize"}))]) == 1
+    assert "its results.json has no val/recall" in capfd.readouterr().err
+    assert sweep.main([str(write(place, parameters=one, command=["true", "${args_no_hyphens}"]))]) == 1
+    assert "0 finished runs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_at_work(place, number):
+    path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": ["slow", 0.1]}})
+    (place / "run.py").write_text("import signal\nsignal.signal(15, lambda *_: exit(1))\n" + RUN)
+    process = subprocess.Popen([sys.executable, "-m", "cdc_mmpg.sweep", str(path)], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (place / "ran").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(number)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert (place / "stopped").exists()
+    assert "type the same command again" in err
+    assert (place / "ran").read_text() == "a slow\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "random"}, "method is 'random', which W&B's server draws"),
+        ({"method": "bayes"}, "method is 'bayes', which W&B's server draws"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate is the work of W&B's server"),
+        ({"metric": "val/accuracy"}, "metric is 'val/accuracy': it has a name"),
+        ({"metric": {"name": "val/accuracy", "goal": "maximise"}}, "metric.goal is 'maximise': maximize or minimize"),
+        ({"metrics": {}}, "the key 'metrics' is unknown"),
+        ({"parameters": {"RATE": {"min": 0, "max": 1}}}, "parameters.RATE is {'min': 0, 'max': 1}: a grid needs"),
+        ({"parameters": {"RATE": 3}}, "parameters.RATE is 3: a grid needs"),
+        ({"parameters": {"RATE": {"values": []}}}, "parameters.RATE is {'values': []}: a grid needs"),
+        ({"parameters": {}}, "parameters is {}"),
+        ({"parameters": {"rate": {"value": 1}}}, "parameters.rate: the Makefile reads no such variable"),
+        ({"parameters": {"OUT": {"value": 1}}}, "parameters.OUT cannot be one: every run has a folder of its own"),
+        ({"parameters": {"SEEDS": {"value": 3}}}, "parameters.SEEDS cannot be one"),
+        ({"parameters": {"METHOD": {"values": ["all"]}}}, "parameters.METHOD is 'all'"),
+        ({"command": "make train ${args_no_hyphens}"}, "a list of words"),
+        ({"command": ["make", "train", "${args}"]}, "command must hold ${args_no_hyphens} once"),
+        ({"command": ["no-such-program", "${args_no_hyphens}"]}, "command: no-such-program cannot be run"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_the_key_and_the_file(place, changed, message, capfd):
+    assert sweep.main([str(write(place, **changed))]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert "own.yaml" in err or "command: " in err
+    assert "Traceback" not in err
+    assert not (place / "ran").exists()
+
+
+def test_a_file_that_is_none_is_refused(place, capfd):
+    for name, content, message in (("absent", None, "No such file"), ("not", "a: [", "is not YAML"),
+                                   ("list", "- a", "holds no keys"), ("empty", "method: grid", "'metric' is missing"),
+                                   ("bytes", b"\xff\xfe\xff", "cannot be read")):  # fmt: skip
+        path = place / f"{name}.yaml"
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert sweep.main([str(path)]) == 2
+        err = capfd.readouterr().err
+        assert message in err
+        assert f"{name}.yaml" in err
+
+
+def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
+    """Each combination, by make's own account of it, against the real signatures."""
+    own = sweep.read(Path("experiments/sweep.yaml"))
+    combinations = sweep.grid(own)
+    assert (own.metric, own.maximises, own.config["method"]) == ("val/accuracy", True, "grid")
+    assert len({sweep.name_of(combination) for combination in combinations}) == len(combinations) >= 6
+    assert len({combination["METHOD"] for combination in combinations}) >= 2
+    from cdc_mmpg.experiment import Experiment
+    from cdc_mmpg.models.all_in_one import AllInOne
+    from cdc_mmpg.weights import save_safetensors
+
+    encoder = tmp_path / "encoder.safetensors"
+    folders = set()
+    for combination in combinations:
+        words = [f"{name}={value}" for name, value in combination.items()]
+        command = [*own.command[:2], "-n", *words, *own.command[3:]]
+        environment = OUTSIDE | {"WANDB_SWEEP_ID": "sw", "WANDB_RUN_ID": sweep.name_of(combination)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        lines = [shlex.split(line) for line in done.stdout.splitlines() if "-m cdc_mmpg.cli" in line]
+        (arguments,) = [line[line.index("fit") + 1 :] for line in lines]  # no other run goes before it
+        named = dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
+        folders.add(named["--trainer.default_root_dir"])
+        pretrained = named["--model.init_args.encoder.checkpoint"]
+        assert pretrained == "checkpoints/synthetic/encoder_pretraining/seed0/encoder.safetensors"
+        assert named["--data.init_args.cache_dir"] == "checkpoints/synthetic/data"  # as `make train` has it
+        arguments = [word.replace(pretrained, str(encoder)) for word in arguments]
+        if not encoder.exists():
+            save_safetensors(AllInOne(image_size=64, depth=3, text_length=24, vocab_size=30522).state_dict(), encoder)
+        arguments = [word for word in arguments if not word.startswith("--data.init_args.vocab=")]
+        experiment = Experiment(arguments, run=False)
+        assert f"learning_rate={experiment.model.learning_rate}" in combination["ARGS"]
+        assert str(experiment.trainer.max_epochs) == combination["EPOCHS"]
+    assert len(folders) == len(combinations)
+    assert all(folder.startswith("checkpoints/sweeps/sw/") for folder in folders)
+
+
+# With a server.
+
+
+class Server(ThreadingHTTPServer):
+    """As much of W&B's as its client asks for: it takes runs in, and has one sweep with the given runs to hand out.
+
+    Args:
+        commands: of the sweep's runs, by run: the parameters.
+        silent: whether it stops answering once a run has begun.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, commands: dict[str, dict[str, object]] | None = None, silent: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.commands, self.silent = list((commands or {}).items()), silent
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.begun: dict[str, dict[str, object]] = {}  # what a run began with, by run
+        self.summaries: dict[str, dict[str, object]] = {}
+        self.histories: dict[str, list[dict[str, object]]] = {}
+        self.sweeps: list[dict[str, object]] = []
+        self.tables: list[str] = []
+        self.closing = threading.Event()
+
+    def reply(self, name: str, asked: dict[str, object]) -> object:  # noqa: PLR0911  a line for each question
+        project = {"id": "P", "name": "cdc-mmpg", "entity": {"id": "E", "name": "me"}}
+        if name == "Viewer":
+            return {"viewer": {"id": "V", "username": "me", "entity": "me", "email": "", "flags": "{}",
+                               "teams": {"edges": []}}}  # fmt: skip
+        if name == "UpsertBucket":
+            self.begun.setdefault(asked["name"], asked)
+            bucket = {"id": "B", "name": asked["name"], "displayName": "x", "project": project,
+                      "sweepName": asked["sweep"], "historyLineCount": 0}  # fmt: skip
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if name == "CreateRunFiles":
+            files = [{"name": file, "uploadUrl": f"{self.url}/{asked['run']}/{file}"} for file in asked["files"]]
+            return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
+        if name == "UpsertSweep":
+            self.sweeps.append(yaml.safe_load(asked["config"]))
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if name == "SweepWithRuns":
+            return {"project": {"sweep": {"id": "S", "name": "sweep1", "config": yaml.safe_dump(self.sweeps[-1]),
+                                          "runs": {"edges": []}}}}  # fmt: skip
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "A"}}}
+        if name == "Heartbeat":
+            commands = []
+            if not json.loads(asked["runState"]):
+                commands = [{"type": "exit"}]
+                if self.commands:
+                    run, own = self.commands.pop(0)
+                    arguments = {key: {"value": value} for key, value in own.items()}
+                    commands = [{"type": "run", "run_id": run, "args": arguments, "program": None}]
+            return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
+        if name == "CreateArtifact":
+            self.tables.append(asked["artifactCollectionNames"][0])
+            sequence = {"id": "Q", "latestArtifact": None}
+            return {"createArtifact": {"artifact": {"id": "T", "state": "COMMITTED", "artifactSequence": sequence}}}
+        return {"model": None, "project": None, "entity": None}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *arguments: object) -> None:
+        """Keep quiet."""
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        reply: object = {}
+        if self.server.silent and self.server.begun:
+            self.server.closing.wait()
+            return
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
+            reply = {"data": self.server.reply(name, asked.get("variables") or {})}
+        elif self.path.endswith("wandb-summary.json"):
+            self.server.summaries[self.path.split("/")[1]] = json.loads(body)
+        elif self.path.endswith("file_stream"):
+            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.server.histories.setdefault(self.path.split("/")[-2], []).extend(map(json.loads, lines))
+        content = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def served(**arguments: object) -> Iterator[Server]:
+    server = Server(**arguments)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def online(command: list[str], url: str, **more: str) -> int:
+    os.environ.pop("WANDB_MODE", None)  # the key alone says that W&B is wanted
+    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40} | more
+    dashboard.UPLOAD_SECONDS = 3
+    return main(command)
+
+
+def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
+    with served() as server:
+        command = [*fit("linear", "--trainer.max_epochs=2"), "--", *fit("hyper")]
+        assert finish(start(tmp_path / "log", online, command, server.url)) == 0, (tmp_path / "log").read_text()
+    assert len(server.begun) == len(server.summaries) == 2
+    for method, (run, begun) in zip(("linear", "hyper"), server.begun.items(), strict=True):
+        folder = tmp_path / "msvd" / method / "seed0"
+        results, summary = json.loads((folder / "results.json").read_text()), server.summaries[run]
+        assert (folder / "wandb" / "id").read_text() == run
+        assert (begun["project"], begun["displayName"]) == ("cdc-mmpg", f"msvd/{method}/seed0")
+        assert (begun["groupName"], begun["jobType"]) == ("msvd", method)
+        assert set(begun["tags"]) == {"msvd", method, "seed0"}
+        assert summary["val/accuracy"] == results["metrics"]["val/accuracy"]  # a number, of the best epoch
+        assert summary["test/loss"] == results["metrics"]["test/loss"]
+        assert summary["test/own/test"] == results["accuracy"]["own"]["test"]["all"]["value"]
+        assert (summary["best_epoch"], summary["bytes/up"]) == (results["best_epoch"], results["bytes"]["up"])
+        assert summary["parameters/device"] == results["parameters"]["device"]
+        logged = [row for row in server.histories[run] if "val/accuracy" in row]
+        assert [row["trainer/global_step"] for row in logged] == ([2, 5] if method == "linear" else [2])
+    log = (tmp_path / "log").read_text()
+    assert "environment variables will be ignored" not in log
+    assert not list((tmp_path / "msvd").glob("linear/seed0/wandb/**/*hyper*"))
+
+
+def test_a_server_that_falls_silent_costs_seconds_and_nothing_else(fit, tmp_path):
+    with served(silent=True) as server:
+        process = start(tmp_path / "log", online, fit("linear"), server.url)
+        assert finish(process) == 0, (tmp_path / "log").read_text()
+        assert len(server.begun) == 1
+        assert not server.summaries
+    folder = tmp_path / "msvd" / "linear" / "seed0"
+    assert (folder / "results.json").exists()
+    assert list(folder.glob("wandb/run-*/*.wandb"))  # for `wandb sync`
+
+
+def test_below_an_agent_the_method_asked_for_is_its_run_and_what_goes_before_is_not(fit, tmp_path):
+    (tmp_path / "parameters.yaml").write_text("METHOD:\n  value: linear\n")
+    agents = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of_the_agent", "METHOD": "linear",
+              "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "parameters.yaml")}  # fmt: skip
+    with served() as server:
+        command = [*fit("adr_pretraining"), "--", *fit("linear")]
+        process = start(tmp_path / "log", run_below, command, server.url, agents)
+        assert finish(process) == 0, (tmp_path / "log").read_text()
+    before, own = server.begun.values()
+    assert before["sweep"] is None
+    assert before["name"] == (tmp_path / "msvd" / "adr_pretraining" / "seed0" / "wandb" / "id").read_text()
+    assert (own["name"], own["sweep"]) == ("of_the_agent", "sweep1")
+    assert server.summaries["of_the_agent"]["val/accuracy"] >= 0
+    assert "METHOD" in own["config"]
+
+
+def run_below(command: list[str], url: str, agents: dict[str, str]) -> int:
+    return online(command, url, **agents)
+
+
+def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
+    """Registered, handed out and logged by W&B's own client, through make."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
+    line = " ".join(shlex.quote(word) for word in words)
+    folder = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
+    (tmp_path / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg.cli {line} {folder} $(ARGS)\n")
+    rate = "--model.init_args.learning_rate=0.5"
+    config = {"name": "own", "method": "random", "metric": {"name": "val/accuracy", "goal": "maximize"},
+              "project": "cdc-mmpg", "parameters": {"METHOD": {"value": "linear"}, "ARGS": {"values": [rate]}},
+              "command": ["make", "train", "${args_no_hyphens}",
+                          "OUT=sweeps/$(WANDB_SWEEP_ID)/$(WANDB_RUN_ID)"]}  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    with served(commands={"run1": {"METHOD": "linear", "ARGS": rate}}) as server:
+        environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
+        environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "MAKEFLAGS": " -- ARGS=--wrong"}
+        done = subprocess.run([sys.executable, "-m", "cdc_mmpg.sweep", "own.yaml"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert server.sweeps == [config]
+    (begun,) = server.begun.values()
+    assert (begun["name"], begun["sweep"]) == ("run1", "sweep1")
+    folder = tmp_path / "sweeps" / "sweep1" / "run1" / "msvd" / "linear" / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert rate in results["arguments"]
+    assert server.summaries["run1"]["val/accuracy"] == results["metrics"]["val/accuracy"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"Makefile", "experiments", "own.yaml", "sweeps", "checkpoints", "msvd", "msvd0"}
+
+
+def test_a_sweep_that_no_server_takes_says_what_to_do(place, monkeypatch, capfd):
+    with served() as server:
+        url = server.url
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", url)  # nobody listens any more
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    environment = dict(os.environ)
+    done = subprocess.run([sys.executable, "-m", "cdc_mmpg.sweep", str(write(place))], env=environment,
+                          capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "WANDB_MODE=offline runs the grid without it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_grid_needs_what_it_reads(place):
+    path = write(place)
+    (place / "Makefile").unlink()
+    with pytest.raises(ConfigError, match="no Makefile here"):
+        sweep.read(path)
