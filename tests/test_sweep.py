@@ -291,7 +291,7 @@ class Server(ThreadingHTTPServer):
                     commands = [{"type": "run", "run_id": run, "args": arguments, "program": None}]
             return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
         if name == "CreateArtifact":
-            self.tables.append(asked["artifactCollectionNames"][0])
+            self.tables.append(asked["artifactCollectionName"])
             sequence = {"id": "Q", "latestArtifact": None}
             return {"createArtifact": {"artifact": {"id": "T", "state": "COMMITTED", "artifactSequence": sequence}}}
         return {"model": None, "project": None, "entity": None}
