@@ -122,7 +122,7 @@ NEEDS_on_device              = $(call origin_,$1,fine_tuning)
 FIRST = $(if $(filter all,$(METHOD)),$(if $(filter hyper hyper_fan_in adr_pretraining $(SESSIONS),$(call method,$1)),linear/$(call seed,$1)))
 NEEDS = $(addprefix run/,$(NEEDS_$(call method,$1)) $(call FIRST,$1) $(if $(filter encoder_pretraining/%,$1),,$(addsuffix /$(notdir $(call origin_,$1)),$(PRETRAIN))))
 
-THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))')
+THREADS = $(eval THREADS := $$(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))'))$(THREADS)
 ALONE   = $(if $(filter run/encoder_pretraining/%,$@),$(if $(SEEDS),,1))
 SHARE   = $(if $(ALONE),,$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)}))
 

@@ -281,18 +281,23 @@ def offline(command: list[str]) -> int:
     return main(command)
 
 
-def test_wandb_stays_below_the_run_and_logs_examples(fit, tmp_path, monkeypatch):
+def test_wandb_stays_below_each_run_of_a_command_and_logs_examples_and_results(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(Path(__file__).parents[1] / "experiments")
-    process = start(tmp_path / "log", offline, fit("fine_tuning", out=tmp_path / "out"))
-    assert finish(process) == 0, (tmp_path / "log").read_text()
+    command = [*fit("fine_tuning", out=tmp_path / "out"), "--", *fit("linear", out=tmp_path / "out")]
+    assert finish(start(tmp_path / "log", offline, command)) == 0, (tmp_path / "log").read_text()
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "log", "experiments", "msvd", "msvd0"}
-    folder = tmp_path / "out" / "msvd" / "fine_tuning" / "seed0"
-    (run,) = folder.glob("wandb/offline-run-*")
-    assert list(run.glob("*.wandb"))
-    logged = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
-    assert {tuple(table["columns"]) for table in logged} == {("frames", "clip", "question", "prediction", "answer")}
-    assert any(row[1] == "t_0_1" for table in logged for row in table["data"])
+    for method, other in (("fine_tuning", "linear"), ("linear", "fine_tuning")):
+        folder = tmp_path / "out" / "msvd" / method / "seed0"
+        (run,) = folder.glob("wandb/offline-run-*")
+        assert run.name.endswith((folder / "wandb" / "id").read_text())
+        written = (run / f"run-{run.name.rpartition('-')[2]}.wandb").read_bytes()
+        assert b"test/own/test" in written  # of the results, in the run's summary
+        assert f"msvd/{method}/seed0".encode() in written
+        assert f"msvd/{other}/seed0".encode() not in written
+        logged = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
+        assert {tuple(table["columns"]) for table in logged} == {("frames", "clip", "question", "prediction", "answer")}
+        assert any(row[1] == "t_0_1" for table in logged for row in table["data"])
 
 
 def test_a_silent_wandb_server_costs_seconds_and_nothing_else(fit, tmp_path):

@@ -52,6 +52,7 @@ ROOMS = {
     "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "evaluation", "features", "files",
                    "methods", "models", "results", "sessions", "text", "weights"},
     "prepare": {"cli", "errors", "experiment", "results"},
+    "sweep": {"cli", "errors", "files", "results"},
     "checkpoint": {"cli", "errors", "models"},
     "cli": {"errors", "results", "experiment"},
     "benchmark": {"batch", "methods", "models"},
@@ -106,6 +107,7 @@ def test_imports_flow_one_way(path):
         "metrics",
         "prepare",
         "checkpoint",
+        "sweep",
     ],
 )
 def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
