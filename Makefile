@@ -165,7 +165,7 @@ $(STUDY): ENCODER_SEED = 0
 report: .venv/.ready ## one page with every figure, and where each comes from: DATASET= DATA= OUT=
 	@$(PY) -m cdc_mmpg.report "$(ROOT)" --data "$(DATA)"
 
-sweep: .venv/.ready ## learning rates, by W&B's agent or, without a server, one after another: experiments/sweep.yaml
+sweep: .venv/.ready $(if $(PRETRAIN),run/$(PRETRAIN)/0) ## learning rates, by W&B's agent or, without a server, one after another: experiments/sweep.yaml
 	@$(PY) -m cdc_mmpg.sweep experiments/sweep.yaml
 
 # Through the environment, verbatim: neither make nor the shell may read into a question.

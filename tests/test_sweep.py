@@ -92,10 +92,10 @@ def test_the_grid_is_run_in_order_and_the_best_stands_first(place, capfd):
     assert sweep.main([str(path)]) == 0
     assert (place / "ran").read_text().splitlines() == ["a 0.1", "a 0.2", "b 0.1", "b 0.2"]
     assert rows(place)[0] == ["METHOD", "RATE", "val/accuracy", "best epoch"]  # SEED is that of all
-    assert rows(place)[2:] == [["b", "0.2", "0.8750", "3"], ["a", "0.2", "0.7500", "3"],
-                               ["b", "0.1", "0.3750", "3"], ["a", "0.1", "0.2500", "3"]]  # fmt: skip
+    assert rows(place)[2:] == [["b", "0.2", "0.8750", "4"], ["a", "0.2", "0.7500", "4"],
+                               ["b", "0.1", "0.3750", "4"], ["a", "0.1", "0.2500", "4"]]  # fmt: skip
     out, err = capfd.readouterr()
-    assert "| b | 0.2 | 0.8750 | 3 |" in out
+    assert "| b | 0.2 | 0.8750 | 4 |" in out
     assert "4 of 4 combinations of" in out
     assert "make --silent train SEED=0" in out
     assert "jobserver" not in err
@@ -120,7 +120,7 @@ def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what
 def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(place, capfd):
     path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": ["wrong", 0.1]}})
     assert sweep.main([str(path)]) == 1
-    assert rows(place)[2:] == [["0.1", "0.2500", "3"], ["wrong", "exit code 2", ""]]  # which is make's
+    assert rows(place)[2:] == [["0.1", "0.2500", "4"], ["wrong", "exit code 2", ""]]  # which is make's
     err = capfd.readouterr().err
     assert "1 of 2 runs failed" in err
     assert "METHOD=a RATE=wrong: exit code 2" in err
@@ -360,7 +360,8 @@ def online(command: list[str], url: str, **more: str) -> int:
 
 def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
     with served() as server:
-        command = [*fit("linear", "--trainer.max_epochs=2"), "--", *fit("hyper")]
+        falling = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=0.01")
+        command = [*falling, "--", *fit("hyper")]
         assert finish(start(tmp_path / "log", online, command, server.url)) == 0, (tmp_path / "log").read_text()
     assert len(server.begun) == len(server.summaries) == 2
     for method, (run, begun) in zip(("linear", "hyper"), server.begun.items(), strict=True):
@@ -376,7 +377,9 @@ def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
         assert (summary["best_epoch"], summary["bytes/up"]) == (results["best_epoch"], results["bytes"]["up"])
         assert summary["parameters/device"] == results["parameters"]["device"]
         logged = [row for row in server.histories[run] if "val/accuracy" in row]
-        assert [row["trainer/global_step"] for row in logged] == ([2, 5] if method == "linear" else [2])
+        assert [row["trainer/global_step"] for row in logged] == ([2, 5, 8, 11, 14, 17] if method == "linear" else [2])
+        if method == "linear":
+            assert logged[-1]["val/accuracy"] < summary["val/accuracy"], "choose a run whose best epoch is not its last"
         for split in ("val", "test"):
             assert any(name.startswith(f"run-{run}-{split}examples") for name in server.tables)
     assert "environment variables will be ignored" not in (tmp_path / "log").read_text()

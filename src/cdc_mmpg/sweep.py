@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
     combination: Combination
     value: float | None = None
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # the first is 0
     failure: str = ""
 
 
@@ -226,6 +226,8 @@ def by_itself(sweep: Sweep, out: Path) -> None:
                 outcome = Outcome(combination, failure=f"exit code {code}")
             if outcome.failure:
                 print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
+        else:
+            print(f"{folder}: finished; delete the folder to run it anew", flush=True)
         outcomes.append(outcome)
         with atomic_write(place / "sweep.md") as file:
             file.write(table(sweep, outcomes).encode())
@@ -282,7 +284,7 @@ def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     rows = [[*varied, sweep.metric, "best epoch"], ["---"] * len(varied) + ["---:"] * 2]
     for outcome in ordered:
         value = outcome.failure if outcome.value is None else f"{outcome.value:.4f}"
-        epoch = "" if outcome.best_epoch is None else str(outcome.best_epoch)
+        epoch = "" if outcome.best_epoch is None else str(outcome.best_epoch + 1)  # as in all tables
         rows.append([*(outcome.combination[name] for name in varied), value, epoch])
     lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
     common = " ".join(f"{name}={combinations[0][name]}" for name in combinations[0] if name not in varied)
