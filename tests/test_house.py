@@ -48,7 +48,7 @@ ROOMS = {
     "tables": {"errors", "evidence", "files", "findings", "results"},
     "figures": {"errors", "files", "frames", "tables", "video"},
     "plots": {"figures"},
-    "report": {"errors", "evidence", "figures", "files", "findings", "plots", "results", "tables", "video"},
+    "report": {"dashboard", "errors", "evidence", "figures", "files", "findings", "plots", "results", "tables", "video"},
     "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "evaluation", "features", "files",
                    "methods", "models", "results", "sessions", "text", "weights"},
     "prepare": {"cli", "errors", "experiment", "results"},

@@ -3,7 +3,11 @@
 import csv
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -351,3 +355,17 @@ def test_names_are_no_markup(tmp_path):
     assert "<script" not in html
     assert "CDC-MMPG on a&b <i>" in page.text
     assert all(page.figures)
+
+
+def test_wandb_gets_the_page_and_its_figures(runs, tmp_path):
+    """Offline, in a process of its own: the client keeps threads."""
+    root = tmp_path / "synthetic"
+    shutil.copytree(runs, root)
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "cdc_mmpg.report", str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (media,) = (root / "report").rglob("*.html")
+    assert media.read_text() == (root / "report.html").read_text()
+    assert list((root / "report").rglob("offline-run-*/*.wandb"))
+    assert {path.name for path in tmp_path.iterdir()} == {"synthetic"}

@@ -5,7 +5,7 @@ import csv
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,26 @@ def close(boards: Sequence[Logger], results: dict[str, Any]) -> None:
                 board.experiment.finish()
             except Exception as error:  # the results are written: a broken server takes nothing from them
                 logger.warning("W&B could not end the run (%s): `wandb sync` uploads what it lacks", error)
+
+
+def publish(folder: Path, page: str, figures: Mapping[str, float]) -> None:
+    """A dataset's report as a W&B run of its own, beside those of the methods.
+
+    Args:
+        folder: `checkpoints/<dataset>`.
+        page: the report, as HTML.
+        figures: what stands on it, by name.
+    """
+    for board in loggers(folder / "report" / "page", {}):
+        if isinstance(board, WandbLogger):
+            import wandb  # noqa: PLC0415  see `loggers`
+
+            try:
+                board.experiment.log({"report": wandb.Html(page, inject=False)})
+                board.experiment.summary.update(dict(figures))
+                board.experiment.finish()
+            except Exception as error:  # the page is written: a broken server takes nothing from it
+                logger.warning("W&B could not take the report (%s): `wandb sync` uploads what it lacks", error)
 
 
 class ExampleTable(Callback):

@@ -693,6 +693,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with atomic_write(options.folder / "report.html") as file:
             file.write(html.encode())
         write_json(entries, options.folder / "report.json")
+        if os.environ.get("WANDB_MODE") != "disabled":
+            from cdc_mmpg.dashboard import publish  # noqa: PLC0415  imports Lightning: 10 s
+
+            numbers = {name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)}
+            publish(options.folder, html, numbers)
     except CDCError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
