@@ -137,7 +137,8 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
         return
     experiment = Experiment([*pair, *needed, *adr], run=False)
     model, data = experiment.model, experiment.datamodule
-    module = {"session_oracle": "cdc_mmpg_session", "cdc_mmpg_session_full": "cdc_mmpg_session"}.get(method, method)
+    session = "cdc_mmpg_session" in method or method == "session_oracle"
+    module = "cdc_mmpg_session" if session else method
     assert type(model).__module__ == f"cdc_mmpg.methods.{module.removesuffix('_frozen').removesuffix('_fan_in')}"
     phase_one_run = method.startswith("adr_pretraining")
     pretraining = method == "encoder_pretraining"  # ours
