@@ -715,7 +715,8 @@ def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
     for seed in range(2):
         answered_run(root, "cdc_mmpg_frozen.batch_global", seed, {"own": 0.9, "bypassed": 0.4})
     probes = [{"what": "the hue", "from": "the mean of 16", "degrees": 20.5, "low": 18.0, "high": 23.0, "chance": 90.0,
-               "number": 48}, {"what": "the device", "from": "one anchor", "accuracy": 0.4}]  # fmt: skip
+               "majority": 95.0, "number": 48},
+              {"what": "the device", "from": "one anchor", "accuracy": 0.4}]  # fmt: skip
     folder = root / "privacy" / "seed0"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"probes": probes}))
@@ -727,8 +728,8 @@ def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
     assert cells[3].text == "2"
     assert any("In some readings of equation 16 the reasoner helps" in each.text for each in told(evidence))
     assert tables.texts(tables.privacy(evidence)) == [
-        ["the hue, from the mean of 16", "20.5 [18.0, 23.0]", "degrees off", "90.0", "48"],
-        ["the device, from one anchor", "40.0", "% right", "", ""],
+        ["the hue, from the mean of 16", "20.5 [18.0, 23.0]", "degrees off", "90.0", "95.0", "48"],
+        ["the device, from one anchor", "40.0", "% right", "", "", ""],
     ]
 
 

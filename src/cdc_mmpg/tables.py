@@ -494,7 +494,7 @@ def privacy(evidence: Evidence) -> Table | None:
                 more = {"times": times} if times != 1 else {}
                 return Fact(value, form.format(value), "value", (run.source("probes", str(place), key),), more)
 
-            value, low, high, chance = (figure(key) for key in (unit, "low", "high", "chance"))
+            value, low, high, *floors = (figure(key) for key in (unit, "low", "high", "chance", "majority"))
             interval = cell("{} [{}, {}]", value, low, high) if value and low and high else EMPTY
             number = probe.get("number")
             asked = (
@@ -504,14 +504,13 @@ def privacy(evidence: Evidence) -> Table | None:
             rows.append((label + (f" (seed {run.seed})" if len(runs) > 1 else ""), [
                 interval or (cell("{}", value) if value else EMPTY),
                 Cell("% right" if unit == "accuracy" else "degrees off"),
-                cell("{}", chance) if chance else EMPTY,
+                *(cell("{}", floor) if floor else EMPTY for floor in floors),
                 cell("{}", asked) if asked else EMPTY,
             ]))  # fmt: skip
     if not rows:
         return None
-    return Table(
-        "privacy", "What the upload gives away", ["what is guessed", "by a probe", "unit", "chance", "on"], rows
-    )
+    header = ["what is guessed", "by a probe", "unit", "chance", "always the same guess", "on"]
+    return Table("privacy", "What the upload gives away", header, rows)
 
 
 def everything(evidence: Evidence) -> list[Table]:
