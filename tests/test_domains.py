@@ -476,7 +476,8 @@ def test_a_method_with_sessions_needs_domains_and_says_so(folders, tmp_path, cap
 def test_it_trains_and_the_test_tells_unseen_from_seen(folders, tmp_path, capsys):
     given = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera12,camera20]"]
     for method in ("linear", "cdc_mmpg_session"):
-        assert main(command(folders, "qa", method, tmp_path, *given)) == 0
+        axes = ["--model.init_args.axes=1"] if method == "cdc_mmpg_session" else []  # two devices have two clips
+        assert main(command(folders, "qa", method, tmp_path, *given, *axes)) == 0
         results = json.loads((tmp_path / "msrvtt" / method / "seed0" / "results.json").read_text())
         cells = next(iter(results["accuracy"].values()))
         assert cells["unseen"]["all"]["questions"] == 12
@@ -517,3 +518,13 @@ def test_make_data_says_what_is_held_out(folders, tmp_path, capsys):
     arguments = command(folders, "qa", "linear", tmp_path, "--data.init_args.domains=categories")[1:]
     assert prepare.main([str(tmp_path), *(a for a in arguments if not a.startswith("--trainer.default"))]) == 0
     assert "train: without 16 questions about 4 clips of unseen domains (categories gaming" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["cdc_mmpg_session", "session_concatenated"])
+@pytest.mark.parametrize("task", ["choice", "retrieval"])
+def test_sessions_train_on_the_other_tasks_too(folders, tmp_path, task, method):
+    given = ["--data.init_args.domains=casts", "--model.init_args.axes=null"]
+    assert main(command(folders, task, method, tmp_path, *given)) == 0
+    results = json.loads((tmp_path / f"msrvtt_{task}" / method / "seed0" / "results.json").read_text())
+    assert {"n16", "n0", "shuffled_n16"} <= results["accuracy"].keys()
+    assert {"seen", "unseen"} <= results["accuracy"]["n16"].keys()
