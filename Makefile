@@ -37,7 +37,8 @@ frames        = --data.init_args.num_frames=$(patsubst frames%,%,$1)
 reasoner      = $(if $(filter adr_%,$2),--model.init_args.axis=$(patsubst group%,group:%,$(firstword $(subst _, ,$1))) --model.init_args.target=$(lastword $(subst _, ,$1)))
 VARIANTS     := $(foreach method,$(ALL) $(FROZEN) $(PHASES),$(FRAMES:%=$(method).%)) $(foreach method,cdc_mmpg cdc_mmpg_frozen adr_pretraining adr_pretraining_frozen,$(REASONERS:%=$(method).%))
 
-SEVERAL := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))),$(SEED))
+upto     = $(shell seq 0 $$(($1 - 1)))
+SEVERAL := $(if $(SEEDS),$(call upto,$(SEEDS)),$(SEED))
 # What is asked for, for every seed, as run/<method>[.<variant>]/<seed>.
 ASKED   := $(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS) $(CONTROLS),$(FROZEN)),$(METHOD))
 WANTED  := $(foreach method,$(ASKED),$(foreach seed,$(SEVERAL),run/$(method)/$(seed)))
@@ -75,8 +76,9 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
 # seed's pretraining comes first and has all of them.
+PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
 train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
-	@$(MAKE) --no-print-directory $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(WANTED)
+	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
 	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
 # A run's target is run/<method>[.<variant>]/<seed>, its folder <dataset>/<method>[.<variant>]/seed<seed>.
@@ -150,13 +152,13 @@ endif
 # all, hours); whether the reasoner does anything, over five seeds on one encoder's features.
 MAIN  := linear fine_tuning cdc_mmpg hyper_fan_in cdc_mmpg_session cdc_mmpg_session_basis session_concatenated session_oracle
 STUDY := $(addprefix study/,$(REASONERS))
-REST  := $(foreach method,$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%),run/$(method)/0)
+REST  := $(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%)
 tables: SEEDS = $(if $(FULL),5,3)
 tables: .venv/.ready ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
-	$(if $(SYNTHETIC),@$(MAKE) --no-print-directory METHOD=all SEEDS=$(SEEDS) $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)) $(EVIDENCE))
+	$(if $(SYNTHETIC),@$(MAKE) --no-print-directory METHOD=all SEEDS=$(SEEDS) $(PARALLEL) $(EVIDENCE))
 	@$(PY) -m cdc_mmpg.tables --paper "$(ROOT)"
 
-EVIDENCE = $(foreach seed,$(shell seq 0 $$(($(SEEDS) - 1))),$(foreach method,$(if $(FULL),$(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%),$(MAIN)),run/$(method)/$(seed))) $(REST) $(STUDY)
+EVIDENCE = $(foreach seed,$(call upto,$(SEEDS)),$(foreach method,$(if $(FULL),$(REST),$(MAIN)),run/$(method)/$(seed))) $(REST:%=run/%/0) $(STUDY)
 
 $(STUDY): study/%: run/fine_tuning/0
 	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))

@@ -45,10 +45,10 @@ ROOMS = {
     "paper": set(),
     "evidence": {"errors", "metrics", "paper", "results"},
     "findings": {"evidence"},
-    "tables": {"errors", "evidence", "files", "findings", "results"},
+    "tables": {"cli", "errors", "evidence", "files", "findings", "results"},
     "figures": {"errors", "files", "frames", "tables", "video"},
     "plots": {"figures"},
-    "report": {"dashboard", "errors", "evidence", "figures", "files", "findings", "plots", "results", "tables",
+    "report": {"cli", "dashboard", "errors", "evidence", "figures", "files", "findings", "plots", "results", "tables",
                "video"},
     "experiment": {"batch", "captions", "checkpointing", "dashboard", "errors", "evaluation", "features", "files",
                    "methods", "models", "results", "sessions", "text", "weights"},
@@ -60,7 +60,7 @@ ROOMS = {
     "predict": {"batch", "cli", "errors", "experiment", "frames", "results", "text", "video", "weights"},
     "finished": {"errors", "experiment", "files", "results"},
     "on_device": {"batch", "cli", "errors", "evaluation", "finished", "methods", "results", "weights"},
-    "privacy": {"batch", "cli", "errors", "features", "finished", "results", "weights"},
+    "privacy": {"batch", "cli", "errors", "finished", "results", "sessions", "weights"},
     "data_modules": {"data_modules", "batch", "errors", "files", "frames", "text", "video"},
 }  # fmt: skip
 

@@ -83,10 +83,8 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         return
     experiment = reopen(run)
 
-    import torch  # noqa: PLC0415  see `cli`
-
-    from cdc_mmpg.batch import Controls  # noqa: PLC0415
-    from cdc_mmpg.features import FeatureDataModule  # noqa: PLC0415
+    from cdc_mmpg.batch import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.sessions import SessionDataModule  # noqa: PLC0415
     from cdc_mmpg.weights import read_state_dict  # noqa: PLC0415
 
     model, data = experiment.model, experiment.dataset
@@ -101,12 +99,9 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     data.prepare_data()
     data.setup("test")
     sessions, contents = data.sessions(), data.contents()
-    view = FeatureDataModule(data, encoder, model.head)
+    view = SessionDataModule(data, encoder, model.head)
     view.trainer = experiment.trainer
-    # As `SessionDataModule` has them, from where it keeps them.
-    kept = view.features("anchors", sessions.anchors, sessions.fingerprint, encoder.num_frames // 2)
-    with torch.no_grad():
-        anchors = encoder.pool(kept["frame_features"].flatten(1, -2)[:, 0]).double().numpy()
+    anchors = view.anchors(sessions).double().numpy()
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
     probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
     write_json(

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.cli import exit_code
+from cdc_mmpg.errors import DataError
 from cdc_mmpg.evidence import (
     BASELINE,
     EVERYTHING,
@@ -688,22 +689,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
     parser.add_argument("--data", type=Path, help="the dataset's folder, for the clips of the examples")
     options = parser.parse_args(arguments)
-    try:
-        html, entries = build(options.folder, options.data)
-        with atomic_write(options.folder / "report.html") as file:
-            file.write(html.encode())
-        write_json(entries, options.folder / "report.json")
-        if os.environ.get("WANDB_MODE") != "disabled":
-            from cdc_mmpg.dashboard import publish  # noqa: PLC0415  imports Lightning: 10 s
+    return exit_code(lambda: write(options.folder, options.data))
 
-            numbers = {name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)}
-            publish(options.folder, html, numbers)
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+
+def write(folder: Path, root: Path | None) -> None:
+    """Page and sources below a dataset's runs, with clips from the dataset's folder; the page to W&B, too."""
+    html, entries = build(folder, root)
+    with atomic_write(folder / "report.html") as file:
+        file.write(html.encode())
+    write_json(entries, folder / "report.json")
+    if os.environ.get("WANDB_MODE") != "disabled":
+        from cdc_mmpg.dashboard import publish  # noqa: PLC0415  imports Lightning: 10 s
+
+        numbers = {name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)}
+        publish(folder, html, numbers)
     for name in ("report.html", "report.json"):
-        print(f"written: {options.folder / name}")
-    return 0
+        print(f"written: {folder / name}")
 
 
 if __name__ == "__main__":

@@ -102,13 +102,16 @@ class SessionDataModule(FeatureDataModule):
         sessions = self.data.sessions()
         if not any(sessions.pools):
             raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
+        self._anchors, self._sessions = self.anchors(sessions), sessions
+        super().setup(stage)
+
+    def anchors(self, sessions: Sessions) -> Tensor:
+        """(A, 192) the anchor features of all unlabelled clips, loaded or computed."""
         middle = self.encoder.num_frames // 2
         features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)["frame_features"]
         with torch.no_grad():
             device = next(self.encoder.parameters()).device
-            self._anchors = self.encoder.pool(features.flatten(1, -2)[:, 0].to(device)).cpu()
-        self._sessions = sessions
-        super().setup(stage)
+            return self.encoder.pool(features.flatten(1, -2)[:, 0].to(device)).cpu()
 
     def history(self) -> tuple[Tensor, list[list[int]]]:
         """The anchor features (A, 192), and which of them each device that trains has."""

@@ -9,6 +9,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cdc_mmpg.errors import CDCError, ConfigError
+from cdc_mmpg.cli import exit_code
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence import (
     ALL_TYPES,
     ANSWER_BYTES,
@@ -755,12 +757,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>; with --paper also checkpoints")
     parser.add_argument("--paper", action="store_true", help="all tables, and what they lack")
     options = parser.parse_args(arguments)
-    try:
-        (_all if options.paper else _methods_alone)(options.folder)
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(partial(_all if options.paper else _methods_alone, options.folder))
 
 
 if __name__ == "__main__":

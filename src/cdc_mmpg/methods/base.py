@@ -342,10 +342,9 @@ class Generating(Answering):
         read = values[:, -shape.numel() :].unflatten(1, shape)
         found = {case: outcomes[case] for case in outcomes if case != READ}
         for case, other in others(self.trainer.datamodule.origins("test"), self.seed).items():
-            chunks = []
+            chunks, theirs = [], torch.tensor(other, device=self.device)
             for part in torch.arange(len(indices), device=self.device).split(CHUNK):
-                own = read[torch.tensor(other, device=self.device)[part]]
-                given = self.head(fused[part], lambda hidden, own=own: self.fda(own, hidden))
+                given = self.head(fused[part], lambda hidden, own=read[theirs[part]]: self.fda(own, hidden))
                 samples = FeatureBatch(fused[part], labels[part], indices[part])
                 chunks.append(self.head.predictions(given, samples))
             found[case] = outcomes["own"][0], torch.cat(chunks).cpu().numpy()

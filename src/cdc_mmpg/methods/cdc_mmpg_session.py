@@ -94,10 +94,8 @@ class CDCMMPGSession(Session):
         self.oracle, self.payload = oracle, payload
         self.fda: Adaptor
         if generated == "full":
-            self.fda, self.shared = (
-                FDA(head.inputs, head.outputs, "hyperfan_in", True),
-                StaticLayer(head.inputs, head.outputs),
-            )
+            self.fda = FDA(head.inputs, head.outputs, "hyperfan_in", project=True)
+            self.shared = StaticLayer(head.inputs, head.outputs)
         else:
             fda = (LowRankFDA if generated == "low_rank" else BasisFDA)(head.inputs, head.outputs, size)
             self.fda, self.shared = fda, fda.shared
