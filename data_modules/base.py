@@ -640,6 +640,10 @@ class VideoTextDataModule(EpochDataModule):
         """A sample's candidates or captions; none of an open-ended question."""
         return self._splits[split].samples[index].options
 
+    def word_counts(self, split: Split) -> Counter[int]:
+        """How often each WordPiece is in a split's texts."""
+        return Counter(word for texts in self._splits[split].texts for text in texts for word in text)
+
     @abstractmethod
     def word(self, split: Split, index: int, label: int | None = None) -> str:
         """The right answer to a sample as an annotation has it, or what the prediction `label` says."""

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdc_mmpg.models.fda import FDA
-from cdc_mmpg.models.heads import StaticLayer
+from cdc_mmpg.models.fda import FDA, StaticLayer
 
 
 @pytest.mark.parametrize(

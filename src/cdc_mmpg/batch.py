@@ -2,6 +2,7 @@
 
 import signal
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -378,6 +379,9 @@ class VideoTextData(Protocol):
 
     def origins(self, split: Split) -> list[Origin]:
         """Where each sample comes from."""
+
+    def word_counts(self, split: Split) -> Counter[int]:
+        """How often each WordPiece is in a split's texts."""
 
     def sessions(self) -> Sessions:
         """Unlabelled clips by device, of a dataset whose `views` have "sessions", or that was given domains."""

@@ -24,8 +24,9 @@ from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.adr import ADR
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.payloads import WIDTH
 
 WARM_UP = 5  # steps before the clock starts
 

@@ -13,6 +13,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 Matrix = NDArray[np.float32]  # (vectors, length)
 Shape = tuple[int, int]
 
+WIDTH = 192  # of every token of the encoder, and so of the anchor feature: 768 bytes
 LARGEST = 127  # of int8; -128 is not used
 BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a number
 SCALE_BYTES = 2  # float16, one a vector in int8

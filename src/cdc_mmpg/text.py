@@ -40,12 +40,13 @@ class TextEncoder:
     Args:
         vocab: a `vocab.txt`, one WordPiece a line; None fetches bert-base-uncased from the hub.
         length: most tokens in a text, [CLS] and [SEP] included.
+        known: how many WordPieces, the first of the vocabulary, the encoder knows; others become [UNK]. None is all.
 
     Raises:
         DataError: the vocabulary is absent, or is none.
     """
 
-    def __init__(self, vocab: str | Path | None = None, length: int = 40) -> None:
+    def __init__(self, vocab: str | Path | None = None, length: int = 40, known: int | None = None) -> None:
         if vocab is None:
             logger.info("fetching the vocabulary of %s, unless it is there", HUB_NAME)
             try:
@@ -64,7 +65,13 @@ class TextEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.length = length
-        self._cls, self._sep = self._whole(["[CLS]", "[SEP]"])
+        self._known, self._unknown = known or self._tokenizer.get_vocab_size(), 0
+        self._cls, self._sep, (self._unknown,) = self._whole(["[CLS]", "[SEP]", "[UNK]"])
+
+    def words(self) -> list[str]:
+        """The vocabulary, a WordPiece's place being its id."""
+        vocabulary = self._tokenizer.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
 
     def neutral(self) -> list[int]:
         """A question that asks for nothing: [CLS], eight [MASK], [SEP]. With it, one anchor serves all questions."""
@@ -105,7 +112,8 @@ class TextEncoder:
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of every text, neither cut nor marked."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[i if i < self._known else self._unknown for i in encoding.ids] for encoding in encodings]
 
 
 def _windows(texts: Sequence[tuple[int, ...]], room: int) -> list[tuple[int, ...]] | None:

@@ -16,10 +16,11 @@ from torchmetrics.utilities import dim_zero_cat
 from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View, others
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.metrics import Outcomes
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.payloads import PRECISIONS, Precision, size_bytes
+from cdc_mmpg.payloads import PRECISIONS, WIDTH, Precision, size_bytes
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 
@@ -219,6 +220,21 @@ class Answering(Method):
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """The same layers as a device installs them: weight (B, L, D), bias (B, L)."""
 
+    def upload(self, frame_features: Tensor) -> Tensor:
+        """The feature that a device uploads (..., 192) of clips whose condition is (..., T, 192)."""
+        return self.encoder.pool(frame_features.mean(-2))
+
+    def served(self) -> "Served":
+        """What a deployment needs of the method, beside encoder and head.
+
+        Raises:
+            ConfigError: this method generates nothing, or nothing that an upload decides.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} sends nothing from a cloud: take a method that generates its last layer "
+            "(METHOD=cdc_mmpg_session, cdc_mmpg or hyper)"
+        )
+
     def fused(self, frame_features: Tensor) -> Tensor:
         """What the head reads, (..., 192), of clips with features (..., T, 192): m̄, or the mean before the pooler."""
         mean = frame_features.mean(-2)
@@ -310,9 +326,9 @@ class Generating(Answering):
         super().__init__(encoder, head, train_encoder, learning_rate, weight_decay, seed)
         self.fda = fda
 
-    @abstractmethod
     def generator_input(self, frame_features: Tensor) -> Tensor:
         """What the hypernetwork reads, (..., 192), of clips whose condition is (..., T, 192)."""
+        return self.upload(frame_features)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Also, in the test: with one layer for everyone, and with layers sent in several precisions.
@@ -359,6 +375,11 @@ class Generating(Answering):
         """Every sample's own layer."""
         return self.fda.generate(self.generator_input(self.head.condition(frame_features)))
 
+    def served(self) -> "Served":
+        """The hypernetwork; offline, the mean of the layers that training generated."""
+        rows = self.fda.average(torch.eye(self.fda.inputs + 1, self.fda.inputs, device=self.device))
+        return Served(Generator(nn.Identity(), self.fda), torch.cat([rows[:-1] - rows[-1], rows[-1:]]).T)
+
     def cloud_modules(self) -> list[nn.Module]:
         """The hypernetwork."""
         return self.fda.cloud_modules()
@@ -370,6 +391,13 @@ class Generating(Answering):
     def payloads(self) -> dict[Precision, int]:
         """Every layer of a sample, whole."""
         return {name: self.head.layers * size_bytes(self.fda.shapes, name) for name in PRECISIONS}
+
+
+class Served(NamedTuple):
+    """What a deployment needs of a method, beside encoder and head."""
+
+    generator: Generator  # in the cloud
+    offline: Tensor  # (L, D + 1) the layer, its last column the bias, of a device that was sent none
 
 
 def compare(layers: Tensor, sent: Tensor) -> dict[str, Tensor]:

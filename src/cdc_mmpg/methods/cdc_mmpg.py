@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
-from cdc_mmpg.methods.base import Generating
+from cdc_mmpg.methods.base import Generating, Served
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head
 
 
@@ -52,9 +53,17 @@ class CDCMMPG(Generating):
         """The reasoner always, the encoder by recipe."""
         return [self.adr, *super().frozen()]
 
+    def upload(self, frame_features: Tensor) -> Tensor:
+        """The anchor feature f of one frame: drawn in training, the middle one when serving."""
+        return anchor_feature(self.encoder, frame_features, draw=self.training)
+
+    def served(self) -> Served:
+        """With the reasoner."""
+        return Served(Generator(self.adr, self.fda), super().served().offline)
+
     def generator_input(self, frame_features: Tensor) -> Tensor:
         """The generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
-        anchor = anchor_feature(self.encoder, frame_features, draw=self.training)
+        anchor = self.upload(frame_features)
         return self.adr(anchor.flatten(0, -2), sample=self.training).generated.view_as(anchor)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.batch import CASES, Split, View
-from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Traffic
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Served, Traffic
+from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
-from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
-from cdc_mmpg.payloads import PRECISIONS, Precision, size_bytes
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
+from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.payloads import PRECISIONS, WIDTH, Precision, size_bytes
 
 Generated = Literal["full", "low_rank", "basis"]
 
@@ -138,6 +140,13 @@ class CDCMMPGSession(Session):
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """Without a session: the shared one, repeated."""
         return self.shared.repeated(len(frame_features))
+
+    def served(self) -> Served:
+        """Axes and what generates; offline, the shared layer."""
+        if self.oracle:
+            raise ConfigError("the oracle is told the camera's cast, which no device knows: it cannot be served")
+        layer = torch.cat([self.shared.weight, self.shared.bias.unsqueeze(-1)], dim=-1)
+        return Served(Generator(self.axes, self.fda), layer)
 
     def cloud_modules(self) -> list[nn.Module]:
         """Axes and what generates; the shared layer is the device's."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from cdc_mmpg.batch import CaptionBatch, FeatureBatch, Split, View, normalise
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Method, ParameterCounts, Traffic, count
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
-from cdc_mmpg.models.heads import Head, StaticLayer
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.models.heads import Head
+from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import save_safetensors
 
 

@@ -1,7 +1,5 @@
 """F-hyper (paper section 4.4.1): the encoder is frozen, a hypernetwork makes the last layer from the fused feature."""
 
-from torch import Tensor
-
 from cdc_mmpg.methods.base import Generating
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -9,7 +7,7 @@ from cdc_mmpg.models.heads import Head
 
 
 class Hyper(Generating):
-    """The hypernetwork alone: no reasoner, no MLP before it, the feature of all frames (m̄) as its input.
+    """The hypernetwork alone: no reasoner, no MLP before it; it reads the feature of all frames, m̄ (eq. 5).
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
@@ -28,7 +26,3 @@ class Hyper(Generating):
     ) -> None:
         fda = FDA(head.inputs, head.outputs, init, project=False)
         super().__init__(encoder, head, fda, False, learning_rate, weight_decay, seed)
-
-    def generator_input(self, frame_features: Tensor) -> Tensor:
-        """The fused feature m̄, eq. 5 without its MLP."""
-        return self.encoder.pool(frame_features.mean(-2))

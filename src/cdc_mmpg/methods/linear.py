@@ -4,7 +4,8 @@ from torch import Tensor
 
 from cdc_mmpg.methods.base import Answering, Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
+from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.models.heads import Head, LastLayer
 
 
 class Linear(Answering):

@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
 from cdc_mmpg.methods.cdc_mmpg_session import Session
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
-from cdc_mmpg.models.heads import Head, LastLayer, StaticLayer
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.payloads import WIDTH
 
 
 class SessionConcatenated(Session):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.models.all_in_one import WIDTH
+from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
 
 Preset = Literal["default", "paper_qa", "paper_mc"]

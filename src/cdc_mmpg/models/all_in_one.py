@@ -19,11 +19,11 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 192  # of every token, and so of the anchor feature: 768 bytes
 PATCH = 16
 DEIT = "deit_tiny_patch16_224"
 
@@ -171,6 +171,17 @@ class AllInOne(nn.Module):
         cls = self._transform(tokens, mask, frames=frames, text_tokens=length)
         return Encoded(cls.view(len(text_ids), frames, WIDTH), self.pool)
 
+    def one_clip(self, video: Tensor, text_ids: Tensor) -> Tensor:
+        """`forward` of one clip (1, T, 3, H, W) and one text (1, L) without padding, for a device: (T, 192).
+
+        Nothing in it depends on values, so that it can be exported for any T and L.
+        """
+        frames = video.shape[1]
+        text = self.text_embeddings(text_ids) + self.token_type_embeddings.weight[0]
+        visual = self._embed_video(video)
+        tokens = torch.cat([text.expand(visual.shape[0], -1, -1), visual], dim=1)
+        return self._transform(tokens, None, frames=frames, text_tokens=text_ids.shape[1])
+
     def encode_words(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Every text token, the mean over the frames, after the final norm: (B, L', 192), L' the longest text's length.
 
@@ -223,7 +234,7 @@ class AllInOne(nn.Module):
         patches = patches.flatten(1, 2) + position[:, 1:]
         time = vit.temporal_embed[:, :frames].unsqueeze(2)  # (1, T, 1, 192)
         patches = (patches.view(batch, frames, -1, WIDTH) + time).flatten(0, 1)
-        cls = (vit.cls_token + position[:, :1]).expand(len(patches), -1, -1)
+        cls = (vit.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
         return vit.pos_drop(torch.cat([cls, patches], dim=1)) + self.token_type_embeddings.weight[1]
 
     def _transform(self, tokens: Tensor, mask: Tensor | None, frames: int = 1, text_tokens: int = 0) -> Tensor:
@@ -372,10 +383,9 @@ def block_of_first_token(block: Block, tokens: Tensor, mask: Tensor | None) -> T
     attention = block.attn
     normed = block.norm1(tokens)
     width, heads = tokens.shape[-1], attention.num_heads
-    query_weight, key_value_weight = attention.qkv.weight.split([width, 2 * width])
-    query_bias, key_value_bias = attention.qkv.bias.split([width, 2 * width])
-    query = F.linear(normed[:, :1], query_weight, query_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-    keys_values = F.linear(normed, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1))
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    query = F.linear(normed[:, :1], weight[:width], bias[:width]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    keys_values = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1))
     key, value = keys_values.permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
     cls = tokens[:, :1] + block.drop_path1(attention.proj_drop(attention.proj(attended)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.models.all_in_one import WIDTH
+from cdc_mmpg.payloads import WIDTH
 
 
 class DeviceAxes(nn.Module):

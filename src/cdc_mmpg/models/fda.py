@@ -8,12 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.models.all_in_one import WIDTH
-from cdc_mmpg.models.heads import StaticLayer
-from cdc_mmpg.payloads import LARGEST, Precision
+from cdc_mmpg.payloads import LARGEST, WIDTH, Precision
 
 Init = Literal["printed", "hyperfan_in", "shared_head"]
 Parts = tuple[Tensor, ...]  # what the cloud sends: matrices (..., vectors, length)
+
+
+class StaticLayer(nn.Linear):
+    """A last layer that is trained, not generated: the same for every sample."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., L), in float32 as the generated ones."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
+
+    def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
+        """As `batch` devices install it: weight (B, L, D), bias (B, L)."""
+        return self.weight.expand(batch, -1, -1), self.bias.expand(batch, -1)
 
 
 class Adaptor(nn.Module):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import CAPTIONS, Outcomes, recalls
-from cdc_mmpg.models.all_in_one import WIDTH, AllInOne
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.payloads import WIDTH
 
 Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
 
@@ -236,19 +238,6 @@ class Retrieval(Head):
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
         """See `metrics.recalls`."""
         return recalls(outcomes)
-
-
-class StaticLayer(nn.Linear):
-    """A last layer that is trained, not generated: the same for every sample."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., L), in float32 as the generated ones."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float())
-
-    def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
-        """As `batch` devices install it: weight (B, L, D), bias (B, L)."""
-        return self.weight.expand(batch, -1, -1), self.bias.expand(batch, -1)
 
 
 def _everyone(own: Tensor) -> Tensor:
