@@ -37,8 +37,20 @@ HEADER = struct.Struct("<4s4B16s16s16s3I")
 UPLOAD_BYTES = HEADER.size + 4 * WIDTH
 FRAMING_BYTES = HEADER.size + SIGNATURE_BYTES  # of a layer
 
+LARGEST = 1.0  # of a feature
 Reason = Literal[
-    "length", "magic", "version", "message", "kind", "shape", "encoder", "generator", "nonce", "signature", "finite"
+    "length",
+    "magic",
+    "version",
+    "message",
+    "kind",
+    "shape",
+    "encoder",
+    "generator",
+    "nonce",
+    "signature",
+    "finite",
+    "range",
 ]
 
 
@@ -122,8 +134,8 @@ def digest(content: bytes) -> bytes:
 
 def encode_upload(feature: NDArray[np.float32], layout: Layout, versions: Versions) -> bytes:
     """An anchor feature (192,), or the mean of several, with the layer that is asked for it; 836 bytes."""
-    if feature.shape != (WIDTH,) or not np.isfinite(feature).all():
-        raise DataError(f"an anchor feature {feature.shape}: {WIDTH} finite numbers are due")
+    if feature.shape != (WIDTH,) or not (np.abs(feature) <= LARGEST).all():
+        raise DataError(f"an anchor feature {feature.shape}: {WIDTH} numbers from -1 to 1 are due")
     return _header("upload", layout, versions, os.urandom(DIGEST_BYTES)) + feature.astype("<f4").tobytes()
 
 
@@ -142,8 +154,8 @@ def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions)
         raise UploadRejected("length", f"{len(content)} bytes: an upload has {UPLOAD_BYTES}")
     layout, _ = _read_header(content, "upload", layouts, versions, UploadRejected)
     feature = np.frombuffer(content, "<f4", WIDTH, HEADER.size)
-    if not np.isfinite(feature).all():
-        raise UploadRejected("finite", "a number of the feature is not finite")
+    if not (np.abs(feature) <= LARGEST).all():  # nor is what is not a number
+        raise UploadRejected("range", "a feature has numbers from -1 to 1 alone, as the hyperbolic tangent gives them")
     return Upload(layout, versions, feature)
 
 
