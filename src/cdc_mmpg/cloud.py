@@ -46,6 +46,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cdc_mmpg.cli import exit_code
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.wire import (
     UPLOAD_BYTES,
     Layout,
@@ -109,32 +110,59 @@ class Made(NamedTuple):
     batch: int
 
 
-def load(bundle: Path, weights: str = "") -> Served:
-    """A cloud bundle, on a GPU where there is one.
+class Bundle(NamedTuple):
+    """A cloud bundle whose parts belong together; the weights are not read yet."""
+
+    name: str
+    versions: Versions
+    key: Ed25519PrivateKey
+    weights: str
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """A cloud bundle as `make export` wrote it.
 
     Raises:
         CheckpointError: it is none, damaged, or its parts do not belong together.
     """
     try:
-        settings = json.loads((bundle / "cloud.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "cloud.json").read_text(encoding="utf-8"))
         versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
-        key = load_pem_private_key((bundle / "signing_key.pem").read_bytes(), password=None)
-        content = (bundle / "generator.safetensors").read_bytes()
-        name, weights = str(settings["name"]), weights or str(settings["weights"])
+        key = load_pem_private_key((folder / "signing_key.pem").read_bytes(), password=None)
+        name, weights = str(settings["name"]), str(settings["weights"])
+        found = digest((folder / "generator.safetensors").read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{bundle}: not a whole cloud bundle ({type(error).__name__}: {error}): make export writes one"
+            f"{folder}: not a whole cloud bundle ({type(error).__name__}: {error}): make export writes one"
         ) from error
-    if digest(content) != versions.generator:
-        raise CheckpointError(f"{bundle}: generator.safetensors is not the one that cloud.json tells of: export anew")
+    if found != versions.generator:
+        raise CheckpointError(f"{folder}: generator.safetensors is not the one that cloud.json tells of: export anew")
     if not isinstance(key, Ed25519PrivateKey):
-        raise CheckpointError(f"{bundle}: signing_key.pem is no Ed25519 key: restore it, or export anew")
-    generator = Generator.load(bundle / "generator.safetensors")
+        raise CheckpointError(f"{folder}: signing_key.pem is no Ed25519 key: restore it, or export anew")
+    return Bundle(name, versions, key, weights)
+
+
+def load(folder: Path, weights: str = "") -> Served:
+    """A cloud bundle in memory, on a GPU where there is one.
+
+    Args:
+        folder: the bundle.
+        weights: their precision, in place of the bundle's choice.
+
+    Raises:
+        CheckpointError: see `read_bundle`.
+    """
+    bundle = read_bundle(folder)
+    generator = Generator.load(folder / "generator.safetensors")
+    weights = weights or bundle.weights
     if weights == "bfloat16":
         generator.round_weights()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    served = Served(name, generator.to(device), generator.layouts(), versions, key, device, weights)
-    answer(served, [(bytes(UPLOAD_BYTES), Upload(served.layouts[0], versions, torch.zeros(192).numpy()))])  # warm
+    served = Served(
+        bundle.name, generator.to(device), generator.layouts(), bundle.versions, bundle.key, device, weights
+    )
+    nothing = Upload(served.layouts[0], served.versions, torch.zeros(WIDTH).numpy())
+    answer(served, [(bytes(UPLOAD_BYTES), nothing)])  # what the first one would wait for
     return served
 
 
@@ -532,7 +560,7 @@ def serve(options: argparse.Namespace) -> None:
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
     read_keys(options.keys)
-    load(options.bundle, options.weights)
+    read_bundle(options.bundle)
     configure_logs()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))

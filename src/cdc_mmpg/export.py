@@ -46,7 +46,7 @@ from cdc_mmpg.files import atomic_write, file_digest
 from cdc_mmpg.finished import reopen, results_of
 from cdc_mmpg.payloads import WIDTH, decode, encode
 from cdc_mmpg.results import provenance, write_json
-from cdc_mmpg.wire import digest
+from cdc_mmpg.wire import Versions, digest
 
 if TYPE_CHECKING:
     import onnx
@@ -230,18 +230,13 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     method = source.method
     with torch.no_grad():
         served = method.served()
-    cloud = out / "cloud"
-    key = signing_key(cloud / KEY)
-    served.generator.save(cloud / GENERATOR)
-    encoder, generator = weights_digest(method), digest((cloud / GENERATOR).read_bytes())
     layouts = {layout.kind: layout for layout in served.generator.layouts()}
     kind = served.generator.native
     layout = layouts[getattr(method, "payload", kind) if kind == "float32" else kind]
     unit = "session" if method.reads == "sessions" else "sample"
-    versions = {"encoder": encoder.hex(), "generator": generator.hex()}
+    cloud = write_cloud(served.generator, weights_digest(method), source.name, out / "cloud")
+    versions = {"encoder": cloud.versions.encoder.hex(), "generator": cloud.versions.generator.hex()}
     made = {"name": source.name, "made": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
-    speed = timed_weights(cloud / GENERATOR)
-    write_json({"format": FORMAT, **versions, "kind": layout.kind, **speed, **made}, cloud / CLOUD)
 
     settings = {
         "format": FORMAT,
@@ -249,7 +244,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         "unit": unit,
         "layout": list(layout),
         **versions,
-        "public_key": key.public_key().public_bytes_raw().hex(),
+        "public_key": cloud.key.public_key().public_bytes_raw().hex(),
         "frames": source.frames,
         "text": {"length": source.text_length, "known": len(source.kept)},
         **made,
@@ -291,10 +286,40 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         },
         "words": {"vocabulary": len(source.words), "kept": len(source.kept)},
         "largest_difference": difference,
-        "generator": speed,
+        "generator": cloud.speed,
         "seconds": perf_counter() - start,
         **made,
     }
+
+
+class Cloud(NamedTuple):
+    """A cloud bundle that was written."""
+
+    key: "Ed25519PrivateKey"
+    versions: Versions
+    speed: dict[str, Any]  # see `timed_weights`
+
+
+def write_cloud(generator: "Generator", encoder: bytes, name: str, folder: Path) -> Cloud:
+    """Write a cloud bundle; its key is kept where there is one.
+
+    Args:
+        generator: on the processor.
+        encoder: digest of the encoder whose features it reads.
+        name: <dataset>/<method>.
+        folder: where to.
+
+    Raises:
+        CheckpointError: the key that is there cannot be read.
+        CDCError: a file cannot be written.
+    """
+    key = signing_key(folder / KEY)
+    generator.save(folder / GENERATOR)
+    versions = Versions(encoder, digest((folder / GENERATOR).read_bytes()))
+    speed = timed_weights(folder / GENERATOR)
+    written = {name: value.hex() for name, value in versions._asdict().items()}
+    write_json({"format": FORMAT, "name": name, **written, **speed, **provenance()}, folder / CLOUD)
+    return Cloud(key, versions, speed)
 
 
 def signing_key(path: Path) -> "Ed25519PrivateKey":

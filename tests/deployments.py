@@ -1,0 +1,135 @@
+"""Small deployments with random weights, and the service as a real process on a real socket."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cdc_mmpg.export import SPECIAL, Source, write_bundles, write_cloud
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import FDA, BasisFDA, LowRankFDA
+from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.wire import Versions
+
+Kind = Literal["full", "low_rank", "basis"]
+OUTPUTS, INPUTS, NUMBER = 17, 96, 4
+ENCODER = bytes(range(16))  # digest of an encoder that there is not
+
+
+def generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Generator:
+    """A generator whose layers differ with the upload."""
+    torch.manual_seed(seed)
+    if kind == "full":
+        return Generator(ADR(), FDA(INPUTS, outputs, "hyperfan_in", project=True)).eval()
+    adaptor = (LowRankFDA if kind == "low_rank" else BasisFDA)(INPUTS, outputs, NUMBER)
+    if isinstance(adaptor, LowRankFDA):
+        torch.nn.init.normal_(adaptor.hyper.weight, std=0.05)
+    return Generator(DeviceAxes(2), adaptor).eval()
+
+
+def cloud_bundle(folder: Path, kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Versions:
+    """A cloud/ folder alone: no encoder, nothing for a device."""
+    return write_cloud(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
+
+
+WORDS = [*SPECIAL, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
+
+
+def deployment(
+    folder: Path,
+    method: Literal["cdc_mmpg_session", "cdc_mmpg"] = "cdc_mmpg_session",
+    task: Literal["open_ended", "multiple_choice"] = "open_ended",
+    kind: Kind = "low_rank",
+) -> Path:
+    """All three bundles of a tiny encoder with random weights, as `make export` writes them; imports Lightning."""
+    from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
+    from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
+    from cdc_mmpg.models.all_in_one import AllInOne
+    from cdc_mmpg.models.heads import MultipleChoice, OpenEnded
+
+    torch.manual_seed(1)
+    encoder = AllInOne(image_size=32, depth=2, vocab_size=len(WORDS), text_length=16)
+    torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
+    head = OpenEnded(5) if task == "open_ended" else MultipleChoice()
+    if method == "cdc_mmpg":
+        folder.mkdir(parents=True, exist_ok=True)
+        ADR().save(folder / "adr.safetensors")
+        made = CDCMMPG(encoder, head, adr=str(folder / "adr.safetensors"))
+    else:
+        made = CDCMMPGSession(encoder, head, generated=kind, size=2)
+        if kind == "low_rank":
+            torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
+    frames = {"number": 3, "candidates": 3, "size": 32, "side": 32}
+    answers = ["red", "green", "blue", "man", "(unknown)"] if task == "open_ended" else []
+    kept = [i for i, word in enumerate(WORDS) if word != "green"]
+    write_bundles(Source(made.eval(), f"test/{method}", task, answers, WORDS, kept, frames, 16), folder)
+    return folder
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Cloud:
+    """`python -m cdc_mmpg.cloud` until the end of a block; ready when it begins.
+
+    Args:
+        bundle: the cloud/ folder.
+        log: where its standard error goes.
+        options: of the command line.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, bundle: Path, log: Path, *options: str, port: int = 0) -> None:
+        self.port, self.log = port or free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "cdc_mmpg.cloud", str(bundle), "--port", str(self.port), *options]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Cloud":
+        """Begin, and wait until it is ready."""
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(
+                self._command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/ready", timeout=1):
+                    return self
+            except (urllib.error.URLError, OSError):
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < end, self.log.read_text()
+                time.sleep(0.05)
+
+    __enter__ = start
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def lines(self) -> list[dict[str, object]]:
+        """What it logged."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
