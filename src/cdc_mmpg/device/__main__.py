@@ -1,0 +1,51 @@
+"""`python -m cdc_mmpg.device`: answer a question about a clip with a device bundle, and say what it took."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdc_mmpg.cli import exit_code
+from cdc_mmpg.device.client import Answer, Device
+
+KEY = "CDC_MMPG_KEY"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the best answers; returns the exit code (see `errors`)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path, help="the device/ or device-int8/ folder of an export")
+    parser.add_argument("--video", type=Path, required=True)
+    parser.add_argument("--question", default="")
+    parser.add_argument("--choices", default="", help="of a multiple choice, with | between them")
+    parser.add_argument("--cloud", help=f"address of the service; its key, if it wants one, in ${KEY}")
+    parser.add_argument("--state", type=Path, help="folder in which the session and its layer are kept")
+    parser.add_argument("--deadline", type=float, default=2.0, help="seconds that the answer may wait for a layer")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+
+    def run() -> None:
+        key = os.environ.get(KEY)
+        device = Device(options.bundle, options.cloud or None, key=key, state=options.state, deadline=options.deadline)
+        choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
+        print(told(options.question, device.answer(options.video, options.question, choices)))
+        device.close()
+
+    return exit_code(run)
+
+
+def told(question: str, answer: Answer) -> str:
+    """An answer as a person reads it."""
+    lines = [question, *(f"  {probability:6.1%}  {text}" for text, probability in answer.ranked)]
+    how = {"adapted": "adapted", "kept": "adapted before, and kept", "shared": "shared by all devices"}[answer.origin]
+    clips = f", from {answer.anchors} clip{'s' if answer.anchors > 1 else ''}" if answer.anchors else ""
+    lines.append(f"last layer: {how}{clips}; the shared one says: {answer.unadapted}")
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in answer.milliseconds.items())
+    lines.append(f"{answer.bytes_up:,} bytes up, {answer.bytes_down:,} down; ms: {stages}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
