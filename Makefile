@@ -43,7 +43,7 @@ SEVERAL := $(if $(SEEDS),$(call upto,$(SEEDS)),$(SEED))
 ASKED   := $(if $(filter all,$(METHOD)),$(ALL) $(if $(SYNTHETIC),$(SESSIONS) $(CONTROLS),$(FROZEN)),$(METHOD))
 WANTED  := $(foreach method,$(ASKED),$(foreach seed,$(SEVERAL),run/$(method)/$(seed)))
 
-ifneq ($(filter train data predict table,$(MAKECMDGOALS)),)
+ifneq ($(filter train data predict table export serve device delay demo,$(MAKECMDGOALS)),)
 ifneq ($(filter-out all $(METHODS) $(VARIANTS),$(METHOD)),)
 $(error METHOD=$(METHOD) is none of: all $(METHODS), nor a variant: $(FRAMES:%=<method>.%), $(REASONERS:%=cdc_mmpg_frozen.%))
 endif
@@ -53,7 +53,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment data train tables report predict table figures checkpoint sweep benchmark test lint check clean
+.PHONY: help environment data train tables report predict export serve device delay demo table figures checkpoint sweep benchmark test lint check clean
 
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -178,6 +178,37 @@ predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO
 	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
+# A deployment: of the session's run, unless METHOD= names another. What is served is trained first only where nothing
+# has to be fetched for it.
+SERVED     = $(if $(filter all,$(METHOD)),cdc_mmpg_session,$(METHOD))
+RUN        = $(ROOT)/$(SERVED)/seed$(SEED)
+DEPLOYMENT = $(RUN)/deployment
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+CLOUD   ?= http://127.0.0.1:$(PORT)
+
+TRAINED = $(if $(SYNTHETIC),$(if $(wildcard $(RUN)/results.json),,run/$(SERVED)/$(SEED)))
+export: .venv/.ready $$(TRAINED) ## bundles for a device and for the cloud: METHOD= DATASET= SEED= ARGS= OUT=
+	@$(PY) -m cdc_mmpg.export "$(RUN)" $(ARGS)
+
+serve: .venv/.ready ## the cloud's service, of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
+	@exec $(PY) -m cdc_mmpg.cloud "$(DEPLOYMENT)/cloud" --host "$(HOST)" --port "$(PORT)" $(if $(WORKERS),--workers "$(WORKERS)") \
+		$(if $(KEYS),--keys "$(KEYS)") $(if $(CERTIFICATE),--certificate "$(CERTIFICATE)") \
+		$(if $(CERTIFICATE_KEY),--certificate-key "$(CERTIFICATE_KEY)") $(ARGS)
+
+device: export CLIP := $(value VIDEO)
+device: export ASKED := $(value QUESTION)
+device: export OFFERED := $(value CHOICES)
+device: .venv/.ready ## ask the device's client, with an export and the service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 METHOD= DATASET= SEED= ARGS= OUT=
+	@$(PY) -m cdc_mmpg.device "$(DEPLOYMENT)/device$(if $(INT8),-int8)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
+		--cloud "$(CLOUD)" --state "$(DEPLOYMENT)/state" $(ARGS)
+
+demo: .venv/.ready $$(if $$(wildcard $$(DEPLOYMENT)/export.json),,export) ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
+	@$(PY) -m cdc_mmpg.demo "$(RUN)" --data "$(DATA)" $(ARGS)
+
+delay: .venv/.ready ## Table 6 by measurement, on a shaped link: DATASET= ARGS= OUT=
+	@$(PY) -m cdc_mmpg.delay "$(ROOT)" $(ARGS)
+
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
 	@$(PY) -m cdc_mmpg.tables "$(ROOT)"
 
@@ -187,8 +218,8 @@ figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= 
 checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
 	@$(PY) -m cdc_mmpg.checkpoint "$(FILE)"
 
-benchmark: .venv/.ready ## training speed at the paper's size: ARGS='--batch-size 8 --steps 5' on a small machine
-	@$(PY) -m cdc_mmpg.benchmark $(ARGS)
+benchmark: .venv/.ready ## speed at the paper's size, of training, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
+	@$(PY) -m cdc_mmpg.benchmark$(if $(OF),_$(OF)) $(ARGS)
 
 test: .venv/.ready ## run the tests: ARGS= for pytest
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
