@@ -1,5 +1,6 @@
 """Small real files: encoded clips whose frames carry their number, annotations and vocabularies as people have them."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -104,6 +105,24 @@ def phase_one(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("phase_one") / "adr.safetensors"
     ADR().save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deployments of tiny encoders, not to be changed: session/, sample/, choice/; the first process makes them."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "deployed"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").exists():
+            from deployments import deployment
+
+            deployment(root / "session")
+            deployment(root / "sample", "cdc_mmpg")
+            deployment(root / "choice", task="multiple_choice", kind="basis")
+            (root / "done").touch()
+    return root
 
 
 Command = Callable[..., list[str]]

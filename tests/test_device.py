@@ -1,0 +1,483 @@
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deployments import Cloud
+
+from cdc_mmpg import cloud
+from cdc_mmpg.device import Answer, Device
+from cdc_mmpg.device.__main__ import main
+from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.device.state import State
+from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
+from cdc_mmpg.wire import FRAMING_BYTES, HEADER, decode_layer, decode_upload
+from conftest import write_clip
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "what is the man doing?"
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+class Fake:
+    """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.served = cloud.load(bundle)
+        self.uploads: list[bytes] = []
+        self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
+        self.honest()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                fake.uploads.append(content)
+                with contextlib.suppress(OSError):
+                    reply = fake.change(fake.layer(content))
+                    if reply is None:
+                        fake.silence.wait(30)
+                        return
+                    status, headers, body = reply
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.silence = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def honest(self) -> None:
+        self.change = lambda layer: (200, {}, layer)
+
+    def layer(self, content: bytes) -> bytes:
+        upload = decode_upload(content, self.served.layouts, self.served.versions)
+        return cloud.answer(self.served, [(content, upload)])[0]
+
+    def close(self) -> None:
+        self.silence.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fake(deployed: Path) -> Iterator[Fake]:
+    server = Fake(deployed / "session" / "cloud")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Clips that no two of which give the same anchor."""
+    root = tmp_path_factory.mktemp("clips")
+    return [write_clip(root / f"{i}.mp4", frames=8 + 3 * i, codec="libx264") for i in range(9)]
+
+
+def opened(deployed: Path, url: str | None, kind: str = "session", **options: object) -> Device:
+    return Device(deployed / kind / "device", url, threads=1, **options)  # type: ignore[arg-type]
+
+
+def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
+    with Cloud(deployed / "session" / "cloud", tmp_path / "log") as service:
+        device = opened(deployed, service.url)
+        answer = device.answer(clips[0], QUESTION)
+        assert (answer.origin, answer.anchors, answer.trouble) == ("adapted", 1, "")
+        assert (answer.bytes_up, answer.bytes_down) == (836, device.model.layout.message_bytes)
+        assert set(answer.milliseconds) == {
+            "decode", "encode", "anchor", "request", "generate", "verify", "swap", "answer"
+        }  # fmt: skip
+        assert sum(probability for _, probability in answer.ranked) == pytest.approx(1)
+        assert answer.ranked == sorted(answer.ranked, key=lambda pair: -pair[1])
+        assert answer.text == answer.ranked[0][0]
+        # The layer is what the generator makes of the anchor feature, in its payload.
+        served = cloud.load(deployed / "session" / "cloud")
+        upload = device.model.anchor(device.model.frames(clips[0]))
+        content = np.array(upload, "<f4").tobytes()
+        import torch
+
+        with torch.no_grad():
+            left, right = served.generator(torch.from_numpy(upload)[None])
+            expected = device.model.shared + (left[0].T @ right[0]).numpy()
+        assert len(content) == 768
+        assert np.abs(device._layer.matrix - expected).max() < 0.02 * np.abs(expected - device.model.shared).max()
+        assert device.answer(clips[0], QUESTION).bytes_up == 0  # one layer for the whole session
+
+
+def test_a_new_layer_is_asked_for_when_the_clips_have_doubled(deployed, fake, clips):
+    device = opened(deployed, fake.url)
+    asked = []
+    for clip in [clips[0], clips[0], *clips[1:]]:
+        device.answer(clip, QUESTION)
+        asked.append(len(fake.uploads))
+    assert asked == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4]  # with 1, 1 (the same clip again), 2, 3, 4, ... 8, 9 clips
+    assert device._layer.anchors == 8
+    mean = np.mean([device.model.anchor(device.model.frames(clip)) for clip in clips[:8]], axis=0)
+    assert np.frombuffer(fake.uploads[-1], "<f4", offset=HEADER.size) == pytest.approx(mean, abs=1e-6)
+
+
+def test_clips_that_are_only_observed_count(deployed, fake, clips):
+    device = opened(deployed, fake.url)
+    for clip in clips[:5]:
+        device.observe(clip)
+    assert fake.uploads == []
+    assert device.answer(clips[5], QUESTION).anchors == 6
+    device.new_session()
+    assert device.answer(clips[5], QUESTION).anchors == 1
+
+
+def test_the_layer_is_an_input_and_the_inference_sessions_stay(deployed, fake, clips):
+    device = opened(deployed, fake.url)
+    before = device.model._encoder, device.model._head
+    answer = device.answer(clips[0], QUESTION)
+    assert answer.origin == "adapted"
+    assert (device.model._encoder, device.model._head) == before
+    features = device.model.features(device.model.frames(clips[0]), device.model.texts(QUESTION))
+    assert not np.allclose(
+        device.model.scores(features, device._layer.matrix), device.model.scores(features, device.model.shared)
+    )
+
+
+MANGLED: dict[str, Callable[[bytes], bytes]] = {
+    "length: truncated": lambda layer: layer[:-1],
+    "length: extended": lambda layer: layer + b"\0",
+    "length: nothing": lambda layer: b"",
+    "signature: unsigned": lambda layer: layer[: HEADER.size] + bytes(64) + layer[FRAMING_BYTES:],
+    "signature: a bit of the body": lambda layer: layer[:-1] + bytes([layer[-1] ^ 1]),
+    "encoder: of another": lambda layer: layer[:8] + bytes(16) + layer[24:],
+    "generator: of another": lambda layer: layer[:24] + bytes(16) + layer[40:],
+    "nonce: of another upload": lambda layer: layer[:40] + bytes(16) + layer[56:],
+    "shape: another": lambda layer: layer[:56] + bytes(12) + layer[68:],
+    "kind: another": lambda layer: layer[:6] + b"\0" + layer[7:],
+    "message: an upload": lambda layer: layer[:5] + b"\0" + layer[6:],
+    "magic: something else": lambda layer: b"%PDF" + layer[4:],
+}
+
+
+@pytest.mark.parametrize("what", MANGLED)
+def test_a_bad_layer_is_rejected_and_the_one_in_use_stays(deployed, fake, clips, what):
+    device = opened(deployed, fake.url)
+    device.answer(clips[0], QUESTION)
+    before = device._layer
+    assert before.origin == "adapted"
+    fake.change = lambda layer: (200, {}, MANGLED[what](layer))
+    answer = device.answer(clips[1], QUESTION)
+    assert what.split(":")[0] in answer.trouble
+    assert device._layer is before
+    fake.honest()
+    device._next_attempt = 0.0
+    answer = device.answer(clips[2], QUESTION)
+    assert (answer.anchors, answer.trouble) == (3, "")
+
+
+def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(deployed, fake, clips):
+    def poisoned(layer: bytes) -> Reply:
+        header, body = layer[: HEADER.size], bytearray(layer[FRAMING_BYTES:])
+        body[:2] = np.array([np.nan], "<f2").tobytes()  # a scale
+        return 200, {}, header + fake.served.key.sign(header + bytes(body)) + bytes(body)
+
+    fake.change = poisoned
+    answer = opened(deployed, fake.url).answer(clips[0], QUESTION)
+    assert answer.origin == "shared"
+    assert "finite" in answer.trouble
+
+
+def test_a_cloud_that_is_busy_is_asked_again(deployed, fake, clips):
+    replies: list[Reply] = [(503, {"Retry-After": "0"}, b"{}"), (500, {}, b""), (429, {}, b"x")]
+    fake.change = lambda layer: replies.pop(0) if replies else (200, {}, layer)
+    answer = opened(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
+    assert (answer.origin, len(fake.uploads)) == ("adapted", 4)
+    assert answer.bytes_up == 4 * 836
+
+
+def test_a_refusal_is_final_and_says_why(deployed, fake, clips):
+    fake.change = lambda layer: (401, {}, b'{"error": "key", "detail": "no key that is known here"}')
+    answer = opened(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
+    assert (answer.origin, len(fake.uploads)) == ("shared", 1)
+    assert "no key that is known" in answer.trouble
+
+
+@pytest.mark.parametrize("reply", ["silence", "drip", "endless", "nobody", "refused", "later than Retry-After"])
+def test_an_answer_never_waits_longer_than_its_deadline(deployed, fake, clips, reply):
+    url, stop = fake.url, threading.Event()
+    if reply == "silence":
+        fake.change = lambda layer: None
+    elif reply == "later than Retry-After":
+        fake.change = lambda layer: (503, {"Retry-After": "3600"}, b"")
+    elif reply == "endless":
+        fake.change = lambda layer: (200, {"Content-Length": str(10**12)}, bytes(10**6))
+    elif reply == "nobody":
+        url = "http://10.255.255.1:9"
+    elif reply == "refused":
+        url = "http://127.0.0.1:1"
+    else:
+        import socket
+
+        server = socket.create_server(("127.0.0.1", 0))
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 604\r\n\r\n" + bytes(604):
+                    if stop.wait(0.05):
+                        return
+                    connection.send(bytes([byte]))
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    device = opened(deployed, url, deadline=0.4)
+    start = time.monotonic()
+    answer = device.answer(clips[0], QUESTION)
+    assert time.monotonic() - start < 8  # each of them would go on for half a minute
+    assert answer.origin == "shared"
+    assert device.answer(clips[1], QUESTION).origin == "shared"
+    assert answer.text
+    stop.set()
+
+
+def test_after_a_failure_the_next_questions_do_not_wait_for_the_cloud(deployed, fake, clips):
+    fake.change = lambda layer: (500, {}, b"")
+    device = opened(deployed, fake.url, deadline=0.3)
+    device.answer(clips[0], QUESTION)
+    device._next_attempt += 60
+    asked = len(fake.uploads)
+    for clip in clips[1:4]:
+        assert device.answer(clip, QUESTION).trouble
+    assert len(fake.uploads) == asked
+
+
+def test_a_layer_that_comes_late_serves_the_next_question(deployed, fake, clips):
+    go = threading.Event()
+
+    def late(layer: bytes) -> Reply:
+        go.wait(20)
+        return 200, {}, layer
+
+    fake.change = late
+    device = opened(deployed, fake.url, deadline=0.2)
+    answer = device.answer(clips[0], QUESTION)
+    assert answer.origin == "shared"
+    go.set()
+    fake.honest()
+    device.deadline = 20.0
+    device._next_attempt = 0.0
+    assert device.answer(clips[1], QUESTION).origin == "adapted"
+
+
+def test_offline_the_last_layer_answers_then_the_kept_one_then_the_shared_one(deployed, fake, clips, tmp_path):
+    offline = "http://127.0.0.1:1"
+    first = opened(deployed, offline, state=tmp_path, deadline=0.2)
+    assert first.answer(clips[0], QUESTION).origin == "shared"
+    online = opened(deployed, fake.url, state=tmp_path)
+    assert online.answer(clips[1], QUESTION).anchors == 2  # the session went on
+    fake.close()
+    online.deadline = 0.2
+    for clip in clips[2:5]:
+        answer = online.answer(clip, QUESTION)
+        assert (answer.origin, answer.anchors) == ("adapted", 2)
+    again = opened(deployed, offline, state=tmp_path, deadline=0.2)
+    answer = again.answer(clips[0], QUESTION)
+    assert (answer.origin, answer.anchors) == ("kept", 2)
+    assert np.array_equal(again._layer.matrix, online._layer.matrix)
+    again.new_session()
+    assert opened(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_kept_layer_that_changed_is_not_used(deployed, fake, clips, tmp_path, damage):
+    opened(deployed, fake.url, state=tmp_path).answer(clips[0], QUESTION)
+    (path,) = tmp_path.glob("layer.*.bin")
+    content = path.read_bytes()
+    changed = {"truncated": content[:-9], "flipped": content[:200] + bytes([content[200] ^ 4]) + content[201:],
+               "empty": b"", "foreign": b"<html>" * 100}[damage]  # fmt: skip
+    path.write_bytes(changed)
+    (anchors,) = tmp_path.glob("anchors.*.f32")
+    anchors.write_bytes(b"abc" if damage == "foreign" else anchors.read_bytes()[:-5])
+    assert opened(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+
+
+def test_a_kill_at_any_moment_of_keeping_leaves_the_old_layer_or_the_new_one(deployed, fake, clips, tmp_path):
+    device = opened(deployed, fake.url, state=tmp_path)
+    messages = []
+    for clip in clips[:2]:
+        device.answer(clip, QUESTION)
+        messages.append(next(tmp_path.glob("layer.*.bin")).read_bytes()[:-4])
+    model = device.model
+    layers = [
+        model.install(decode_layer(message, None, model.layout, model.versions, model.cloud), model.layout)
+        for message in messages
+    ]
+    state, generator, met = State(tmp_path, device.model), random.Random(0), set()
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for number, message in enumerate(messages):
+                    state.keep_layer(message, number)
+        time.sleep(generator.uniform(0.001, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = State(tmp_path, device.model).layer()
+        assert kept is not None
+        assert np.array_equal(kept.matrix, layers[kept.anchors])
+        met.add(kept.anchors)
+    assert met == {0, 1}
+    assert not list(tmp_path.glob(".*.tmp"))  # cleaned at the next start
+
+
+def test_a_state_that_cannot_be_written_does_not_keep_from_answering(deployed, fake, clips, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    answer = opened(deployed, fake.url, state=tmp_path / "file").answer(clips[0], QUESTION)
+    assert answer.origin == "adapted"
+
+
+def test_encoder_and_generator_of_different_versions_are_refused_by_the_cloud(deployed, clips, tmp_path):
+    with Cloud(deployed / "choice" / "cloud", tmp_path / "log") as service:
+        answer = opened(deployed, service.url).answer(clips[0], QUESTION)
+    assert answer.origin == "shared"
+    assert "409" in answer.trouble
+
+
+def test_a_sample_has_a_layer_of_its_own_or_the_shared_one(deployed, clips, tmp_path):
+    with Cloud(deployed / "sample" / "cloud", tmp_path / "log") as service:
+        device = opened(deployed, service.url, "sample", state=tmp_path, deadline=5.0)
+        answers = [device.answer(clip, question) for clip in clips[:2] for question in (QUESTION, "who is it?")]
+        assert [answer.origin for answer in answers] == ["adapted"] * 4
+        assert all(answer.bytes_up == 836 for answer in answers)
+        assert len({tuple(answer.ranked) for answer in answers}) == 4
+    device.deadline = 0.2
+    assert device.answer(clips[0], QUESTION).origin == "shared"
+    assert opened(deployed, None, "sample", state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+
+
+def test_a_multiple_choice_takes_one_of_its_choices(deployed, clips, tmp_path):
+    choices = ["red", "the man", "is it"]
+    with Cloud(deployed / "choice" / "cloud", tmp_path / "log") as service:
+        answer = opened(deployed, service.url, "choice").answer(clips[0], QUESTION, choices)
+    assert {text for text, _ in answer.ranked} == set(choices)
+    assert answer.origin == "adapted"
+    assert answer.bytes_down == FRAMING_BYTES + 4  # two coefficients and a scale
+    with pytest.raises(ConfigError, match="two choices"):
+        opened(deployed, None, "choice").answer(clips[0], QUESTION, ["red"])
+
+
+def test_the_key_goes_with_every_request(deployed, clips, tmp_path):
+    (tmp_path / "keys").write_text("first\nsecond\n")
+    with Cloud(deployed / "session" / "cloud", tmp_path / "log", "--keys", str(tmp_path / "keys")) as service:
+        assert opened(deployed, service.url, key="second").answer(clips[0], QUESTION).origin == "adapted"
+        assert "401" in opened(deployed, service.url, key="third").answer(clips[0], QUESTION).trouble
+
+
+def test_several_threads_may_ask(deployed, fake, clips):
+    device = opened(deployed, fake.url)
+    answers: list[Answer] = []
+    threads = [threading.Thread(target=lambda c=clip: answers.append(device.answer(c, QUESTION))) for clip in clips]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == len(clips)
+    assert len(device._anchors) == len(clips)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx", "shared.npy", "vocab.txt", "answers.txt"])
+def test_a_bundle_that_changed_is_refused_by_name(deployed, tmp_path, name):
+    bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: changed"):
+        DeviceModel(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        DeviceModel(bundle)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path, deployed):
+    with pytest.raises(CheckpointError, match="not a whole device bundle"):
+        DeviceModel(tmp_path)
+    bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
+    settings = json.loads((bundle / "bundle.json").read_text())
+    for wrong, message in (
+        ({**settings, "format": 9}, "format 9"),
+        ([], "not a whole"),
+        ({"format": 1}, "not a whole"),
+    ):
+        (bundle / "bundle.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=message):
+            DeviceModel(bundle)
+
+
+def test_bad_questions_and_clips_are_refused(deployed, clips, tmp_path):
+    device = opened(deployed, None)
+    with pytest.raises(ConfigError, match="ask one"):
+        device.answer(clips[0], "  ")
+    with pytest.raises(ConfigError, match="no choices"):
+        device.answer(clips[0], QUESTION, ["a", "b"])
+    (tmp_path / "text.mp4").write_text("not a clip")
+    for wrong in (tmp_path / "absent.mp4", tmp_path / "text.mp4"):
+        with pytest.raises(DataError, match=wrong.name):
+            device.answer(wrong, QUESTION)
+    with pytest.raises(ConfigError, match="http"):
+        opened(deployed, "localhost:8000")
+    with pytest.raises(ConfigError, match="deadline"):
+        opened(deployed, None, deadline=0.0)
+
+
+def test_the_command_line(deployed, fake, clips, tmp_path, capsys):
+    bundle = str(deployed / "session" / "device")
+    asked = ["--video", str(clips[0]), "--question", QUESTION]
+    assert main([bundle, *asked, "--cloud", fake.url, "--state", str(tmp_path)]) == 0
+    assert "last layer: adapted, from 1 clip;" in capsys.readouterr().out
+    assert main([bundle, *asked, "--state", str(tmp_path)]) == 0
+    assert "adapted before, and kept, from 1 clip;" in capsys.readouterr().out
+    assert main([bundle, "--video", str(clips[0])]) == 2
+    assert main([bundle, "--video", "absent.mp4", "--question", QUESTION]) == 3
+    assert main([str(tmp_path), *asked]) == 4
+    assert main([bundle, *asked, "--cloud", "ftp://nowhere"]) == 2
+    errors = capsys.readouterr().err
+    assert len(re.findall(r"^(Config|Data|Checkpoint)Error: ", errors, re.MULTILINE)) == 4
+    assert "Traceback" not in errors
+
+
+def test_the_device_needs_no_torch_in_an_environment_without_it(deployed, clips, tmp_path):
+    """The package with its base dependencies alone, as a device has it, and the real service."""
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pins = tmp_path / "pins.txt"
+    pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    pins.write_text("\n".join(line.split("#")[0].split(";")[0].replace("[signatures]", "") for line in pinned))
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "checkpoints", "tests"))
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "--constraint", pins, source], check=True)
+    script = f"""
+import importlib.util, sys
+from cdc_mmpg.device import Device
+with_cloud = Device({str(deployed / "session" / "device")!r}, sys.argv[1], state={str(tmp_path / "state")!r})
+answer = with_cloud.answer({str(clips[0])!r}, {QUESTION!r})
+assert answer.origin == "adapted", answer
+for name in ("torch", "lightning", "timm", "transformers", "torchmetrics", "fastapi"):
+    assert importlib.util.find_spec(name) is None, name
+"""
+    with Cloud(deployed / "session" / "cloud", tmp_path / "log") as service:
+        subprocess.run([python, "-c", script, service.url], check=True, cwd=tmp_path)
