@@ -1,0 +1,206 @@
+import hashlib
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deployments import WORDS, deployment, generator
+
+from cdc_mmpg import cloud, export
+from cdc_mmpg.batch import VideoTextBatch
+from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
+from cdc_mmpg.methods.hyper import Hyper
+from cdc_mmpg.methods.linear import Linear
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import FDA
+from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+
+
+def tiny(**options: object) -> AllInOne:
+    return AllInOne(image_size=32, depth=1, vocab_size=len(WORDS), text_length=16, **options)  # type: ignore[arg-type]
+
+
+def report(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "device" / "bundle.json").read_text())
+
+
+def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
+    """The whole way: features there, upload, generated layer, payload, installed layer, scores; against the method."""
+    deployment_of = deployed / "session"
+    torch.manual_seed(1)
+    method = method_of(deployment_of)
+    model, served = DeviceModel(deployment_of / "device"), cloud.load(deployment_of / "cloud")
+    rng = np.random.default_rng(0)
+    frames = rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
+    text = model.texts("what is the man doing?")
+    features = model.features(frames, text)
+    kept = [i for i, word in enumerate(WORDS) if word != "green"]
+    ids = torch.tensor([[kept[i] for i in text[0]]])
+    batch = VideoTextBatch(torch.from_numpy(frames)[None], ids, torch.ones_like(ids), torch.zeros(1), torch.zeros(1))
+    upload = model.anchor(frames)
+    with torch.no_grad():
+        encoded = method.head.encode(method.encoder, batch).frame_features
+        assert np.abs(encoded.numpy() - features).max() < 1e-4
+        sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
+        parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
+    from cdc_mmpg.payloads import decode, encode
+
+    arrived = decode(encode(parts, "int8"), model.layout.shapes, "int8")
+    scores = model.scores(features, model.install(arrived, model.layout))
+    assert np.abs(scores - sent.numpy()).max() < 1e-4
+
+
+def method_of(folder: Path) -> CDCMMPGSession:
+    """The very method that `deployments.deployment` exports: the same seeds."""
+    encoder = AllInOne(image_size=32, depth=2, vocab_size=len(WORDS), text_length=16)
+    torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
+    made = CDCMMPGSession(encoder, OpenEnded(5), generated="low_rank", size=2)
+    torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
+    assert export.weights_digest(made).hex() == report(folder)["encoder"]
+    return made.eval()
+
+
+def test_an_unknown_word_and_one_that_was_left_out_are_the_same(deployed):
+    model = DeviceModel(deployed / "session" / "device")
+    words = (deployed / "session" / "device" / "vocab.txt").read_text().split()
+    assert words == [*(word for word in WORDS if word != "green"), "green"]
+    assert model.texts("what is green?") == model.texts("what is xyz?")
+    assert model.texts("what is red?") != model.texts("what is xyz?")
+
+
+def test_the_most_frequent_words_stay_and_the_special_ones(monkeypatch):
+    monkeypatch.setattr(export, "WORDS", 7)
+    words = [f"w{i}" for i in range(20)]
+    words[3:8] = export.SPECIAL
+    counts = {10: 5, 11: 9, 12: 5, 13: 1, 5: 100}
+    assert export.kept_words(words, counts) == [3, 4, 5, 6, 7, 11]  # [CLS] is frequent and special
+    monkeypatch.setattr(export, "WORDS", 100)
+    assert export.kept_words(words, counts) == [3, 4, 5, 6, 7, 10, 11, 12, 13]
+
+
+def test_every_file_has_its_digest_and_the_key_is_its_owners(deployed):
+    for kind in ("session", "sample", "choice"):
+        for name in ("device", "device-int8"):
+            bundle = deployed / kind / name
+            files = json.loads((bundle / "bundle.json").read_text())["files"]
+            assert {path.name for path in bundle.iterdir()} == {*files, "bundle.json"}
+            for file, digest in files.items():
+                assert hashlib.sha256((bundle / file).read_bytes()).hexdigest() == digest
+        key = deployed / kind / "cloud" / "signing_key.pem"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert not list((deployed / kind).glob("device*/*key*"))
+    assert (deployed / "choice" / "device" / "basis.npy").exists()
+
+
+def test_the_key_pair_is_made_once_and_both_sides_know_the_same(deployed, tmp_path):
+    folder = Path(shutil.copytree(deployed / "sample", tmp_path / "sample"))
+    before = (folder / "cloud" / "signing_key.pem").read_bytes(), report(folder)["public_key"]
+    deployment(folder, "cdc_mmpg")
+    assert ((folder / "cloud" / "signing_key.pem").read_bytes(), report(folder)["public_key"]) == before
+    assert report(folder)["generator"] == report(deployed / "sample")["generator"]
+    (folder / "cloud" / "signing_key.pem").write_text("no key")
+    with pytest.raises(CheckpointError, match=r"signing_key\.pem: not a key"):
+        export.signing_key(folder / "cloud" / "signing_key.pem")
+
+
+def test_another_encoder_or_generator_has_another_version():
+    encoder, head = tiny(), OpenEnded(5)
+    method = Hyper(encoder, head)
+    before = export.weights_digest(method)
+    with torch.no_grad():
+        head.phi[0].bias[0] += 1e-3
+    assert export.weights_digest(method) != before
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank", "basis"])
+def test_a_generator_is_the_same_after_a_file_and_sends_every_kind(tmp_path, kind):
+    first = generator(kind)
+    first.save(tmp_path / "generator.safetensors")
+    again = Generator.load(tmp_path / "generator.safetensors")
+    uploads = torch.rand(3, 192) * 2 - 1
+    with torch.no_grad():
+        assert [layout.kind for layout in again.layouts()] == ["float32", "float16", "int8",
+                                                              *([] if kind == "full" else [kind])]  # fmt: skip
+        for ours, theirs in zip(first(uploads), again(uploads), strict=True):
+            assert torch.equal(ours, theirs)
+        weight, bias = first.adaptor.install(first(uploads))
+        (whole,) = again.matrices(again(uploads), "float32")
+        assert torch.equal(whole, torch.cat([weight, bias.unsqueeze(-1)], dim=-1))
+        for layout in again.layouts():
+            shapes = [tuple(part.shape[1:]) for part in again.matrices(again(uploads), layout.kind)]
+            assert shapes == list(layout.shapes)
+
+
+def test_rounded_weights_make_nearly_the_same_layers():
+    exact, rounded = generator("full"), generator("full")
+    rounded.round_weights()
+    uploads = torch.rand(4, 192) * 2 - 1
+    with torch.no_grad():
+        (ours,), (theirs,) = exact(uploads), rounded(uploads)
+    assert rounded.adaptor.hyper.weight.dtype == torch.bfloat16
+    assert theirs.dtype == torch.float32
+    assert not torch.equal(ours, theirs)
+    assert (ours - theirs).norm() < 0.01 * ours.norm()
+
+
+def test_what_is_no_generator_is_refused(tmp_path):
+    from cdc_mmpg.weights import save_safetensors
+
+    save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    ADR().save(tmp_path / "adr.safetensors")
+    for name in ("x", "adr"):
+        with pytest.raises(CheckpointError, match="not a generator"):
+            Generator.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="no such"):
+        Generator.load(tmp_path / "absent.safetensors")
+
+
+def test_offline_a_generating_method_answers_with_its_mean_layer():
+    method = Hyper(tiny(), OpenEnded(5))
+    assert isinstance(method.fda, FDA)
+    torch.nn.init.normal_(method.fda.mean_latent)
+    hidden = torch.randn(3, 96)
+    with torch.no_grad():
+        layer = method.served().offline
+        assert torch.allclose(hidden @ layer[:, :-1].T + layer[:, -1], method.fda.average(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda: Linear(tiny(), OpenEnded(5)), "sends nothing from a cloud"),
+        (lambda: Hyper(tiny(), Retrieval()), "retrieval"),
+        (lambda: Hyper(tiny(), MultipleChoice(per_candidate=True)), "per_candidate"),
+        (lambda: CDCMMPGSession(tiny(), OpenEnded(5), oracle=True), "oracle"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(method, message):
+    made = method()
+    with pytest.raises(ConfigError, match=message):
+        export._check(made, made.head.task)
+
+
+def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
+    assert export.main([str(tmp_path / "nothing")]) == 4
+    assert "not a finished run" in capsys.readouterr().err
+
+
+def test_at_the_papers_size_the_int8_bundle_is_below_8_megabytes(tmp_path):
+    """1,501 answers, 12 blocks, 224 pixels, whole layers; random weights, of which the first 6,000 words stay."""
+    yaml = [Path("experiments/methods/cdc_mmpg.yaml"), Path("experiments/datasets/msrvtt.yaml")]
+    made = export.export_untrained(yaml, tmp_path)
+    assert made["bytes"]["device-int8"] < 8_000_000
+    assert made["bytes"]["device-int8"] == sum(path.stat().st_size for path in (tmp_path / "device-int8").iterdir())
+    assert made["bytes"]["down"]["float32"] == 582_388
+    assert made["words"] == {"vocabulary": 30_522, "kept": 6_000}
+    assert made["largest_difference"] <= 1e-4
+    assert cloud.load(tmp_path / "cloud").layouts[0].payload_bytes == 582_388
+    saved = json.loads((tmp_path / "export.json").read_text())
+    assert {"commit", "versions", "made"} <= saved.keys()
