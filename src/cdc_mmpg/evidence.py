@@ -33,6 +33,7 @@ from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import RECALLS, accuracies
 from cdc_mmpg.paper import PRINTED
 from cdc_mmpg.results import RESULTS, read_results
+from cdc_mmpg.wire import FRAMING_BYTES, HEADER
 
 Results = dict[str, Any]
 
@@ -41,9 +42,8 @@ BASELINE = "fine_tuning"
 SESSION = "cdc_mmpg_session"
 EVERYTHING, ALL_TYPES = "test", "all"  # group and type that hold every question
 
-# On the wire a message has a header and a signature, too. This is the most that both may take; TCP, TLS and IP come
-# on top of it and are counted nowhere.
-FRAMING_BYTES = 160
+# What `wire` adds to an upload, where a layer has FRAMING_BYTES; what HTTP, TCP and IP add is measured by `make delay`.
+HEADER_BYTES = HEADER.size
 ANSWER_BYTES = 2  # the id of an answer, what the cloud sends back where it answers itself
 FEATURE_BYTES = 768  # 192 float32: what is uploaded
 
@@ -587,9 +587,10 @@ def total(*facts: Fact) -> Fact:
     return Fact(value, f"{value:,.0f}", "sum", tuple(source for fact in facts for source in fact.sources))
 
 
-def on_wire(payload: Fact) -> Fact:
-    """Bytes of a message with its header and signature; nothing where nothing is sent."""
-    return total(payload, constant(FRAMING_BYTES, "FRAMING_BYTES")) if payload.value else payload
+def on_wire(payload: Fact, upload: bool = False) -> Fact:
+    """Bytes of a message with its header and, of a layer, its signature; nothing where nothing is sent."""
+    added = constant(HEADER_BYTES, "HEADER_BYTES") if upload else constant(FRAMING_BYTES, "FRAMING_BYTES")
+    return total(payload, added) if payload.value else payload
 
 
 def delay(payload: Fact, rate: int) -> Fact:

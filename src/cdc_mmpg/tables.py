@@ -27,7 +27,7 @@ from cdc_mmpg.evidence import (
     EMPTY,
     EVERYTHING,
     FEATURE_BYTES,
-    FRAMING_BYTES,
+    HEADER_BYTES,
     NAMES,
     NOTHING_BYTES,
     PAPERS,
@@ -54,6 +54,7 @@ from cdc_mmpg.evidence import (
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.findings import AXES, TARGETS, payloads, told
 from cdc_mmpg.results import RESULTS, read_results
+from cdc_mmpg.wire import FRAMING_BYTES
 
 PRETRAINING = "encoder_pretraining"  # the run that makes the encoder and answers nothing
 FLOORS = {
@@ -428,7 +429,7 @@ def delays(evidence: Evidence) -> Table | None:
     header += ["paper KB", "paper 100 MB/s, ms"] if paper else []
     rows = []
     for label, payload, way in sent:
-        cells = [cell("{}", payload), cell("{}", on_wire(payload))]
+        cells = [cell("{}", payload), cell("{}", on_wire(payload, upload=way == "up"))]
         cells += [cell("{}", delay(payload, rate)) for rate in RATES]
         if paper:
             printed = (evidence.printed("delays", way, key) if way else None for key in ("KB", "100"))
@@ -437,8 +438,9 @@ def delays(evidence: Evidence) -> Table | None:
     notes = [
         Cell("MB/s as in the paper, whose figures are those of MiB/s; delays are the payload's bytes over the rate."),
         cell(
-            "On the wire: a header and a signature may take at most {} bytes more; what TCP, TLS and IP add, and round "
-            "trips, are in no figure.", constant(FRAMING_BYTES, "FRAMING_BYTES"),
+            "On the wire: an upload has a header of {} bytes, what comes down a header and a signature, {}; what HTTP, "
+            "TCP and IP add, and round trips, are measured by make delay.",
+            constant(HEADER_BYTES, "HEADER_BYTES"), constant(FRAMING_BYTES, "FRAMING_BYTES"),
         ),
     ]  # fmt: skip
     title = "Table 6 of the paper" if paper else "In the form of the paper's table 6"
