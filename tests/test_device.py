@@ -105,7 +105,7 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert (answer.origin, answer.anchors, answer.trouble) == ("adapted", 1, "")
         assert (answer.bytes_up, answer.bytes_down) == (836, device.model.layout.message_bytes)
         assert set(answer.milliseconds) == {
-            "decode", "encode", "anchor", "request", "generate", "verify", "swap", "answer"
+            "decode", "encode", "anchor", "upload", "generate", "download", "verify", "swap", "answer"
         }  # fmt: skip
         assert sum(probability for _, probability in answer.ranked) == pytest.approx(1)
         assert answer.ranked == sorted(answer.ranked, key=lambda pair: -pair[1])

@@ -64,7 +64,8 @@ logger = logging.getLogger("cdc_mmpg.cloud")
 PATH = "/v1/layer"
 BYTES = "application/octet-stream"
 BATCH = 32  # most uploads that are answered at once
-HEADER_SECONDS = 5.0  # from a connection, or from the end of a reply, to the end of a request's headers
+HEADER_SECONDS = 5.0  # from a connection, or a request's first byte on a kept one, to the end of its headers
+IDLE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
 BODY_SECONDS = 5.0
 REQUEST_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
 GRACE_SECONDS = 30  # for accepted requests after SIGTERM
@@ -207,6 +208,10 @@ class Batcher:
     def leave(self) -> None:
         """Give a place back."""
         self.free += 1
+
+    async def sent(self) -> None:
+        """The reply is out: `leave`, on the event loop and not in a thread."""
+        self.leave()
 
     async def layer(self, content: bytes, upload: Upload) -> Made:
         """The layer for an upload, signed."""
@@ -355,7 +360,7 @@ class Service:
         self.metrics.generating.observe(made.generating)
         self.metrics.batch.observe(made.batch)
         timing = f"generate;dur={1000 * made.generating:.3f}, wait;dur={1000 * made.waiting:.3f}"
-        leave = BackgroundTask(self.batcher.leave)  # with the last byte
+        leave = BackgroundTask(self.batcher.sent)
         reply = Response(made.layer, 200, {"Server-Timing": timing}, BYTES, leave)
         return reply, {"kind": kind, "bytes": len(made.layer), "batch": made.batch}
 
@@ -449,11 +454,19 @@ class Protocol(H11Protocol):
     """uvicorn's HTTP with a clock: it has none between a connection and the end of a request's headers."""
 
     _clock: asyncio.TimerHandle | None = None
+    _idle = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for headers."""
         super().connection_made(transport)
         self._wind(HEADER_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """The first bytes of the next request: wait for its headers."""
+        if self._idle:
+            self._idle = False
+            self._wind(HEADER_SECONDS)
+        super().data_received(data)
 
     def handle_events(self) -> None:
         """A request came: wait for its reply."""
@@ -463,8 +476,9 @@ class Protocol(H11Protocol):
             self._wind(REQUEST_SECONDS)
 
     def on_response_complete(self) -> None:
-        """Wait for the next headers."""
-        self._wind(HEADER_SECONDS)
+        """Wait for the next request."""
+        self._idle = True
+        self._wind(IDLE_SECONDS)
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -582,6 +596,7 @@ def serve(options: argparse.Namespace) -> None:
             server_header=False,
             backlog=4096,
             timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_keep_alive=int(IDLE_SECONDS),
             h11_max_incomplete_event_size=16_384,
             ssl_certfile=options.certificate,
             ssl_keyfile=options.certificate_key,

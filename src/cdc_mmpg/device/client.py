@@ -42,13 +42,6 @@ class Answer(NamedTuple):
     trouble: str  # why there is no newer layer, "" where there is no trouble
 
 
-class Reply(NamedTuple):
-    """What came back from the cloud."""
-
-    content: bytes
-    server_milliseconds: float  # generating and waiting there
-
-
 class Trouble(CDCError):
     """No layer came: the cloud was not reached in time, refused, or sent what cannot be used."""
 
@@ -244,18 +237,16 @@ class Device:
             Trouble: there is none until `end`.
         """
         upload = encode_upload(feature, self.model.layout, self.model.versions)
-        with clock("request"):
-            reply = self._request(upload, end)
-        clock.milliseconds["generate"] = reply.server_milliseconds
+        content = self._request(upload, end, clock)
         try:
             with clock("verify"):
-                matrices = decode_layer(reply.content, upload, self.model.layout, self.model.versions, self.model.cloud)
+                matrices = decode_layer(content, upload, self.model.layout, self.model.versions, self.model.cloud)
             with clock("swap"):
-                return Layer(self.model.install(matrices, self.model.layout), anchors, "adapted"), reply.content
+                return Layer(self.model.install(matrices, self.model.layout), anchors, "adapted"), content
         except WeightsRejected as error:
             raise Trouble(f"the cloud's reply was rejected ({error})") from error
 
-    def _request(self, upload: bytes, end: float) -> Reply:
+    def _request(self, upload: bytes, end: float, clock: "Clock") -> bytes:
         """The reply to an upload, asked for again and again until `end`.
 
         Raises:
@@ -265,8 +256,8 @@ class Device:
         while (left := end - time.monotonic()) > 0:
             pause = wait * random.uniform(0.5, 1.5)
             try:
-                reply = self._attempt(upload, end, left)
-                if isinstance(reply, Reply):
+                reply = self._attempt(upload, end, left, clock)
+                if isinstance(reply, bytes):
                     return reply
                 problem, least = reply
                 pause = max(pause, least)
@@ -276,7 +267,7 @@ class Device:
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
         raise Trouble(f"no layer in {self.deadline} s ({problem})")
 
-    def _attempt(self, upload: bytes, end: float, left: float) -> Reply | tuple[str, float]:
+    def _attempt(self, upload: bytes, end: float, left: float, clock: "Clock") -> bytes | tuple[str, float]:
         """A reply, or what was wrong for now and how many seconds to wait at least.
 
         Raises:
@@ -286,7 +277,10 @@ class Device:
         assert self._client is not None
         due, content = self.model.layout.message_bytes, bytearray()
         self._bytes[0] += len(upload)
+        start = time.perf_counter()
         with self._client.stream("POST", PATH, content=upload, timeout=left) as response:
+            generating = _server_milliseconds(response.headers.get("server-timing", ""))
+            came = time.perf_counter()
             for chunk in response.iter_raw():
                 content += chunk
                 self._bytes[1] += len(chunk)
@@ -295,7 +289,10 @@ class Device:
             if response.status_code == 200:
                 if len(content) < due and time.monotonic() > end:
                     return "it came too slowly", 0.0
-                return Reply(bytes(content), _server_milliseconds(response.headers.get("server-timing", "")))
+                clock.add("upload", 1000 * (came - start) - generating)
+                clock.add("generate", generating)
+                clock.add("download", 1000 * (time.perf_counter() - came))
+                return bytes(content)
             problem = f"{response.status_code} {bytes(content[:200]).decode('utf-8', 'replace')}"
             if response.status_code in (408, 429) or response.status_code >= 500:
                 after = response.headers.get("retry-after", "")
@@ -316,8 +313,11 @@ class Clock:
         try:
             yield
         finally:
-            taken = 1000 * (time.perf_counter() - start)
-            self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + taken
+            self.add(stage, 1000 * (time.perf_counter() - start))
+
+    def add(self, stage: str, milliseconds: float) -> None:
+        """Count so many more."""
+        self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + milliseconds
 
 
 def _server_milliseconds(header: str) -> float:

@@ -1,0 +1,234 @@
+"""The measured time delay: what is computed, what a link holds back, and that nothing stays behind."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cdc_mmpg import delay, links
+from cdc_mmpg.delay import Case
+from cdc_mmpg.errors import CDCError
+from cdc_mmpg.links import Counts, Line, Loopback, Namespaces
+from cdc_mmpg.wire import FRAMING_BYTES, UPLOAD_BYTES
+
+TINY = (Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
+PAYLOAD = 4 * 97 * 300
+RATE = 5  # MiB/s
+
+
+@pytest.mark.parametrize(
+    ("count_bytes", "rate", "milliseconds"),
+    [
+        (582_388, 5, 111.08),
+        (388_388, 5, 74.08),
+        (597_908, 5, 114.04),
+        (582_388, 100, 5.554),
+        (768, 5, 0.146),
+        (768, 100, 0.0073),
+    ],
+)
+def test_paper_divides_bytes_by_mib_a_second(count_bytes, rate, milliseconds):
+    assert delay.division_ms(count_bytes, rate) == pytest.approx(milliseconds, rel=5e-3 if count_bytes == 768 else 1e-4)
+
+
+def test_cases_have_the_bytes_of_the_paper():
+    found = {(case.outputs, kind): case.layout(kind).payload_bytes for case in delay.CASES for kind in case.kinds}
+    assert found == {
+        (1501, "float32"): 582_388,
+        (1501, "float16"): 291_194,
+        (1501, "int8"): 148_599,
+        (1001, "float32"): 388_388,
+        (1541, "float32"): 597_908,
+        (1, "float32"): 772,
+        (1501, "low_rank"): 6_408,
+        (1501, "basis"): 10,
+    }
+
+
+def test_cell_tells_transfer_from_compute():
+    replies = [{"whole": whole, "compute": compute, "verify": 1.0} for whole, compute in ((50, 10), (62, 20), (200, 3))]
+    found = delay.cell(delay.CASES[0], "float32", 15, replies, Counts(3 * 10_000, 3 * 610_000, 600, 1300, 0))
+    assert found["transfer_ms"] == 42  # of each request, not of the medians
+    assert (found["whole_p50_ms"], found["compute_ms"]) == (62, 10)
+    assert found["whole_p99_ms"] > 195
+    assert (found["link_up_bytes"], found["link_down_bytes"]) == (10_000, 610_000)
+    assert found["floor_ms"] == pytest.approx(620_000 / (15 * 1024 * 1024) * 1000)
+    assert found["transfer_by_floor"] == pytest.approx(42 / found["floor_ms"])
+    assert found["message_bytes"] == 582_388 + 132
+
+
+def test_server_timing_is_read():
+    assert delay.server_ms("generate;dur=4.250, wait;dur=0.031") == {"generate": 4.25, "wait": 0.031}
+    assert delay.server_ms("cache") == {}
+
+
+def test_line_sends_one_after_another():
+    line = Line(1000, 0.5)
+    assert line.due(100, 10.0) == pytest.approx(10.6)
+    assert line.due(100, 10.0) == pytest.approx(10.7)  # behind the first
+    assert line.due(100, 20.0) == pytest.approx(20.6)  # nothing is saved up
+    assert line.passed_bytes == 300
+
+
+@pytest.mark.parametrize("size", [1, 300_001])
+def test_proxy_delivers_every_byte_and_no_sooner(size):
+    rate, held = 2_000_000, 0.05
+    sent = os.urandom(size)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def echo() -> None:
+            connection, _ = server.accept()
+            with connection:
+                content = b"".join(iter(lambda: connection.recv(65_536), b""))
+                connection.sendall(content)
+
+        thread = threading.Thread(target=echo, daemon=True)
+        thread.start()
+        with links.proxied(server.getsockname()[1], rate, held) as (port, up, down):
+            start = time.perf_counter()
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                content = b"".join(iter(lambda: client.recv(65_536), b""))
+            seconds = time.perf_counter() - start
+        thread.join(5)
+    assert content == sent
+    assert seconds >= 2 * (size / rate + held)  # the echo begins when all is there
+    assert up.passed_bytes == down.passed_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("none/msvd", []), ("file", []), ("msvd", ["--requests", "0"]), ("msvd", ["--congestion", "carrier-pigeon"])],
+)
+def test_what_cannot_be_measured_is_refused_at_once(folder, options, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert delay.main([str(tmp_path / folder), *options]) == 2
+    assert "ConfigError" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_the_tools_it_is_the_proxy_and_why(monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with ExitStack() as stack:
+        network, why = delay.chosen(stack, proxy=False)
+        assert network.kind == "proxy"
+        assert "no program ip" in why
+    assert "no program ip" in caplog.text
+
+
+def test_service_that_does_not_come_up_shows_its_log(monkeypatch):
+    failing = ["sh", "-c", "echo no weights here >&2; exit 4"]
+    monkeypatch.setattr(Loopback, "command", lambda self, side: failing if side == "server" else [])
+    with pytest.raises(CDCError, match=r"of tiny did not come up, exit code 4:\nno weights here"):
+        delay.measured(TINY, [RATE], 1, Loopback())
+
+
+def test_over_the_proxy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(delay, "CASES", TINY)
+    monkeypatch.setattr(delay, "RATES", (RATE,))
+    monkeypatch.setattr(delay, "IDLE_SECONDS", 0.01)
+    assert delay.main([str(tmp_path / "msvd"), "--proxy", "--requests", "2"]) == 0
+    result = json.loads((tmp_path / "msvd" / "delay.json").read_text())
+    assert (result["link"], result["weights"]) == ("proxy", "random")
+    whole, small = result["cells"]
+    assert (whole["kind"], small["kind"]) == ("float32", "low_rank")
+    assert whole["payload_bytes"] == PAYLOAD
+    for found in result["cells"]:
+        assert len(found["requests"]) == 2
+        assert found["link_up_bytes"] > UPLOAD_BYTES
+        assert 0 < found["link_down_bytes"] - found["payload_bytes"] - FRAMING_BYTES < 500  # HTTP's headers
+        assert all(reply["whole"] - reply["compute"] >= found["floor_ms"] for reply in found["requests"])
+    far = result["delay"]["cells"]
+    assert [found["connection"] for found in far] == ["each", "idle", "kept"]
+    assert all(found["transfer_ms"] >= 2000 * delay.DELAY_SECONDS for found in far)
+    written = (tmp_path / "msvd" / "delay.md").read_text()
+    assert "| tiny, 300 | float32 | 5 | 116,400 |" in written
+    assert "TCP's not" in written
+    assert "does not" not in capsys.readouterr().err
+
+
+def namespaces() -> str:
+    """Why there can be none."""
+    try:
+        with Namespaces():
+            return ""
+    except CDCError as error:
+        return str(error)
+
+
+def left() -> list[str]:
+    """Namespaces of any run."""
+    return [name for name in os.listdir("/run/netns") if name.startswith("cdc-delay-")]
+
+
+WATCHED = """
+import json, shutil, sys
+from cdc_mmpg import delay
+from cdc_mmpg.wire import Versions
+bundle, generator, public_key, folder = sys.argv[1:]
+series, found = delay.series, []
+
+def watched(client, service, kind, link, rate, requests, connection="kept"):
+    if len(found) == 6:
+        print(json.dumps(found), flush=True)
+        requests = 1_000_000
+    found.append(series(client, service, kind, link, rate, requests, connection))
+    return found[-1]
+
+def copied(cases, folder):  # to make one imports torch
+    shutil.copytree(bundle, folder / "0")
+    return [(Versions(delay.ENCODER, bytes.fromhex(generator)), bytes.fromhex(public_key))]
+
+delay.CASES = (delay.Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
+delay.RATES, delay.series, delay.write_bundles = (5, 100), watched, copied
+sys.exit(delay.main([folder, "--requests", "2"]))
+"""
+
+
+def children(process: int) -> list[int]:
+    """Processes that one has begun."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
+    if why := namespaces():
+        pytest.skip(why)
+    [(versions, public_key)] = delay.write_bundles(TINY, tmp_path)
+    arguments = [str(tmp_path / "0"), versions.generator.hex(), public_key.hex(), str(tmp_path / "msvd")]
+    with subprocess.Popen(
+        [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        time.sleep(0.2)
+        begun = children(process.pid)
+        within = [name for name in left() if str(process.pid) in name]
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    *cells, each, _ = json.loads(line or "[]") or pytest.fail(said)
+    for found in cells:
+        assert found["dropped"] == 0
+        assert found["link_up_bytes"] > UPLOAD_BYTES
+        assert found["link_down_bytes"] > found["payload_bytes"] + FRAMING_BYTES
+    whole, _, faster, _ = cells
+    assert min(whole["link_packets"], faster["link_packets"]) > PAYLOAD / links.FRAME_BYTES  # none larger than a frame
+    least = delay.division_ms(PAYLOAD - 2 * links.FRAME_BYTES, RATE)  # but for the bucket's content
+    assert all(reply["whole"] - reply["compute"] >= least for reply in whole["requests"])
+    assert each["transfer_ms"] >= 4 * 2000 * delay.DELAY_SECONDS  # a handshake; 14 KB, 29 KB and then the others
+
+    assert len(begun) == len(within) == 2  # service and client
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{child}").exists() for child in begun)
+    assert not any(str(process.pid) in name for name in left())
+    assert not list((tmp_path / "msvd").iterdir())
