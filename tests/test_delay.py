@@ -19,6 +19,7 @@ from cdc_mmpg.delay import Case
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.links import Counts, Line, Loopback, Namespaces
 from cdc_mmpg.wire import FRAMING_BYTES, UPLOAD_BYTES
+from conftest import write_clip
 
 TINY = (Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
 PAYLOAD = 4 * 97 * 300
@@ -232,3 +233,23 @@ def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
     assert not any(Path(f"/proc/{child}").exists() for child in begun)
     assert not any(str(process.pid) in name for name in left())
     assert not list((tmp_path / "msvd").iterdir())
+
+
+def test_whole_answers_of_exported_runs(tmp_path, deployed):
+    run = tmp_path / "synthetic" / "cdc_mmpg_session" / "seed0"
+    shutil.copytree(deployed / "session", run / "deployment")
+    (run / "deployment" / "export.json").write_text("{}")
+    assert delay.exported(tmp_path / "synthetic") == []  # no test, so no question
+    (run / "predictions.test.csv").write_text(
+        "clip,device,group,type,question,answer\nfirst,d,unseen,,what is it?,red\n"
+    )
+    clip = write_clip(tmp_path / "synthetic" / "data" / "clips" / "YouTubeClips" / "first.mp4", codec="libx264")
+    bundles = delay.exported(tmp_path / "synthetic")
+    assert [(each.name, each.video, each.question) for each in bundles] == [
+        (f"cdc_mmpg_session/{name}", clip, "what is it?") for name in ("device", "device-int8")
+    ]
+    with delay.deployed([], Loopback(), tmp_path) as (client, _):
+        (found,) = delay.whole_answers(client, Loopback(), bundles[:1], 2, tmp_path)
+    assert set(found["stages_ms"]) == set(delay.STAGES)
+    assert all(value > 0 for value in found["stages_ms"].values())
+    assert len(found["requests"]) == 2
