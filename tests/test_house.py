@@ -260,7 +260,9 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
             process = start(tmp_path / "log", program, [shell.get(argument, argument) for argument in arguments])
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
         ran.append(command[0])
-    assert set(ran) == {"train", "table", "tables", "report", "predict", "figures", "data", "checkpoint", "export", "demo"}
+    assert set(ran) == {
+        "train", "table", "tables", "report", "predict", "figures", "data", "checkpoint", "export", "demo"
+    }  # fmt: skip
     assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining", "privacy"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}

@@ -19,6 +19,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 from asyncio import constants
@@ -41,6 +42,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cdc_mmpg.cli import exit_code
@@ -62,6 +65,7 @@ from cdc_mmpg.wire import (
 logger = logging.getLogger("cdc_mmpg.cloud")
 
 PATH = "/v1/layer"
+WEIGHTS = ("float32", "bfloat16")
 BYTES = "application/octet-stream"
 BATCH = 32  # most uploads that are answered at once
 HEADER_SECONDS = 5.0  # from a connection, or a request's first byte on a kept one, to the end of its headers
@@ -70,6 +74,8 @@ BODY_SECONDS = 5.0
 REQUEST_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
 GRACE_SECONDS = 30  # for accepted requests after SIGTERM
 RETRY_SECONDS = 1
+START_SECONDS = 60  # that a process may import before its supervisor takes it for lost
+PARENT_SECONDS = 1.0  # after which a process notices that its supervisor is gone
 NOTHING = 1e-12  # of a feature: numbers near the smallest that there are slow processors down a hundred times
 
 # TLS handshakes have a minute, unless told.
@@ -126,15 +132,18 @@ def read_bundle(folder: Path) -> Bundle:
     Raises:
         CheckpointError: it is none, damaged, or its parts do not belong together.
     """
+    part = folder / "cloud.json"
     try:
-        settings = json.loads((folder / "cloud.json").read_text(encoding="utf-8"))
+        settings = json.loads(part.read_text(encoding="utf-8"))
         versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
-        key = load_pem_private_key((folder / "signing_key.pem").read_bytes(), password=None)
-        name, weights = str(settings["name"]), str(settings["weights"])
-        found = digest((folder / "generator.safetensors").read_bytes())
+        name, weights = str(settings["name"]), WEIGHTS[WEIGHTS.index(settings["weights"])]
+        part = folder / "signing_key.pem"
+        key = load_pem_private_key(part.read_bytes(), password=None)
+        part = folder / "generator.safetensors"
+        found = digest(part.read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder}: not a whole cloud bundle ({type(error).__name__}: {error}): make export writes one"
+            f"{part}: not a part of a cloud bundle ({type(error).__name__}: {error}): make export writes one"
         ) from error
     if found != versions.generator:
         raise CheckpointError(f"{folder}: generator.safetensors is not the one that cloud.json tells of: export anew")
@@ -288,9 +297,12 @@ class Service:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Read the weights while the process answers already; at the end let the generator go."""
-        starting = asyncio.create_task(self._start())
+        tasks = [asyncio.create_task(self._start())]
+        if COUNTS in os.environ:
+            tasks.append(asyncio.create_task(self._watch()))
         yield
-        starting.cancel()
+        for task in tasks:
+            task.cancel()
         if self.batcher is not None:
             await self.batcher.stop()
         log("stopped")
@@ -304,6 +316,13 @@ class Service:
             return
         self.batcher = Batcher(served, self.settings.places)
         log("ready", **described(served), device=str(served.device), processors=os.cpu_count())
+
+    async def _watch(self) -> None:
+        """One of several processes ends with their supervisor: it would hold the port, and nobody would replace it."""
+        supervisor = os.getppid()
+        while os.getppid() == supervisor:
+            await asyncio.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def health(self, _: Request) -> Response:
         """The process answers."""
@@ -361,15 +380,27 @@ class Service:
         self.metrics.batch.observe(made.batch)
         timing = f"generate;dur={1000 * made.generating:.3f}, wait;dur={1000 * made.waiting:.3f}"
         leave = BackgroundTask(self.batcher.sent)
-        reply = Response(made.layer, 200, {"Server-Timing": timing}, BYTES, leave)
+        reply = Whole(made.layer, 200, {"Server-Timing": timing}, BYTES, leave)
         return reply, {"kind": kind, "bytes": len(made.layer), "batch": made.batch}
+
+
+class Whole(Response):
+    """A reply that ends when the client has read it, but for what its socket holds: until then its place is taken."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the body, wait until it is gone, end."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        if self.background is not None:
+            await self.background()
 
 
 def app() -> FastAPI:
     """The service of a process that `main` started."""
     configure_logs()
     service = Service(Settings(**json.loads(os.environ[SETTINGS])))
-    api = FastAPI(openapi_url=None, lifespan=service.lifespan)
+    api = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=service.lifespan)
     api.add_api_route("/health", service.health)
     api.add_api_route("/ready", service.ready)
     api.add_api_route("/metrics", service.count)
@@ -410,6 +441,8 @@ async def read_body(request: Request) -> bytes:
                 content += chunk
                 if len(content) > UPLOAD_BYTES:
                     raise HTTPException(413, f"more than the {UPLOAD_BYTES} bytes of an upload")
+    except ClientDisconnect as error:
+        raise HTTPException(400, f"the client left after {len(content)} of {UPLOAD_BYTES} bytes") from error
     except TimeoutError as error:
         raise HTTPException(408, f"{len(content)} of {UPLOAD_BYTES} bytes came in {BODY_SECONDS} s") from error
     return content
@@ -445,7 +478,7 @@ def read_keys(path: str) -> list[bytes]:
 def admitted(authorization: str, keys: Sequence[bytes]) -> bool:
     """Whether a header brings a key, in a time that does not depend on which or on how much of one."""
     scheme, _, key = authorization.partition(" ")
-    given = digest(key.strip().encode("utf-8", "surrogateescape"))
+    given = digest(key.strip().encode("latin-1", "replace"))  # the bytes as they came
     same = [hmac.compare_digest(given, own) for own in keys]
     return any(same) and scheme.lower() == "bearer"
 
@@ -458,6 +491,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for headers."""
+        transport.set_write_buffer_limits(1, 0)  # see `Whole`
         super().connection_made(transport)
         self._wind(HEADER_SECONDS)
 
@@ -545,9 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keys", default="", help="a file with a key a line; without, everyone on this machine may ask"
     )
-    parser.add_argument(
-        "--weights", choices=["float32", "bfloat16"], default="", help="in place of the bundle's choice"
-    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="in place of the bundle's choice")
     parser.add_argument("--certificate", help="PEM, for https")
     parser.add_argument("--certificate-key", help="PEM, for https")
     options = parser.parse_args(arguments)
@@ -574,7 +606,12 @@ def serve(options: argparse.Namespace) -> None:
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
     read_keys(options.keys)
-    read_bundle(options.bundle)
+    load(options.bundle, options.weights)
+    try:
+        with socket.create_server((options.host, options.port), family=family(options.host)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{options.host}:{options.port} cannot be had ({error}); PORT= names another") from error
     configure_logs()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))
@@ -597,10 +634,18 @@ def serve(options: argparse.Namespace) -> None:
             backlog=4096,
             timeout_graceful_shutdown=GRACE_SECONDS,
             timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_worker_healthcheck=START_SECONDS,
             h11_max_incomplete_event_size=16_384,
             ssl_certfile=options.certificate,
             ssl_keyfile=options.certificate_key,
         )
+    if options.workers > 1:  # a single process leaves by the signal itself
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def family(host: str) -> socket.AddressFamily:
+    """Of an address or a name."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_loopback(host: str) -> bool:
