@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deployments import WORDS, deployment, generator
 
 from cdc_mmpg import cloud, export
 from cdc_mmpg.batch import VideoTextBatch
@@ -21,6 +20,7 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+from deployments import WORDS, deployment, generator
 
 
 def tiny(**options: object) -> AllInOne:

@@ -24,6 +24,7 @@ from cdc_mmpg.wire import (
     decode_upload,
     encode_layer,
     encode_upload,
+    signed,
 )
 
 VERSIONS = Versions(bytes(range(16)), bytes(range(16, 32)))
@@ -45,9 +46,9 @@ def layer(layout=WHOLE, upload=UPLOAD, versions=VERSIONS, key=KEY):
     return encode_layer(matrices(layout), upload, layout, versions, key)
 
 
-def signed(header, body):
+def lying(header, body):
     """Bytes of a cloud that lies."""
-    return header + KEY.sign(header + body) + body
+    return header + KEY.sign(signed(header, body)) + body
 
 
 def patched(content, place, new):
@@ -195,7 +196,7 @@ def test_a_future_version_is_refused():
     good = layer()
     for place in (VERSION, ZERO):
         body, header = good[FRAMING_BYTES:], patched(good[: HEADER.size], place, b"\x02")
-        assert reason_of_layer(signed(header, body)) == "version"
+        assert reason_of_layer(lying(header, body)) == "version"
         assert reason_of_upload(patched(UPLOAD, place, b"\x02")) == "version"
 
 
@@ -204,7 +205,7 @@ def test_a_future_version_is_refused():
 def test_numbers_that_are_none_are_refused_though_the_cloud_signed_them(layout, value):
     good = layer(layout)
     number = np.array(value, "<f4" if layout.precision == "float32" else "<f2").tobytes()  # of int8, a scale
-    content = signed(good[: HEADER.size], patched(good[FRAMING_BYTES:], 0, number))
+    content = lying(good[: HEADER.size], patched(good[FRAMING_BYTES:], 0, number))
     assert reason_of_layer(content, layout=layout) == "finite"
 
 
@@ -305,7 +306,7 @@ def test_what_a_lying_cloud_signs_is_refused_or_finite():
     for number in range(2000):
         layout = LAYOUTS[number % len(LAYOUTS)]
         header = layer(layout)[: HEADER.size]
-        content = signed(header, chance.randbytes(layout.payload_bytes + chance.choice([0, 0, 0, 1, -1])))
+        content = lying(header, chance.randbytes(layout.payload_bytes + chance.choice([0, 0, 0, 1, -1])))
         with suppress(WeightsRejected):
             arrived = decode_layer(content, UPLOAD, layout, VERSIONS, KEY.public_key())
             assert all(np.isfinite(matrix).all() for matrix in arrived)

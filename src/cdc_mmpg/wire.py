@@ -1,7 +1,7 @@
 """The bytes between device and cloud: a fixed header, a body of raw numbers, on the way down a signature. No torch.
 
     header     68 bytes: magic 4, version 1, message 1, kind 1, zero 1, encoder 16, generator 16, nonce 16, shape 3 x 4
-    signature  64 bytes: Ed25519 over header and body, of layers only
+    signature  64 bytes: Ed25519 over the header and the SHA-256 of the body, of layers only
     body       up: 192 float32; down: the payload (see `payloads`)
 
 All numbers are little-endian. Encoder and generator are digests of weights (`DIGEST_BYTES` of a SHA-256): features of
@@ -169,7 +169,7 @@ def encode_layer(
     """
     header = _header("layer", layout, versions, digest(upload))
     body = encode(matrices, layout.precision)
-    return header + key.sign(header + body) + body
+    return header + key.sign(signed(header, body)) + body
 
 
 def decode_layer(
@@ -194,13 +194,18 @@ def decode_layer(
         raise WeightsRejected("nonce", "it answers another upload")
     header, body = content[: HEADER.size], content[FRAMING_BYTES:]
     try:
-        key.verify(content[HEADER.size : FRAMING_BYTES], header + body)
+        key.verify(content[HEADER.size : FRAMING_BYTES], signed(header, body))
     except InvalidSignature as error:
         raise WeightsRejected("signature", "it was not signed by this device's cloud, or changed on the way") from error
     try:
         return decode(body, layout.shapes, layout.precision)
     except DataError as error:
         raise WeightsRejected("finite", str(error)) from error
+
+
+def signed(header: bytes, body: bytes) -> bytes:
+    """What a signature is over: Ed25519 reads its message twice, with a slower digest."""
+    return header + hashlib.sha256(body).digest()
 
 
 def _header(message: Message, layout: Layout, versions: Versions, nonce: bytes) -> bytes:

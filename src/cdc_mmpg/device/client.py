@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/layer"
 BACKOFF_SECONDS = 0.05  # before the second attempt of a request, twice as long before each further one
 PAUSE_SECONDS = (1.0, 300.0)  # after a request that failed: the first pause, doubled each time, and the longest
+LATEST_SECONDS = 30.0  # that a session's layer may take to come, when nobody waits for it any more
 SESSION = 64  # most recent clips that count; after as many new ones a layer is asked for in any case
 BEST = 5  # answers that are told
 
@@ -53,7 +54,7 @@ class Device:
     twice as many as the last one was made from; one for samples asks with every question. What arrives is verified in
     memory (`wire.decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
     on with its last layer, else the kept one, else the shared one; a sample, whose layer fits no other, with the shared
-    one. `answer` waits for a layer no longer than `deadline`; one that comes later serves the next question.
+    one. `answer` waits for a layer no longer than `deadline`; a session's that comes later serves the next question.
 
     Methods may be called from several threads.
 
@@ -178,15 +179,16 @@ class Device:
         """Install a new layer for the session, if one is worth it and comes in time."""
         if self._client is None or not self._anchors:
             return
-        if self._asking is None:
+        if self._asking is None or not self._asking.is_alive():
             if not self._is_worth_it or time.monotonic() < self._next_attempt:
                 return
+            latest = max(end, time.monotonic() + LATEST_SECONDS)
             feature, asked = np.mean(self._anchors, axis=0), (self._seen, self._session)
-            self._asking = threading.Thread(target=self._ask, args=(feature, *asked, end, clock), daemon=True)
+            self._asking = threading.Thread(target=self._ask, args=(feature, *asked, latest, clock), daemon=True)
             self._asking.start()
-        self._asking.join(max(0.0, end - time.monotonic()))
-        if not self._asking.is_alive():
-            self._asking = None
+            self._asking.join(max(0.0, end - time.monotonic()))
+        if self._asking.is_alive():
+            self._trouble = "the cloud has not answered yet"
 
     def _ask(self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "Clock") -> None:
         """In a thread of its own, since looking up a name knows no deadline."""
@@ -261,11 +263,11 @@ class Device:
                     return reply
                 problem, least = reply
                 pause = max(pause, least)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # the last when `close` came first
                 problem = f"{type(error).__name__}: {error}"
             wait *= 2
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
-        raise Trouble(f"no layer in {self.deadline} s ({problem})")
+        raise Trouble(f"no layer in time ({problem})")
 
     def _attempt(self, upload: bytes, end: float, left: float, clock: "Clock") -> bytes | tuple[str, float]:
         """A reply, or what was wrong for now and how many seconds to wait at least.

@@ -126,7 +126,7 @@ class DeviceModel:
         elif layout.kind == "basis":
             if self._basis is None or len(self._basis) != layout.number:
                 raise WeightsRejected("kind", "coefficients of a basis that this bundle does not hold")
-            layer = self.shared + np.tensordot(matrices[0][0], self._basis, axes=1)
+            layer = self.shared + np.einsum("k,kld->ld", matrices[0][0], self._basis)
         else:
             layer = matrices[0]
         if layer.shape != self.shared.shape or not np.isfinite(layer).all():

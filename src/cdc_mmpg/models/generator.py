@@ -102,9 +102,8 @@ class Generator(nn.Module):
         state = read_state_dict(path)
         try:
             settings = json.loads(read_metadata(path)[METADATA])
-            with torch.device("meta"):  # no time for random weights
-                generator = cls(_reader(**settings["reader"]), _adaptor(**settings["adaptor"]))
-            generator.load_state_dict(state, assign=True)
+            generator = cls(_reader(**settings["reader"]), _adaptor(**settings["adaptor"]))
+            generator.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: not a generator ({str(error).splitlines()[-1].strip()}): make export writes one"

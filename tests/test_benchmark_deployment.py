@@ -1,0 +1,120 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cdc_mmpg import benchmark_deployment
+from cdc_mmpg.benchmark_deployment import Expected, load, main
+from cdc_mmpg.errors import CDCError
+from cdc_mmpg.wire import Layout, Versions
+
+
+def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, monkeypatch, capsys):
+    bundles = shutil.copytree(deployed / "sample", tmp_path / "sample")
+    begun = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            begun.append(self)
+
+    peak = benchmark_deployment.peak_megabytes
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(benchmark_deployment, "SERVED", ("low_rank",))
+    monkeypatch.setattr(benchmark_deployment, "CONCURRENCY", (3,))
+    monkeypatch.setattr(benchmark_deployment, "VERIFIED", 2)
+    monkeypatch.setattr(benchmark_deployment, "peak_megabytes", lambda *of: peak(*of) if of[1] == "int8" else None)
+    assert main(["--bundles", str(bundles), "--seconds", "0.1"]) == 0
+    assert len([process for process in begun if "--port" in process.args]) == 2
+    assert all(process.returncode is not None for process in begun)
+
+    report = json.loads((bundles / benchmark_deployment.REPORT).read_text())
+    assert {"machine", "service", "device", "swap", "bytes", "generator", "commit", "versions"} <= set(report)
+    assert set(report["service"]["low_rank"]["concurrency"]) == {"3"}
+    for each in report["service"]["low_rank"]["concurrency"].values():
+        assert set(each) == {"service", "plain", "ratio"}
+        assert all(each[name]["replies"] > 0 for name in ("service", "plain"))
+        assert each["service"]["mean_batch"] >= 1
+        assert each["plain"]["mean_batch"] is None
+    assert all(set(own) == {"float32", "int8", "torch"} for own in report["device"]["threads"].values())
+    assert set(report["swap"]["kinds"]) == {"float32", "float16", "int8", "low_rank", "basis"}
+    assert report["bytes"]["device"]["encoder.onnx"] == (bundles / "device" / "encoder.onnx").stat().st_size
+    out = capsys.readouterr().out
+    assert all(said in out for said in ("service / plain", "torch, eager", "swap", "sizes", "generator"))
+
+
+def test_a_signal_ends_the_servers_too(deployed):
+    command = [sys.executable, "-m", "cdc_mmpg.benchmark_deployment", "--bundles", str(deployed / "sample")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while len(members(process.pid)) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert not members(process.pid)
+    finally:
+        if process.poll() is None or members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(path.name))
+    return found
+
+
+LAYOUT = Layout("float32", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("status", "size", "told"),
+    [(503, 20, "refused"), (200, 20, "20 bytes"), (200, 9_000, "longer"), (200, LAYOUT.message_bytes, "magic")],
+)
+def test_a_wrong_reply_ends_the_measurement(status, size, told):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(bytes(size))
+
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    expected = Expected(LAYOUT, Versions(bytes(16), bytes(16)), Ed25519PrivateKey.generate().public_key())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        with pytest.raises(CDCError, match=told):
+            load(server.server_address[1], [bytes(836)], expected, 2, 0.1)
+        server.shutdown()
+
+
+def test_bundles_that_are_not_there_are_refused(tmp_path, capsys):
+    assert main(["--bundles", str(tmp_path / "absent")]) == 4
+    assert "CheckpointError" in capsys.readouterr().err
