@@ -991,6 +991,9 @@ def odd_request(model: Model, seed: int) -> tuple[bytes, bytes]:
     return request, whole
 
 
+FUZZED = int(os.environ.get("CDC_MMPG_FUZZ", "3000"))  # requests; 100,000 take some minutes
+
+
 def test_requests_of_chance_are_refused_or_answered_rightly(cloud, model):
     def ask_many(seeds: range) -> list[int]:
         statuses, connection = [], None
@@ -1016,9 +1019,9 @@ def test_requests_of_chance_are_refused_or_answered_rightly(cloud, model):
         return statuses
 
     with ThreadPoolExecutor(8) as pool:
-        statuses = [one for many in pool.map(ask_many, [range(n, 3000, 8) for n in range(8)]) for one in many]
-    assert len(statuses) > 2500
-    assert statuses.count(200) > 500
+        statuses = [one for many in pool.map(ask_many, [range(n, FUZZED, 8) for n in range(8)]) for one in many]
+    assert len(statuses) > 0.8 * FUZZED
+    assert statuses.count(200) > 0.15 * FUZZED
     assert {400, 404, 405, 409, 413, 422} <= set(statuses)
     assert [line for line in cloud.lines() if line["level"] == "error"] == []
 

@@ -318,7 +318,7 @@ def write_cloud(generator: "Generator", encoder: bytes, name: str, folder: Path)
     versions = Versions(encoder, digest((folder / GENERATOR).read_bytes()))
     speed = timed_weights(folder / GENERATOR)
     written = {name: value.hex() for name, value in versions._asdict().items()}
-    write_json({"format": FORMAT, "name": name, **written, **speed, **provenance()}, folder / CLOUD)
+    write_json({"name": name, **written, **speed, **provenance()}, folder / CLOUD)
     return Cloud(key, versions, speed)
 
 
