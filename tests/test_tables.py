@@ -675,7 +675,7 @@ def test_the_least_bytes_within_two_tenths_of_a_point(tmp_path):
     assert (least.bytes.value, top.bytes.value) == (484, 1824)
     assert claims(evidence)[-1].text.startswith("484 bytes a session are enough (Session, n = 16, int8): 99.8 %")
     rows = dict(tables.sent(evidence).rows)
-    assert [each.text for each in rows["Session, n = 16, int4"][:3]] == ["a session", "258", "418"]
+    assert [each.text for each in rows["Session, n = 16, int4"][:3]] == ["a session", "258", "390"]
     assert list(rows)[-1] == "Session, full layer"
 
 
@@ -705,7 +705,7 @@ def test_the_papers_tables(tmp_path):
     assert all(three[:4])
     assert four[1:5] == ["not run", ""] * 2
     download = next(row for row in tables.texts(sixth) if row[0].startswith("Download a sample"))
-    assert download[1:] == ["388,388", "388,548", "74.08", "24.69", "7.41", "3.70", "379.4", "3.71"]
+    assert download[1:] == ["388,388", "388,520", "74.08", "24.69", "7.41", "3.70", "379.4", "3.71"]
     upload = tables.texts(sixth)[0]
     assert upload[1:] == ["768", "928", "0.146", "0.0488", "0.0146", "0.00732", "0.75", "0.007"]
 
