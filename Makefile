@@ -178,8 +178,7 @@ predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO
 	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
 		$(if $(VOCAB),--vocab "$(VOCAB)")
 
-# A deployment: of the session's run, unless METHOD= names another. What is served is trained first only where nothing
-# has to be fetched for it.
+# A deployment: of the session's run, unless METHOD= names another. Only the demo trains what is not there.
 SERVED     = $(if $(filter all,$(METHOD)),cdc_mmpg_session,$(METHOD))
 RUN        = $(ROOT)/$(SERVED)/seed$(SEED)
 DEPLOYMENT = $(RUN)/deployment
@@ -188,7 +187,7 @@ PORT    ?= 8000
 CLOUD   ?= http://127.0.0.1:$(PORT)
 
 TRAINED = $(if $(SYNTHETIC),$(if $(wildcard $(RUN)/results.json),,run/$(SERVED)/$(SEED)))
-export: .venv/.ready $$(TRAINED) ## bundles for a device and for the cloud: METHOD= DATASET= SEED= ARGS= OUT=
+export: .venv/.ready ## bundles for a device and for the cloud: METHOD= DATASET= SEED= ARGS= OUT=
 	@$(PY) -m cdc_mmpg.export "$(RUN)" $(ARGS)
 
 serve: .venv/.ready ## the cloud's service, of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
@@ -199,11 +198,11 @@ serve: .venv/.ready ## the cloud's service, of an export: METHOD= DATASET= SEED=
 device: export CLIP := $(value VIDEO)
 device: export ASKED := $(value QUESTION)
 device: export OFFERED := $(value CHOICES)
-device: .venv/.ready ## ask the device's client, with an export and the service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 METHOD= DATASET= SEED= ARGS= OUT=
+device: .venv/.ready ## ask the device's client, with an export and the service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 ARGS=--new-session METHOD= DATASET= SEED= ARGS= OUT=
 	@$(PY) -m cdc_mmpg.device "$(DEPLOYMENT)/device$(if $(INT8),-int8)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
 		--cloud "$(CLOUD)" --state "$(DEPLOYMENT)/state" $(ARGS)
 
-demo: .venv/.ready $$(if $$(wildcard $$(DEPLOYMENT)/export.json),,export) ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
+demo: .venv/.ready $$(TRAINED) $$(if $$(wildcard $$(DEPLOYMENT)/export.json),,export) ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
 	@$(PY) -m cdc_mmpg.demo "$(RUN)" --data "$(DATA)" $(ARGS)
 
 delay: .venv/.ready ## Table 6 by measurement, on a shaped link: DATASET= ARGS= OUT=

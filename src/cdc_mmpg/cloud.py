@@ -137,6 +137,7 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         settings = json.loads(part.read_text(encoding="utf-8"))
         versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
+        public = settings["public_key"]
         name, weights = str(settings["name"]), WEIGHTS[WEIGHTS.index(settings["weights"])]
         part = folder / "signing_key.pem"
         key = load_pem_private_key(part.read_bytes(), password=None)
@@ -148,8 +149,8 @@ def read_bundle(folder: Path) -> Bundle:
         ) from error
     if found != versions.generator:
         raise CheckpointError(f"{folder}: generator.safetensors is not the one that cloud.json tells of: export anew")
-    if not isinstance(key, Ed25519PrivateKey):
-        raise CheckpointError(f"{folder}: signing_key.pem is no Ed25519 key: restore it, or export anew")
+    if not isinstance(key, Ed25519PrivateKey) or key.public_key().public_bytes_raw().hex() != public:
+        raise CheckpointError(f"{folder}: signing_key.pem is not the key that devices know: restore it, or export anew")
     return Bundle(name, versions, key, weights)
 
 
@@ -599,7 +600,7 @@ def serve(options: argparse.Namespace) -> None:
         ConfigError: options that do not go together.
     """
     if options.workers < 1 or options.places < 1:
-        raise ConfigError("workers and places are at least 1 (WORKERS=, PLACES=)")
+        raise ConfigError("workers and places are at least 1 (WORKERS=, ARGS=--places=)")
     if not options.keys and not is_loopback(options.host):
         raise ConfigError(
             f"{options.host} can be reached from other machines, and without keys everyone may ask: give a file of "
@@ -615,9 +616,11 @@ def serve(options: argparse.Namespace) -> None:
     try:
         with socket.create_server((options.host, options.port), family=family(options.host)):
             pass
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ConfigError(f"{options.host}:{options.port} cannot be had ({error}); PORT= names another") from error
     configure_logs()
+    if options.keys and not options.certificate and not is_loopback(options.host):
+        logger.warning("keys are sent without encryption: end https here (CERTIFICATE=) or in what stands before")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))
     settings = Settings(str(options.bundle), options.keys, options.places, options.weights)

@@ -318,7 +318,8 @@ def write_cloud(generator: "Generator", encoder: bytes, name: str, folder: Path)
     versions = Versions(encoder, digest((folder / GENERATOR).read_bytes()))
     speed = timed_weights(folder / GENERATOR)
     written = {name: value.hex() for name, value in versions._asdict().items()}
-    write_json({"name": name, **written, **speed, **provenance()}, folder / CLOUD)
+    public = key.public_key().public_bytes_raw().hex()
+    write_json({"name": name, "public_key": public, **written, **speed, **provenance()}, folder / CLOUD)
     return Cloud(key, versions, speed)
 
 

@@ -196,7 +196,10 @@ def decode_layer(
     try:
         key.verify(content[HEADER.size : FRAMING_BYTES], signed(header, body))
     except InvalidSignature as error:
-        raise WeightsRejected("signature", "it was not signed by this device's cloud, or changed on the way") from error
+        raise WeightsRejected(
+            "signature",
+            "changed on the way, or another cloud's: a device bundle goes with the cloud bundle of its export",
+        ) from error
     try:
         return decode(body, layout.shapes, layout.precision)
     except DataError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cdc_mmpg.cli import exit_code
 from cdc_mmpg.device.client import Answer, Device
+from cdc_mmpg.errors import DataError
 
 KEY = "CDC_MMPG_KEY"
 
@@ -22,13 +23,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--choices", default="", help="of a multiple choice, with | between them")
     parser.add_argument("--cloud", help=f"address of the service; its key, if it wants one, in ${KEY}")
     parser.add_argument("--state", type=Path, help="folder in which the session and its layer are kept")
+    parser.add_argument("--new-session", action="store_true", help="forget the clips and the layer of another camera")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds that the answer may wait for a layer")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
 
     def run() -> None:
+        if not options.video.is_file():
+            raise DataError(f"{options.video}: no such clip (VIDEO=)")
         key = os.environ.get(KEY)
         device = Device(options.bundle, options.cloud or None, key=key, state=options.state, deadline=options.deadline)
+        if options.new_session:
+            device.new_session()
         choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
         print(told(options.question, device.answer(options.video, options.question, choices)))
         device.close()
@@ -42,6 +48,8 @@ def told(question: str, answer: Answer) -> str:
     how = {"adapted": "adapted", "kept": "adapted before, and kept", "shared": "shared by all devices"}[answer.origin]
     clips = f", from {answer.anchors} clip{'s' if answer.anchors > 1 else ''}" if answer.anchors else ""
     lines.append(f"last layer: {how}{clips}; the shared one says: {answer.unadapted}")
+    if answer.trouble:
+        lines.append(f"no newer layer: {answer.trouble}")
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in answer.milliseconds.items())
     lines.append(f"{answer.bytes_up:,} bytes up, {answer.bytes_down:,} down; ms: {stages}")
     return "\n".join(lines)

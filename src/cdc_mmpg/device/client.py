@@ -187,7 +187,7 @@ class Device:
             self._asking = threading.Thread(target=self._ask, args=(feature, *asked, latest, clock), daemon=True)
             self._asking.start()
             self._asking.join(max(0.0, end - time.monotonic()))
-        if self._asking.is_alive():
+        if self._asking.is_alive() and not self._trouble:
             self._trouble = "the cloud has not answered yet"
 
     def _ask(self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "Clock") -> None:
@@ -227,7 +227,7 @@ class Device:
         self._trouble = str(error)
         self._next_attempt = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
-        logger.warning("no new layer: %s", error)
+        logger.info("no new layer: %s", error)
 
     def _succeed(self) -> None:
         self._trouble, self._pause, self._next_attempt = "", PAUSE_SECONDS[0], 0.0
@@ -265,6 +265,7 @@ class Device:
                 pause = max(pause, least)
             except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # the last when `close` came first
                 problem = f"{type(error).__name__}: {error}"
+            self._trouble = f"the cloud has not answered yet ({problem})"
             wait *= 2
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
         raise Trouble(f"no layer in time ({problem})")
@@ -278,9 +279,9 @@ class Device:
         """
         assert self._client is not None
         due, content = self.model.layout.message_bytes, bytearray()
-        self._bytes[0] += len(upload)
         start = time.perf_counter()
         with self._client.stream("POST", PATH, content=upload, timeout=left) as response:
+            self._bytes[0] += len(upload)
             generating = _server_milliseconds(response.headers.get("server-timing", ""))
             came = time.perf_counter()
             for chunk in response.iter_raw():
