@@ -38,13 +38,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
-from cdc_mmpg.device.client import PATH
 from cdc_mmpg.device.model import ENCODER, DeviceModel, read_bundle
 from cdc_mmpg.device.state import Layer
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.results import provenance, write_json
-from cdc_mmpg.wire import Layout, Versions, decode_layer, decode_upload, encode_upload
+from cdc_mmpg.wire import PATH, Layout, Versions, decode_layer, decode_upload, encode_upload
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

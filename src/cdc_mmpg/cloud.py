@@ -52,6 +52,7 @@ from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.wire import (
+    PATH,
     UPLOAD_BYTES,
     Layout,
     Reason,
@@ -65,7 +66,6 @@ from cdc_mmpg.wire import (
 
 logger = logging.getLogger("cdc_mmpg.cloud")
 
-PATH = "/v1/layer"
 WEIGHTS = ("float32", "bfloat16")
 BYTES = "application/octet-stream"
 BATCH = 32  # most uploads that are answered at once

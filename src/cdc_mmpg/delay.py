@@ -60,7 +60,7 @@ from cdc_mmpg.links import (
 )
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.results import provenance, write_json
-from cdc_mmpg.wire import UPLOAD_BYTES, Kind, Layout, Versions, decode_layer, encode_upload
+from cdc_mmpg.wire import PATH, UPLOAD_BYTES, Kind, Layout, Versions, decode_layer, encode_upload
 
 logger = logging.getLogger("cdc_mmpg.delay")  # also as a program
 
@@ -75,7 +75,6 @@ REQUEST_SECONDS = 60
 STOP_SECONDS = 10  # between asking a process to end and killing it
 IDLE_SECONDS = 0.5  # more than TCP's timeout, after which a window may shrink
 
-PATH = "/v1/layer"
 TIMING = re.compile(r"(\w+);dur=([\d.]+)")
 
 

@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = ("float32", "float16", "int8", "low_rank", "basis")
 Message = Literal["upload", "layer"]
 MESSAGES: tuple[Message, ...] = ("upload", "layer")
 
+PATH = "/v1/layer"  # over HTTP: where an upload is posted, and answered by a layer
 MAGIC = b"CDCM"
 VERSION = 1
 DIGEST_BYTES = 16

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.device.state import Layer, Origin, State
 from cdc_mmpg.errors import CDCError, ConfigError
-from cdc_mmpg.wire import WeightsRejected, decode_layer, encode_upload
+from cdc_mmpg.wire import PATH, WeightsRejected, decode_layer, encode_upload
 
 logger = logging.getLogger(__name__)
 
-PATH = "/v1/layer"
 BACKOFF_SECONDS = 0.05  # before the second attempt of a request, twice as long before each further one
 PAUSE_SECONDS = (1.0, 300.0)  # after a request that failed: the first pause, doubled each time, and the longest
 LATEST_SECONDS = 30.0  # that a session's layer may take to come, when nobody waits for it any more
