@@ -216,14 +216,15 @@ def servers(bundle: Path) -> Iterator[dict[str, int]]:
     with tempfile.TemporaryFile() as log:
         try:
             for name, command in commands.items():
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", *command, "--port", str(ports[name])],
-                        stdout=log,
-                        stderr=log,
-                        env={**os.environ, BUNDLE: str(bundle)},
+                with answered_later():
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", *command, "--port", str(ports[name])],
+                            stdout=log,
+                            stderr=log,
+                            env={**os.environ, BUNDLE: str(bundle)},
+                        )
                     )
-                )
             end = time.monotonic() + START_SECONDS
             while any(got(port, "/ready") is None for port in ports.values()):
                 if any(process.poll() is not None for process in processes) or time.monotonic() > end:
@@ -233,6 +234,21 @@ def servers(bundle: Path) -> Iterator[dict[str, int]]:
             yield ports
         finally:
             stop(processes)
+
+
+@contextmanager
+def answered_later() -> Iterator[None]:
+    """A signal that comes in the block is answered after it: a process that began is known by then, and ended."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def got(port: int, path: str) -> str | None:
