@@ -251,8 +251,9 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     }
     basis = getattr(served.generator.adaptor, "basis", None)
     models = {ENCODER: encoder_graph(source), HEAD: head_graph(method)}
+    kept = set(source.kept)
     ordered = [source.words[i] for i in source.kept]
-    ordered += [word for i, word in enumerate(source.words) if i not in set(source.kept)]
+    ordered += [word for i, word in enumerate(source.words) if i not in kept]
     for precision, name in FOLDERS.items():
         folder = out / name
         narrow = np.float16 if precision == "int8" else np.float32
