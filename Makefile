@@ -53,10 +53,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help environment data train tables report predict export serve device delay demo table figures checkpoint sweep benchmark test lint check clean
+.PHONY: help environment data train tables report predict export serve device delay demo table figures checkpoint sweep benchmark test test-slow lint check clean
 
 help: ## list the targets and their variables
-	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 
@@ -220,15 +220,19 @@ checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and l
 benchmark: .venv/.ready ## speed at the paper's size, of training, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark$(if $(OF),_$(OF)) $(ARGS)
 
-test: .venv/.ready ## run the tests: ARGS= for pytest
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4
+test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
+	$(PYTEST) --dist loadfile -m 'not slow' $(ARGS)
+
+test-slow: .venv/.ready ## run the slow tests (fresh interpreters, many processes): ARGS= for pytest
+	$(PYTEST) --dist worksteal -m slow $(ARGS)
 
 lint: .venv/.ready ## ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-check: lint test ## what CI runs
+check: lint test test-slow ## what CI runs
 
 clean: ## remove the environment and the tools' caches; checkpoints stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info src/*.egg-info
