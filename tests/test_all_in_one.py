@@ -168,6 +168,18 @@ def test_import_reports_and_refuses(state, caplog):
         AllInOne.from_reference({**state, "transformer.norm.weight": torch.zeros(7)})
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model._orig_mod.", "encoder."])
+def test_import_takes_off_the_prefix_of_a_wrapper(prefix, state):
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()} | {"head.weight": torch.zeros(2)}
+    report = AllInOne().load_reference(wrapped)
+    assert (len(report.used), report.unexpected, report.missing) == (159, ["head.weight"], [])
+    deit = {name.removeprefix("transformer."): value for name, value in state.items() if "transformer." in name}
+    del deit["temporal_embed"]
+    report = AllInOne().load_reference({f"{prefix}{name}": value for name, value in deit.items()})
+    assert "transformer.pos_embed" in report.used
+    assert "text_embeddings.word_embeddings.weight" in report.missing
+
+
 def test_import_fits_other_sizes(state):
     longer = AllInOne(num_frames=5, image_size=96, text_length=20)
     longer.load_reference(state)

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import HOST, atomic_write, remove_leftovers
-from cdc_mmpg.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors
+from cdc_mmpg.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors, strip_prefix
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
@@ -140,3 +141,51 @@ def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_died
     remove_leftovers(tmp_path)
     assert not leftover.exists()
     assert child.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html><head></head></html>", "web page.*download the file itself"),
+        (b'{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}', "index of 2 files.*m-1.*join them"),
+        (b'{"model_type": "bert"}', "JSON, not weights"),
+        (b"\x1f\x8b\x08\x00anything", "gzip archive: unpack"),
+        (b"\x89HDF\r\n\x1a\nanything", "HDF5"),
+        (b"", "empty file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, content, words):
+    for name in ("w.ckpt", "w.safetensors", "w.index.json"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"(?s){name}: .*{words}"):
+            read_state_dict(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_zip_of_something_else_and_a_folder_say_what_they_hold(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.ckpt", "w") as archive:
+        archive.writestr("release/encoder.pth", b"")
+    with pytest.raises(CheckpointError, match=r"zip archive of something else \(release/encoder\.pth\): unpack"):
+        read_state_dict(tmp_path / "w.ckpt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    with pytest.raises(CheckpointError, match=r"script\.pt: a TorchScript program, not weights"):
+        read_state_dict(tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match=r"a folder, not a checkpoint file: name one in it: script\.pt, w\.ckpt"):
+        read_state_dict(tmp_path)
+
+
+def test_the_content_decides_how_a_file_is_read(tmp_path):
+    save_safetensors(STATE, tmp_path / "pytorch_model.bin")
+    torch.save({"module": {"state_dict": STATE}}, tmp_path / "model.safetensors")
+    for path in tmp_path.iterdir():
+        assert set(read_state_dict(path)) == set(STATE)
+
+
+def test_a_prefix_of_most_names_is_taken_off():
+    names = ["a.weight", "a.bias", "b.weight"]
+    wrapped = {f"_orig_mod.module.model.{name}": torch.zeros(1) for name in names}
+    assert list(strip_prefix(wrapped, names)) == names
+    assert set(strip_prefix({**wrapped, "head.c": torch.ones(1)}, names)) == {*names, "head.c"}
+    assert list(strip_prefix({name: torch.zeros(1) for name in names}, names)) == names
+    assert set(strip_prefix({"teacher.a.weight": torch.zeros(1)} | wrapped, names)) == {*names, "teacher.a.weight"}

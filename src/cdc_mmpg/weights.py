@@ -1,9 +1,11 @@
 """Reading weights from files that others made, without running any code that is in them."""
 
+import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
@@ -32,27 +34,126 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # of files of weights
+MAGIC = {  # first bytes of files that are taken for checkpoints
+    b"\x1f\x8b": "a gzip archive: unpack it and name a checkpoint file",
+    b"BZh": "a bzip2 archive: unpack it and name a checkpoint file",
+    b"\xfd7zXZ": "an xz archive: unpack it and name a checkpoint file",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it and name a checkpoint file",
+    b"7z\xbc\xaf": "a 7z archive: unpack it and name a checkpoint file",
+    b"Rar!": "a rar archive: unpack it and name a checkpoint file",
+    b"ustar": "a tar archive: unpack it and name a checkpoint file",
+    b"\x89HDF": "an HDF5 file (Keras or TensorFlow): the weights of PyTorch are needed",
+    b"GGUF": "a GGUF file: the weights of PyTorch are needed",
+    b"\x93NUMPY": "a single numpy array: the weights of PyTorch are needed",
+}
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "weights",
+)  # names under which files keep weights
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by name: safetensors, a Lightning `.ckpt` or a `.pth`, on the CPU.
+    """Return the tensors of a checkpoint, by name: safetensors, a Lightning `.ckpt` or a `.pth`, on the CPU.
+
+    The content decides how a file is read, its name only where the content does not.
 
     Raises:
         CheckpointError: absent, unreadable, or it names code to run.
     """
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in SUFFIXES)
+        raise CheckpointError(f"{path}: a folder, not a checkpoint file" + (f": name one in it: {', '.join(inside)}"
+                                                                            if inside else ""))  # fmt: skip
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} checkpoint file")
-    try:
-        if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    if _is_safetensors(path):
+        try:
             return load_file(path)
-        content = load_checkpoint(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
+        except SafetensorError as error:
+            raise CheckpointError(_explain_unreadable(path, f"not a whole safetensors file ({error})")) from error
+    content: Mapping[Any, Any] = load_checkpoint(path)
+    while inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
+        content = inner
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{path}: holds no weights, only {', '.join(map(str, content)) or 'nothing'}")
     return state
+
+
+def strip_prefix(state: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weights without the prefix that wrappers put before their names (`module.`, `_orig_mod.`, `model.`).
+
+    The prefix is the one behind which most of the `wanted` names are found; keys without it keep their names.
+    """
+    names, counts = set(wanted), Counter[str]()
+    for key in state:
+        parts = key.split(".")
+        counts.update(
+            "".join(f"{part}." for part in parts[:i]) for i in range(len(parts)) if ".".join(parts[i:]) in names
+        )
+    prefix = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+    others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return others | {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the length of a JSON header, and the header."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
+        return True
+    return path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))  # as torch.save's files begin
+
+
+def _explain_unreadable(path: Path, reason: str) -> str:
+    """Return a message about a file that is no checkpoint: what it is where its beginning tells, else the `reason`."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n").lower()
+    if not start:
+        reason = "an empty file (0 bytes): fetch it again"
+    elif text.startswith("version https://git-lfs"):
+        reason = "a Git LFS pointer, a text in the place of the weights: fetch the file itself (git lfs pull)"
+    elif text.startswith("<"):
+        reason = "a web page, not the file that it offers: download the file itself (its raw or download link)"
+    elif text.startswith("{"):
+        reason = _describe_json(path)
+    elif names := _names_in_zip(path):
+        if any(name.endswith("constants.pkl") for name in names):
+            reason = "a TorchScript program, not weights: save its state_dict (torch.save) and name that file"
+        elif not any(name.endswith("data.pkl") for name in names):
+            inside = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+            reason = f"a zip archive of something else ({inside}): unpack it and name a checkpoint file"
+    else:
+        known = (kind for magic, kind in MAGIC.items() if start.startswith(magic) or start[257:262] == magic)
+        reason = next(known, reason)
+    return f"{path}: {reason}"
+
+
+def _names_in_zip(path: Path) -> list[str] | None:
+    """Return the names in a zip archive, None of any other file and of a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _describe_json(path: Path) -> str:
+    """Return what a JSON file is: an index of shards, which it names, or anything else."""
+    try:
+        index = json.loads(path.read_bytes())
+        shards = sorted(set(map(str, index["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "JSON, not weights: name the file of weights beside it"
+    named = ", ".join(shards[:3]) + ", ..." * (len(shards) > 3)
+    remedy = "name that file" if len(shards) == 1 else "join them in one file (safetensors) and name it"
+    return f"an index of {len(shards)} files that hold the weights ({named}), not weights: {remedy}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -69,17 +170,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise CheckpointError(f"{path}: damaged, the checksum of {damaged} is wrong")
-        with warnings.catch_warnings(action="ignore"):
+        # As an open file: of a path torch reads one called .safetensors as such, whatever is in it.
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
             try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
-                content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnly)
+                file.seek(0)
+                content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_DataOnly)
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint: cut short, damaged or no checkpoint ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"not a readable checkpoint: cut short, damaged or no checkpoint ({type(error).__name__}: {error})"
+        raise CheckpointError(_explain_unreadable(path, reason)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content

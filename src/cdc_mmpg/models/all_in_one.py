@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.payloads import WIDTH
-from cdc_mmpg.weights import read_state_dict
+from cdc_mmpg.weights import read_state_dict, strip_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +322,10 @@ class AllInOne(nn.Module):
         else:
             state = read_state_dict(Path(path_or_state_dict))
         own = self.state_dict()
-        is_deit = "cls_token" in state
+        image_names = [key.removeprefix("transformer.") for key in own]  # of DeiT, which is the image part alone
+        whole, image = strip_prefix(state, own), strip_prefix(state, image_names)
+        is_deit = not own.keys() & whole.keys() and "cls_token" in image
+        state = image if is_deit else whole
         if is_deit:
             state = {f"transformer.{key}": value for key, value in state.items()}
         used = {key: value for key, value in state.items() if key in own}
