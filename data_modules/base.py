@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from cdc_mmpg.batch import (
 from cdc_mmpg.errors import ConfigError, DataError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
 from data_modules.annotations import leads_out
@@ -219,7 +219,7 @@ class VideoTextDataModule(EpochDataModule):
         self.domains, self.held_out = domains, unseen_domains(domains, held_out) if domains else []
         self.root, self.cache_dir = Path(root), Path(cache_dir)
         self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
-        self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.num_workers = min(4, count_processors()) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
         self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
@@ -448,7 +448,7 @@ class VideoTextDataModule(EpochDataModule):
         named |= attempt(self.further_clips, set())
         paths: dict[str, Path] = attempt(self.find_clips, {})
         present = {name: paths[name] for name in sorted(named) if name in paths}
-        unreadable = self.cache.fill(present, os.cpu_count() or 1, renew=True)
+        unreadable = self.cache.fill(present, count_processors(), renew=True)
         splits: dict[Split, dict[str, Any]] = {}
         for split, samples in annotated.items():
             row = splits[split] = self._counts(samples)
@@ -528,7 +528,7 @@ class VideoTextDataModule(EpochDataModule):
         if not present:
             raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
         self._refuse(self.lost(absent, {}), len(named))
-        lost = self.lost(absent, self.cache.fill(present, os.cpu_count() or 1))
+        lost = self.lost(absent, self.cache.fill(present, count_processors()))
         self._refuse(lost, len(named))
         for line in lost:
             logger.warning("left out with its questions: %s", line)

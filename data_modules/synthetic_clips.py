@@ -26,6 +26,7 @@ from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[at
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import Frames
+from cdc_mmpg.processors import count_processors
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +354,7 @@ def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
     missing = [clip for clip in clips if not (folder / f"{clip.name}.mp4").exists()]
     logger.info("making %d clips of %d in %s", len(missing), len(clips), folder)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:
+    with ProcessPoolExecutor(count_processors(), context) as pool:
         made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
         for _ in track(made, description="making clips", total=len(missing)):
             pass

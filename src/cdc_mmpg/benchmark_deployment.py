@@ -42,6 +42,7 @@ from cdc_mmpg.device.model import ENCODER, DeviceModel, read_bundle
 from cdc_mmpg.device.state import Layer
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import provenance, write_json
 from cdc_mmpg.wire import PATH, Layout, Versions, decode_layer, decode_upload, encode_upload
 
@@ -162,7 +163,7 @@ def machine() -> Report:
         names = []
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "processors": os.cpu_count(),
+        "processors": count_processors(),
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),  # of the servers too
@@ -490,7 +491,7 @@ def compare_encoders(bundles: Path, seconds: float) -> Report:
     frames, text = example(bundles)
     before = torch.get_num_threads()
     try:
-        for threads in sorted({1, os.cpu_count() or 1}):
+        for threads in sorted({1, count_processors()}):
             torch.set_num_threads(threads)
             runs: dict[str, Callable[[], Any]] = {
                 "float32": partial(DeviceModel(bundles / "device", threads).features, frames, [text]),

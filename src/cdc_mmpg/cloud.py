@@ -51,6 +51,7 @@ from cdc_mmpg.cli import exit_code
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.wire import (
     PATH,
     UPLOAD_BYTES,
@@ -319,7 +320,7 @@ class Service:
         gc.collect()
         gc.freeze()  # what is there stays: looking through it again and again makes every hundredth request late
         self.batcher = Batcher(served, self.settings.places)
-        log("ready", **described(served), device=str(served.device), processors=os.cpu_count())
+        log("ready", **described(served), device=str(served.device), processors=count_processors())
 
     async def _watch(self) -> None:
         """One of several processes ends with their supervisor: it would hold the port, and nobody would replace it."""

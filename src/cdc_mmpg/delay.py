@@ -20,7 +20,6 @@ import argparse
 import csv
 import json
 import logging
-import os
 import platform
 import re
 import secrets
@@ -59,6 +58,7 @@ from cdc_mmpg.links import (
     unstoppable,
 )
 from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import provenance, write_json
 from cdc_mmpg.wire import PATH, UPLOAD_BYTES, Kind, Layout, Versions, decode_layer, encode_upload
 
@@ -513,7 +513,7 @@ def measured(
             "answers": answers,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             **provenance(),
-            "machine": {"processor": processor(), "processors": os.cpu_count(), "kernel": platform.release(),
+            "machine": {"processor": processor(), "processors": count_processors(), "kernel": platform.release(),
                         **network.state()},
             "link": network.kind,
             "why": why,

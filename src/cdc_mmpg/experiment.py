@@ -37,6 +37,7 @@ from cdc_mmpg.files import atomic_write, file_digest
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import (
     RESULTS,
     RESUME,
@@ -318,7 +319,7 @@ class Experiment(LightningCLI):
             "bytes": model.traffic()._asdict(),
             "payloads": {name: {"bytes": size} for name, size in model.payloads().items()},
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
-            "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}",
+            "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": self.arguments,

@@ -1,7 +1,6 @@
 """A finished run, opened again: what evaluations of its weights share. Torch and Lightning are imported late."""
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import annotations_digest, provenance, read_results
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def identity(
         "protocol": data.protocol,
         "splits": data.notes,
         "made_of": dict(source),
-        "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}",
+        "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
         "devices": "1 x cpu",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "arguments": list(arguments),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.frames import Frames, candidate_indices, crop, middle_candidates
 from cdc_mmpg.payloads import Matrix
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder
 from cdc_mmpg.video import read_frames
 from cdc_mmpg.wire import Layout, Versions, WeightsRejected
@@ -41,7 +42,7 @@ class DeviceModel:
 
     Args:
         bundle: the folder.
-        threads: of one inference; 0 is as many as there are processors.
+        threads: of one inference; 0 is one for each processor that this process may use.
 
     Raises:
         CheckpointError: it is none, of another format, or a file is absent or changed.
@@ -57,7 +58,7 @@ class DeviceModel:
         self._text = TextEncoder(bundle / VOCABULARY, settings["text"]["length"], settings["text"]["known"])
         self.answers = (bundle / ANSWERS).read_text(encoding="utf-8").split("\n") if self.task == "open_ended" else []
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or count_processors()
         options.log_severity_level = 3
         self._encoder, self._head = (
             onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
