@@ -44,6 +44,9 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
     name and the captions (and, with `domains`, from which are held out: unseen ones give no wrong candidates): the same
     on every machine and in every run. The question is empty.
 
+    Deviation: the paper takes negatives with other "activity-phrase labels", which MSR-VTT does not have; training and
+    validation items take captions of clips of other categories.
+
     Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` ({clip_name or video_id, options:
     [5], answer: 0 to 4} a line); `MSRVTT_data.json` (sentences: [{caption, video_id}], videos: [{video_id, category}]),
     or `MSR_VTT.json`, also in `annotation/` (annotations: [{caption, image_id}], no categories), or

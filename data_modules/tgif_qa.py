@@ -42,6 +42,9 @@ class TGIF(VideoTextDataModule):
     Splits: there is no official validation split. Where a file for it is there, it is read; else those training GIFs
     are held out, with all their questions, whose name's sha256 is a multiple of 10.
 
+    Deviation: the split that the paper describes (80K, 11K and 11K) is that of TGIF's captions; its 1,541 classes are
+    TGIF-QA's FrameQA, which is read here.
+
     Files below `root`, in `dataset/` or in `annotations/`, each split in the first of these that is there:
     `tgif_<task>_{split}.jsonl`, `<task>_{split}.jsonl` (an object a line, the GIF as gif_name, video_id or clip_name),
     `{Train,Val,Test}_<task>_question.csv` (TAB-separated); `gifs/<gif_name>.gif` (or .mp4, .webm). `<task>` is

@@ -150,6 +150,7 @@ def fit(msvd: Path, phase_one: Path, tmp_path: Path) -> Command:
             "--trainer.enable_progress_bar=false",
             "--trainer.accelerator=cpu",
             *([f"--model.init_args.adr={phase_one}"] if method in ("cdc_mmpg", "cdc_mmpg_frozen") else []),
+            *(["--model.init_args.preset=small"] if method.startswith("adr_") else []),
             *more,
         ]
 

@@ -6,6 +6,7 @@ import torch
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.fda import FDA
+from tolerances import assert_agree
 
 
 @pytest.fixture
@@ -13,9 +14,7 @@ def anchor() -> torch.Tensor:
     return torch.randn(8, 192, generator=torch.Generator().manual_seed(0)).tanh()
 
 
-@pytest.mark.parametrize(
-    ("preset", "count"), [("default", 554_880), ("paper_qa", 27_802_816), ("paper_mc", 20_213_984)]
-)
+@pytest.mark.parametrize(("preset", "count"), [("small", 554_880), ("paper_qa", 27_802_816), ("paper_mc", 20_213_984)])
 def test_counts(preset, count):
     assert sum(p.numel() for p in ADR(preset).parameters()) == count
 
@@ -51,15 +50,15 @@ def test_batch_statistics_run_when_serving(anchor):
     adr = ADR(axis="batch").train()
     for _ in range(200):
         adr(anchor, sample=False)
-    torch.testing.assert_close(adr.running_mean[0], anchor.mean(0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(adr.running_std[0], anchor.std(0, correction=0), rtol=0, atol=1e-5)
+    assert_agree(adr.running_mean[0], anchor.mean(0))
+    assert_agree(adr.running_std[0], anchor.std(0, correction=0))
     before = adr.running_mean.clone()
     training = adr(anchor[:1], sample=False).generated  # a batch of one has no deviation
     adr.eval()
     assert torch.equal(training, adr(anchor[:1], sample=False).generated)
     one = adr(anchor[:1], sample=False).generated
     assert torch.isfinite(one).all()
-    torch.testing.assert_close(one, adr(anchor, sample=False).generated[:1])
+    assert_agree(one, adr(anchor, sample=False).generated[:1])
     torch.testing.assert_close(adr.running_mean, before)
 
 
@@ -94,7 +93,7 @@ def test_save_and_load(axis, tmp_path, anchor):
     adr(anchor, sample=True)
     adr.save(tmp_path / "adr.safetensors")
     loaded = ADR.load(tmp_path / "adr.safetensors")
-    assert (loaded.preset, loaded.axis, loaded.target) == ("default", axis, "global")
+    assert (loaded.preset, loaded.axis, loaded.target) == ("small", axis, "global")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), adr.state_dict().values(), strict=True))
 
 

@@ -21,6 +21,7 @@ from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from deployments import WORDS, deployment, generator
+from tolerances import assert_agree
 
 
 def tiny(**options: object) -> AllInOne:
@@ -47,14 +48,14 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
     upload = model.anchor(frames)
     with torch.no_grad():
         encoded = method.head.encode(method.encoder, batch).frame_features
-        assert np.abs(encoded.numpy() - features).max() < 1e-4
+        assert_agree(features, encoded)
         sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
         parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
     from cdc_mmpg.payloads import decode, encode
 
     arrived = decode(encode(parts, "int8"), model.layout.shapes, "int8")
     scores = model.scores(features, model.install(arrived, model.layout))
-    assert np.abs(scores - sent.numpy()).max() < 1e-4
+    assert_agree(scores, sent[0])
 
 
 def method_of(folder: Path) -> CDCMMPGSession:
@@ -169,7 +170,7 @@ def test_offline_a_generating_method_answers_with_its_mean_layer():
     hidden = torch.randn(3, 96)
     with torch.no_grad():
         layer = method.served().offline
-        assert torch.allclose(hidden @ layer[:, :-1].T + layer[:, -1], method.fda.average(hidden), atol=1e-5)
+        assert_agree(hidden @ layer[:, :-1].T + layer[:, -1], method.fda.average(hidden))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.payloads import PRECISIONS
+from cdc_mmpg.weights import save_safetensors
+from tolerances import assert_agree
 
 
 def encoder(**arguments: float) -> AllInOne:
@@ -97,7 +99,7 @@ def test_phase_two_leaves_the_reasoner_and_moves_the_encoder(phase_one, tmp_path
 
 
 def test_phase_one_moves_the_reasoner_alone(tmp_path):
-    method = ADRPretraining(encoder(), OpenEnded(5), learning_rate=1e-3)
+    method = ADRPretraining(encoder(), OpenEnded(5), "small", learning_rate=1e-3)
     before = {key: value.clone() for key, value in method.state_dict().items()}
     train(method, batch(), 3, tmp_path)
     moved = {key.split(".")[0] for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
@@ -124,7 +126,7 @@ def test_kept_features_give_the_scores_of_the_frames(name, phase_one):
     kept = method.encode(data)
     assert method.encode(kept) is kept
     scores = method.scores(kept, "val")["own"]
-    torch.testing.assert_close(scores, method(method.encoder(normalise(data.frames), *data[1:3]).frame_features))
+    assert_agree(scores, method(method.encoder(normalise(data.frames), *data[1:3]).frame_features))
 
 
 @pytest.mark.parametrize("name", ANSWERING)
@@ -136,7 +138,7 @@ def test_the_installed_layer_answers_as_the_method(name, classes, phase_one):
     weight, bias = method.device_layers(features)
     hidden = method.head.phi(method.encoder.pool(features.mean(1)))
     served = torch.einsum("bld,bd->bl", weight, hidden) + bias
-    torch.testing.assert_close(served, method(features), rtol=0, atol=1e-5)
+    assert_agree(served, method(features))
 
 
 @torch.no_grad()
@@ -152,9 +154,10 @@ def test_serving_is_reproducible_and_takes_the_middle_frame(phase_one):
 
 
 def test_counts_and_bytes_at_the_papers_size(tmp_path):
-    ADR("default").save(tmp_path / "adr.safetensors")
-    ADR("paper_qa").save(tmp_path / "paper.safetensors")
     paper = AllInOne()
+    phase_one = ADRPretraining(paper, OpenEnded(1001))  # sizes that fit the paper's counts, unless told
+    phase_one.export(tmp_path)
+    ADR("small").save(tmp_path / "small.safetensors")
     for classes, device, hyper, down in (
         (1501, 11_595_421, 28_100_221, 582_388),
         (1001, 11_546_921, 18_739_721, 388_388),
@@ -164,14 +167,21 @@ def test_counts_and_bytes_at_the_papers_size(tmp_path):
         methods = [
             (Linear(paper, head), 0, (0, 0)),
             (Hyper(paper, head), hyper, (768, down)),
-            (CDCMMPG(paper, head, str(tmp_path / "adr.safetensors")), hyper + 629_376, (768, down)),
-            (CDCMMPG(paper, head, str(tmp_path / "paper.safetensors"), project=False), hyper + 27_802_816, (768, down)),
+            (CDCMMPG(paper, head, str(tmp_path / "adr.safetensors")), hyper + 27_802_816, (768, down)),
+            (CDCMMPG(paper, head, str(tmp_path / "small.safetensors"), project=True), hyper + 629_376, (768, down)),
         ]
         for method, cloud, traffic in methods:
             assert method.parameter_counts()[:2] == (device, cloud)
             assert tuple(method.traffic()) == traffic
     assert FineTuning(paper, OpenEnded(1001)).parameter_counts().trained == 11_546_921
-    assert ADRPretraining(paper, OpenEnded(1001)).parameter_counts() == (11_431_104, 554_880, 554_880)
+    assert phase_one.parameter_counts() == (11_431_104, 27_802_816, 27_802_816)
+    assert ADRPretraining(paper, OpenEnded(1001), "small").parameter_counts() == (11_431_104, 554_880, 554_880)
+
+
+def test_a_reasoner_of_an_earlier_version_opens(tmp_path):
+    save_safetensors(ADR("small").state_dict(), tmp_path / "adr.safetensors",
+                     {"preset": "default", "axis": "feature", "target": "anchor"})  # fmt: skip
+    assert sum(p.numel() for p in ADR.load(tmp_path / "adr.safetensors").parameters()) == 554_880
 
 
 def test_unknown_answers_teach_nothing_and_count_as_wrong():
@@ -181,7 +191,7 @@ def test_unknown_answers_teach_nothing_and_count_as_wrong():
     known = FeatureBatch(torch.empty(0), labels, torch.arange(3))
     (rows,) = head.outcomes({"own": scores.detach()}, known).values()
     assert head.evaluate({"own": (rows[0].numpy(), rows[1].numpy())}) == {"accuracy": pytest.approx(1 / 3)}
-    torch.testing.assert_close(head.loss(scores, known), torch.nn.functional.cross_entropy(scores[:1], labels[:1]))
+    assert_agree(head.loss(scores, known), torch.nn.functional.cross_entropy(scores[:1], labels[:1]))
     head.loss(scores, known).backward()
     assert scores.grad[1:].abs().sum() == 0
     assert head.loss(scores, known._replace(labels=torch.full((3,), UNKNOWN))).item() == 0

@@ -156,7 +156,7 @@ def test_labels_that_contradict_the_training_are_learned_by_each_device_alone():
     assert torch.equal(comparison.model(features).argmax(-1), before)  # the model itself is as it was
     for row, name in ((0, "layer.weight"), (1, "head.phi.0.weight")):  # side by side is as alone
         alone = comparison.fine_tuned(features, labels, chosen[row : row + 1], "head", 1e-2, [1, 60])
-        assert torch.allclose(alone[-1][name][0], weights[-1][name][row], atol=1e-4)
+        assert torch.allclose(alone[-1][name][0], weights[-1][name][row], atol=1e-3)  # 60 steps of 1e-2
     assert set(weights[0]) == {name for name, _ in model().named_parameters() if name.startswith(("head.", "layer."))}
 
 

@@ -17,6 +17,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.payloads import PRECISIONS
+from tolerances import assert_agree
 
 
 def encoder() -> AllInOne:
@@ -125,7 +126,7 @@ def test_the_low_rank_layers_are_what_training_applies():
     weight, bias = fda.generate(feature)
     assert weight.shape == (3, 17, 96)
     expected = torch.einsum("bld,bd->bl", weight, hidden) + bias
-    assert torch.allclose(fda(feature, hidden), expected, atol=1e-5)
+    assert_agree(fda(feature, hidden), expected)
     residual = torch.cat([weight, bias[..., None]], -1) - torch.cat([fda.shared.weight, fda.shared.bias[:, None]], -1)
     assert torch.linalg.matrix_rank(residual, atol=1e-4).tolist() == [4, 4, 4]
 
@@ -145,11 +146,11 @@ def test_the_layers_that_a_device_installs_are_what_training_applies(name):
         torch.nn.init.normal_(parameter, std=0.1)
     feature, hidden = torch.randn(3, 192), torch.randn(3, 96)
     weight, bias = fda.generate(feature)
-    assert torch.allclose(fda(feature, hidden), torch.einsum("bld,bd->bl", weight, hidden) + bias, atol=1e-5)
+    assert_agree(fda(feature, hidden), torch.einsum("bld,bd->bl", weight, hidden) + bias)
     several = torch.randn(3, 5, 96)  # hidden vectors that share a layer, as the candidates of a multiple choice do
     together = fda(feature[:, None], several)
     for place in range(5):
-        assert torch.allclose(together[:, place], fda(feature, several[:, place]), atol=1e-5)
+        assert_agree(together[:, place], fda(feature, several[:, place]))
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
@@ -161,7 +162,7 @@ def test_the_mean_layer_is_the_mean_of_what_training_generated(name):
     fda(feature, hidden)
     fda.eval()
     weight, bias = (part.mean(0) for part in fda.generate(feature))
-    assert torch.allclose(fda.average(hidden), hidden @ weight.T + bias, atol=1e-4)
+    assert_agree(fda.average(hidden), hidden @ weight.T + bias)
     before = fda.average(hidden)
     fda(torch.randn(8, 192), hidden)  # evaluation does not move it
     assert torch.equal(fda.average(hidden), before)
@@ -194,8 +195,8 @@ def test_rounding_passes_the_gradient_on():
 
 def test_without_axes_the_session_feature_is_the_layer_normed_mean():
     feature = build("low_rank").axes(torch.randn(4, 192) * 3 + 1)
-    assert torch.allclose(feature.mean(-1), torch.zeros(4), atol=1e-5)
-    assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)
+    assert_agree(feature.mean(-1), torch.zeros(4))
+    assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)  # the norm's epsilon
 
 
 def devices(number: int = 60, clips: int = 8) -> tuple[torch.Tensor, list[list[int]]]:
@@ -216,7 +217,7 @@ def test_the_axes_are_those_in_which_devices_differ():
     assert set(strength.topk(2).indices.tolist()) == {3, 5}
     feature = axes(torch.stack([anchors[pool].mean(0) for pool in pools]))
     assert feature.shape == (60, 192)
-    assert torch.allclose(feature.norm(dim=-1), torch.full((60,), 192**0.5))
+    assert_agree(feature.norm(dim=-1), torch.full((60,), 192**0.5))
     assert not feature[:, 2:].any()
     # The same directions whatever the content is, and the same from clips it was not fitted on.
     fresh, _ = devices()
@@ -328,8 +329,8 @@ def test_the_words_of_a_text_do_not_depend_on_its_neighbours_padding():
         together = model.encode_words(video, batch.caption_ids, batch.caption_mask)
         alone = model.encode_words(video[3:], batch.caption_ids[3:], batch.caption_mask[3:])
         cls = model(video, batch.caption_ids, batch.caption_mask).frame_features.mean(1)
-    assert torch.allclose(together[3, :4], alone[0], atol=1e-5)
-    assert torch.allclose(together[:, 0], cls, atol=1e-5)
+    assert_agree(together[3, :4], alone[0])
+    assert_agree(together[:, 0], cls)
 
 
 @pytest.mark.parametrize("arguments", [{"caption_epochs": -1}, {"question_share": 1.5}])

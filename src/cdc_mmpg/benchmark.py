@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         adr = Path(folder) / "adr.safetensors"
-        ADR().save(adr)
+        ADR("paper_qa").save(adr)
 
         def parts() -> tuple[AllInOne, OpenEnded]:
             return AllInOne(), OpenEnded(options.classes)

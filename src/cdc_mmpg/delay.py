@@ -253,7 +253,7 @@ def write_bundles(cases: Sequence[Case], folder: Path) -> list[tuple[Versions, b
             adaptor = FDA(case.inputs, case.outputs, "hyperfan_in", project=True)
         else:
             adaptor = (LowRankFDA if case.native == "low_rank" else BasisFDA)(case.inputs, case.outputs, case.number)
-        reader = ADR("default") if case.native == "float32" else DeviceAxes(2)
+        reader = ADR("small") if case.native == "float32" else DeviceAxes(2)
         cloud = write_cloud(Generator(reader, adaptor).eval(), ENCODER, f"random/{case.name}", folder / str(place))
         found.append((cloud.versions, cloud.key.public_key().public_bytes_raw()))
     return found

@@ -165,7 +165,7 @@ def export_untrained(configurations: Sequence[Path], out: Path) -> dict[str, Any
         arguments = [f"--config={path}" for path in configurations]
         arguments += [f"--data.init_args.root={folder}", f"--data.init_args.cache_dir={folder}"]
         if any(path.stem.startswith("cdc_mmpg") and "session" not in path.stem for path in configurations):
-            ADR().save(Path(folder) / "adr.safetensors")
+            ADR("paper_qa").save(Path(folder) / "adr.safetensors")
             arguments.append(f"--model.init_args.adr={folder}/adr.safetensors")
         experiment = Experiment(arguments, run=False)
     method, settings = experiment.model, experiment.settings["data"]["init_args"]

@@ -70,6 +70,9 @@ class FeatureDataset(Dataset[FeatureBatch]):
 class FeatureDataModule(EpochDataModule):
     """Another dataset as a frozen encoder sees it: every sample's frames are the evaluation's, without augmentation.
 
+    Deviation: methods with a frozen encoder train without augmentation, since their features are computed once; the
+    paper does not say whether its frozen baselines do.
+
     The features lie below the dataset's `cache_dir`, under a digest of the encoder's weights and of the samples, so
     that runs with the same encoder share them. They are computed in float32.
 

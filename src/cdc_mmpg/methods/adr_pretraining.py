@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cdc_mmpg.batch import Split
 from cdc_mmpg.methods.base import Batch, Method, ParameterCounts, Traffic, count
-from cdc_mmpg.models.adr import ADR, Preset
+from cdc_mmpg.models.adr import ADR, Preset, paper_preset
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 
@@ -18,6 +18,10 @@ def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Ten
 
     Deviation: the paper draws the frame when serving, too; there the middle one is taken, so that the same clip gets
     the same head.
+
+    Deviation: f is read from the pass over all frames, in which neighbouring frames have exchanged patches and which
+    the device computes anyway; the paper speaks of the feature of one frame. (A session's anchors are passes over one
+    frame.)
     """
     *shape, frames, _ = frame_features.shape
     if draw:
@@ -34,7 +38,8 @@ class ADRPretraining(Method):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`; of the head nothing trains in this phase.
-        preset, axis, target: see `ADR`.
+        preset: sizes of the reasoner, see `ADR`; None takes those of the paper's counts for the head's task.
+        axis, target: see `ADR`.
     """
 
     monitor = "val/loss"
@@ -44,7 +49,7 @@ class ADRPretraining(Method):
         self,
         encoder: AllInOne,
         head: Head,
-        preset: Preset = "default",
+        preset: Preset | None = None,
         axis: str = "feature",
         target: Literal["anchor", "global"] = "anchor",
         learning_rate: float = 2e-5,
@@ -52,7 +57,7 @@ class ADRPretraining(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head.requires_grad_(False), False, learning_rate, weight_decay, seed)
-        self.adr = ADR(preset, axis, target)
+        self.adr = ADR(preset or paper_preset(head.task), axis, target)
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
         frame_features = self.head.condition(self.encode(batch).frame_features).flatten(0, -3)

@@ -131,7 +131,12 @@ class Method(LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, its rates falling linearly to zero with every step (polynomial decay of power one)."""
+        """Return AdamW, its rates falling linearly to zero with every step (polynomial decay of power one).
+
+        Deviation: the paper names optimizer, schedule and rates only. The power is 1, the betas are PyTorch's
+        (0.9, 0.999), all parameters decay, those of norms and biases too, and there is no warm-up; the encoder's own
+        fine-tuning recipe has betas (0.9, 0.98) and warms up for a tenth of the steps.
+        """
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

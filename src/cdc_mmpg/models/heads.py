@@ -126,6 +126,9 @@ class MultipleChoice(Choosing):
     Source: section 4.2 and the counts of table 5: one Linear(192, 1) reads m̄ itself. The candidates of a sample share
     it, generated from the mean of their features, so that one upload and one layer serve them all.
 
+    Deviation: no hidden layer of 96, which the text states for multiple choice, too: its counts (F-hyper 37.2K) leave
+    room for Linear(192, 1) only. Nor does the paper say how one layer serves five candidates.
+
     Args:
         candidates: of every sample, where each has a layer; one layer serves any number.
         per_candidate: generate a layer for every candidate from its own feature: as many uploads and layers.
@@ -167,6 +170,8 @@ class Retrieval(Head):
     Source: section 4.2 and the reference's contrastive recipe. The clip's projection is the last layer, static or
     generated from that clip alone, so that clips can be stored before anyone asks; the text's is always static.
     Training contrasts a batch's clips and captions in both directions, of all processes together.
+
+    Deviation: the paper does not say which layer is generated for retrieval; "256" is the only size that it prints.
 
     Args:
         hidden: L, width of the common space.
