@@ -41,6 +41,7 @@ def test_a_run_leaves_its_results(method, fit, finished):
     generates = method in METHODS[2:]
     assert results["bytes"] == ({"up": 768, "down": 4 * 5 * 97} if generates else {"up": 0, "down": 0})
     assert results["parameters"]["trained"] > 0
+    assert results["reasoner"] == ("small" if "adr" in method or "cdc" in method else None)
     assert results["seconds"]["train"] > 0
     assert {"commit", "versions", "arguments", "finished", "data"} <= results.keys()
     for name in ("val", "test"):

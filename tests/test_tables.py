@@ -681,8 +681,9 @@ def test_the_least_bytes_within_two_tenths_of_a_point(tmp_path):
 
 def test_the_papers_tables(tmp_path):
     root = tmp_path / "msvd"
-    for method in ("fine_tuning", "cdc_mmpg"):
-        answered_run(root, method, devices=False)
+    answered_run(root, "fine_tuning", devices=False)
+    size = {"device": 11_546_921, "cloud": 46_542_537, "trained": 7}
+    answered_run(root, "cdc_mmpg", devices=False, reasoner="paper_qa", parameters=size)
     answered_run(root, "cdc_mmpg.frames2", devices=False, seconds={"train": 80.0, "test": 1.0})
     answered_run(root, "hyper", devices=False, bytes={"up": 768, "down": 388_388})
     evidence = Evidence(root)
@@ -694,10 +695,12 @@ def test_the_papers_tables(tmp_path):
     ]  # fmt: skip
     rows = {row[0]: dict(zip(range(13), row[1:], strict=True)) for row in tables.texts(first)}
     assert [rows["CDC-MMPG"][i] for i in (1, 4, 6, 10, 11)] == ["35.4", "11.5M", "46.5M", "3.70", "3.71"]
+    assert [rows["CDC-MMPG"][i] for i in (3, 5)] == ["11,546,921", "46,542,537"]
+    assert any("27,802,816 parameters) fit the paper's totals" in note.text for note in first.notes)
     assert (rows["F-linear"][0], rows["F-linear"][1], rows["F-linear"][11]) == ("not run", "17.3", "60000")
     split = rows["Split inference: the cloud answers (computed)"]
     assert (split[7], split[8]) == ("768", "2")
-    assert rows["Generator on the device (computed)"][3] == "30,916,018"
+    assert rows["Generator on the device (computed)"][3] == "58,089,458"
     assert fourth.header == ["frames", "CDC-MMPG %", "s / epoch", "Fine-tuning %", "s / epoch", "paper %",
                              "paper s / epoch"]  # fmt: skip
     two, three, four, _ = tables.texts(fourth)

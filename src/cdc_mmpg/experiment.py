@@ -316,6 +316,7 @@ class Experiment(LightningCLI):
             **({"labels": summary["train"]} if model.reads == "captions" else {}),
             "encoder": self.settings["model"]["init_args"]["encoder"]["checkpoint"],
             "parameters": parameters._asdict(),
+            "reasoner": getattr(getattr(model, "adr", None), "preset", None),
             "bytes": model.traffic()._asdict(),
             "payloads": {name: {"bytes": size} for name, size in model.payloads().items()},
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},

@@ -73,6 +73,12 @@ FULL = 3  # the frames of every other run
 STUDY = {f"cdc_mmpg_frozen.{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
 STUDY_SEEDS = range(5)
 
+REASONER_NOTES = {
+    "small": "The reasoner is small (554,880 parameters), not of the paper's size.",
+    "paper_qa": "The reasoner's sizes (27,802,816 parameters) fit the paper's totals; it prints no sizes.",
+    "paper_mc": "The reasoner's sizes (20,213,984 parameters) fit the paper's totals; it prints no sizes.",
+}
+REASONER_NOTES["default"] = REASONER_NOTES["small"]  # its name in runs of earlier versions
 NOT_RUN = Cell("not run")
 NOTHING = constant(NOTHING_BYTES, "NOTHING_BYTES")
 
@@ -333,6 +339,7 @@ def paper_form(evidence: Evidence) -> Table:
         Cell("Delays are those of the payload alone at 100 MiB/s, the paper's 100 MB/s."),
         Cell("Computed: no run, the bytes follow from what is sent. The generator on the device is CDC-MMPG's."),
     ]
+    notes += [Cell(REASONER_NOTES[size]) for size in dict.fromkeys(run.find("reasoner") for run in runs) if size]
     if shown:
         notes.append(Cell("The paper's columns are as printed; its delay of a static method is nominal."))
     if number and not whole:
