@@ -15,7 +15,9 @@ from cdc_mmpg.errors import DataError
 logger = logging.getLogger(__name__)
 
 Field = TypeVar("Field", str, int)
-Published = Mapping[str, Mapping[str, Mapping[str, int]]]  # see `VideoTextDataModule.PUBLISHED`
+# A published number; where editions differ and all are official, every number with the name of its edition.
+Count = int | Mapping[int, str]
+Published = Mapping[str, Mapping[str, Mapping[str, Count]]]  # see `VideoTextDataModule.PUBLISHED`
 
 DAMAGED = "the file is damaged or cut short; fetch it again"
 QUESTION_WORDS = ("what", "who", "how", "when", "where")

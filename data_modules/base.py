@@ -34,7 +34,7 @@ from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
-from data_modules.annotations import leads_out
+from data_modules.annotations import Published, leads_out
 from data_modules.cache import FrameCache
 from data_modules.domains import Kind, Shift, unseen_domains
 
@@ -167,8 +167,9 @@ class VideoTextDataModule(EpochDataModule):
     views: ClassVar[frozenset[View]] = frozenset({"samples"})  # what methods can read of it
     DOMAINS: ClassVar[tuple[Kind, ...]] = ("casts", "corruptions")  # that it can be given; none where it knows devices
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("official",)
-    # Questions and clips of each split, by protocol; what was published together, such as "train+val", is added up.
-    PUBLISHED: ClassVar[Mapping[str, Mapping[str, Mapping[str, int]]]] = {}
+    # Questions (or captions), clips and answers with a class of each split, by protocol; the questions and clips of
+    # splits that were published together, such as "train+val", are added up.
+    PUBLISHED: ClassVar[Published] = {}
 
     def __init__(
         self,
@@ -462,7 +463,7 @@ class VideoTextDataModule(EpochDataModule):
             "protocol": self.protocol,
             "notes": self.notes,
             "splits": splits,
-            "published": self._published(splits),
+            "published": self._compare_with_published(splits),
             "clips": len(named),
             "ready": len(present) - len(unreadable),
             "missing": sorted(named - present.keys()),
@@ -489,15 +490,34 @@ class VideoTextDataModule(EpochDataModule):
                 owners.setdefault(self.cache.key(clip), {})[clip] = split
         return sorted(sorted(clips) for clips in owners.values() if len(set(clips.values())) > 1)
 
-    def _published(self, splits: Mapping[Split, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Each published count beside what is here, of splits that are."""
+    def published(self) -> list[dict[str, Any]]:
+        """Return every published count of `PUBLISHED` beside the number in the annotation files that are here.
+
+        Absent clips and domains that are held out change nothing here: `summary` counts those.
+
+        Returns:
+            Rows of split ("test", or "train+val" where both were published together), what ("questions", "clips" or
+            "answers"), published and here (numbers), same (whether they are equal), edition (its name where official
+            editions differ, else ""). Figures of a paper compare with a run only where all rows are the same.
+
+        Raises:
+            DataError: see `samples`.
+        """
+        return self._compare_with_published({split: self._counts(self.samples(split)) for split in SPLITS})
+
+    def _compare_with_published(self, splits: Mapping[Split, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows of `published` for the splits that are given with their counts."""
         rows = []
         for name, counts in self.PUBLISHED.get(self.protocol, {}).items():
             parts: list[Any] = name.split("+")
-            if all(part in splits for part in parts):
-                for what, number in counts.items():
-                    here = sum(splits[part][what] for part in parts)
-                    rows.append({"split": name, "what": what, "published": number, "here": here})
+            if not all(part in splits for part in parts):
+                continue
+            for what, count in counts.items():
+                editions = {count: ""} if isinstance(count, int) else count
+                here = self.num_classes - 1 if what == "answers" else sum(splits[part][what] for part in parts)
+                number = here if here in editions else next(iter(editions))
+                row = {"split": name, "what": what, "published": number, "here": here}
+                rows.append(row | {"same": here == number, "edition": editions[number]})
         return rows
 
     def questions(self, samples: Sequence[Sample]) -> int:
@@ -519,6 +539,12 @@ class VideoTextDataModule(EpochDataModule):
                 f"{self.root}: {first} and {second} share {len(names)} clips, among them {', '.join(names[:5])}: "
                 "a split must not be tested on what another was trained on"
             )
+        for row in self.published():
+            if not row["same"]:
+                logger.warning(
+                    "%s: %s %s of split %s, but %s were published: its figures do not compare with published ones",
+                    self.root, f"{row['here']:,}", row["what"], row["split"], f"{row['published']:,}",
+                )  # fmt: skip
         self.read_vocabulary()
         TextEncoder(self.vocab, self.text_length)
         paths = self.find_clips()

@@ -37,12 +37,12 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
 
     Licence: for research; the clips remain YouTube's and their authors'.
 
-    Splits: only the test is distributed. Of each of the 6,513 training clips (0-6512) and 497 validation clips
-    (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a clip has fewer different
-    captions): with four captions of four other clips of the same split and of other categories, none of them one of the
-    clip's own; a clip without a category is one of its own, and the log says so. What is drawn follows from the clip's
-    name and the captions (and, with `domains`, from which are held out: unseen ones give no wrong candidates): the same
-    on every machine and in every run. The question is empty.
+    Splits: only the test is distributed, 2,990 items on as many clips. Of each of the 6,513 training clips (0-6512)
+    and 497 validation clips (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a
+    clip has fewer different captions): with four captions of four other clips of the same split and of other
+    categories, none of them one of the clip's own; a clip without a category is one of its own, and the log says so.
+    What is drawn follows from the clip's name and the captions (and, with `domains`, from which are held out: unseen
+    ones give no wrong candidates): the same on every machine and in every run. The question is empty.
 
     Deviation: the paper takes negatives with other "activity-phrase labels", which MSR-VTT does not have; training and
     validation items take captions of clips of other categories.
@@ -58,7 +58,9 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
 
     # Five passes through the encoder each, that is about as many in an epoch as MSRVTT-QA takes.
     ITEMS_PER_CLIP: ClassVar[int] = 5
-    PUBLISHED: ClassVar[Published] = {"official": {"train": {"clips": 6_513}, "val": {"clips": 497}}}
+    PUBLISHED: ClassVar[Published] = {
+        "official": {"train": {"clips": 6_513}, "val": {"clips": 497}, "test": {"questions": 2_990, "clips": 2_990}}
+    }
 
     def remedy(self) -> str:
         """What to fetch, from where, under which terms, and where to put it."""

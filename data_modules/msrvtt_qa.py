@@ -43,7 +43,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
 
     PUBLISHED: ClassVar[Published] = {
         "official": {
-            "train": {"questions": 158_581, "clips": 6_513},
+            "train": {"questions": 158_581, "clips": 6_513, "answers": 1_500},
             "val": {"questions": 12_278, "clips": 497},
             "test": {"questions": 72_821, "clips": 2_990},
         }

@@ -32,7 +32,7 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
 
     Splits, by `protocol`:
         full: 6,513 / 497 / 2,990 clips, of `MSRVTT_{train,val,test}.full.csv` or, where that is absent, by number
-            (0-6512, 6513-7009, 7010-9999), each with all of its about 20 captions.
+            (0-6512, 6513-7009, 7010-9999), each with all of its 20 captions.
         9k: the 9,000 clips of `MSRVTT_train.9k.csv`; test 1k-A: the 1,000 clips of `MSRVTT_JSFUSION_test.csv`, each
             with the one caption that stands there.
         7k: the 7,010 clips of `MSRVTT_train.7k.csv`; test 1k-A.
@@ -50,9 +50,13 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
 
     PROTOCOLS = ("full", "9k", "7k")
     PUBLISHED: ClassVar[Published] = {
-        "full": {"train": {"clips": 6_513}, "val": {"clips": 497}, "test": {"clips": 2_990}},
-        "9k": {"train+val": {"clips": 9_000}, "test": {"clips": 1_000}},
-        "7k": {"train+val": {"clips": 7_010}, "test": {"clips": 1_000}},
+        "full": {
+            "train": {"questions": 130_260, "clips": 6_513},
+            "val": {"questions": 9_940, "clips": 497},
+            "test": {"questions": 59_800, "clips": 2_990},
+        },
+        "9k": {"train+val": {"questions": 180_000, "clips": 9_000}, "test": {"questions": 1_000, "clips": 1_000}},
+        "7k": {"train+val": {"questions": 140_200, "clips": 7_010}, "test": {"questions": 1_000, "clips": 1_000}},
     }
 
     def remedy(self) -> str:

@@ -52,7 +52,7 @@ class MSVDQA(VideoQADataModule):
 
     PUBLISHED: ClassVar[Published] = {
         "official": {
-            "train": {"questions": 30_933, "clips": 1_161},
+            "train": {"questions": 30_933, "clips": 1_161, "answers": 1_000},
             "val": {"questions": 6_415, "clips": 245},
             "test": {"questions": 13_157, "clips": 504},
         }

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from cdc_mmpg.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.text import pad
+from data_modules.annotations import Published
 from data_modules.base import ClipDataset, Sample
 from data_modules.domains import Kind
 from data_modules.msvd_qa import MSVDQA
@@ -73,6 +74,7 @@ class Synthetic(MSVDQA):
 
     views: ClassVar[frozenset[View]] = frozenset({"samples", "sessions", "captions"})
     DOMAINS: ClassVar[tuple[Kind, ...]] = ()
+    PUBLISHED: ClassVar[Published] = {}  # no paper has figures of it
 
     def remedy(self) -> str:
         """What to fetch, from where, and where to put it."""

@@ -19,7 +19,10 @@ from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.heads import Retrieval
 from communities import small, write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
 from conftest import write_clip
+from data_modules.base import Sample
 from data_modules.msrvtt_choice import MSRVTTChoice
+from data_modules.msrvtt_qa import MSRVTTQA
+from data_modules.tgif_qa import TGIFAction
 from processes import finish, kill, result_of_testing_alone, start, start_ranks, until
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
@@ -82,8 +85,17 @@ COUNTS = {
 }
 
 
+# What was published of each test split, the published number and the number in these small ones.
+TEST_COUNTS = {
+    "msrvtt": [("questions", 72_821, 24), ("clips", 2_990, 6)],
+    "tgif": [("questions", 13_691, 8)],
+    "msrvtt_choice": [("questions", 2_990, 6), ("clips", 2_990, 6)],
+    "msrvtt_retrieval": [("questions", 59_800, 36), ("clips", 2_990, 6)],
+}
+
+
 @pytest.mark.parametrize("dataset", WRITERS)
-def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys):
+def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys, caplog):
     assert check(dataset, roots[dataset], out) == 0
     found = json.loads((out / dataset / "data.json").read_text())
     rows = [found["splits"][split] for split in ("train", "val", "test")]
@@ -98,6 +110,7 @@ def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys):
     printed = capsys.readouterr().out
     assert f"{rows[0]['questions']:,}" in printed
     assert "clips ready, 0 absent" in printed
+    assert "not the published splits" in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,6 +120,10 @@ def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_on
     folder = out / dataset / method / "seed0"
     results = json.loads((folder / "results.json").read_text())
     assert tuple(results["questions"].values()) == tuple(questions for questions, _ in COUNTS[dataset])
+    assert [row for row in results["published"] if row["split"] == "test"] == [
+        {"split": "test", "what": what, "published": number, "here": here, "same": False, "edition": ""}
+        for what, number, here in TEST_COUNTS[dataset]
+    ]
     cells = results["accuracy"]["own"]["test"]
     generating = {"own", "mean_head", "float32", "float16", "int8", "shuffled", "shuffled_device"}
     expected = {"linear": {"own"}, "fine_tuning": {"own"}, "hyper": generating}
@@ -164,6 +181,31 @@ def test_prediction_chooses_among_texts(roots, out, capsys):
         assert (sum(scores) == pytest.approx(100, abs=0.5)) == (dataset == "msrvtt_choice")
         assert predict.main([*ask, ""]) == 2
         assert "CHOICES=" in capsys.readouterr().err
+
+
+def test_training_warns_where_the_annotations_are_not_the_published_ones(roots, caplog, monkeypatch):
+    data = small(MSRVTTQA, roots["msrvtt"], num_classes=5)
+    data.prepare_data()
+    assert "24 questions of split test, but 72,821 were published" in caplog.text
+    assert "4 answers of split train, but 1,500 were published" in caplog.text
+    caplog.clear()
+    here = {"train": {"questions": 40, "clips": 10, "answers": 4}, "test": {"questions": 24, "clips": 6}}
+    monkeypatch.setattr(MSRVTTQA, "PUBLISHED", {"official": here})
+    data.prepare_data()
+    assert "published" not in caplog.text
+    assert all(row["same"] for row in data.published())
+
+
+@pytest.mark.parametrize(("here", "same", "edition"), [
+    (20_475, True, "as the paper counts"), (20_471, True, "the authors' repository"),
+    (20_470, False, "as the paper counts"),
+])  # fmt: skip
+def test_the_edition_of_official_annotations_is_named(here, same, edition, roots, monkeypatch):
+    data = small(TGIFAction, roots["tgif_action"])
+    counts = {"train": here - 2_000, "val": 2_000, "test": 2_274}
+    monkeypatch.setattr(data, "samples", lambda split: [Sample("clip", "")] * counts[split])
+    found = {row["split"]: (row["here"], row["same"], row["edition"]) for row in data.published()}
+    assert found == {"train+val": (here, same, edition), "test": (2_274, True, "")}
 
 
 @pytest.mark.parametrize("protocol", ["9k", "7k"])

@@ -362,6 +362,9 @@ class VideoTextData(Protocol):
     def fingerprint(self, split: Split, frames: bool) -> str:
         """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
 
+    def published(self) -> list[dict[str, Any]]:
+        """Return every published count of the dataset beside the number here; see `VideoTextDataModule.published`."""
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Questions, clips, questions left out and held out, unknown answers and the accuracy's ceiling, by split."""
 

@@ -299,6 +299,7 @@ class Experiment(LightningCLI):
             "task": self.dataset.task,
             "protocol": self.dataset.protocol,
             "splits": self.dataset.notes,
+            "published": self.dataset.published(),
             "domains": self.dataset.domains and {"kind": self.dataset.domains, "held_out": self.dataset.held_out},
             "metrics": metrics,
             "monitor": best.monitor,

@@ -99,6 +99,7 @@ def identity(
         "task": data.task,
         "protocol": data.protocol,
         "splits": data.notes,
+        "published": data.published(),
         "made_of": dict(source),
         "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
         "devices": "1 x cpu",

@@ -51,9 +51,11 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     console = Console(soft_wrap=True)
     console.print(table(found, dataset.task))
     for row in found["published"]:
-        same = row["here"] == row["published"]
-        published = "as published" if same else f"published {row['published']:,}"
-        console.print(f"{row['split']}: {row['here']:,} {row['what']}, {published}")
+        published = "as published" if row["same"] else f"published {row['published']:,}"
+        edition = f" ({row['edition']})" if row["edition"] else ""
+        console.print(f"{row['split']}: {row['here']:,} {row['what']}, {published}{edition}")
+    if not all(row["same"] for row in found["published"]):
+        logger.warning("these are not the published splits: no figure from them compares with published ones")
     for split, source in found["notes"].items():
         console.print(f"{split}: {source}")
     cache = found["cache"]
