@@ -1,14 +1,39 @@
 # Every target makes what it needs: the first one builds .venv, which takes a while; the second time nothing is redone.
 # Usage: make <target> [VARIABLE=value ...]; `make help` lists them.
 
+comma  := ,
+quoted  = '$(subst ','\'',$1)'
+# 1 where all of the value of $1 matches the regular expression $2.
+matches = $(filter 1,$(shell printf '%s' $(call quoted,$($1)) | tr '\n' '"' | grep -cxE '$2'))
+
 DATASET    ?= synthetic
+# The names that people type.
+override DATASET := $(shell printf '%s' $(call quoted,$(DATASET)) | tr 'A-Z -' 'a-z__' | sed -E \
+	's/^msr_vtt/msrvtt/; s/^(msvd|msrvtt|tgif)_?(vid)?qa$$/\1/; s/^(tgif_?(qa_?)?)?frame_?qa$$/tgif/; s/^tgif_?qa_/tgif_/; \
+	s/^msrvtt_(mc|multiple_choice|mc_?qa)$$/msrvtt_choice/; s/^msrvtt_ret$$/msrvtt_retrieval/; s/^embedded$$/synthetic/')
 METHOD     ?= $(if $(SYNTHETIC),all,cdc_mmpg)
 SEED       ?= 0
 # Seeds 0 to SEEDS - 1 instead of SEED. ENCODER_SEED: whose encoder is taken, where that is another seed's.
 SEEDS      ?=
-OUT        ?= checkpoints
+# SIZE=toy makes the embedded dataset small, to try the chain in minutes; its runs have a folder of their own.
+OUT        ?= checkpoints$(if $(SIZE),/$(SIZE))
 PYTHON     ?= python3
 JOBS       ?= $(if $(SYNTHETIC),2,1)
+
+# "~" as the shell's, which expands it in some shells only.
+home         = $(if $(filter ~ ~/%,$(firstword $1)),$(HOME)$(patsubst ~%,%,$1),$1)
+override OUT := $(call home,$(OUT))
+WHOLE       := [1-9][0-9]{0,2}
+demand       = $(if $(if $($1),$(call matches,$1,$2),$3),,$(error $1=$($1): $1 is $4))
+$(call demand,OUT,[^-"$$`\\][^"$$`\\]*,,the folder where runs go: its name does not begin with "-" and has no quote$(comma) dollar or backslash)
+$(if $(and $(wildcard $(OUT)),$(filter 1,$(words $(OUT)))),$(if $(wildcard $(OUT)/.),,$(error OUT=$(OUT) is a file: OUT is the folder where runs go)))
+$(call demand,JOBS,$(WHOLE),,how many runs go side by side: a whole number from 1)
+$(call demand,SEED,0|[1-9][0-9]{0$(comma)8},,a whole number from 0)
+$(call demand,SEEDS,$(WHOLE),1,how many seeds from 0 on: a whole number from 1)
+$(call demand,NODES,$(WHOLE),1,how many machines train together: a whole number from 1)
+$(call demand,EPOCHS,$(WHOLE)|[1-9][0-9]{3},1,a whole number from 1)
+$(call demand,DEVICES,auto|-1|$(WHOLE)|[0-9]+$(comma)|\[?[0-9]+($(comma)[0-9]+)+\]?,1,how many processes or GPUs train together: a whole number from 1$(comma) "auto" (all GPUs)$(comma) or their numbers ("0$(comma)1"))
+$(call demand,SIZE,full|toy,1,"full" or "toy": of the embedded dataset)
 
 SYNTHETIC := $(filter synthetic,$(DATASET))
 # The tasks of MSRVTT, and of TGIF, are about the same clips: they share the folder and the frames.
@@ -19,6 +44,8 @@ PY        := .venv/bin/python
 # The embedded dataset makes itself, its vocabulary and its encoder.
 CACHE     ?= $(OUT)/$(FAMILY)/data
 DATA      ?= $(if $(SYNTHETIC),$(CACHE)/clips,data/$(FAMILY))
+override CACHE := $(call home,$(CACHE))
+override DATA  := $(call home,$(DATA))
 VOCAB     ?= $(if $(SYNTHETIC),$(DATA)/vocab.txt)
 PRETRAIN  := $(if $(SYNTHETIC),$(if $(CHECKPOINT),,encoder_pretraining))
 
@@ -77,7 +104,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
 # seed's pretraining comes first and has all of them.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
-train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
+train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
 	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
@@ -124,7 +151,7 @@ NEEDS_on_device              = $(call origin_,$1,fine_tuning)
 FIRST = $(if $(filter all,$(METHOD)),$(if $(filter hyper hyper_fan_in adr_pretraining $(SESSIONS),$(call method,$1)),linear/$(call seed,$1)))
 NEEDS = $(addprefix run/,$(NEEDS_$(call method,$1)) $(call FIRST,$1) $(if $(filter encoder_pretraining/%,$1),,$(addsuffix /$(notdir $(call origin_,$1)),$(PRETRAIN))))
 
-THREADS = $(eval THREADS := $$(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))'))$(THREADS)
+THREADS = $(eval THREADS := $$(shell $(PY) -c 'from cdc_mmpg.processors import count_processors; print(max(1, count_processors() // $(JOBS)))'))$(THREADS)
 ALONE   = $(if $(filter run/encoder_pretraining/%,$@),$(if $(SEEDS),,1))
 SHARE   = $(if $(ALONE),,$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)}))
 
@@ -144,8 +171,11 @@ $(NUMBERS:%=run/privacy/%): run/privacy/%: .venv/.ready $$(addprefix run/,$$(add
 	exec env $(SHARE) $(PY) -m cdc_mmpg.privacy "$(call folder,encoder_pretraining/$*)"
 
 ifneq ($(SYNTHETIC),)
-$(DATA)/digests.json: | .venv/.ready
-	$(PY) -m data_modules.synthetic_clips "$(DATA)"
+$(DATA)/digests.json: $(if $(SIZE),check-size) | .venv/.ready
+	$(PY) -m data_modules.synthetic_clips "$(DATA)" $(if $(SIZE),--size "$(SIZE)")
+
+.PHONY: check-size # what is there may be of another size
+check-size:
 endif
 
 # Every table of the paper, and what it does not ask: three seeds of the main rows, one of the rest (FULL=1: five of
@@ -175,10 +205,10 @@ predict: export CLIP := $(value VIDEO)
 predict: export ASKED := $(value QUESTION)
 predict: export OFFERED := $(value CHOICES)
 predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
-	@$(PY) -m cdc_mmpg.predict --run "$(ROOT)/$(METHOD)/seed$(SEED)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
-		$(if $(VOCAB),--vocab "$(VOCAB)")
+	@$(PY) -m cdc_mmpg.predict --run="$(RUN)" --video="$$CLIP" --question="$$ASKED" --choices="$$OFFERED" \
+		$(if $(VOCAB),--vocab="$(VOCAB)")
 
-# A deployment: of the session's run, unless METHOD= names another. Only the demo trains what is not there.
+# What predicts and is deployed: the session's run, unless METHOD= names another. Only the demo trains what is not there.
 SERVED     = $(if $(filter all,$(METHOD)),cdc_mmpg_session,$(METHOD))
 RUN        = $(ROOT)/$(SERVED)/seed$(SEED)
 DEPLOYMENT = $(RUN)/deployment
@@ -199,8 +229,8 @@ device: export CLIP := $(value VIDEO)
 device: export ASKED := $(value QUESTION)
 device: export OFFERED := $(value CHOICES)
 device: .venv/.ready ## ask the device's client, with an export and the service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 ARGS=--new-session METHOD= DATASET= SEED= ARGS= OUT=
-	@$(PY) -m cdc_mmpg.device "$(DEPLOYMENT)/device$(if $(INT8),-int8)" --video "$$CLIP" --question "$$ASKED" --choices "$$OFFERED" \
-		--cloud "$(CLOUD)" --state "$(DEPLOYMENT)/state" $(ARGS)
+	@$(PY) -m cdc_mmpg.device "$(DEPLOYMENT)/device$(if $(INT8),-int8)" --video="$$CLIP" --question="$$ASKED" --choices="$$OFFERED" \
+		--cloud="$(CLOUD)" --state "$(DEPLOYMENT)/state" $(ARGS)
 
 demo: .venv/.ready $$(TRAINED) $$(if $$(wildcard $$(DEPLOYMENT)/export.json),,export) ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
 	@$(PY) -m cdc_mmpg.demo "$(RUN)" --data "$(DATA)" $(ARGS)

@@ -1,7 +1,8 @@
 """The embedded dataset's generator: colour constancy, posed with real video files in MSVD-QA's layout.
 
-`python -m data_modules.synthetic_clips <folder>` makes it, goes on where it was stopped, or checks what is there. What
-the files hold and why is in the data sheet, `data_modules.synthetic.Synthetic`. No torch in here.
+`python -m data_modules.synthetic_clips <folder>` makes it, goes on where it was stopped, or checks what is there;
+`--size toy` makes a small one. What the files hold and why is in the data sheet, `data_modules.synthetic.Synthetic`.
+No torch in here.
 """
 
 import argparse
@@ -60,6 +61,14 @@ class Counts(NamedTuple):
     test: int = 10  # of an unseen device, and validation clips of a validation device
     captioned: int = 6016  # clips for pretraining, each of a camera of its own
     questions: int = 3  # about a clip
+
+
+# What `--size` names: the embedded dataset, and one that shows in minutes that a machine can train it, and not what a
+# method is worth.
+DATASET_SIZES = {
+    "full": Counts(),
+    "toy": Counts(seen=16, unseen=8, val=6, captioned=480),
+}
 
 
 class Camera(NamedTuple):
@@ -395,10 +404,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make or check the dataset; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="the dataset's folder")
-    root = parser.parse_args(arguments).root
+    parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: to try the chain in minutes")
+    options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
-        make(root)
+        make(options.root, DATASET_SIZES[options.size])
     except CDCError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -224,6 +224,14 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("make ")]
 
 
+def expand(arguments: list[str], variables: dict[str, str]) -> list[str]:
+    """Replace what the shell would: make hands questions over through the environment."""
+    shell = {"$CLIP": "VIDEO", "$ASKED": "QUESTION", "$OFFERED": "CHOICES"}
+    for name, variable in shell.items():
+        arguments = [argument.replace(name, variables.get(variable, "")) for argument in arguments]
+    return arguments
+
+
 def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     """Each one, by make's own account of what it would do, at a tiny size; `make train` alone is the whole chain."""
     encoder = tmp_path / "encoder.safetensors"
@@ -262,9 +270,8 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
             if (module, *arguments) in made:  # make asks twice for what comes first
                 continue
             made.add((module, *arguments))
-            shell = {"$CLIP": named.get("VIDEO"), "$ASKED": named.get("QUESTION")}
             program = main if module == "cdc_mmpg.cli" else importlib.import_module(module).main
-            process = start(tmp_path / "log", program, [shell.get(argument, argument) for argument in arguments])
+            process = start(tmp_path / "log", program, expand(arguments, named))
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"
         ran.append(command[0])
     assert set(ran) == {
@@ -311,7 +318,26 @@ def test_a_question_reaches_the_program_as_it_was_asked():
     question = 'what\'s "five" for $5 or $(shell date) or `date`; $HOME?'
     command = ["make", "predict", "PY=echo", f"QUESTION={question}", "VIDEO=my $clip.mp4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
-    assert f"--video my $clip.mp4 --question {question}" in done.stdout
+    assert f"--video=my $clip.mp4 --question={question}" in done.stdout
+
+
+def test_a_clip_whose_name_begins_with_a_dash_reaches_the_program():
+    """Many of MSVD's do."""
+    for target, module in (("predict", "cdc_mmpg.predict"), ("device", "cdc_mmpg.device")):
+        command = ["make", target, "PY=echo", "VIDEO=-aaMGK6RGzw_57_61.avi", "QUESTION=-what?"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE)
+        assert f"-m {module}" in done.stdout
+        assert "--video=-aaMGK6RGzw_57_61.avi --question=-what?" in done.stdout
+
+
+def test_what_predicts_is_what_is_exported():
+    """After `make train` alone nothing else need be said."""
+    ran = [make(target, "-s") for target in ("predict", "export", "serve")]
+    run = "checkpoints/synthetic/cdc_mmpg_session/seed0"
+    assert f"--run={run}" in ran[0][0]
+    assert run in ran[1][0]
+    assert f"{run}/deployment/cloud" in ran[2][0]
+    assert "--run=checkpoints/msvd/cdc_mmpg/seed0" in make("predict", "DATASET=msvd")[0]
 
 
 def test_paths_may_have_spaces():
@@ -328,6 +354,60 @@ def test_names_that_do_not_exist_are_refused_with_those_that_do(wrong):
     assert done.returncode == 2
     assert f"{wrong} is none of" in done.stderr
     assert ("hyper_fan_in" if "METHOD" in wrong else "msvd") in done.stderr
+
+
+ALIASES = {
+    "msvd": ["MSVD", "msvd-qa", "msvd_qa", "MSVD-QA", "msvdqa"],
+    "msrvtt": ["MSRVTT", "msrvtt-qa", "msrvtt_qa", "MSR-VTT", "MSRVTT-QA"],
+    "tgif": ["TGIF", "tgif-qa", "TGIF-QA", "tgif-frameqa", "frameqa", "FrameQA"],
+    "tgif_action": ["tgif-action", "TGIF-QA-action", "tgif_qa_action"],
+    "tgif_transition": ["tgif-transition", "TGIF-QA transition"],
+    "msrvtt_choice": ["msrvtt-mc", "MSRVTT-MC", "msrvtt_multiple_choice", "msrvtt-choice"],
+    "msrvtt_retrieval": ["msrvtt-retrieval", "MSR-VTT retrieval"],
+}
+
+
+def test_datasets_go_by_the_names_that_people_type():
+    for dataset, names in ALIASES.items():
+        for name in names:
+            assert f"experiments/datasets/{dataset}.yaml" in make("train", f"DATASET={name}", "METHOD=linear")[0], name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("DEVICES=0", "a whole number from 1"), ("DEVICES=two", "a whole number from 1"), ("DEVICES=1.5", "GPUs"),
+        ("JOBS=0", "side by side"), ("JOBS=many", "side by side"), ("JOBS=-1", "side by side"),
+        ("SEEDS=0", "how many seeds"), ("SEEDS=x", "how many seeds"), ("SEED=abc", "from 0"), ("EPOCHS=0", "from 1"),
+        ("NODES=0", "machines"), ("OUT=", "the folder where runs go"), ("OUT=README.md", "is a file"),
+        ("OUT=-x", "begin"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("JOBS=1;touch x", "side by side"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_at_once(wrong, said):
+    done = subprocess.run(
+        ["make", "-n", "train", wrong], cwd=ROOT, capture_output=True, text=True, check=False, env=OUTSIDE
+    )
+    assert done.returncode == 2
+    assert not done.stdout
+    assert wrong in done.stderr
+    assert said in done.stderr
+
+
+def test_a_tilde_is_the_home():
+    home = OUTSIDE["HOME"]
+    (command, _) = make("train", "DATASET=msvd", "METHOD=linear", "OUT=~/runs", "DATA=~/msvd", "CACHE=~/cache")
+    assert {f"--trainer.default_root_dir={home}/runs/msvd/linear/seed0", f"--data.init_args.root={home}/msvd",
+            f"--data.init_args.cache_dir={home}/cache"} <= set(command)  # fmt: skip
+
+
+def test_a_toy_has_a_folder_of_its_own():
+    lines = make("train", "SIZE=toy", "METHOD=linear")
+    fits = [line for line in lines if "fit" in line]
+    assert fits
+    assert all(any("=checkpoints/toy/synthetic/" in word for word in line) for line in fits)
+    done = subprocess.run(["make", "-n", "train", "SIZE=toy"], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env=OUTSIDE)  # fmt: skip
+    assert 'synthetic_clips "checkpoints/toy/synthetic/data/clips" --size "toy"' in done.stdout
 
 
 def test_the_recipes_order_is_makes():

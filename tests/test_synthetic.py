@@ -298,3 +298,11 @@ def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, batch_
     expected = torch.load(tmp_path / "whole" / "last.pt")
     for name, value in torch.load(last).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_toy_is_made_and_never_taken_for_the_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(synthetic_clips.DATASET_SIZES, "toy", TINY._replace(seen=2, captioned=8, val=1))
+    assert synthetic_clips.main([str(tmp_path / "clips"), "--size", "toy"]) == 0
+    assert synthetic_clips.main([str(tmp_path / "clips"), "--size", "toy"]) == 0  # checked
+    assert synthetic_clips.main([str(tmp_path / "clips")]) == 3
+    assert "delete or rename the folder" in capsys.readouterr().err
