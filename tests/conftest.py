@@ -21,11 +21,18 @@ CLIPS = {"train": ["-aB_0_5", "c d_1_2", "e_3_4"], "val": ["v_0_1"], "test": ["t
 
 
 def write_clip(
-    path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), codec: str = "mpeg4", **options: str
+    path: Path,
+    frames: int = 12,
+    size: tuple[int, int] = (64, 48),
+    codec: str = "mpeg4",
+    title: str = "",
+    **options: str,
 ) -> Path:
     """A clip whose frame k is of one grey, 4 + 6 k, so that any frame tells its number after resizing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=10, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p" if codec != "gif" else "rgb8"
         if codec == "mpeg4":

@@ -15,6 +15,7 @@ Frames = NDArray[np.uint8]
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference's
 STD = (0.229, 0.224, 0.225)
+MAX_RATIO = 4  # of a frame's longer side to its shorter one; what is beyond it on either side is left out
 CANDIDATES = (
     3  # frames kept of each segment of a clip, unless told: training takes any of them, evaluation the middle one
 )
@@ -40,14 +41,28 @@ def shorter_side(image_size: int) -> int:
 
 
 def resize(frame: av.VideoFrame, side: int, reformatter: VideoReformatter) -> Frames:
-    """One frame, its shorter side resized to `side` pixels (bilinear), as RGB (H, W, 3).
+    """Return one frame, its shorter side resized to `side` pixels (bilinear), as RGB (H, W, 3).
+
+    Deviation: of a frame that is more than `MAX_RATIO` times as long as it is wide only the middle part is kept, so
+    that a small file cannot ask for gigabytes. Evaluation, which sees the middle square, sees the same.
 
     A clip's frames share a reformatter: setting one up costs more than a small frame.
     """
+    if max(frame.width, frame.height) > MAX_RATIO * min(frame.width, frame.height):
+        frame = _middle_part(frame)
     scale = side / min(frame.width, frame.height)
     width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
     resized = reformatter.reformat(frame, width, height, format="rgb24", interpolation="BILINEAR")
     return resized.to_ndarray().astype(np.uint8, copy=False)
+
+
+def _middle_part(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return the middle of a frame, `MAX_RATIO` times as long as it is wide."""
+    pixels = frame.to_ndarray(format="rgb24")
+    limit = MAX_RATIO * min(pixels.shape[:2])
+    top, left = (max(0, length - limit) // 2 for length in pixels.shape[:2])
+    part = pixels[top : top + limit, left : left + limit]
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(part, dtype=np.uint8), format="rgb24")
 
 
 def crop(frames: Frames, image_size: int, generator: np.random.Generator | None = None) -> Frames:
