@@ -7,6 +7,7 @@ that was stopped goes on where it was, and a finished one leaves `results.json`.
 a wrong path or finding a run finished takes no time.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,10 @@ from pathlib import Path
 
 from cdc_mmpg.errors import CDCError, CheckpointError, DataError
 from cdc_mmpg.results import RESUME, fingerprint, read_results
+from cdc_mmpg.terminal import end_without_output, escape_controls, find_lost_output, print_error, protect_output
+
+# What a full disk, a quota or a read-only place says, wherever the write was.
+REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,24 +50,38 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def exit_code(function: Callable[[], None]) -> int:
-    """Of a program that is `function`; a fault of its input is one message on the standard error."""
+    """Run a program that is `function` and return its exit code.
+
+    A fault of its input is one message on the standard error. Its output is safe in any encoding (`terminal`), and a
+    reader that leaves (`| head`) ends it quietly, with 141.
+    """
+    protect_output()
     try:
         function()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
+        lost = find_lost_output() if isinstance(error, OSError) else None
+        if lost:
+            return end_without_output(lost)
         ours = _cause(error)
         if ours is None:
             raise
-        print(f"{type(ours).__name__}: {ours}", file=sys.stderr)
+        print_error(f"{type(ours).__name__}: {ours}")
         for child in multiprocessing.active_children():  # one that hangs would be waited for
             child.kill()
         return ours.exit_code
-    return 0
+    lost = find_lost_output()  # what was still buffered
+    return end_without_output(lost) if lost else 0
 
 
 def _cause(error: BaseException | None) -> CDCError | None:
     """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
+    if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
+        return CDCError(
+            f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room, or make the place "
+            "writable, and type the same command again"
+        )
     while error is not None:
         if isinstance(error, CDCError):
             if not str(error).startswith("Caught "):
@@ -75,9 +94,19 @@ def _cause(error: BaseException | None) -> CDCError | None:
     return None
 
 
+class PlainFormatter(logging.Formatter):
+    """Messages without control characters: they name files and words that others chose."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's message."""
+        return escape_controls(super().format(record))
+
+
 def log_to_terminal() -> None:
     """Our own messages, and of Lightning's the warnings."""
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
     for name in ("cdc_mmpg", "data_modules"):
         logging.getLogger(name).setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
     for name, level in (("lightning.pytorch", logging.WARNING), ("lightning.fabric", logging.WARNING),

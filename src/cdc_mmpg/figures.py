@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cdc_mmpg.errors import CDCError, ConfigError, DataError
+from cdc_mmpg.cli import exit_code, log_to_terminal
+from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import Frames
 from cdc_mmpg.tables import finished_runs
@@ -394,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.write(content)
         print(f"written: {options.folder / 'figures' / name}")
 
-    try:
+    def draw() -> None:
         if not options.folder.is_dir():
             raise ConfigError(f"{options.folder}: no such folder; train first (make train)")
         write("method.png", method())
@@ -405,10 +406,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             write("data.png", data(options.data))
         write("anchors.png", anchors(options.folder))
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    log_to_terminal()
+    return exit_code(draw)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdc_mmpg.cli import exit_code
+from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.evidence import (
     BASELINE,
@@ -689,6 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
     parser.add_argument("--data", type=Path, help="the dataset's folder, for the clips of the examples")
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return exit_code(lambda: write(options.folder, options.data))
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cdc_mmpg.cli import exit_code
+from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence import (
     ALL_TYPES,
@@ -766,6 +766,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>; with --paper also checkpoints")
     parser.add_argument("--paper", action="store_true", help="all tables, and what they lack")
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return exit_code(partial(_all if options.paper else _methods_alone, options.folder))
 
 

@@ -1,0 +1,85 @@
+"""Standard output in any encoding, of a reader that leaves, on a full disk; foreign names without controls."""
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_tables import write_run
+
+from cdc_mmpg.cli import PlainFormatter, exit_code
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.terminal import escape_controls
+
+TABLE = [sys.executable, "-m", "cdc_mmpg.tables"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_table_is_shown_in_any_encoding(encoding, tmp_path):
+    for seed, value in enumerate((0.2, 0.4)):
+        write_run(tmp_path / "synthetic", "linear", seed, value)
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*TABLE, str(tmp_path / "synthetic")], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sign = "+-" if encoding == "ascii" else "±"
+    assert f"30.0 {sign} 14.1" in done.stdout.decode(encoding)
+    assert "30.0 ± 14.1" in (tmp_path / "synthetic" / "table.md").read_text()
+
+
+class Broken:
+    """Standard output that nobody reads, or that lies on a full disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: str | None = None) -> None:
+        if path is None:
+            reading, self.writing = os.pipe()
+            os.close(reading)
+        else:
+            self.writing = os.open(path, os.O_WRONLY)
+        self.stream = os.fdopen(self.writing, "w")
+        monkeypatch.setattr(sys, "stdout", self.stream)
+
+
+@pytest.mark.parametrize("letters", [10, 1_000_000])
+def test_a_reader_that_leaves_ends_a_program_quietly(letters, monkeypatch, capsys):
+    Broken(monkeypatch)
+    assert exit_code(lambda: print("x" * letters)) == 141
+    print("into nothing", flush=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_on_a_full_disk_is_named(monkeypatch, capsys):
+    Broken(monkeypatch, "/dev/full")
+    assert exit_code(lambda: print("x")) == 1
+    assert "standard output cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+def test_a_broken_connection_is_no_reader_that_left():
+    def fail() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        exit_code(fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_write_that_is_refused_anywhere_is_a_named_error(number, capsys):
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "place/metrics.csv")
+
+    assert exit_code(fail) == 1
+    assert f"CDCError: place/metrics.csv: cannot be written ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def test_names_of_others_reach_no_terminal_as_control_characters(capsys):
+    def fail() -> None:
+        raise DataError("clip \x1b[31mred\x07\u202e: unreadable\n  and \udcff")
+
+    assert exit_code(fail) == 3
+    assert capsys.readouterr().err == "DataError: clip \\x1b[31mred\\x07\\u202e: unreadable\n  and \\udcff\n"
+    record = logging.LogRecord("cdc_mmpg", logging.INFO, "", 0, "clip %s", ("\x1b]0;title\x07",), None)
+    assert PlainFormatter("%(levelname)s %(message)s").format(record) == "INFO clip \\x1b]0;title\\x07"
+    assert escape_controls("± −1.8\tü\n") == "± −1.8\tü\n"
