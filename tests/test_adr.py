@@ -1,5 +1,6 @@
 """The reasoner: counts, equations, and what makes it a no-op."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,50 @@ def test_renormalised_feature_has_the_decoded_statistics(anchor):
     torch.testing.assert_close(
         groups.generated.view(8, 4, 48).std(2), groups.decoded.view(8, 4, 48).std(2), rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])  # the smaller shows epsilon
+def test_equation_16_in_numpy(anchor, groups, scale):
+    anchor = scale * anchor
+    reasoned = ADR(axis="feature" if groups == 1 else f"group:{groups}")(anchor, sample=False)
+    f, decoded = (part.detach().double().numpy().reshape(8, groups, -1) for part in (anchor, reasoned.decoded))
+    std, mean, new_std, new_mean = (
+        statistic(part, axis=-1, keepdims=True) for part in (f, decoded) for statistic in (np.std, np.mean)
+    )
+    expected = new_std * (f - mean) / (std + 1e-5) + new_mean
+    assert_agree(reasoned.generated, expected.reshape(8, 192).astype(np.float32))
+
+
+def test_batch_statistics_of_one_step_in_numpy(anchor):
+    """In training those of the batch; kept are a tenth of them and nine tenths of what was there before."""
+    adr = ADR(axis="batch").train()
+    reasoned = adr(1e-4 * anchor, sample=False)
+    f, decoded = (1e-4 * anchor).double().numpy(), reasoned.decoded.detach().double().numpy()
+    expected = decoded.std(0) * (f - f.mean(0)) / (f.std(0) + 1e-5) + decoded.mean(0)
+    assert_agree(reasoned.generated, expected.astype(np.float32))
+    for row, feature in enumerate((f, decoded)):
+        assert_agree(1e3 * adr.running_mean[row], 1e3 * 0.1 * feature.mean(0).astype(np.float32))
+        assert_agree(adr.running_std[row], (0.9 + 0.1 * feature.std(0)).astype(np.float32))
+    adr.eval()
+    reasoned = adr(anchor, sample=False)
+    mean, std = adr.running_mean.numpy(), adr.running_std.numpy()
+    expected = std[1] * (anchor.numpy() - mean[0]) / (std[0] + 1e-5) + mean[1]
+    assert_agree(reasoned.generated, expected)
+
+
+def test_equation_12_draws_from_the_latent_distribution(anchor):
+    adr, read = ADR(), []
+    adr.decoder.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    torch.nn.init.normal_(adr.encoder[-1].bias)  # deviations far from one
+    torch.manual_seed(3)
+    reasoned = adr(anchor, sample=True)
+    torch.manual_seed(3)
+    deviation = (reasoned.log_variance.exp()) ** 0.5
+    torch.testing.assert_close(read[0], reasoned.mean + deviation * torch.randn(8, 96))
+    latent = adr(anchor, sample=False)
+    assert torch.equal(read[1], latent.mean)
+    torch.testing.assert_close(torch.cat([latent.mean, latent.log_variance], -1), adr.encoder(anchor))
 
 
 def test_over_its_own_statistics_the_reasoner_does_nothing(anchor):

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdc_mmpg.models.fda import FDA, StaticLayer
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer, as_sent
 from tolerances import assert_agree
 
 
@@ -32,6 +34,102 @@ def test_training_and_serving_give_the_same_logits(outputs, init):
     assert (weight.shape, bias.shape) == ((6, outputs, 96), (6, outputs))
     served = torch.stack([torch.nn.functional.linear(h, w, b) for h, w, b in zip(hidden, weight, bias, strict=True)])
     assert_agree(fda(feature, hidden), served)
+
+
+def gelu(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values * (1 + torch.erf(torch.from_numpy(values / 2**0.5)).numpy()) / 2
+
+
+def layer_in_numpy(adaptor: Adaptor, feature: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The layer [W, b] (L, D + 1) for one feature (192,), by the equations."""
+    state = {name: value.double().numpy() for name, value in adaptor.state_dict().items()}
+    if "mlp.0.weight" in state:
+        feature = gelu(state["mlp.0.weight"] @ feature + state["mlp.0.bias"])
+        feature = state["mlp.2.weight"] @ feature + state["mlp.2.bias"]
+    if isinstance(adaptor, BasisFDA):
+        return joined(state) + np.tensordot(np.tanh(feature), state["basis"], 1)
+    if "mlp.3.weight" in state:  # the LayerNorm, last
+        feature = (feature - feature.mean()) / (feature.var() + 1e-5) ** 0.5
+        feature = feature * state["mlp.3.weight"] + state["mlp.3.bias"]
+    numbers = state["hyper.weight"] @ feature + state["hyper.bias"]
+    if isinstance(adaptor, LowRankFDA):
+        left, right = np.split(numbers, [adaptor.rank * adaptor.outputs])
+        return joined(state) + left.reshape(adaptor.rank, -1).T @ right.reshape(adaptor.rank, -1)
+    return numbers.reshape(adaptor.outputs, -1)
+
+
+def joined(state: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate([state["shared.weight"], state["shared.bias"][:, None]], 1)
+
+
+ADAPTORS = {
+    "as printed": lambda: FDA(6, 5, "printed", project=False),
+    "projected": lambda: FDA(6, 5, "printed", project=True),
+    "contracted": lambda: FDA(6, 200, "printed", project=True),
+    "low rank": lambda: LowRankFDA(6, 7, 3),
+    "basis": lambda: BasisFDA(6, 7, 4),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_generated_layers_in_numpy(name):
+    """What training applies, what a device installs, and the mean over training, each by the equations."""
+    torch.manual_seed(0)
+    adaptor = ADAPTORS[name]().train()
+    for parameter in adaptor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features, hidden = torch.randn(3, 4, 192), torch.randn(4, 6)
+    layers = np.array([[layer_in_numpy(adaptor, own) for own in batch.double().numpy()] for batch in features])
+    inputs = np.concatenate([hidden.double().numpy(), np.ones((4, 1))], 1)
+    for feature, layer in zip(features, layers, strict=True):
+        outputs = adaptor(feature, hidden).detach().numpy()
+        assert_agree(outputs, np.einsum("bld,bd->bl", layer, inputs).astype(np.float32))
+    mean = layers.reshape(-1, *layers.shape[2:]).mean(0)  # over three steps, each as heavy
+    assert_agree(adaptor.average(hidden), (inputs @ mean.T).astype(np.float32))
+    weight, bias = adaptor.eval().generate(features[0])
+    assert_agree(weight, layers[0][..., :-1].astype(np.float32))
+    assert_agree(bias, layers[0][..., -1].astype(np.float32))
+    assert adaptor.numbers == sum(part[0].numel() for part in adaptor.parts(features[0]))
+
+
+def test_the_running_mean_forgets_after_a_hundred_steps():
+    adaptor, mean = FDA(6, 5, "printed", project=False).train(), torch.zeros(1)
+    for step in range(100):
+        adaptor.remember(mean, torch.tensor([float(step)]))
+    assert mean.item() == pytest.approx(49.5, rel=1e-4)  # the mean of all
+    adaptor.remember(mean, torch.tensor([149.5]))
+    assert mean.item() == pytest.approx(50.5, rel=1e-4)  # from here on a hundredth of what is new
+    adaptor.remember(mean, torch.tensor([150.5]))
+    assert mean.item() == pytest.approx(51.5, rel=1e-4)
+
+
+def test_what_arrives_in_int8_is_the_nearest_of_255_multiples_of_the_scale():
+    part = torch.tensor([[0.3, -1.27, 0.004, 0.016], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -4e-3, 127e-4]])
+    (arrived,) = as_sent((part,), "int8")
+    scales = np.float32(np.float16(np.array([0.01, 0, 1e-4])))[:, None]
+    multiples = np.array([[30, -127, 0, 2], [0, 0, 0, 0], [10, 20, -40, 127]])
+    np.testing.assert_allclose(arrived.numpy(), scales * multiples, rtol=1e-6)
+    (half,) = as_sent((part,), "float16")
+    np.testing.assert_array_equal(half.numpy(), part.numpy().astype(np.float16).astype(np.float32))
+    assert as_sent((part,), "float32")[0] is part
+
+
+@pytest.mark.parametrize("kind", ["low rank", "basis"])
+def test_the_initial_scale_of_what_is_generated(kind):
+    """V starts as a static head's layer would, the coefficients near zero, the basis at the scale of its inputs."""
+    torch.manual_seed(0)
+    if kind == "low rank":
+        adaptor: Adaptor = LowRankFDA(96, 200, 8)
+        left, right = adaptor.parts(torch.randn(64, 192))
+        assert not left.any()
+        assert right.std().item() == pytest.approx(96**-0.5, rel=0.1)  # of a layer-normed feature: length 192 ** 0.5
+        assert not adaptor.hyper.bias.any()
+    else:
+        adaptor = BasisFDA(96, 200, 8)
+        assert adaptor.basis.std().item() == pytest.approx(96**-0.5, rel=0.02)
+        last = adaptor.mlp[-1]
+        assert last.weight.std().item() == pytest.approx(0.1 * 192**-0.5, rel=0.1)
+        assert not last.bias.any()
 
 
 class Largest(TorchDispatchMode):
