@@ -2,10 +2,12 @@
 
     .venv/bin/python tests/mutate.py --number 150 --seed 0 --jobs 2 [--rooms models wire] [--list]
 
-Draws mutants over all rooms alike, and in a room over all kinds of mutation alike; runs the room's fast tests on each in
-a copy of the repository; prints the survivors as diffs. Read each: either a test is missing, or the mutant is equivalent
-(it changes nothing that anybody could notice). Tests run in forks of a process that has imported every library, and so
-does the fork server that some of them start: a mutant takes seconds. Linux only.
+Draws mutants (see `mutants.py`) from all rooms alike and from all kinds alike, runs the room's fast tests on each in a
+copy of the repository, and prints the survivors as diffs. Read each: either a test is missing, or the mutant is
+equivalent (it changes nothing that anybody could notice). First a room's tests run unchanged, and are watched: later
+only those run that reach the changed function, or, where none does or the change is outside of functions, all of them.
+Tests run in forks of a process that has imported every library, and so does the server from which they start processes
+of their own: a mutant takes seconds. Linux only.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import json
 import multiprocessing.util
 import os
 import random
@@ -21,176 +24,42 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+from mutants import Mutant, find_mutants, function_at
 
 ROOT = Path(__file__).parents[1]
 SRC = "src/cdc_mmpg/"
-# Room: its sources, and its tests, the fastest first. Tests of datasets and runs hold several rooms.
+# Room: its sources, and its tests.
 ROOMS: dict[str, tuple[str, str]] = {
-    "models": (SRC + "models/*.py", "adr fda all_in_one methods session export"),
-    "methods": (SRC + "methods/*.py", "methods tasks session synthetic datasets"),
-    "metrics": (SRC + "metrics.py", "tasks tables on_device"),
-    "evaluation": (SRC + "evaluation.py", "tasks tables synthetic datasets on_device"),
-    "sessions": (SRC + "sessions.py", "session synthetic"),
-    "features": (SRC + "features.py", "synthetic session datasets domains"),
-    "wire": (SRC + "wire.py", "wire payloads device cloud"),
-    "payloads": (SRC + "payloads.py", "payloads wire export"),
+    "models": (SRC + "models/*.py", "adr fda all_in_one methods session tasks export"),
+    "methods": (SRC + "methods/*.py", "methods session tasks"),
+    "metrics": (SRC + "metrics.py", "evaluation tasks tables"),
+    "evaluation": (SRC + "evaluation.py", "evaluation on_device"),
+    "sessions": (SRC + "sessions.py", "features synthetic"),
+    "features": (SRC + "features.py", "features synthetic"),
+    "wire": (SRC + "wire.py", "wire"),
+    "payloads": (SRC + "payloads.py", "payloads wire session"),
     "cloud": (SRC + "cloud.py", "cloud"),
-    "device": (SRC + "device/*.py", "device export cloud"),
+    "device": (SRC + "device/*.py", "device export"),
     "answers": ("data_modules/answers.py", "annotations msvd_qa tgif msrvtt"),
     "cache": ("data_modules/cache.py", "cache msvd_qa"),
     "video": (SRC + "video.py", "video cache"),
-    "frames": (SRC + "frames.py", "video cache"),
+    "frames": (SRC + "frames.py", "video msvd_qa"),
     "checkpointing": (SRC + "checkpointing.py", "weights interruptions"),
-    "batch": (SRC + "batch.py", "tasks msvd_qa synthetic domains datasets on_device"),
+    "batch": (SRC + "batch.py", "features methods msvd_qa"),
     "domains": ("data_modules/domains.py", "domains"),
     "weights": (SRC + "weights.py", "weights adr all_in_one"),
-    "text": (SRC + "text.py", "tasks all_in_one export device"),
-    "data": ("data_modules/base.py", "msvd_qa msrvtt tgif datasets synthetic domains"),
-}  # fmt: skip
-
-COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
-               "in": "not in", "not in": "in"}  # fmt: skip
-OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "@": "*", "&": "|", "|": "&"}
-FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any", "argmax": "argmin", "sum": "mean", "mean": "sum",
-             "cos": "sin", "sin": "cos", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "minimum": "maximum",
-             "maximum": "minimum", "floor": "ceil", "ceil": "floor", "first": "last", "startswith": "endswith"}  # fmt: skip
-WRAPPERS = {"abs", "exp", "log", "sqrt", "square", "tanh", "sorted", "set", "reversed", "round", "lower", "strip", "normalise",
-            "normalize", "nan_to_num", "clip", "clamp", "relu", "gelu", "sigmoid", "flip", "squeeze"}  # fmt: skip
-SPLITS = {"train": "test", "val": "test", "test": "val"}
-IGNORED_CALLS = ("logger.", "warnings.", "cast", "isinstance", "TypeVar", "assert_type", "zip", "print")
-
-
-class Mutant(NamedTuple):
-    """One change: bytes `start` to `end` of a file become `text`."""
-
-    kind: str
-    path: str
-    start: int
-    end: int
-    text: bytes
-
-    def applied(self, source: bytes) -> bytes:
-        """Return the changed source."""
-        return source[: self.start] + self.text + source[self.end :]
-
-
-def find_mutants(path: str, source: bytes) -> Iterator[Mutant]:
-    """Return all mutants of a file; docstrings, annotations, messages and imports have none."""
-    starts = [0, *(i + 1 for i, byte in enumerate(source) if byte == ord("\n"))]
-
-    def begin(node: ast.AST) -> int:
-        return starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-
-    def finish(node: ast.AST) -> int:
-        return starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
-
-    def text(node: ast.AST) -> bytes:
-        return source[begin(node) : finish(node)]
-
-    def change(kind: str, node: ast.AST, new: str | bytes) -> Mutant:
-        return Mutant(kind, path, begin(node), finish(node), new.encode() if isinstance(new, str) else new)
-
-    def symbol(kind: str, left: ast.AST, right: ast.AST, table: dict[str, str]) -> Iterator[Mutant]:
-        """Between two operands stand an operator and parentheses."""
-        start, end = finish(left), begin(right)
-        for old in sorted(table, key=len, reverse=True):
-            if (place := source.find(old.encode(), start, end)) >= 0:
-                yield Mutant(kind, path, place, place + len(old), table[old].encode())
-                return
-
-    def kept(kind: str, node: ast.AST, part: ast.AST) -> Mutant:
-        return change(kind, node, b"(" + text(part) + b")")
-
-    def calls(node: ast.Call) -> Iterator[Mutant]:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in FUNCTIONS and (name not in ("sum", "mean") or isinstance(node.func, ast.Attribute)):
-            end = finish(node.func)
-            yield Mutant("function", path, end - len(name), end, FUNCTIONS[name].encode())
-        if name in WRAPPERS and isinstance(node.func, ast.Attribute) and not node.args:
-            yield kept("dropped", node, node.func.value)
-        elif name in WRAPPERS and node.args and not isinstance(node.args[0], ast.Starred):
-            yield kept("dropped", node, node.args[0])
-        if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
-            first, second = node.args[:2]
-            swapped = text(second) + source[finish(first) : begin(second)] + text(first)
-            yield Mutant("arguments", path, begin(first), finish(second), swapped)
-
-    def visit(node: ast.AST, axis: bool = False) -> Iterator[Mutant]:
-        match node:
-            case ast.Raise() | ast.Assert() | ast.Import() | ast.ImportFrom() | ast.JoinedStr() | ast.arg():
-                return
-            case ast.Call(func=function) if text(function).decode().startswith(IGNORED_CALLS):
-                return
-            case ast.Subscript(value=ast.Name(id="Literal" | "tuple" | "dict" | "list" | "Callable")):
-                return
-            case ast.Compare(left=left, comparators=rights):
-                for one, other in zip([left, *rights], rights, strict=False):
-                    yield from symbol("comparison", one, other, COMPARISONS)
-            case ast.BinOp(left=left, right=right):
-                yield from symbol("sign", left, right, OPERATORS)
-                yield kept("dropped", node, left)
-                yield kept("dropped", node, right)
-            case ast.UnaryOp(op=ast.Not() | ast.Invert(), operand=operand):
-                yield kept("mask", node, operand)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                yield change("axis" if axis else "sign", node, "0" if axis else b"(" + text(operand) + b")")
-                return
-            case ast.BoolOp(values=[first, second, *_]):
-                yield from symbol("mask", first, second, {"and": "or", "or": "and"})
-                yield kept("dropped", node, first)
-                yield kept("dropped", node, second)
-            case ast.Constant(value=bool() as value):
-                yield change("flag", node, str(not value))
-            case ast.Constant(value=int() as value):
-                if axis:
-                    yield change("axis", node, str(int(not value)))
-                else:
-                    yield from (change("off by one", node, str(new)) for new in (value + 1, abs(value - 1)))
-            case ast.Constant(value=float() as value):
-                yield change("constant", node, repr(value * 2 or 1.0))
-            case ast.Constant(value=str() as value) if value in SPLITS:
-                yield change("split", node, repr(SPLITS[value]))
-            case ast.If(test=test, body=body, orelse=orelse):
-                refuses = isinstance(body[-1], ast.Raise | ast.Return | ast.Continue) and not orelse
-                yield change("check" if refuses else "mask", test, "False" if refuses else b"not (" + text(test) + b")")
-            case ast.IfExp(test=test):
-                yield change("mask", test, b"not (" + text(test) + b")")
-            case ast.comprehension(ifs=tests):
-                yield from (change("check", test, "True") for test in tests)
-            case ast.ExceptHandler(type=ast.Tuple(elts=[first, *_]) as types):
-                yield change("check", types, text(first))
-            case ast.Slice(lower=lower, upper=upper):
-                yield from (change("dropped", bound, "") for bound in (lower, upper) if bound)
-            case ast.Name(id=name) | ast.Attribute(attr=name) if name.endswith("seed") and isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
-                yield change("seed", node, "0")
-            case ast.Tuple(elts=[first, *_, last]) if b"seed" in text(node) and isinstance(node.ctx, ast.Load):
-                yield Mutant("seed", path, finish(first), finish(last), b",")
-            case ast.AugAssign(target=target, value=value):
-                yield from symbol("sign", target, value, {f"{old}=": f"{new}=" for old, new in OPERATORS.items()})
-                yield change("dropped", node, "pass")
-            case ast.Expr(value=ast.Call()):
-                yield change("dropped", node, "pass")
-            case ast.Call():
-                yield from calls(node)
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "ctx", "bases"):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.keyword):
-                    if child.arg not in ("strict", "help", "description", "exist_ok", "daemon"):
-                        yield from visit(child.value, child.arg in ("dim", "axis", "dims"))
-                elif isinstance(child, ast.AST):
-                    yield from visit(child)
-
-    return visit(ast.parse(source))
+    "text": (SRC + "text.py", "tasks msvd_qa export"),
+    "data": ("data_modules/base.py", "msvd_qa msrvtt tgif domains"),
+}
 
 
 def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
@@ -214,10 +83,9 @@ def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
                 source = (ROOT / mutant.path).read_bytes()
                 with contextlib.suppress(SyntaxError):
                     compile(mutant.applied(source), mutant.path, "exec")
-                    if mutant.applied(source) == source:
-                        continue
-                    drawn.append((room, mutant))
-                    break
+                    if mutant.applied(source) != source:
+                        drawn.append((room, mutant))
+                        break
     return drawn[:number]
 
 
@@ -225,7 +93,7 @@ def import_libraries() -> None:
     """Import whatever sources and tests take from elsewhere, so that forks need not."""
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     files = [file for folder in ("src", "data_modules", "tests") for file in (ROOT / folder).rglob("*.py")]
-    names = {"torch._dynamo", "torch.onnx", "_pytest.assertion.rewrite"}
+    names = {"torch._dynamo", "torch.onnx"}
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_bytes()))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -240,14 +108,62 @@ def import_libraries() -> None:
 def copy_repository(folder: Path) -> None:
     """Copy what git knows, with the environment, for the tests to run in."""
     files = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-    for name in filter(None, files.split("\0")):
+    for name in (name for name in files.split("\0") if (ROOT / name).is_file()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(ROOT / ".venv")
 
 
-def start_tests(folder: Path, room: str) -> int:
-    """Run a room's tests in a fork, in a copy of the repository; return its process id."""
+class Watch:
+    """A plugin of pytest that writes down which functions of some files every test reaches, and how long it takes.
+
+    What is reached while a test is set up is, by fixtures, reached by all tests of its file.
+    """
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self.folder, self.files = folder, {str(folder / file): str(file) for file in files}
+        self.seconds: dict[str, float] = {}
+        self.reached: dict[str, set[str]] = defaultdict(set)  # by function: tests, or files of tests
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        """Watch the fixtures."""
+        with self._watching(item.nodeid.partition("::")[0]):
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Watch the test."""
+        began = time.process_time()
+        with self._watching(item.nodeid):
+            yield
+        self.seconds[item.nodeid] = time.process_time() - began
+
+    @contextlib.contextmanager
+    def _watching(self, name: str) -> Iterator[None]:
+        def trace(frame: Any, event: str, argument: object) -> None:
+            if file := self.files.get(frame.f_code.co_filename):
+                self.reached[f"{file}:{frame.f_code.co_firstlineno}"].add(name)
+
+        threading.settrace(trace)
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+
+    def pytest_sessionfinish(self) -> None:
+        """Write `reached.json`: by function its tests, the quickest first."""
+        found = {}
+        for function, names in self.reached.items():
+            tests = [test for test in self.seconds if test in names or test.partition("::")[0] in names]
+            found[function] = sorted(tests, key=lambda test: self.seconds[test])
+        (self.folder / "reached.json").write_text(json.dumps(found))
+
+
+def start_tests(folder: Path, room: str, tests: list[str], watch: bool) -> int:
+    """Run tests in a fork, in a copy of the repository; return its process id."""
     if process := os.fork():
         return process
     code = 70
@@ -259,14 +175,18 @@ def start_tests(folder: Path, room: str) -> int:
         os.dup2(log, 2)
         sys.path[:0] = [str(folder / name) for name in ("tests", "src", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+        sys.dont_write_bytecode = not watch
         multiprocessing.util.spawnv_passfds = _fork_server  # type: ignore[attr-defined]
-        with contextlib.suppress(Exception):
-            import processes  # that of the copy, with the mutated source
+        if any("from processes import" in (folder / test.partition("::")[0]).read_text() for test in tests):
+            with contextlib.suppress(Exception):
+                import processes  # that of the copy, with the mutated source
 
-            processes.CONTEXT.Process(target=int).start()
+                processes.CONTEXT.Process(target=int).start()
         shutil.rmtree(folder / "temporary", ignore_errors=True)
-        options = ["-x", "-m", "not slow", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line", f"--basetemp={folder}/temporary"]
-        code = pytest.main([*options, *(f"tests/test_{name}.py" for name in ROOMS[room][1].split())])
+        options = ["-x", "-m", "not slow", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
+        files = [file.relative_to(ROOT) for file in ROOT.glob(ROOMS[room][0])]
+        plugins = [Watch(folder, files)] if watch else []
+        code = pytest.main([*options, f"--basetemp={folder}/temporary", *tests], plugins)
         sys.stdout.flush()
     finally:
         os._exit(code)
@@ -289,81 +209,91 @@ SPAWN = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 
 def main() -> int:
-    """Draw, run, report; exit code 1 where a mutant survived."""
+    """Draw, run, report; the exit code is 1 where a mutant survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=60, help="of mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="mutants side by side")
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="where to mutate")
-    parser.add_argument("--only", nargs="+", type=int, help="numbers of the draw to try, for instance again")
     parser.add_argument("--seconds", type=float, default=300, help="until a mutant counts as one that hangs")
     parser.add_argument("--list", action="store_true", help="print the draw, and run nothing")
     asked = parser.parse_args()
     warnings.simplefilter("ignore", SyntaxWarning)
-    drawn = dict(enumerate(draw(asked.rooms, asked.number, asked.seed)))
-    if asked.only:
-        drawn = {number: drawn[number] for number in asked.only}
+    drawn = draw(asked.rooms, asked.number, asked.seed)
     if asked.list:
-        for number, (_, mutant) in drawn.items():
-            print(number, show(mutant))
+        print(*(f"{number} {show(mutant)}" for number, (_, mutant) in enumerate(drawn)), sep="\n")
         return 0
+    return 1 if run(drawn, asked.jobs, asked.seconds) else 0
+
+
+def run(drawn: list[tuple[str, Mutant]], jobs: int, limit_seconds: float) -> list[int]:
+    """Try all mutants and report; return the numbers of those that survived.
+
+    Raises:
+        SystemExit: a room's tests fail, twice, on unchanged sources: they would kill every mutant.
+    """
     import_libraries()
-    results: dict[int, str] = {}
-    again: set[int] = set()
+    results, reached, tried = {}, {}, defaultdict(int)
+    waiting: list[tuple[int, str, Mutant | None]] = [
+        *((-1, room, None) for room in dict.fromkeys(room for room, _ in drawn)),
+        *((number, room, mutant) for number, (room, mutant) in enumerate(drawn)),
+    ]
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        free = [Path(place, str(job)) for job in range(asked.jobs)]
+        free = [Path(place, str(job)) for job in range(jobs)]
         for folder in free:
             copy_repository(folder)
-        # First every room unchanged: a red test would kill every mutant.
-        touched = [] if asked.only else dict.fromkeys(room for room, _ in drawn.values())
-        unchanged = {-1 - i: (room, None) for i, room in enumerate(touched)}
-        waiting = [*unchanged.items(), *drawn.items()]
-        running: dict[int, tuple[int, str, Mutant | None, Path, float]] = {}
+        running = {}
         while waiting or running:
-            if waiting and free:
-                (number, (room, mutant)), folder = waiting.pop(0), free.pop()
+            able = next((task for task in waiting if task[2] is None or task[1] in reached), None)
+            if free and able:
+                waiting.remove(able)
+                _, room, mutant = able
+                tests, folder = [f"tests/test_{name}.py" for name in ROOMS[room][1].split()], free.pop()
                 if mutant:
-                    (folder / mutant.path).write_bytes(mutant.applied((ROOT / mutant.path).read_bytes()))
-                running[start_tests(folder, room)] = number, room, mutant, folder, time.monotonic()
+                    source = (ROOT / mutant.path).read_bytes()
+                    (folder / mutant.path).write_bytes(mutant.applied(source))
+                    tests = reached[room].get(f"{mutant.path}:{function_at(mutant, source)}", tests)
+                running[start_tests(folder, room, tests, mutant is None)] = able, folder, time.monotonic()
                 continue
             time.sleep(0.05)
-            for process, (number, room, mutant, folder, since) in list(running.items()):
+            for process, ((number, room, mutant), folder, since) in list(running.items()):
                 ended, status = os.waitpid(process, os.WNOHANG)
-                if not ended and (mutant is None or time.monotonic() < since + asked.seconds):
+                seconds = time.monotonic() - since
+                if not ended and (mutant is None or seconds < limit_seconds):
                     continue
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
-                if not ended:
-                    os.waitpid(process, 0)
+                code = os.waitstatus_to_exitcode(status if ended else os.waitpid(process, 0)[1])
                 del running[process]
                 free.append(folder)
-                code = os.waitstatus_to_exitcode(status) if ended else 1
-                results[number] = "SURVIVED" if code == 0 else "killed" if ended else "timed out"
+                log = (folder / "log").read_text(errors="replace")
                 if mutant:
                     shutil.copy2(ROOT / mutant.path, folder / mutant.path)
-                elif code and number not in again:  # perhaps it was only the time
-                    again.add(number)
-                    waiting.insert(0, (number, (room, None)))
-                elif code:
-                    raise SystemExit(f"{(folder / 'log').read_text()}\n{room}: the tests fail on unchanged sources")
-                lines = [line for line in (folder / "log").read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
-                print(number, room, results[number], f"{time.monotonic() - since:.0f}s", *lines[:1],
-                      *([show(mutant)] if mutant and code == 0 else []), flush=True)  # fmt: skip
-    for room in ROOMS:
-        mine = [results[number] for number, (own, _) in drawn.items() if own == room]
-        if mine:
-            print(f"{room:15} {len(mine) - mine.count('SURVIVED')} of {len(mine)} killed")
-    survivors = [number for number in drawn if results[number] == "SURVIVED"]
-    print(f"killed: {len(drawn) - len(survivors)} of {len(drawn)}; survivors: {survivors}")
-    return 1 if survivors else 0
+                    results[number] = "SURVIVED" if code == 0 else "killed" if ended else "hangs"
+                elif code == 0:
+                    reached[room] = json.loads((folder / "reached.json").read_text())
+                elif tried[room]:
+                    raise SystemExit(f"{log}\n{room}: the tests fail on unchanged sources")
+                else:
+                    tried[room] += 1
+                    waiting.insert(0, (number, room, None))
+                why = [line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
+                what = [show(mutant)] if mutant and code == 0 else []
+                print(number, room, results.get(number, "unchanged"), f"{seconds:.0f} s", *why, *what, flush=True)
+    survivors = [number for number in results if results[number] == "SURVIVED"]
+    for room in dict.fromkeys(room for room, _ in drawn):
+        own = [number for number, (where, _) in enumerate(drawn) if where == room]
+        print(f"{room:15}{len(own) - len(set(own) & set(survivors))} of {len(own)} killed")
+    print(f"{len(drawn) - len(survivors)} of {len(drawn)} killed; survivors: {sorted(survivors)}")
+    return survivors
 
 
 def show(mutant: Mutant) -> str:
     """Return a mutant as a diff."""
     before = (ROOT / mutant.path).read_bytes()
     old, new = (text.decode().splitlines() for text in (before, mutant.applied(before)))
-    diff = difflib.unified_diff(old, new, f"{mutant.path} ({mutant.kind})", lineterm="", n=1)
-    return "\n".join([next(diff), *list(diff)[1:]])
+    diff = list(difflib.unified_diff(old, new, f"{mutant.path} ({mutant.kind})", lineterm="", n=1))
+    return "\n".join([diff[0], *diff[2:]])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,198 @@
+"""What a test writes down, against figures by hand: answers, floors, recalls, and the table of all of it."""
+
+import csv
+from collections import Counter
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin
+from cdc_mmpg.evaluation import evaluation
+from cdc_mmpg.metrics import CAPTIONS, RECALLS, ranked, ranks, recalls
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Questions:
+    """Open-ended questions: three in training, four in the test, as `evaluation` reads a dataset."""
+
+    task = "open_ended"
+    LABELS = {"train": [0, 0, UNKNOWN, 1, 2], "test": [1, 0, UNKNOWN, 2], "val": [2, 2, 2, 2]}
+    TYPES = {"train": ["size", "size", "color", "color", "color"], "test": ["color", "size", "size", "shape"]}
+
+    def origins(self, split: str) -> list[Origin]:
+        assert split != "val"
+        return [
+            Origin(f"{split}{place}", f"device{place // 2}", ("seen", "unseen")[place % 2], kind, f"{kind}, no?", "-")
+            for place, kind in enumerate(self.TYPES[split])
+        ]
+
+    def labels(self, split: str) -> torch.Tensor:
+        return torch.tensor(self.LABELS[split])
+
+    def answers(self) -> list[str]:
+        return ["big", "blue"]
+
+    def word(self, split: str, index: int, label: int | None = None) -> str:
+        return f"{split} {index}: {[*self.answers(), UNKNOWN_ANSWER][label or 0]}"
+
+
+def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
+    labels = np.array(Questions.LABELS["test"])
+    own = np.arange(4), np.stack([[1, 1, 1, 2], labels], 1)
+    other = np.arange(4), np.stack([[0, 0, 1, 1], labels], 1)
+    found = evaluation(Questions(), {"own": own, "other": other}, tmp_path / "table.csv")
+
+    def values(where: str, case: str, group: str) -> dict[str, tuple[float, int]]:
+        return {kind: (cell["value"], cell["questions"]) for kind, cell in found[where][case][group].items()}
+
+    assert list(found) == ["accuracy", "floors"]
+    assert list(found["accuracy"]) == ["own", "other"]
+    assert values("accuracy", "own", "test") == {"all": (0.5, 4), "color": (1, 1), "shape": (1, 1), "size": (0, 2)}
+    assert values("accuracy", "own", "unseen") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
+    assert values("accuracy", "other", "test")["all"] == (0.25, 4)
+    # The class of all other answers is one of the training's answers, an unknown one is none: big twice, blue and the
+    # class once each. Of colours, blue and the class once: the first by alphabet is "(unknown)". Shapes have none.
+    assert list(found["floors"]) == ["majority", "majority_per_type"]
+    assert values("floors", "majority", "test") == {
+        "all": (0.25, 4),
+        "color": (0, 1),
+        "shape": (0, 1),
+        "size": (0.5, 2),
+    }
+    assert values("floors", "majority_per_type", "test") == values("floors", "majority", "test")
+    table = rows_of(tmp_path / "table.csv")
+    assert list(table[0]) == [*Origin._fields, "own", "other"]
+    assert [row["clip"] for row in table] == ["test0", "test1", "test2", "test3"]
+    assert [row["question"] for row in table] == ["color, no?", "size, no?", "size, no?", "shape, no?"]
+    assert table[3]["own"] == f"test 3: {UNKNOWN_ANSWER}"
+    assert [row["other"] for row in table] == ["test 0: big", "test 1: big", "test 2: blue", "test 3: blue"]
+
+
+class Choices:
+    """Two questions of a multiple choice, with two and five candidates."""
+
+    task = "multiple_choice"
+
+    def origins(self, split: str) -> list[Origin]:
+        return [Origin(clip, clip, "", "", "who?", "me") for clip in "ab"]
+
+    def texts(self, split: str, index: int) -> list[str]:
+        return [f"{split} candidate {place}" for place in range([2, 5][index])]
+
+    def word(self, split: str, index: int, label: int | None = None) -> str:
+        return self.texts(split, index)[label or 0]
+
+
+def test_chance_of_a_multiple_choice_is_one_among_its_candidates(tmp_path):
+    own = np.array([1, 0]), np.array([[4, 4], [1, 0]])
+    rows = {"own": (own[0][::-1], own[1][::-1])}
+    found = evaluation(Choices(), rows, tmp_path / "table.csv")
+    assert found["floors"]["chance"]["test"]["all"]["value"] == pytest.approx((1 / 2 + 1 / 5) / 2)
+    assert found["accuracy"]["own"]["test"]["all"]["value"] == 0.5
+    assert [row["own"] for row in rows_of(tmp_path / "table.csv")] == ["test candidate 1", "test candidate 4"]
+
+
+class Pairs:
+    """Twelve clips with a caption each, the first with two more: as `evaluation` reads a retrieval dataset."""
+
+    task = "retrieval"
+
+    def origins(self, split: str) -> list[Origin]:
+        assert split == "test"
+        return [Origin(f"clip{i}", f"device{i // 2}", ("seen", "unseen")[i % 2], "", "", "") for i in range(12)]
+
+    def texts(self, split: str, index: int) -> list[str]:
+        assert split == "test"
+        return [f"caption {place} of {index}" for place in range(3 if index == 0 else 1)]
+
+
+def test_recalls_chance_and_table_of_retrieval(tmp_path):
+    generator = np.random.default_rng(0)
+    owners = np.array([0, 1, 0, 0, *range(2, 12)])  # captions in any order
+    unit = {name: generator.normal(size=(size, 3)) for name, size in (("own", 12), ("other", 12), (CAPTIONS, 14))}
+    unit = {
+        name: (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32) for name, rows in unit.items()
+    }
+    outcomes = {"own": (np.arange(12), unit["own"]), "other": (np.arange(12), unit["other"])}
+    outcomes[CAPTIONS] = owners, unit[CAPTIONS]
+    found = evaluation(Pairs(), outcomes, tmp_path / "table.csv")
+    for case in ("own", "other"):
+        scores = unit[case] @ unit[CAPTIONS].T  # by loops: clips ask for captions, then captions for clips
+        videos = [min(1 + sum(scores[i, owners != i] > scores[i, own]) for own in np.flatnonzero(owners == i))
+                  for i in range(12)]  # fmt: skip
+        texts = [1 + sum(scores[:, j] > scores[owners[j], j]) for j in range(14)]
+        for group in ("test", "seen", "unseen"):
+            chosen = {"test": (0, 1), "seen": (0,), "unseen": (1,)}[group]
+            cells = found["accuracy"][case][group]
+            assert list(cells) == [f"{way}@{k}" for way in ("VR", "TR") for k in (1, 5, 10)]
+            for k in RECALLS:
+                own = [rank <= k for i, rank in enumerate(videos) if i % 2 in chosen]
+                assert (cells[f"VR@{k}"]["value"], cells[f"VR@{k}"]["questions"]) == (
+                    pytest.approx(np.mean(own)),
+                    len(own),
+                )
+                own = [rank <= k for j, rank in enumerate(texts) if owners[j] % 2 in chosen]
+                assert (cells[f"TR@{k}"]["value"], cells[f"TR@{k}"]["questions"]) == (
+                    pytest.approx(np.mean(own)),
+                    len(own),
+                )
+        assert found["median_rank"][case] == {"VR": np.median(videos), "TR": np.median(texts)}
+        table = rows_of(tmp_path / "table.csv")
+        assert [int(row[case]) for row in table] == [*videos, *texts]
+        logged = recalls({case: outcomes[case], CAPTIONS: outcomes[CAPTIONS]})
+        assert logged["recall"] == pytest.approx(
+            np.mean([np.mean(np.array(places) <= k) for places in (videos, texts) for k in (1, 5, 10)])
+        )
+        assert (logged["VR_median_rank"], logged["TR_median_rank"]) == (np.median(videos), np.median(texts))
+    assert [row["direction"] for row in table] == ["VR"] * 12 + ["TR"] * 14
+    assert [row["clip"] for row in table[:12]] == [f"clip{i}" for i in range(12)]
+    assert [row["caption"] for row in table[:17]] == [""] * 12 + [
+        "caption 0 of 0", "caption 0 of 1", "caption 1 of 0", "caption 2 of 0", "caption 0 of 2"
+    ]  # fmt: skip
+    assert [row["clip"] for row in table[12:16]] == ["clip0", "clip1", "clip0", "clip0"]
+    # A clip finds one of its own among k of 14 captions drawn at random; a caption its clip among k of 12.
+    chance = found["floors"]["chance"]["test"]
+    for k in (1, 5, 10):
+        sizes = Counter(owners.tolist()).values()
+        expected = np.mean([1 - comb(14 - size, k) / comb(14, k) for size in sizes])
+        assert chance[f"VR@{k}"]["value"] == pytest.approx(expected)
+        assert chance[f"TR@{k}"]["value"] == pytest.approx(k / 12)
+
+
+def test_ranks_do_not_depend_on_how_many_similarities_are_held(monkeypatch):
+    generator = np.random.default_rng(1)
+    owners = np.array([*range(7), 3, 0, 0])
+    videos, texts = (generator.normal(size=(size, 4)).astype(np.float32) for size in (7, 10))
+    whole = ranks(videos, texts, owners)
+    monkeypatch.setattr("cdc_mmpg.metrics.SCORES", 15)  # one row, or two, at a time
+    for ours, theirs in zip(ranks(videos, texts, owners), whole, strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+def test_ranked_takes_the_clips_in_any_order_of_samples():
+    """The samples of a retrieval split need not be numbered from 0 on, where the split is a share of one."""
+    eye = np.eye(4, dtype=np.float32)
+    where = np.array([2, 5, 7, 9])
+    found = ranked({"own": (where, eye), CAPTIONS: (np.array([9, 2, 7, 5]), eye[[3, 0, 2, 1]])})
+    assert list(found) == ["own"]
+    assert [places.tolist() for places in found["own"]] == [[1] * 4, [1] * 4]
+
+
+def test_few_captions_make_every_rank_a_hit_by_chance(tmp_path):
+    class Few(Pairs):
+        def origins(self, split: str) -> list[Origin]:
+            return super().origins(split)[:3]
+
+    eye = np.eye(3, dtype=np.float32)
+    outcomes = {"own": (np.arange(3), eye), CAPTIONS: (np.arange(3), eye)}
+    chance = evaluation(Few(), outcomes, tmp_path / "table.csv")["floors"]["chance"]["test"]
+    assert {name: cell["value"] for name, cell in chance.items()} == pytest.approx(
+        {"VR@1": 1 / 3, "VR@5": 1, "VR@10": 1, "TR@1": 1 / 3, "TR@5": 1, "TR@10": 1}
+    )

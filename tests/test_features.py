@@ -1,0 +1,313 @@
+"""Kept features, uploads of sessions and the order of samples: by hand, on a few small samples."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from safetensors.torch import load_file
+
+from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochSampler, Sessions, draw_text
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.features import FeatureDataModule, FeatureDataset, _alike, _join
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.sessions import WITHOUT, SessionDataset
+from data_modules.msvd_qa import MSVDQA
+
+
+def encoder(seed: int = 0) -> AllInOne:
+    torch.manual_seed(seed)
+    return AllInOne(image_size=32, depth=1, vocab_size=50)
+
+
+@pytest.fixture(scope="module")
+def data(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> MSVDQA:
+    folder = str(tmp_path_factory.mktemp("cache"))
+    found = MSVDQA(
+        str(msvd), folder, 5, image_size=32, batch_size=5, num_workers=0, vocab=str(msvd / "vocab.txt"), seed=3
+    )
+    found.prepare_data()
+    found.setup("fit")
+    return found
+
+
+def kept(data: MSVDQA, model: AllInOne) -> FeatureDataModule:
+    found = FeatureDataModule(data, model, OpenEnded(5))
+    found.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return found
+
+
+@torch.no_grad()
+def test_kept_features_are_those_of_every_sample_in_its_place(data):
+    module, model = kept(data, encoder()), encoder().eval()
+    module.setup("fit")
+    loaders = {"train": module.train_dataloader(), "val": module.val_dataloader(), "test": module.test_dataloader()}
+    for split in SPLITS:
+        dataset = data.dataset(split, augment=False)
+        seen = []
+        for batch in loaders[split]:
+            direct = module.head.encode(model, dataset.__getitems__([(0, index) for index in batch.indices.tolist()]))
+            torch.testing.assert_close(batch.frame_features, direct.frame_features, rtol=1e-4, atol=1e-4)
+            assert torch.equal(batch.labels, data.labels(split)[batch.indices])
+            assert len(batch.labels) <= 5
+            seen += batch.indices.tolist()
+        assert sorted(seen) == list(range(len(dataset)))
+        assert (seen == sorted(seen)) == (split != "train")
+        assert module.origins(split) == data.origins(split)
+        assert module.fingerprint(split, True) == data.fingerprint(split, True)
+    order = [list(loaders["train"].sampler) for _ in range(2)]
+    assert order[0] == order[1] == list(EpochSampler(12, 3, True))  # the dataset's seed
+
+
+@torch.no_grad()
+def test_features_are_computed_once_for_an_encoder_and_again_where_they_are_damaged(data, monkeypatch):
+    first = kept(data, encoder(1))
+    first.setup("fit")
+    folder = data.cache_dir / "features"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    computed = []
+    monkeypatch.setattr(FeatureDataModule, "_compute", lambda self, name, *_: computed.append(name) or {})
+    again = kept(data, encoder(1))
+    again.setup("fit")
+    first.setup("fit")  # the second time nothing happens
+    assert computed == []
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    path = next(path for path in before if path.name.startswith("val."))
+    whole = {name: value.clone() for name, value in load_file(path).items()}  # the file is mapped, not read
+    path.write_bytes(path.read_bytes()[:-9])
+    (folder / f".{path.name}.999999.tmp").write_bytes(b"half")
+    kept(data, encoder(1)).setup("fit")
+    assert torch.equal(load_file(path)["frame_features"], whole["frame_features"])
+    other = kept(data, encoder(2))  # other weights, other files
+    other.setup("fit")
+    assert len(list(folder.glob("val.*"))) > len([path for path in before if path.name.startswith("val.")])
+
+
+@torch.no_grad()
+def test_one_frame_alone_is_what_an_anchor_sees(data):
+    module, dataset = kept(data, encoder()), data.dataset("test", augment=False)
+    batch = dataset.__getitems__([(0, index) for index in range(len(dataset))])
+    for frame in (0, 2):
+        features = module.features("anchors", dataset, f"frame {frame}", frame)["frame_features"]
+        alone = module.head.encode(encoder().eval(), batch._replace(frames=batch.frames[:, [frame]]))
+        assert features.shape == (8, 1, 192)
+        torch.testing.assert_close(features, alone.frame_features, rtol=1e-4, atol=1e-4)
+
+
+def test_the_name_of_a_file_tells_task_samples_and_frame_apart(data):
+    module, names = kept(data, encoder()), set()
+    module._read = lambda path: names.add(path.name) or {"frame_features": torch.zeros(1)}
+    for fingerprint, frame in (("a", None), ("b", None), ("a", 1), ("a", 0)):
+        module.features("val", data.dataset("val", augment=False), fingerprint, frame)
+    module.head.task = "multiple_choice"
+    module.features("val", data.dataset("val", augment=False), "a", None)
+    assert len(names) == 5
+    assert all(name.startswith("val.") and name.endswith(".safetensors") for name in names)
+
+
+def test_features_that_only_another_machine_has_are_an_error(data):
+    module = kept(data, encoder())
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: False))  # it was there for rank 0
+    with pytest.raises(DataError, match="all machines must share the folder"):
+        module.features("val", data.dataset("val", augment=False), "elsewhere", None)
+
+
+def test_shares_of_processes_are_joined_in_the_samples_order():
+    whole = torch.arange(7 * 2).view(7, 2)
+    shares = [whole[[index for _, index in EpochSampler(7, 0, False, rank, 3)]] for rank in range(3)]
+    assert torch.equal(_join(shares), whole)
+    captions = [torch.ones(2, 3, 4), torch.ones(1, 1, 4)]  # of samples with three captions, with one
+    joined = _join(captions)
+    assert joined.shape == (3, 3, 4)
+    assert joined.sum((1, 2)).tolist() == [12, 4, 12]
+    assert torch.equal(joined[1, 0], torch.ones(4))
+    there = _alike([torch.ones(2, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)])
+    assert [part.tolist() for part in there] == [[[True, False]] * 2, [[True, True]]]
+
+
+def test_in_training_one_caption_of_a_clip_is_drawn_anew_every_epoch():
+    there = torch.tensor([[True, True, True], [True, False, False]])
+    texts = torch.arange(6.0).view(2, 3, 1).expand(2, 3, 192)
+    features = {"frame_features": torch.zeros(2, 3, 192), "texts": texts, "there": there}
+    for seed in (0, 1):
+        drawn = FeatureDataset(features, torch.zeros(2), draw=True, seed=seed)
+        chosen = []
+        for epoch in range(20):
+            batch = drawn.__getitems__([(epoch, 1), (epoch, 0)])
+            assert batch.indices.tolist() == [1, 0]
+            assert batch.texts.shape == (2, 1, 192)
+            assert batch.there.tolist() == [[True], [True]]
+            assert batch.texts[0, 0, 0] == 3  # the only one
+            assert batch.texts[1, 0, 0] == draw_text(seed, epoch, 0, 3)
+            chosen.append(int(batch.texts[1, 0, 0]))
+        assert set(chosen) == {0, 1, 2}
+    whole = FeatureDataset(features, torch.zeros(2), seed=0).__getitems__([(0, 0)])
+    assert whole.texts.shape == (1, 3, 192)
+    assert torch.equal(whole.there, there[:1])
+    plain = FeatureDataset({"frame_features": torch.zeros(2, 3, 192)}, torch.tensor([4, 5]), draw=True)
+    assert plain.__getitems__([(0, 1)]).labels.tolist() == [5]
+
+
+def test_what_is_drawn_follows_from_seed_epoch_and_index_and_is_even():
+    def draws(seed: int = 0, index: int = 0) -> list[int]:
+        return [draw_text(seed, epoch, index, 5) for epoch in range(500)]
+
+    assert draws() == draws()
+    assert draws() != draws(seed=1)
+    assert draws() != draws(index=1)
+    counts = np.bincount(draws(), minlength=5)
+    assert counts.min() > 60
+    assert len(counts) == 5
+
+
+def test_every_process_goes_through_one_common_order():
+    for size, world in ((10, 3), (9, 3), (5, 1), (4, 4)):
+        for epoch in (0, 1):
+            samplers = [EpochSampler(size, 5, True, rank, world) for rank in range(world)]
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+            (order,) = {
+                tuple(index for turn in zip(*map(list, samplers), strict=True) for _, index in turn) for _ in range(2)
+            }
+            assert sorted(order[:size]) == list(range(size))
+            assert order[size:] == order[: len(order) - size]  # padded by samples from the start
+            assert len(order) == -(-size // world) * world
+            assert {own for sampler in samplers for own, _ in sampler} == {epoch}
+    orders = set()
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            sampler = EpochSampler(20, seed, True)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(index for _, index in sampler))
+    assert len(orders) == 4
+    evaluation = EpochSampler(7, 0, False, rank=1, world=3)
+    assert (list(evaluation), len(evaluation)) == ([(0, 1), (0, 4)], 2)
+
+
+class Samples(EpochDataModule):
+    """Numbers as samples, in batches of two."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 7)
+        self.suffix = ""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return items
+
+    def fingerprint(self, split: str, frames: bool) -> str:
+        assert not frames
+        return split + (self.suffix if split == "val" else "")
+
+
+def test_training_goes_on_behind_the_batches_that_it_has_seen():
+    module, fresh = Samples(), Samples()
+
+    def trainer(epoch: int, processed: int, stage: str = "fit") -> SimpleNamespace:
+        progress = SimpleNamespace(current=SimpleNamespace(processed=processed))
+        return SimpleNamespace(
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+            current_epoch=epoch, num_training_batches=6.0, state=SimpleNamespace(fn=stage),
+        )  # fmt: skip
+
+    module.trainer = trainer(3, 4)
+    state = module.state_dict()
+    assert (state["epoch"], state["seen_batches"]) == (3, 4)
+    module.trainer = trainer(3, 6)  # the epoch is over, and the next not begun
+    assert (module.state_dict()["epoch"], module.state_dict()["seen_batches"]) == (4, 0)
+    assert set(state["fingerprints"]) == set(SPLITS)
+    fresh.trainer = trainer(0, 0, "test")
+    fresh.load_state_dict(state)
+    assert fresh._seen_batches == 0  # only training goes on
+    fresh.trainer = trainer(0, 0)
+    fresh.load_state_dict(state)
+    whole = EpochSampler(11, 7, True)
+    whole.set_epoch(3)
+    loader = fresh.batches(fresh, shuffle=True)
+    assert [item for batch in loader for item in batch] == list(whole)[8:]
+    assert [len(batch) for batch in fresh.batches(fresh, shuffle=False)] == [2] * 5 + [1]
+    assert loader.num_workers == 0
+    assert fresh.batches(fresh, shuffle=True, num_workers=2).timeout == 30
+    fresh.suffix = "!"
+    with pytest.raises(ConfigError, match="other data: val differ"):
+        fresh.load_state_dict(state)
+
+
+# Three devices: of four anchors, of twenty, and of one.
+POOLS = [[0, 1, 2, 3], list(range(4, 24)), [24]]
+SESSIONS = Sessions(
+    None, POOLS, {"train": [0, 0, 2, 1], "val": [1, 0], "test": [1, 0, 1, 2]},
+    {"train": [0, 2, 24, -1], "val": [-1, -1], "test": [-1] * 4}, [90.0, float("nan"), 180.0], "",
+)  # fmt: skip
+
+
+def uploads(split: str, seed: int = 0) -> SessionDataset:
+    labels = torch.arange(len(SESSIONS.devices[split]))
+    samples = FeatureDataset({"frame_features": torch.zeros(len(labels), 3, 192)}, labels)
+    return SessionDataset(samples, torch.eye(25), SESSIONS, split, seed)  # a mean tells of whom
+
+
+def test_a_training_sample_uploads_the_mean_of_the_others_and_a_tenth_nothing():
+    dataset, nothing = uploads("train"), 0
+    for epoch in range(300):
+        batch = dataset.__getitems__([(epoch, index) for index in range(4)])
+        assert batch.uploads.shape == (4, 1, 25)
+        for index, others in enumerate(([1, 2, 3], [0, 1, 3], [], POOLS[1])):
+            number = int(batch.anchors[index, 0])
+            nothing += index != 2 and number == 0
+            assert number in ((0, len(others)) if others else (0,))
+            expected = torch.zeros(25)
+            expected[others] = 1 / max(1, len(others))
+            torch.testing.assert_close(batch.uploads[index, 0], expected if number else torch.zeros(25))
+    assert WITHOUT == 0.1
+    assert nothing / 900 == pytest.approx(0.1, abs=0.03)
+    assert batch.casts[:, 0].tolist() == pytest.approx([0, 0, -1, 0], abs=1e-6)  # 90, 90, 180 degrees, unknown
+    assert batch.casts[:, 1].tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
+
+    def drawn(seed: int) -> list[list[int]]:
+        numbers = [uploads("train", seed).__getitems__([(epoch, i) for i in (0, 1, 3)]).anchors for epoch in range(60)]
+        return torch.cat(numbers, 1).tolist()
+
+    first = drawn(0)
+    assert drawn(0) == first != drawn(1)
+    zeros = [{epoch for epoch, number in enumerate(row) if number == 0} for row in first]
+    assert zeros[0] != zeros[1] != zeros[2]  # each sample draws on its own, anew every epoch
+    assert all(0 < len(own) < 20 for own in zeros)
+
+
+def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another():
+    dataset = uploads("test")
+    batch = dataset.__getitems__([(0, index) for index in range(4)])
+    assert len(dataset) == 4
+    assert torch.equal(batch.uploads[0], batch.uploads[2])  # the same device
+    assert batch.samples.labels.tolist() == [0, 1, 2, 3]
+    names = list(CASES)
+    members = [[set(upload.nonzero().flatten().tolist()) for upload in sample] for sample in batch.uploads]
+    lenders = []
+    for sample, device in ((0, 1), (1, 0), (3, 2)):
+        for case, count, own in zip(names, batch.anchors[sample].tolist(), members[sample], strict=True):
+            assert len(own) == count
+            if count:
+                torch.testing.assert_close(batch.uploads[sample, names.index(case)].max(), torch.tensor(1 / count))
+            if not case.startswith("shuffled"):
+                assert own <= set(POOLS[device])
+                assert count == min(int(case.removeprefix("n")), len(POOLS[device]))
+        by_case = dict(zip(names, members[sample], strict=True))
+        assert by_case["n1"] <= by_case["n4"] <= by_case["n8"] <= by_case["n16"]
+        assert by_case["shuffled_n8"] <= by_case["shuffled_n16"]
+        (lender,) = [d for d in range(3) if by_case["shuffled_n16"] <= set(POOLS[d])]
+        assert lender != device
+        lenders.append(lender)
+        own = members[[0, 1, 3][[1, 0, 2].index(lender)]]
+        assert by_case["shuffled_n16"] == own[names.index("n16")]  # what the other would have uploaded
+    assert sorted(lenders) == [0, 1, 2]  # in a circle
+    other = uploads("test", seed=1)
+    assert not torch.equal(other.uploads, dataset.uploads)
+    assert torch.equal(uploads("test").uploads, dataset.uploads)
+    assert not uploads("val").uploads[2].any()  # of a device that has no sample there nothing is drawn
