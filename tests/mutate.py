@@ -39,11 +39,11 @@ ROOT = Path(__file__).parents[1]
 SRC = "src/cdc_mmpg/"
 # Room: its sources, and its tests.
 ROOMS: dict[str, tuple[str, str]] = {
-    "models": (SRC + "models/*.py", "adr fda all_in_one methods session tasks export"),
-    "methods": (SRC + "methods/*.py", "methods session tasks"),
-    "metrics": (SRC + "metrics.py", "evaluation tasks tables"),
-    "evaluation": (SRC + "evaluation.py", "evaluation on_device"),
-    "sessions": (SRC + "sessions.py", "features synthetic"),
+    "models": (SRC + "models/*.py", "adr fda steps all_in_one methods session tasks"),
+    "methods": (SRC + "methods/*.py", "steps methods session tasks"),
+    "metrics": (SRC + "metrics.py", "evaluation tables tasks"),
+    "evaluation": (SRC + "evaluation.py", "evaluation"),
+    "sessions": (SRC + "sessions.py", "features session synthetic"),
     "features": (SRC + "features.py", "features synthetic"),
     "wire": (SRC + "wire.py", "wire"),
     "payloads": (SRC + "payloads.py", "payloads wire session"),
@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "batch": (SRC + "batch.py", "features methods msvd_qa"),
     "domains": ("data_modules/domains.py", "domains"),
     "weights": (SRC + "weights.py", "weights adr all_in_one"),
-    "text": (SRC + "text.py", "tasks msvd_qa export"),
+    "text": (SRC + "text.py", "tasks msvd_qa"),
     "data": ("data_modules/base.py", "msvd_qa msrvtt tgif domains"),
 }
 

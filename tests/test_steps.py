@@ -1,0 +1,419 @@
+"""The steps of training and of evaluation: seeds, rates, what a batch is made into and what is logged of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
+from cdc_mmpg.methods.base import Method, compare
+from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
+from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
+from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
+from cdc_mmpg.methods.fine_tuning import FineTuning
+from cdc_mmpg.methods.hyper import Hyper
+from cdc_mmpg.methods.linear import Linear
+from cdc_mmpg.methods.session_concatenated import SessionConcatenated
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import as_sent
+from cdc_mmpg.models.heads import MultipleChoice, OpenEnded
+from tolerances import assert_agree
+
+
+def encoder() -> AllInOne:
+    torch.manual_seed(0)
+    return AllInOne(image_size=32, depth=1, vocab_size=50, dropout=0.0, drop_path=0.0)
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "linear": Linear,
+    "fine_tuning": FineTuning,
+    "hyper": Hyper,
+    "cdc_mmpg": CDCMMPG,
+    "adr_pretraining": ADRPretraining,
+    "encoder_pretraining": EncoderPretraining,
+    "cdc_mmpg_session": CDCMMPGSession,
+    "session_concatenated": SessionConcatenated,
+}
+
+
+def build(name: str, phase_one: Path, **arguments: object) -> Method:
+    reasoner = {"adr": str(phase_one)} if name == "cdc_mmpg" else {}
+    return METHODS[name](encoder(), OpenEnded(5), **reasoner, **arguments)
+
+
+def trainer(**arguments: object) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **arguments)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rates_decay_and_seed_arrive(name, phase_one):
+    method = build(name, phase_one, learning_rate=0.125, weight_decay=0.25, seed=5)
+    assert (method.learning_rate, method.weight_decay, method.seed) == (0.125, 0.25, 5)
+    assert method.encoder_learning_rate == 0.125
+    plain = build(name, phase_one)
+    assert (plain.weight_decay, plain.seed) == (0.01, 0)
+
+
+def test_a_step_draws_by_seed_epoch_batch_and_process_alone(phase_one, monkeypatch):
+    method, drawn = build("linear", phase_one), {}
+    for place in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)):
+        method.seed, epoch, number, rank = place
+        monkeypatch.setattr(Method, "current_epoch", epoch)
+        monkeypatch.setattr(Method, "global_rank", rank)
+        method.on_train_batch_start(None, number)
+        value = torch.rand(()).item()
+        assert drawn.setdefault(place, value) == value
+    assert len(set(drawn.values())) == 5
+
+
+@pytest.mark.parametrize("name", ["fine_tuning", "cdc_mmpg"])
+def test_the_encoder_may_have_a_rate_of_its_own(name, phase_one, monkeypatch):
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", 8)
+    for rate in (1e-3, 1e-2):
+        method = build(name, phase_one, learning_rate=1e-2, encoder_learning_rate=rate, weight_decay=0.125)
+        method.trainer = trainer(max_epochs=3)
+        configured = method.configure_optimizers()
+        rates = {id(p): group["lr"] for group in configured["optimizer"].param_groups for p in group["params"]}
+        decays = {group["weight_decay"] for group in configured["optimizer"].param_groups}
+        assert decays == {0.125}
+        for key, parameter in method.named_parameters():
+            expected = (rate if key.startswith("encoder.") else 1e-2) if parameter.requires_grad else None
+            assert rates.get(id(parameter)) == expected, key
+        for _ in range(4):
+            configured["optimizer"].step()
+            configured["lr_scheduler"]["scheduler"].step()
+        halved = sorted({group["lr"] for group in configured["optimizer"].param_groups})
+        assert halved == pytest.approx(sorted({rate / 2, 5e-3}))
+        assert configured["lr_scheduler"]["interval"] == "step"
+
+
+def known(labels: list[int], seed: int, first: int = 0) -> FeatureBatch:
+    features = torch.randn(len(labels), 3, 192, generator=torch.Generator().manual_seed(seed))
+    return FeatureBatch(features, torch.tensor(labels), torch.arange(first, first + len(labels)))
+
+
+@torch.no_grad()
+def test_validation_weighs_samples_not_batches(phase_one):
+    """The loss is the mean over the questions whose answer is known, the accuracy over all."""
+    method = build("linear", phase_one)
+    batches = [known([0, 1, 2, 3, UNKNOWN], 0), known([4, UNKNOWN], 1, 5)]
+    (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
+    features = torch.cat([batch.frame_features for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    scores = method.layer(method.head.phi(torch.tanh(method.encoder.pooler["dense"](features.mean(1)))))
+    losses = F.cross_entropy(scores, labels.clamp(min=0), reduction="none")[labels != UNKNOWN]
+    assert logged["val/loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert logged["val/accuracy"] == pytest.approx((scores.argmax(-1) == labels).float().mean().item())
+    where, rows = method.outcomes["val"]["own"]
+    assert where.tolist() == list(range(7))
+    assert rows.tolist() == torch.stack([scores.argmax(-1), labels], 1).tolist()
+
+
+def test_what_rounding_does_by_hand():
+    layers, sent = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.5, 1.0, 0.0], [2.0, 0.0, 0.0]])
+    found = compare(layers, sent)
+    assert found["agreement"].item() == 0.5
+    assert found["error"].item() == pytest.approx(2.5 / 6)
+
+
+@torch.no_grad()
+def test_phase_one_logs_the_means_of_its_terms_over_samples(phase_one):
+    method = ADRPretraining(encoder(), OpenEnded(5), axis="group:3")
+    batches = [known([0, 1, 2, 3], 0), known([4], 1, 4)]
+    (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
+    features = torch.cat([batch.frame_features for batch in batches])
+    pool = method.encoder.pooler["dense"]
+    anchor = torch.tanh(pool(features[:, 1]))
+    reasoned = method.adr.eval()(anchor, sample=False)
+    f, decoded, generated = (x.double().numpy() for x in (anchor, reasoned.decoded, reasoned.generated))
+    mean, log_variance = reasoned.mean.double().numpy(), reasoned.log_variance.double().numpy()
+    expected = {
+        "kl": (mean**2 + np.exp(log_variance) - 1 - log_variance).mean() / 2,
+        "reconstruction": ((decoded - f) ** 2).mean(),
+        "generation": ((generated - f) ** 2).mean() + 0.1 * ((generated - decoded) ** 2).mean(),
+    }
+    for term, value in expected.items():
+        assert logged[f"val/{term}"] == pytest.approx(value, rel=1e-3), term
+    assert logged["val/loss"] == pytest.approx(sum(expected.values()), rel=1e-3)
+
+
+@torch.no_grad()
+def test_phase_one_may_be_drawn_to_the_feature_of_all_frames():
+    method = ADRPretraining(encoder(), OpenEnded(5), target="global").eval()
+    batch = known([0, 1, 2], 0)
+    features, pool = batch.frame_features, method.encoder.pooler["dense"]
+    anchor, fused = torch.tanh(pool(features[:, 1])), torch.tanh(pool(features.mean(1)))
+    reasoned = method.adr(anchor, sample=False)
+    terms = method.adr.losses(anchor, fused, reasoned)
+    method.log = lambda *arguments, **more: None
+    assert_agree(method._step(batch, "val"), terms.kl + terms.reconstruction + terms.generation)
+    # Candidates share an anchor: that of their mean.
+    choice = ADRPretraining(encoder(), MultipleChoice()).eval()
+    choice.log = lambda *arguments, **more: None
+    several = batch._replace(frame_features=torch.stack([features, features * 0.5, features * 1.5], 1))
+    choice.adr = method.adr
+    method.adr.target = "anchor"
+    assert_agree(choice._step(several, "val"), method._step(batch, "val"))
+
+
+@torch.no_grad()
+def test_the_anchor_is_the_middle_frames_or_any_frames_in_training():
+    model = encoder()
+    for frames, middle in ((1, 0), (2, 1), (3, 1), (4, 2), (5, 2)):
+        features = torch.randn(400, 2, frames, 192)
+        each = torch.tanh(model.pooler["dense"](features))
+        assert torch.equal(anchor_feature(model, features, draw=False), each[:, :, middle])
+        drawn = anchor_feature(model, features, draw=True)
+        same = (drawn.unsqueeze(2) == each).all(-1)  # which frame it is of
+        assert (same.sum(-1) == 1).all()
+        assert same.float().mean((0, 1)).tolist() == pytest.approx([1 / frames] * frames, abs=0.07)
+        if frames > 1:
+            assert not torch.equal(same[:, 0], same[:, 1])
+
+
+@torch.no_grad()
+def test_bypassed_the_hypernetwork_reads_the_anchor_itself(phase_one):
+    method, batch = build("cdc_mmpg", phase_one).eval(), known([0, 1, 2], 0)
+    method.keep = lambda *arguments: None
+    cases = method.scores(batch, "test")
+    features = batch.frame_features
+    anchor = torch.tanh(method.encoder.pooler["dense"](features[:, 1]))
+    hidden = method.head.phi(torch.tanh(method.encoder.pooler["dense"](features.mean(1))))
+    assert_agree(cases["bypassed"], method.fda(anchor, hidden))
+    assert_agree(cases["own"], method.fda(method.adr(anchor, sample=False).generated, hidden))
+    assert_agree(cases["mean_head"], method.fda.average(hidden))
+    assert list(method.scores(batch, "val")) == ["own"]
+
+
+def session(anchors: list[int]) -> SessionBatch:
+    number = len(anchors)
+    generator = torch.Generator().manual_seed(2)
+    uploads = torch.randn(number, len(CASES), 192, generator=generator).tanh()
+    counts = torch.tensor(anchors)[:, None].expand(-1, len(CASES))
+    casts = torch.tensor([[0.6, 0.8], [-1.0, 0.0], [0.0, 0.0]])[:number]
+    return SessionBatch(known(list(range(number)), 3), uploads, counts, casts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("generated", ["low_rank", "basis", "full"])
+def test_a_sessions_layer_is_made_of_its_upload_and_sent_rounded(generated, phase_one):
+    method = CDCMMPGSession(encoder(), OpenEnded(5), generated, axes=None).eval()
+    for parameter in method.fda.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = session([16, 0, 4])
+    hidden = method.head.phi(method.fused(batch.samples.frame_features))
+    alone = hidden @ method.shared.weight.T + method.shared.bias
+    cases = method.scores(batch, "test")
+    for place, case in enumerate(CASES):
+        upload = batch.uploads[:, place]
+        feature = (upload - upload.mean(-1, keepdim=True)) / (upload.var(-1, correction=0, keepdim=True) + 1e-5) ** 0.5
+        parts = method.fda.parts(feature)
+        exact, rounded, half = (
+            torch.einsum("bld,bd->bl", weight, hidden) + bias
+            for weight, bias in (method.fda.install(as_sent(parts, name)) for name in ("float32", "int8", "float16"))
+        )
+        expected = torch.where(torch.tensor([[True], [False], [True]]), rounded, alone)
+        assert_agree(cases[case], expected)  # in int8 unless told otherwise
+        if case == "n16":
+            assert_agree(cases["int8"], expected)
+            assert_agree(cases["float32"][::2], exact[::2])
+            assert_agree(cases["float16"][::2], half[::2])
+            assert (exact - rounded)[::2].abs().max() > 1e-3
+            assert_agree(cases["mean_head"], method.fda.average(hidden))
+            assert list(method.scores(batch, "val")) == ["n16"]
+            assert_agree(method.train().scores(batch, "train")["n16"][::2], exact[::2])
+            method.eval()
+
+
+@torch.no_grad()
+def test_the_oracle_reads_the_cast_and_nothing_else():
+    method = CDCMMPGSession(encoder(), OpenEnded(5), oracle=True).eval()
+    torch.nn.init.normal_(method.fda.hyper.weight, std=0.1)
+    batch = session([0, 0, 0])
+    feature = torch.zeros(3, 192)
+    feature[:, :2] = torch.tensor([[0.6, 0.8], [-1.0, 0.0], [0.0, 0.0]]) * 192**0.5
+    (scores,) = method.scores(batch, "test").values()
+    hidden = method.head.phi(method.fused(batch.samples.frame_features))
+    assert_agree(scores, method.fda(feature, hidden))
+
+
+@torch.no_grad()
+def test_the_control_without_a_generator_reads_both_features_side_by_side():
+    method = SessionConcatenated(encoder(), OpenEnded(5), axes=None).eval()
+    batch = session([16, 0, 4])
+    fused = torch.tanh(method.encoder.pooler["dense"](batch.samples.frame_features.mean(1)))
+    weight, bias = method.mix.weight, method.mix.bias
+    for case, scores in method.scores(batch, "test").items():
+        upload = F.layer_norm(batch.uploads[:, list(CASES).index(case)], (192,))
+        upload[1] = 0  # nothing was uploaded
+        mixed = fused @ weight[:, :192].T + upload @ weight[:, 192:].T + bias
+        assert_agree(scores, method.layer(method.head.phi(mixed)))
+    assert_agree(method.fused(batch.samples.frame_features), fused @ weight[:, :192].T + bias)
+
+
+def test_the_axes_are_the_generalised_eigenvectors_of_both_covariances():
+    generator = np.random.default_rng(0)
+    sizes = [2, 3, 5, 8, 1, 4, 6]  # the device of one clip tells nothing about how clips differ
+    anchors = generator.normal(size=(sum(sizes), 192)) * 0.1
+    pools, first = [], 0
+    for number, size in enumerate(sizes):
+        pools.append(list(range(first, first + size)))
+        anchors[pools[-1], :4] += generator.normal(size=4) * (number + 1)
+        first += size
+    axes = DeviceAxes(3)
+    axes.fit(torch.from_numpy(anchors).float(), pools)
+    groups = [anchors[pool] for pool in pools if len(pool) > 1]
+    means = np.stack([group.mean(0) for group in groups])
+    within = sum((group - group.mean(0)).T @ (group - group.mean(0)) for group in groups) / (28 - 6)
+    between = np.cov(means.T) - np.mean([1 / len(group) for group in groups]) * within
+    within = within + 0.1 * np.trace(within) / 192 * np.eye(192)
+    values, vectors = np.linalg.eig(np.linalg.solve(within, between))
+    order = np.argsort(-values.real)[:3]
+    expected = vectors.real[:, order]
+    expected = expected / np.sqrt(np.einsum("dk,de,ek->k", expected, within, expected))
+    found = axes.axes.numpy()
+    expected = expected * np.sign((expected * found).sum(0))
+    np.testing.assert_allclose(found, expected, atol=1e-2 * np.abs(expected).max())
+    assert_agree(axes.mean.detach(), means.mean(0).astype(np.float32))
+    upload = generator.normal(size=(5, 192)).astype(np.float32)
+    along = (upload - means.mean(0)) @ found
+    along = along / np.linalg.norm(along, axis=1, keepdims=True) * 192**0.5
+    assert_agree(axes(torch.from_numpy(upload)), np.pad(along, ((0, 0), (0, 189))).astype(np.float32))
+
+
+def captioned(number: int, words: int = 8) -> CaptionBatch:
+    """Clips of three greys, their captions [CLS], words, [SEP], and padding in the shorter ones, every second."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 50, (number, words + 2), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[:, 0], ids[:, -1], ids[::2, -2] = 2, 3, 3
+    ids[::2, -1], mask[::2, -1] = 0, 0
+    greys = torch.arange(3 * number).view(number, 3, 1, 1, 1) % 256
+    frames = greys.to(torch.uint8).expand(-1, -1, 32, 32, 3)
+    return CaptionBatch(
+        frames, ids, mask, ids.flip(0), mask.flip(0), torch.tensor([2, *[4] * 8, 3]), torch.arange(number) % 5,
+        torch.arange(number),
+    )  # fmt: skip
+
+
+def test_half_of_the_words_are_masked_and_in_a_fifth_of_the_captions_all(monkeypatch):
+    method, batch, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captioned(400), []
+
+    def spy(video: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return torch.zeros(*ids.shape, 192)
+
+    monkeypatch.setattr(method.encoder, "encode_words", spy)
+    with torch.no_grad():
+        loss, accuracy = method.captions_loss(batch, training=True)
+    is_word = batch.caption_ids >= 5
+    masked = (seen[0] == 4) & is_word
+    assert (masked == (seen[0] != batch.caption_ids)).all()
+    assert masked[:, 1].all()  # at least one
+    rest, words = masked[:, 2:][is_word[:, 2:]].float().mean().item(), is_word[:, 2:].sum(1)
+    assert rest == pytest.approx(0.2 + 0.8 * 0.5, abs=0.05)
+    wholly = (masked[:, 2:].sum(1) == words).float().mean().item()
+    assert wholly == pytest.approx(0.2, abs=0.06)
+    # Equal hidden states: the scores are the bias behind norm and embedding, the same for every word.
+    hidden = method.word_head(torch.zeros(1, 192))
+    scores = (hidden @ method.encoder.text_embeddings.word_embeddings.weight.T + method.word_bias)[0].log_softmax(-1)
+    wanted = batch.caption_ids[masked]
+    assert loss.item() == pytest.approx(-scores[wanted].mean().item(), rel=1e-4)
+    assert accuracy.item() == pytest.approx((wanted == scores.argmax()).float().mean().item(), abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("number", "part"), [(9, 2), (3, 1)])
+def test_a_quarter_tells_the_words_of_its_caption_from_one_frame(number, part):
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captioned(number)
+    batch = batch._replace(frames=batch.frames[:, :1].expand(-1, 3, -1, -1, -1))  # whichever frame
+    pixels = (batch.frames[:part, :1].double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    prompt = torch.tensor([[2, 4, 4, 4, 4, 4, 4, 4, 4, 3]] * part)
+    video = pixels.movedim(-1, 2).float()
+    scores = method.anchor_head(method.encoder(video, prompt, torch.ones_like(prompt)).fused).double().numpy()
+    there = np.array([[word in row and word > 0 for word in range(50)] for row in batch.caption_ids[:part].tolist()])
+    losses = np.log1p(np.exp(-np.abs(scores))) + np.maximum(scores, 0) - scores * there
+    assert method.anchors_loss(batch).item() == pytest.approx(10 * losses.mean(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_questions_of_the_pretraining_are_answered_in_words():
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captioned(6)
+    pixels = (batch.frames.double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    fused = method.encoder(pixels.movedim(-1, 2).float(), batch.text_ids, batch.text_mask).fused
+    scores = method.layer(method.head.phi(fused))
+    assert scores.shape == (6, 50)  # words, not the head's classes
+    loss, accuracy = method.questions_loss(batch)
+    assert_agree(loss, F.cross_entropy(scores, batch.labels))
+    assert accuracy.item() == pytest.approx((scores.argmax(-1) == batch.labels).float().mean().item())
+
+
+def test_most_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypatch):
+    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=3, question_share=1.0, whole_epochs=1)
+    monkeypatch.setattr(EncoderPretraining, "SINGLE_FRAME", 1.0)
+    batch, asked = captioned(8), []
+
+    def note(kind: str) -> Callable[..., object]:
+        def loss(seen: CaptionBatch, training: bool = True) -> object:
+            asked.append((kind, seen.frames[:, :, 0, 0, 0].tolist()))
+            value = method.word_bias.square().sum()
+            return value if kind == "anchors" else (value, value)
+
+        return loss
+
+    for kind in ("captions", "questions", "anchors"):
+        monkeypatch.setattr(method, f"{kind}_loss", note(kind))
+    loader = DataLoader([batch], batch_size=None)
+    trainer(max_epochs=5).fit(method, loader)
+    assert [kind for kind, _ in asked] == ["captions", "anchors"] * 3 + ["questions", "anchors"] * 2
+    own = batch.frames[:, :, 0, 0, 0].tolist()
+    chosen = []
+    for kind, greys in asked[:8]:
+        places = [frames.index(grey) for (grey,), frames in zip(greys, own, strict=True)]
+        chosen += places if kind != "anchors" else []
+    assert set(chosen) == {0, 1, 2}
+    assert len(set(map(tuple, zip(*[iter(chosen)] * 8, strict=True)))) > 1
+    assert [greys for _, greys in asked[8:]] == [own] * 2
+
+
+@torch.no_grad()
+def test_validation_of_the_pretraining_adds_up_both_losses(monkeypatch):
+    method, batches = EncoderPretraining(encoder(), OpenEnded(5)), [captioned(6), captioned(2)]
+    (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
+    expected = {}
+    for batch, weight in zip(batches, (6 / 8, 2 / 8), strict=True):
+        words, words_accuracy = method.eval().captions_loss(batch, training=False)
+        loss, accuracy = method.questions_loss(batch)
+        for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):
+            expected[f"val/{name}"] = expected.get(f"val/{name}", 0.0) + weight * value.item()
+    assert logged == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_rate_of_the_pretraining_rises_then_falls(monkeypatch):
+    monkeypatch.setattr(EncoderPretraining, "WARM_UP", 4)
+    method, rates = EncoderPretraining(encoder(), OpenEnded(5), learning_rate=1.0), []
+    method.training_step = lambda batch, batch_idx: method.word_bias.square().sum()
+    method.on_train_batch_end = lambda *_: rates.append(method.optimizers().param_groups[0]["lr"])
+    trainer(max_epochs=8).fit(method, DataLoader([captioned(2)], batch_size=None))
+    # From a quarter up to all of it in four steps, times what is left of eight.
+    assert rates == pytest.approx([7 / 16 * 7 / 8, 10 / 16 * 6 / 8, 13 / 16 * 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    assert method.parameter_counts() == (
+        sum(p.numel() for p in method.encoder.parameters()), 0, sum(p.numel() for p in method.parameters())
+    )  # fmt: skip
+    assert method.traffic() == (0, 0)
