@@ -4,16 +4,25 @@ import ast
 from collections.abc import Iterator
 from typing import NamedTuple
 
-COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
-               "in": "not in", "not in": "in"}  # fmt: skip
+COMPARISONS = {
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
+    "in": "not in", "not in": "in",
+}  # fmt: skip
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "@": "*", "&": "|", "|": "&"}
-FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any", "argmax": "argmin", "sum": "mean", "mean": "sum",
-             "cos": "sin", "sin": "cos", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "minimum": "maximum",
-             "maximum": "minimum", "floor": "ceil", "ceil": "floor", "first": "last", "startswith": "endswith"}  # fmt: skip
-WRAPPERS = {"abs", "exp", "log", "sqrt", "square", "tanh", "sorted", "set", "reversed", "round", "lower", "strip", "normalise",
-            "normalize", "nan_to_num", "clip", "clamp", "relu", "gelu", "sigmoid", "flip", "squeeze"}  # fmt: skip
+FUNCTIONS = {
+    "min": "max", "max": "min", "any": "all", "all": "any", "argmax": "argmin", "sum": "mean", "mean": "sum",
+    "cos": "sin", "sin": "cos", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "minimum": "maximum",
+    "maximum": "minimum", "floor": "ceil", "ceil": "floor", "startswith": "endswith",
+}  # fmt: skip
+WRAPPERS = {
+    "abs", "exp", "log", "sqrt", "square", "tanh", "sorted", "set", "reversed", "round", "lower", "strip", "normalise",
+    "normalize", "nan_to_num", "clip", "clamp", "relu", "gelu", "sigmoid", "flip", "squeeze",
+}  # fmt: skip
 SPLITS = {"train": "test", "val": "test", "test": "val"}
-IGNORED_CALLS = ("logger.", "warnings.", "cast", "isinstance", "TypeVar", "assert_type", "zip", "print")
+IGNORED = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.arg)
+IGNORED_CALLS = ("logger.", "warnings.", "cast", "isinstance", "zip", "print")
+IGNORED_FIELDS = ("annotation", "returns", "decorator_list", "ctx", "bases")
+IGNORED_KEYWORDS = ("strict", "help", "description", "exist_ok", "daemon")
 
 
 class Mutant(NamedTuple):
@@ -30,117 +39,146 @@ class Mutant(NamedTuple):
         return source[: self.start] + self.text + source[self.end :]
 
 
-def find_mutants(path: str, source: bytes) -> Iterator[Mutant]:
-    """Return all mutants of a file; docstrings, annotations, messages and imports have none."""
-    starts = [0, *(i + 1 for i, byte in enumerate(source) if byte == ord("\n"))]
+class Finder:
+    """All mutants of one file; docstrings, annotations, messages and imports have none.
 
-    def begin(node: ast.AST) -> int:
-        return starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+    A method `of_<node>` yields those of a syntax tree's node, without those of its parts.
+    """
 
-    def finish(node: ast.AST) -> int:
-        return starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+    def __init__(self, path: str, source: bytes) -> None:
+        self.path, self.source = path, source
+        self.starts = [0, *(i + 1 for i, byte in enumerate(source) if byte == ord("\n"))]
+        self.axis = False  # whether what is visited says along which axis
 
-    def text(node: ast.AST) -> bytes:
-        return source[begin(node) : finish(node)]
+    def find(self) -> Iterator[Mutant]:
+        """Yield all."""
+        return self._visit(ast.parse(self.source))
 
-    def change(kind: str, node: ast.AST, new: str | bytes) -> Mutant:
-        return Mutant(kind, path, begin(node), finish(node), new.encode() if isinstance(new, str) else new)
-
-    def symbol(kind: str, left: ast.AST, right: ast.AST, table: dict[str, str]) -> Iterator[Mutant]:
-        """Between two operands stand an operator and parentheses."""
-        start, end = finish(left), begin(right)
-        for old in sorted(table, key=len, reverse=True):
-            if (place := source.find(old.encode(), start, end)) >= 0:
-                yield Mutant(kind, path, place, place + len(old), table[old].encode())
-                return
-
-    def kept(kind: str, node: ast.AST, part: ast.AST) -> Mutant:
-        return change(kind, node, b"(" + text(part) + b")")
-
-    def calls(node: ast.Call) -> Iterator[Mutant]:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in FUNCTIONS and (name not in ("sum", "mean") or isinstance(node.func, ast.Attribute)):
-            end = finish(node.func)
-            yield Mutant("function", path, end - len(name), end, FUNCTIONS[name].encode())
-        if name in WRAPPERS and isinstance(node.func, ast.Attribute) and not node.args:
-            yield kept("dropped", node, node.func.value)
-        elif name in WRAPPERS and node.args and not isinstance(node.args[0], ast.Starred):
-            yield kept("dropped", node, node.args[0])
-        if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
-            first, second = node.args[:2]
-            swapped = text(second) + source[finish(first) : begin(second)] + text(first)
-            yield Mutant("arguments", path, begin(first), finish(second), swapped)
-
-    def visit(node: ast.AST, axis: bool = False) -> Iterator[Mutant]:
-        match node:
-            case ast.Raise() | ast.Assert() | ast.Import() | ast.ImportFrom() | ast.JoinedStr() | ast.arg():
-                return
-            case ast.Call(func=function) if text(function).decode().startswith(IGNORED_CALLS):
-                return
-            case ast.Subscript(value=ast.Name(id="Literal" | "tuple" | "dict" | "list" | "Callable")):
-                return
-            case ast.Compare(left=left, comparators=rights):
-                for one, other in zip([left, *rights], rights, strict=False):
-                    yield from symbol("comparison", one, other, COMPARISONS)
-            case ast.BinOp(left=left, right=right):
-                yield from symbol("sign", left, right, OPERATORS)
-                yield kept("dropped", node, left)
-                yield kept("dropped", node, right)
-            case ast.UnaryOp(op=ast.Not() | ast.Invert(), operand=operand):
-                yield kept("mask", node, operand)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                yield change("axis" if axis else "sign", node, "0" if axis else b"(" + text(operand) + b")")
-                return
-            case ast.BoolOp(values=[first, second, *_]):
-                yield from symbol("mask", first, second, {"and": "or", "or": "and"})
-                yield kept("dropped", node, first)
-                yield kept("dropped", node, second)
-            case ast.Constant(value=bool() as value):
-                yield change("flag", node, str(not value))
-            case ast.Constant(value=int() as value):
-                if axis:
-                    yield change("axis", node, str(int(not value)))
-                else:
-                    yield from (change("off by one", node, str(new)) for new in (value + 1, abs(value - 1)))
-            case ast.Constant(value=float() as value):
-                yield change("constant", node, repr(value * 2 or 1.0))
-            case ast.Constant(value=str() as value) if value in SPLITS:
-                yield change("split", node, repr(SPLITS[value]))
-            case ast.If(test=test, body=body, orelse=orelse):
-                refuses = isinstance(body[-1], ast.Raise | ast.Return | ast.Continue) and not orelse
-                yield change("check" if refuses else "mask", test, "False" if refuses else b"not (" + text(test) + b")")
-            case ast.IfExp(test=test):
-                yield change("mask", test, b"not (" + text(test) + b")")
-            case ast.comprehension(ifs=tests):
-                yield from (change("check", test, "True") for test in tests)
-            case ast.ExceptHandler(type=ast.Tuple(elts=[first, *_]) as types):
-                yield change("check", types, text(first))
-            case ast.Slice(lower=lower, upper=upper):
-                yield from (change("dropped", bound, "") for bound in (lower, upper) if bound)
-            case ast.Name(id=name) | ast.Attribute(attr=name) if name.endswith("seed") and isinstance(
-                node.ctx, ast.Load
-            ):  # type: ignore[attr-defined]
-                yield change("seed", node, "0")
-            case ast.Tuple(elts=[first, *_, last]) if b"seed" in text(node) and isinstance(node.ctx, ast.Load):
-                yield Mutant("seed", path, finish(first), finish(last), b",")
-            case ast.AugAssign(target=target, value=value):
-                yield from symbol("sign", target, value, {f"{old}=": f"{new}=" for old, new in OPERATORS.items()})
-                yield change("dropped", node, "pass")
-            case ast.Expr(value=ast.Call()):
-                yield change("dropped", node, "pass")
-            case ast.Call():
-                yield from calls(node)
+    def _visit(self, node: ast.AST) -> Iterator[Mutant]:
+        if isinstance(node, IGNORED) or (isinstance(node, ast.Call) and self._text(node).startswith(IGNORED_CALLS)):
+            return
+        if isinstance(node, ast.Subscript) and self._text(node.value) in ("Literal", "tuple", "dict", "list"):
+            return
+        yield from getattr(self, f"of_{type(node).__name__}", lambda node: ())(node)
         for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "ctx", "bases"):
-                continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.keyword):
-                    if child.arg not in ("strict", "help", "description", "exist_ok", "daemon"):
-                        yield from visit(child.value, child.arg in ("dim", "axis", "dims"))
-                elif isinstance(child, ast.AST):
-                    yield from visit(child)
+                    self.axis = child.arg in ("dim", "axis", "dims")
+                    if child.arg not in IGNORED_KEYWORDS:
+                        yield from self._visit(child.value)
+                    self.axis = False
+                elif isinstance(child, ast.AST) and name not in IGNORED_FIELDS:
+                    yield from self._visit(child)
 
-    return visit(ast.parse(source))
+    def _begin(self, node: ast.AST) -> int:
+        return self.starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+
+    def _end(self, node: ast.AST) -> int:
+        return self.starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+
+    def _text(self, node: ast.AST) -> str:
+        return self.source[self._begin(node) : self._end(node)].decode()
+
+    def _change(self, kind: str, node: ast.AST, new: str) -> Mutant:
+        return Mutant(kind, self.path, self._begin(node), self._end(node), new.encode())
+
+    def _keep(self, kind: str, node: ast.AST, part: ast.AST) -> Mutant:
+        return self._change(kind, node, f"({self._text(part)})")
+
+    def _symbol(self, kind: str, left: ast.AST, right: ast.AST, table: dict[str, str]) -> Iterator[Mutant]:
+        """Change the operator between two operands, where parentheses may stand, too."""
+        for old in sorted(table, key=len, reverse=True):
+            place = self.source.find(old.encode(), self._end(left), self._begin(right))
+            if place >= 0:
+                yield Mutant(kind, self.path, place, place + len(old), table[old].encode())
+                return
+
+    def of_Compare(self, node: ast.Compare) -> Iterator[Mutant]:
+        for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
+            yield from self._symbol("comparison", left, right, COMPARISONS)
+
+    def of_BinOp(self, node: ast.BinOp) -> Iterator[Mutant]:
+        yield from self._symbol("sign", node.left, node.right, OPERATORS)
+        yield self._keep("dropped", node, node.left)
+        yield self._keep("dropped", node, node.right)
+
+    def of_BoolOp(self, node: ast.BoolOp) -> Iterator[Mutant]:
+        yield from self._symbol("mask", node.values[0], node.values[1], {"and": "or", "or": "and"})
+        yield from (self._keep("dropped", node, part) for part in node.values[:2])
+
+    def of_UnaryOp(self, node: ast.UnaryOp) -> Iterator[Mutant]:
+        if self.axis:
+            yield self._change("axis", node, "0")
+        else:
+            yield self._keep("sign" if isinstance(node.op, ast.USub) else "mask", node, node.operand)
+
+    def of_Constant(self, node: ast.Constant) -> Iterator[Mutant]:
+        match node.value:
+            case bool() as value:
+                yield self._change("flag", node, str(not value))
+            case int() as value if self.axis:
+                yield self._change("axis", node, str(int(not value)))
+            case int() as value:
+                yield from (self._change("off by one", node, str(new)) for new in (value + 1, abs(value - 1)))
+            case float() as value:
+                yield self._change("constant", node, repr(value * 2 or 1.0))
+            case str() as value if value in SPLITS:
+                yield self._change("split", node, repr(SPLITS[value]))
+
+    def of_If(self, node: ast.If) -> Iterator[Mutant]:
+        refuses = isinstance(node.body[-1], ast.Raise | ast.Return | ast.Continue) and not node.orelse
+        if refuses:
+            yield self._change("check", node.test, "False")
+        else:
+            yield self._change("mask", node.test, f"not ({self._text(node.test)})")
+
+    def of_IfExp(self, node: ast.IfExp) -> Iterator[Mutant]:
+        yield self._change("mask", node.test, f"not ({self._text(node.test)})")
+
+    def of_comprehension(self, node: ast.comprehension) -> Iterator[Mutant]:
+        yield from (self._change("check", test, "True") for test in node.ifs)
+
+    def of_ExceptHandler(self, node: ast.ExceptHandler) -> Iterator[Mutant]:
+        if isinstance(node.type, ast.Tuple):
+            yield self._change("check", node.type, self._text(node.type.elts[0]))
+
+    def of_Slice(self, node: ast.Slice) -> Iterator[Mutant]:
+        yield from (self._change("dropped", bound, "") for bound in (node.lower, node.upper) if bound)
+
+    def of_Name(self, node: ast.Name | ast.Attribute) -> Iterator[Mutant]:
+        if self._text(node).endswith("seed") and isinstance(node.ctx, ast.Load):
+            yield self._change("seed", node, "0")
+
+    of_Attribute = of_Name
+
+    def of_Tuple(self, node: ast.Tuple) -> Iterator[Mutant]:
+        if "seed" in self._text(node) and len(node.elts) > 1 and isinstance(node.ctx, ast.Load):
+            yield Mutant("seed", self.path, self._end(node.elts[0]), self._end(node.elts[-1]), b",")
+
+    def of_AugAssign(self, node: ast.AugAssign) -> Iterator[Mutant]:
+        table = {f"{old}=": f"{new}=" for old, new in OPERATORS.items()}
+        yield from self._symbol("sign", node.target, node.value, table)
+        yield self._change("dropped", node, "pass")
+
+    def of_Expr(self, node: ast.Expr) -> Iterator[Mutant]:
+        if isinstance(node.value, ast.Call) and not self._text(node).startswith(IGNORED_CALLS):
+            yield self._change("dropped", node, "pass")
+
+    def of_Call(self, node: ast.Call) -> Iterator[Mutant]:
+        method = isinstance(node.func, ast.Attribute)
+        name = self._text(node.func).rpartition(".")[2]
+        if name in FUNCTIONS and (method or name not in ("sum", "mean")):
+            yield Mutant("function", self.path, self._end(node.func) - len(name), self._end(node.func),
+                         FUNCTIONS[name].encode())  # fmt: skip
+        if name in WRAPPERS and isinstance(node.func, ast.Attribute) and not node.args:
+            yield self._keep("dropped", node, node.func.value)
+        elif name in WRAPPERS and node.args and not isinstance(node.args[0], ast.Starred):
+            yield self._keep("dropped", node, node.args[0])
+        if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
+            first, second = node.args[:2]
+            between = self.source[self._end(first) : self._begin(second)].decode()
+            swapped = f"{self._text(second)}{between}{self._text(first)}"
+            yield Mutant("arguments", self.path, self._begin(first), self._end(second), swapped.encode())
 
 
 def function_at(mutant: Mutant, source: bytes) -> int | None:
@@ -150,9 +188,8 @@ def function_at(mutant: Mutant, source: bytes) -> int | None:
     """
     line, found = source[: mutant.start].count(b"\n") + 1, None
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.body[0].lineno <= line <= (
-            node.end_lineno or 0
-        ):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found = max(found or 0, first)
+            if node.body[0].lineno <= line <= (node.end_lineno or 0):
+                found = max(found or 0, first)
     return found

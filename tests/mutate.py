@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutants import Mutant, find_mutants, function_at
+from mutants import Finder, Mutant, function_at
 
 ROOT = Path(__file__).parents[1]
 SRC = "src/cdc_mmpg/"
@@ -72,7 +72,7 @@ def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
     for room in rooms:
         found[room] = kinds = defaultdict(list)
         for file in sorted(ROOT.glob(ROOMS[room][0])):
-            for mutant in find_mutants(str(file.relative_to(ROOT)), file.read_bytes()):
+            for mutant in Finder(str(file.relative_to(ROOT)), file.read_bytes()).find():
                 kinds[mutant.kind].append(mutant)
     turns = [room for room in rooms for _ in range(1 + sum(map(len, found[room].values())) // 300)]
     while len(drawn) < number and any(any(kinds.values()) for kinds in found.values()):

@@ -4,6 +4,7 @@ import csv
 from collections import Counter
 from math import comb
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ class Questions:
     """Open-ended questions: three in training, four in the test, as `evaluation` reads a dataset."""
 
     task = "open_ended"
-    LABELS = {"train": [0, 0, UNKNOWN, 1, 2], "test": [1, 0, UNKNOWN, 2], "val": [2, 2, 2, 2]}
-    TYPES = {"train": ["size", "size", "color", "color", "color"], "test": ["color", "size", "size", "shape"]}
+    LABELS: ClassVar = {"train": [0, 0, UNKNOWN, 1, 2], "test": [1, 0, UNKNOWN, 2], "val": [2, 2, 2, 2]}
+    TYPES: ClassVar = {"train": ["size", "size", "color", "color", "color"], "test": ["color", "size", "size", "shape"]}
 
     def origins(self, split: str) -> list[Origin]:
         assert split != "val"
