@@ -1,25 +1,31 @@
 """Small deployments with random weights, and the service as a real process on a real socket."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from cdc_mmpg import cloud
+from cdc_mmpg.device import Device
 from cdc_mmpg.export import SPECIAL, Source, write_bundles, write_cloud
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.wire import Versions
+from cdc_mmpg.wire import Versions, decode_upload
 
 Kind = Literal["full", "low_rank", "basis"]
 OUTPUTS, INPUTS, NUMBER = 17, 96, 4
@@ -80,6 +86,62 @@ def free_port() -> int:
     """One that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+class FakeCloud:
+    """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.served = cloud.load(bundle)
+        self.uploads: list[bytes] = []
+        self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
+        self.honest()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                fake.uploads.append(content)
+                with contextlib.suppress(OSError):
+                    reply = fake.change(fake.layer(content))
+                    if reply is None:
+                        fake.silence.wait(30)
+                        return
+                    status, headers, body = reply
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.silence = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def honest(self) -> None:
+        self.change = lambda layer: (200, {}, layer)
+
+    def layer(self, content: bytes) -> bytes:
+        upload = decode_upload(content, self.served.layouts, self.served.versions)
+        return cloud.answer(self.served, [(content, upload)])[0]
+
+    def close(self) -> None:
+        self.silence.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def open_device(deployed: Path, url: str | None, kind: str = "session", **options: object) -> Device:
+    """The device of one of the fixture `deployed`'s deployments."""
+    return Device(deployed / kind / "device", url, threads=1, **options)  # type: ignore[arg-type]
 
 
 class Cloud:

@@ -10,79 +10,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cdc_mmpg import cloud
-from cdc_mmpg.device import Answer, Device
+from cdc_mmpg.device import Answer
 from cdc_mmpg.device.__main__ import main
-from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.device.model import DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.wire import FRAMING_BYTES, HEADER, decode_layer, decode_upload, signed
+from cdc_mmpg.files import file_digest, json_digest
+from cdc_mmpg.wire import FRAMING_BYTES, HEADER, decode_layer, signed
 from conftest import write_clip
-from deployments import Cloud
+from deployments import Cloud, FakeCloud, Reply, open_device
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "what is the man doing?"
 
-Reply = tuple[int, dict[str, str], bytes]
-
-
-class Fake:
-    """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
-
-    def __init__(self, bundle: Path) -> None:
-        self.served = cloud.load(bundle)
-        self.uploads: list[bytes] = []
-        self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
-        self.honest()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                content = self.rfile.read(int(self.headers["Content-Length"]))
-                fake.uploads.append(content)
-                with contextlib.suppress(OSError):
-                    reply = fake.change(fake.layer(content))
-                    if reply is None:
-                        fake.silence.wait(30)
-                        return
-                    status, headers, body = reply
-                    self.send_response(status)
-                    for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.silence = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def honest(self) -> None:
-        self.change = lambda layer: (200, {}, layer)
-
-    def layer(self, content: bytes) -> bytes:
-        upload = decode_upload(content, self.served.layouts, self.served.versions)
-        return cloud.answer(self.served, [(content, upload)])[0]
-
-    def close(self) -> None:
-        self.silence.set()
-        self.server.shutdown()
-        self.server.server_close()
-
 
 @pytest.fixture
-def fake(deployed: Path) -> Iterator[Fake]:
-    server = Fake(deployed / "session" / "cloud")
+def fake(deployed: Path) -> Iterator[FakeCloud]:
+    server = FakeCloud(deployed / "session" / "cloud")
     yield server
     server.close()
 
@@ -94,13 +44,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_clip(root / f"{i}.mp4", frames=8 + 3 * i, codec="libx264") for i in range(9)]
 
 
-def opened(deployed: Path, url: str | None, kind: str = "session", **options: object) -> Device:
-    return Device(deployed / kind / "device", url, threads=1, **options)  # type: ignore[arg-type]
-
-
 def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
     with Cloud(deployed / "session" / "cloud", tmp_path / "log") as service:
-        device = opened(deployed, service.url)
+        device = open_device(deployed, service.url)
         answer = device.answer(clips[0], QUESTION)
         assert (answer.origin, answer.anchors, answer.trouble) == ("adapted", 1, "")
         assert (answer.bytes_up, answer.bytes_down) == (836, device.model.layout.message_bytes)
@@ -125,7 +71,7 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
 
 
 def test_a_new_layer_is_asked_for_when_the_clips_have_doubled(deployed, fake, clips):
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     asked = []
     for clip in [clips[0], clips[0], *clips[1:]]:
         device.answer(clip, QUESTION)
@@ -137,7 +83,7 @@ def test_a_new_layer_is_asked_for_when_the_clips_have_doubled(deployed, fake, cl
 
 
 def test_clips_that_are_only_observed_count(deployed, fake, clips):
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     for clip in clips[:5]:
         device.observe(clip)
     assert fake.uploads == []
@@ -147,7 +93,7 @@ def test_clips_that_are_only_observed_count(deployed, fake, clips):
 
 
 def test_the_layer_is_an_input_and_the_inference_sessions_stay(deployed, fake, clips):
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     before = device.model._encoder, device.model._head
     answer = device.answer(clips[0], QUESTION)
     assert answer.origin == "adapted"
@@ -176,7 +122,7 @@ MANGLED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("what", MANGLED)
 def test_a_bad_layer_is_rejected_and_the_one_in_use_stays(deployed, fake, clips, what):
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     device.answer(clips[0], QUESTION)
     before = device._layer
     assert before.origin == "adapted"
@@ -197,7 +143,7 @@ def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(depl
         return 200, {}, header + fake.served.key.sign(signed(header, bytes(body))) + bytes(body)
 
     fake.change = poisoned
-    answer = opened(deployed, fake.url).answer(clips[0], QUESTION)
+    answer = open_device(deployed, fake.url).answer(clips[0], QUESTION)
     assert answer.origin == "shared"
     assert "finite" in answer.trouble
 
@@ -205,14 +151,14 @@ def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(depl
 def test_a_cloud_that_is_busy_is_asked_again(deployed, fake, clips):
     replies: list[Reply] = [(503, {"Retry-After": "0"}, b"{}"), (500, {}, b""), (429, {}, b"x")]
     fake.change = lambda layer: replies.pop(0) if replies else (200, {}, layer)
-    answer = opened(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
+    answer = open_device(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
     assert (answer.origin, len(fake.uploads)) == ("adapted", 4)
     assert answer.bytes_up == 4 * 836
 
 
 def test_a_refusal_is_final_and_says_why(deployed, fake, clips):
     fake.change = lambda layer: (401, {}, b'{"error": "key", "detail": "no key that is known here"}')
-    answer = opened(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
+    answer = open_device(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
     assert (answer.origin, len(fake.uploads)) == ("shared", 1)
     assert "no key that is known" in answer.trouble
 
@@ -245,7 +191,7 @@ def test_an_answer_never_waits_longer_than_its_deadline(deployed, fake, clips, r
 
         threading.Thread(target=drip, daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-    device = opened(deployed, url, deadline=0.4)
+    device = open_device(deployed, url, deadline=0.4)
     start = time.monotonic()
     answer = device.answer(clips[0], QUESTION)
     assert time.monotonic() - start < 8  # each of them would go on for half a minute
@@ -257,7 +203,7 @@ def test_an_answer_never_waits_longer_than_its_deadline(deployed, fake, clips, r
 
 def test_after_a_failure_the_next_questions_do_not_wait_for_the_cloud(deployed, fake, clips):
     fake.change = lambda layer: (409, {}, b"")
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     device.answer(clips[0], QUESTION)
     device._next_attempt += 60
     asked = len(fake.uploads)
@@ -274,7 +220,7 @@ def test_a_layer_that_comes_late_serves_the_next_question(deployed, fake, clips)
         return 200, {}, layer
 
     fake.change = late
-    device = opened(deployed, fake.url, deadline=0.2)
+    device = open_device(deployed, fake.url, deadline=0.2)
     answer = device.answer(clips[0], QUESTION)
     assert answer.origin == "shared"
     assert "not answered yet" in answer.trouble
@@ -287,26 +233,26 @@ def test_a_layer_that_comes_late_serves_the_next_question(deployed, fake, clips)
 
 def test_offline_the_last_layer_answers_then_the_kept_one_then_the_shared_one(deployed, fake, clips, tmp_path):
     offline = "http://127.0.0.1:1"
-    first = opened(deployed, offline, state=tmp_path, deadline=0.2)
+    first = open_device(deployed, offline, state=tmp_path, deadline=0.2)
     assert first.answer(clips[0], QUESTION).origin == "shared"
-    online = opened(deployed, fake.url, state=tmp_path)
+    online = open_device(deployed, fake.url, state=tmp_path)
     assert online.answer(clips[1], QUESTION).anchors == 2  # the session went on
     fake.close()
     online.deadline = 0.2
     for clip in clips[2:5]:
         answer = online.answer(clip, QUESTION)
         assert (answer.origin, answer.anchors) == ("adapted", 2)
-    again = opened(deployed, offline, state=tmp_path, deadline=0.2)
+    again = open_device(deployed, offline, state=tmp_path, deadline=0.2)
     answer = again.answer(clips[0], QUESTION)
     assert (answer.origin, answer.anchors) == ("kept", 2)
     assert np.array_equal(again._layer.matrix, online._layer.matrix)
     again.new_session()
-    assert opened(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+    assert open_device(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
 def test_a_kept_layer_that_changed_is_not_used(deployed, fake, clips, tmp_path, damage):
-    opened(deployed, fake.url, state=tmp_path).answer(clips[0], QUESTION)
+    open_device(deployed, fake.url, state=tmp_path).answer(clips[0], QUESTION)
     (path,) = tmp_path.glob("layer.*.bin")
     content = path.read_bytes()
     changed = {"truncated": content[:-9], "flipped": content[:200] + bytes([content[200] ^ 4]) + content[201:],
@@ -314,83 +260,81 @@ def test_a_kept_layer_that_changed_is_not_used(deployed, fake, clips, tmp_path, 
     path.write_bytes(changed)
     (anchors,) = tmp_path.glob("anchors.*.f32")
     anchors.write_bytes(b"abc" if damage == "foreign" else anchors.read_bytes()[:-5])
-    assert opened(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+    assert open_device(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
 def test_a_kill_at_any_moment_of_keeping_leaves_the_old_layer_or_the_new_one(deployed, fake, clips, tmp_path):
-    device = opened(deployed, fake.url, state=tmp_path)
-    messages = []
+    device = open_device(deployed, fake.url, state=tmp_path)
+    receipts = []
+    device._state.keep_layer = receipts.append
     for clip in clips[:2]:
         device.answer(clip, QUESTION)
-        messages.append(next(tmp_path.glob("layer.*.bin")).read_bytes()[:-4])
     model = device.model
-    layers = [
-        model.install(decode_layer(message, None, model.layout, model.versions, model.cloud), model.layout)
-        for message in messages
-    ]
-    state, generator, met = State(tmp_path, device.model), random.Random(0), set()
+    layers = {
+        receipt.anchors: model.install(
+            decode_layer(receipt.message, receipt.upload, model.layout, model.versions, model.cloud), model.layout
+        )
+        for receipt in receipts
+    }
+    assert layers.keys() == {1, 2}
+    state, generator, met = State(tmp_path, model), random.Random(0), set()
+    state.keep_layer(receipts[0])
     for _ in range(40):
         child = os.fork()
         if child == 0:
             while True:
-                for number, message in enumerate(messages):
-                    state.keep_layer(message, number)
+                for receipt in receipts:
+                    state.keep_layer(receipt)
         time.sleep(generator.uniform(0.001, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        kept = State(tmp_path, device.model).layer()
+        kept = State(tmp_path, model).layer()
         assert kept is not None
         assert np.array_equal(kept.matrix, layers[kept.anchors])
         met.add(kept.anchors)
-    assert met == {0, 1}
+    assert met == {1, 2}
     assert not list(tmp_path.glob(".*.tmp"))  # cleaned at the next start
-
-
-def test_a_state_that_cannot_be_written_does_not_keep_from_answering(deployed, fake, clips, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    answer = opened(deployed, fake.url, state=tmp_path / "file").answer(clips[0], QUESTION)
-    assert answer.origin == "adapted"
 
 
 def test_encoder_and_generator_of_different_versions_are_refused_by_the_cloud(deployed, clips, tmp_path):
     with Cloud(deployed / "choice" / "cloud", tmp_path / "log") as service:
-        answer = opened(deployed, service.url).answer(clips[0], QUESTION)
+        answer = open_device(deployed, service.url).answer(clips[0], QUESTION)
     assert answer.origin == "shared"
     assert "409" in answer.trouble
 
 
 def test_a_sample_has_a_layer_of_its_own_or_the_shared_one(deployed, clips, tmp_path):
     with Cloud(deployed / "sample" / "cloud", tmp_path / "log") as service:
-        device = opened(deployed, service.url, "sample", state=tmp_path, deadline=5.0)
+        device = open_device(deployed, service.url, "sample", state=tmp_path, deadline=5.0)
         answers = [device.answer(clip, question) for clip in clips[:2] for question in (QUESTION, "who is it?")]
         assert [answer.origin for answer in answers] == ["adapted"] * 4
         assert all(answer.bytes_up == 836 for answer in answers)
         assert len({tuple(answer.ranked) for answer in answers}) == 4
     device.deadline = 0.2
     assert device.answer(clips[0], QUESTION).origin == "shared"
-    assert opened(deployed, None, "sample", state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
+    assert open_device(deployed, None, "sample", state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
 def test_a_multiple_choice_takes_one_of_its_choices(deployed, clips, tmp_path):
     choices = ["red", "the man", "is it"]
     with Cloud(deployed / "choice" / "cloud", tmp_path / "log") as service:
-        answer = opened(deployed, service.url, "choice").answer(clips[0], QUESTION, choices)
+        answer = open_device(deployed, service.url, "choice").answer(clips[0], QUESTION, choices)
     assert {text for text, _ in answer.ranked} == set(choices)
     assert answer.origin == "adapted"
     assert answer.bytes_down == FRAMING_BYTES + 4  # two coefficients and a scale
     with pytest.raises(ConfigError, match="two choices"):
-        opened(deployed, None, "choice").answer(clips[0], QUESTION, ["red"])
+        open_device(deployed, None, "choice").answer(clips[0], QUESTION, ["red"])
 
 
 def test_the_key_goes_with_every_request(deployed, clips, tmp_path):
     (tmp_path / "keys").write_text("first\nsecond\n")
     with Cloud(deployed / "session" / "cloud", tmp_path / "log", "--keys", str(tmp_path / "keys")) as service:
-        assert opened(deployed, service.url, key="second").answer(clips[0], QUESTION).origin == "adapted"
-        assert "401" in opened(deployed, service.url, key="third").answer(clips[0], QUESTION).trouble
+        assert open_device(deployed, service.url, key="second").answer(clips[0], QUESTION).origin == "adapted"
+        assert "401" in open_device(deployed, service.url, key="third").answer(clips[0], QUESTION).trouble
 
 
 def test_several_threads_may_ask(deployed, fake, clips):
-    device = opened(deployed, fake.url)
+    device = open_device(deployed, fake.url)
     answers: list[Answer] = []
     threads = [threading.Thread(target=lambda c=clip: answers.append(device.answer(c, QUESTION))) for clip in clips]
     for thread in threads:
@@ -401,7 +345,7 @@ def test_several_threads_may_ask(deployed, fake, clips):
     assert len(device._anchors) == len(clips)
 
 
-@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx", "shared.npy", "vocab.txt", "answers.txt"])
+@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx", "shared.npy", "vocab.txt", "answers.json"])
 def test_a_bundle_that_changed_is_refused_by_name(deployed, tmp_path, name):
     bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
     content = bytearray((bundle / name).read_bytes())
@@ -422,15 +366,103 @@ def test_what_is_no_bundle_is_refused(tmp_path, deployed):
     for wrong, message in (
         ({**settings, "format": 9}, "format 9"),
         ([], "not a whole"),
-        ({"format": 1}, "not a whole"),
+        ({"format": 2}, "changed since"),
+        ({**settings, "files": {}}, "changed since"),
+        ({**settings, "unit": "sample"}, "changed since"),
+        ({name: value for name, value in settings.items() if name != "digest"}, "changed since"),
     ):
         (bundle / "bundle.json").write_text(json.dumps(wrong))
         with pytest.raises(CheckpointError, match=message):
             DeviceModel(bundle)
 
 
+def test_no_bit_of_the_settings_can_flip(deployed, tmp_path):
+    for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", cloud.read_bundle)):
+        bundle = Path(shutil.copytree(deployed / "session" / folder, tmp_path / folder))
+        content = (bundle / name).read_bytes()
+        for bit in random.Random(0).sample(range(8 * len(content)), 200):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            (bundle / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=name):
+                read(bundle)
+        for cut in range(0, len(content), 101):
+            (bundle / name).write_bytes(content[:cut])
+            with pytest.raises(CheckpointError, match=name):
+                read(bundle)
+        for odd in (b"[" * 100_000, b"null", b"7", b"\xff\xfe", b'"text"', b"[]", b"{}"):
+            (bundle / name).write_bytes(odd)
+            with pytest.raises(CheckpointError, match=name):
+                read(bundle)
+
+
+ODD = (None, True, -1, 0, 2.5, 10**30, "", "x", [], [1], {}, {"x": 1})
+
+
+def leaves(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The places of everything in JSON."""
+    yield path
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        yield from leaves(inner, (*path, name))
+
+
+def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deployed, tmp_path):
+    bundle = Path(shutil.copytree(deployed / "choice" / "device", tmp_path / "bundle"))
+    settings = json.loads((bundle / "bundle.json").read_text())
+    del settings["digest"]
+    read = {"format", "task", "unit", "layout", "encoder", "generator", "public_key", "frames", "text", "files"}
+    for path in leaves({name: settings[name] for name in read}):
+        for odd in ODD:
+            wrong = inner = json.loads(json.dumps(settings))
+            for name in path[:-1]:
+                inner = inner[name]
+            if path:
+                inner[path[-1]] = odd
+            else:
+                wrong = {}
+            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": json_digest(wrong)}))
+            with contextlib.suppress(CheckpointError):  # what is taken is what works
+                DeviceModel(bundle, threads=1).anchor(np.zeros((3, 32, 32, 3), np.uint8))
+    del settings["files"]["shared.npy"]
+    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": json_digest(settings)}))
+    with pytest.raises(CheckpointError, match=r"bundle\.json.*files"):
+        DeviceModel(bundle)
+
+
+def test_answers_may_hold_line_feeds(tmp_path, deployed):
+    bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
+    answers = ["red\ngreen", "\u2028", "", "man", "(unknown)"]
+    (bundle / "answers.json").write_text(json.dumps(answers))
+    settings = json.loads((bundle / "bundle.json").read_text())
+    del settings["digest"]
+    settings["files"]["answers.json"] = file_digest(bundle / "answers.json")
+    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": json_digest(settings)}))
+    assert DeviceModel(bundle).answers == answers
+
+
+def test_words_that_the_bundle_does_not_know_are_told(deployed, clips, capsys):
+    device = open_device(deployed, None)
+    assert device.answer(clips[0], QUESTION).unknown_words == []
+    assert device.answer(clips[0], "What is the Zebra, green zebra?").unknown_words == ["zebra", ",", "green"]
+    choosing = open_device(deployed, None, "choice").answer(clips[0], "", ["red", "blue"])
+    assert choosing.unknown_words == ["blue"]
+    asked = ["--video", str(clips[0]), "--question", "what is xyz\x1b[2J doing?"]
+    assert main([str(deployed / "session" / "device"), *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "not in this bundle's vocabulary, and so not read: xyz" in printed
+    assert "\x1b" not in printed
+
+
+def test_a_question_that_is_no_text_is_refused(deployed, clips):
+    for question in ("what is \udcff?", 7, None, b"what"):
+        with pytest.raises(ConfigError, match="not text"):
+            open_device(deployed, None).answer(clips[0], question)
+
+
 def test_bad_questions_and_clips_are_refused(deployed, clips, tmp_path):
-    device = opened(deployed, None)
+    device = open_device(deployed, None)
     with pytest.raises(ConfigError, match="ask one"):
         device.answer(clips[0], "  ")
     with pytest.raises(ConfigError, match="no choices"):
@@ -440,9 +472,9 @@ def test_bad_questions_and_clips_are_refused(deployed, clips, tmp_path):
         with pytest.raises(DataError, match=wrong.name):
             device.answer(wrong, QUESTION)
     with pytest.raises(ConfigError, match="http"):
-        opened(deployed, "localhost:8000")
+        open_device(deployed, "localhost:8000")
     with pytest.raises(ConfigError, match="deadline"):
-        opened(deployed, None, deadline=0.0)
+        open_device(deployed, None, deadline=0.0)
 
 
 def test_the_command_line(deployed, fake, clips, tmp_path, capsys):
@@ -477,7 +509,7 @@ from cdc_mmpg.device import Device
 with_cloud = Device({str(deployed / "session" / "device")!r}, sys.argv[1], state={str(tmp_path / "state")!r})
 answer = with_cloud.answer({str(clips[0])!r}, {QUESTION!r})
 assert answer.origin == "adapted", answer
-for name in ("torch", "lightning", "timm", "transformers", "torchmetrics", "fastapi"):
+for name in ("torch", "lightning", "timm", "transformers", "torchmetrics", "fastapi", "httpx", "requests"):
     assert importlib.util.find_spec(name) is None, name
 """
     with Cloud(deployed / "session" / "cloud", tmp_path / "log") as service:

@@ -49,6 +49,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cdc_mmpg.cli import exit_code
 from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.processors import count_processors
@@ -137,6 +138,8 @@ def read_bundle(folder: Path) -> Bundle:
     part = folder / "cloud.json"
     try:
         settings = json.loads(part.read_text(encoding="utf-8"))
+        if settings.pop("digest", None) != json_digest(settings):
+            raise ValueError("changed since it was exported, or of an older export")
         versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
         public = settings["public_key"]
         name, weights = str(settings["name"]), WEIGHTS[WEIGHTS.index(settings["weights"])]
@@ -144,7 +147,7 @@ def read_bundle(folder: Path) -> Bundle:
         key = load_pem_private_key(part.read_bytes(), password=None)
         part = folder / "generator.safetensors"
         found = digest(part.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever stands there
         raise CheckpointError(
             f"{part}: not a part of a cloud bundle ({type(error).__name__}: {error}): make export writes one"
         ) from error

@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import logging
+import os
 import platform
 import re
 import secrets
@@ -35,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import httpx2
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.box import SIMPLE_HEAD
@@ -327,13 +328,15 @@ def serve_client() -> int:
     is kept for what follows, "kept", or "each" for a new one for every request; before each are so many seconds' pause.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    probe, connection = (httpx.Client(trust_env=False, timeout=1) for _ in range(2))
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]  # the link is what is measured
+    probe, connection = (httpx2.Client(trust_env=False, timeout=1) for _ in range(2))
     for line in sys.stdin:
         command = json.loads(line)
         if url := command.get("ready"):
             try:
                 said: Any = probe.get(url).status_code == 200
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 said = False
         elif bundle := command.get("device"):
             said = answered(Path(bundle), command["url"], command["key"], Path(command["video"]), command["question"],
@@ -349,7 +352,7 @@ def serve_client() -> int:
             for number in range(command["requests"]):
                 if command["connection"] == "each" or (command["connection"] == "new" and number == 0):
                     connection.close()
-                    connection = httpx.Client(headers=headers, trust_env=False, timeout=REQUEST_SECONDS)
+                    connection = httpx2.Client(headers=headers, trust_env=False, timeout=REQUEST_SECONDS)
                 time.sleep(command["pause"])
                 said.append(_request(connection, command["url"] + PATH, layout, versions, key))
         print(json.dumps(said), flush=True)
@@ -378,7 +381,7 @@ def answered(bundle: Path, url: str, key: str, video: Path, question: str, reque
 
 
 def _request(
-    connection: httpx.Client, url: str, layout: Layout, versions: Versions, key: Ed25519PublicKey
+    connection: httpx2.Client, url: str, layout: Layout, versions: Versions, key: Ed25519PublicKey
 ) -> dict[str, float]:
     """A verified layer's times in milliseconds.
 

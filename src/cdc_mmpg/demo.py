@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
+import httpx2
 
 from cdc_mmpg.cli import exit_code, leave_on_signals
 from cdc_mmpg.device import Device
@@ -158,8 +158,8 @@ def service(bundle: Path, *options: str) -> Iterator[str]:
 def is_ready(url: str) -> bool:
     """Whether a service answers there."""
     try:
-        return httpx.get(f"{url}/ready", timeout=1.0).is_success
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/ready", timeout=1.0, trust_env=False).is_success
+    except httpx2.HTTPError:
         return False
 
 

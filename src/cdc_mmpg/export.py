@@ -1,7 +1,7 @@
 """A trained run as two bundles: what a device needs (twice, whole and with an int8 encoder), and what the cloud needs.
 
     cloud/         generator.safetensors, cloud.json, signing_key.pem (mode 0600)
-    device/        bundle.json, encoder.onnx, head.onnx, shared.npy, basis.npy, vocab.txt, answers.txt
+    device/        bundle.json, encoder.onnx, head.onnx, shared.npy, basis.npy, vocab.txt, answers.json
     device-int8/   the same
     export.json    what was checked and measured
 
@@ -13,6 +13,7 @@ words of the training questions stay, the `WORDS` most frequent of them; the oth
 import argparse
 import copy
 import csv
+import json
 import logging
 import os
 import sys
@@ -42,7 +43,7 @@ from cdc_mmpg.device.model import (
     DeviceModel,
 )
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.files import atomic_write, file_digest
+from cdc_mmpg.files import atomic_write, file_digest, json_digest
 from cdc_mmpg.finished import reopen, results_of
 from cdc_mmpg.payloads import WIDTH, decode, encode
 from cdc_mmpg.results import provenance, write_json
@@ -267,10 +268,10 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         if basis is not None:
             _save_array(folder / BASIS, basis.detach().numpy().astype(narrow))
         _write(folder / VOCABULARY, "\n".join(ordered).encode() + b"\n")
-        _write(folder / ANSWERS, "\n".join(source.answers).encode())
+        _write(folder / ANSWERS, json.dumps(source.answers).encode())
         files = [ENCODER, HEAD, SHARED, *([BASIS] if basis is not None else []), VOCABULARY, ANSWERS]
         digests = {file: file_digest(folder / file) for file in files}
-        write_json({**settings, "precision": precision, "files": digests}, folder / BUNDLE)
+        _write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE)
 
     difference = compared(source, out / FOLDERS["float32"])
     if not difference <= TOLERANCE:
@@ -320,7 +321,7 @@ def write_cloud(generator: "Generator", encoder: bytes, name: str, folder: Path)
     speed = timed_weights(folder / GENERATOR)
     written = {name: value.hex() for name, value in versions._asdict().items()}
     public = key.public_key().public_bytes_raw().hex()
-    write_json({"name": name, "public_key": public, **written, **speed, **provenance()}, folder / CLOUD)
+    _write_settings({"name": name, "public_key": public, **written, **speed, **provenance()}, folder / CLOUD)
     return Cloud(key, versions, speed)
 
 
@@ -635,6 +636,12 @@ def summary(report: dict[str, Any], out: Path) -> str:
     kind = report["layout"]["kind"]
     lines.append(f"  a layer: {report['bytes']['up']} bytes up, {report['bytes']['down'][kind]:,} down ({kind})")
     return "\n".join(lines)
+
+
+def _write_settings(settings: dict[str, Any], path: Path) -> None:
+    """Write settings with their own digest, so that their reader notices what was changed by accident."""
+    written = json.loads(json.dumps(settings))  # numbers and keys as they will be read
+    write_json({**written, "digest": json_digest(written)}, path)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,12 +1,13 @@
 """Files that are whole or absent, whatever happens to the process that writes them."""
 
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cdc_mmpg.errors import CDCError
 
@@ -35,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise CDCError(
             f"{path}: cannot be written ({error.strerror or error}), and what was there is untouched: make room, or "
@@ -49,7 +50,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def json_digest(content: Any) -> str:
+    """Return the sha256 of what JSON says, however it is laid out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

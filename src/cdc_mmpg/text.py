@@ -73,6 +73,19 @@ class TextEncoder:
         vocabulary = self._tokenizer.get_vocab()
         return sorted(vocabulary, key=vocabulary.__getitem__)
 
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """Return the words of texts of which a WordPiece is unknown, once each, in lower case."""
+        found: dict[str, None] = {}
+        for text, encoding in zip(
+            texts, self._tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
+            for i, word in zip(encoding.ids, encoding.word_ids, strict=True):
+                if word is not None and (i >= self._known or i == self._unknown):
+                    place = encoding.word_to_chars(word)
+                    assert place is not None
+                    found[text[slice(*place)].lower()] = None
+        return list(found)
+
     def neutral(self) -> list[int]:
         """A question that asks for nothing: [CLS], eight [MASK], [SEP]. With it, one anchor serves all questions."""
         return self(["[MASK] " * 8])[0]

@@ -133,11 +133,24 @@ def digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
-def encode_upload(feature: NDArray[np.float32], layout: Layout, versions: Versions) -> bytes:
-    """An anchor feature (192,), or the mean of several, with the layer that is asked for it; 836 bytes."""
+def encode_upload(
+    feature: NDArray[np.float32], layout: Layout, versions: Versions, nonce: bytes | None = None
+) -> bytes:
+    """Return an anchor feature (192,), or the mean of several, with the layer that is asked for it; 836 bytes.
+
+    Args:
+        feature: from -1 to 1.
+        layout: of the layer.
+        versions: of the device.
+        nonce: `DIGEST_BYTES` that no other upload has; drawn unless given.
+
+    Raises:
+        DataError: another shape or range.
+    """
     if feature.shape != (WIDTH,) or not (np.abs(feature) <= LARGEST).all():
         raise DataError(f"an anchor feature {feature.shape}: {WIDTH} numbers from -1 to 1 are due")
-    return _header("upload", layout, versions, os.urandom(DIGEST_BYTES)) + feature.astype("<f4").tobytes()
+    header = _header("upload", layout, versions, nonce or os.urandom(DIGEST_BYTES))
+    return header + feature.astype("<f4").tobytes()
 
 
 def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions) -> Upload:

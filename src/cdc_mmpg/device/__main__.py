@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import exit_code
+from cdc_mmpg.cli import exit_code, leave_on_signals
 from cdc_mmpg.device.client import Answer, Device
+from cdc_mmpg.device.connection import printable
 from cdc_mmpg.errors import DataError
 
 KEY = "CDC_MMPG_KEY"
@@ -27,24 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds that the answer may wait for a layer")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
+    leave_on_signals()
 
     def run() -> None:
-        if not options.video.is_file():
+        if not os.path.isfile(options.video):  # which says no of any name that no file has
             raise DataError(f"{options.video}: no such clip (VIDEO=)")
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY) or None
         device = Device(options.bundle, options.cloud or None, key=key, state=options.state, deadline=options.deadline)
         if options.new_session:
             device.new_session()
         choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
-        print(told(options.question, device.answer(options.video, options.question, choices)))
+        answer = device.answer(options.video, options.question, choices)
         device.close()
+        print(told(options.question, answer))
 
     return exit_code(run)
 
 
 def told(question: str, answer: Answer) -> str:
-    """An answer as a person reads it."""
+    """Return an answer as a person reads it, without what would move a terminal's cursor."""
     lines = [question, *(f"  {probability:6.1%}  {text}" for text, probability in answer.ranked)]
+    if answer.unknown_words:
+        lines.append(f"not in this bundle's vocabulary, and so not read: {', '.join(answer.unknown_words)}")
     how = {"adapted": "adapted", "kept": "adapted before, and kept", "shared": "shared by all devices"}[answer.origin]
     clips = f", from {answer.anchors} clip{'s' if answer.anchors > 1 else ''}" if answer.anchors else ""
     lines.append(f"last layer: {how}{clips}; the shared one says: {answer.unadapted}")
@@ -52,7 +57,7 @@ def told(question: str, answer: Answer) -> str:
         lines.append(f"no newer layer: {answer.trouble}")
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in answer.milliseconds.items())
     lines.append(f"{answer.bytes_up:,} bytes up, {answer.bytes_down:,} down; ms: {stages}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

@@ -5,26 +5,26 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from cdc_mmpg.device.connection import Connection, Unreachable
 from cdc_mmpg.device.model import DeviceModel
-from cdc_mmpg.device.state import Layer, Origin, State
+from cdc_mmpg.device.state import SESSION, Layer, Origin, Receipt, State, encode_counted_upload
 from cdc_mmpg.errors import CDCError, ConfigError
-from cdc_mmpg.wire import PATH, WeightsRejected, decode_layer, encode_upload
+from cdc_mmpg.wire import PATH, WeightsRejected, decode_layer
 
 logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.05  # before the second attempt of a request, twice as long before each further one
 PAUSE_SECONDS = (1.0, 300.0)  # after a request that failed: the first pause, doubled each time, and the longest
 LATEST_SECONDS = 30.0  # that a session's layer may take to come, when nobody waits for it any more
-SESSION = 64  # most recent clips that count; after as many new ones a layer is asked for in any case
+LONGEST_SECONDS = 86_400.0  # of a deadline
 BEST = 5  # answers that are told
 
 
@@ -39,10 +39,11 @@ class Answer(NamedTuple):
     bytes_up: int  # of bodies, in this call
     bytes_down: int
     milliseconds: dict[str, float]  # by stage
-    trouble: str  # why there is no newer layer, "" where there is no trouble
+    trouble: str  # why there is no newer layer, "" where there is no trouble; printable, without keys or passwords
+    unknown_words: list[str]  # of the question and the choices, which this bundle's vocabulary does not hold
 
 
-class Trouble(CDCError):
+class LayerUnavailable(CDCError):
     """No layer came: the cloud was not reached in time, refused, or sent what cannot be used."""
 
 
@@ -54,12 +55,15 @@ class Device:
     memory (`wire.decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
     on with its last layer, else the kept one, else the shared one; a sample, whose layer fits no other, with the shared
     one. `answer` waits for a layer no longer than `deadline`; a session's that comes later serves the next question.
+    Neither the cloud, the network, the environment nor the folder of the state is ever a reason for no answer.
 
-    Methods may be called from several threads.
+    Methods may be called from several threads, and several processes may share a state: they share its session, and
+    none writes to it any more once another has begun a new one.
 
     Args:
         bundle: folder of a device bundle.
-        cloud_url: "http://..." or "https://..."; None never asks.
+        cloud_url: "http://..." or "https://..."; None never asks. Through the proxy that the environment names, unless
+            it is on this machine.
         key: for the cloud, where it wants one.
         state: folder in which session and layer survive a restart; None keeps nothing.
         deadline: seconds that an answer may wait for a layer.
@@ -67,7 +71,7 @@ class Device:
 
     Raises:
         CheckpointError: the bundle is none, or damaged.
-        ConfigError: a URL that is none, or a deadline that is not positive.
+        ConfigError: a URL or a key that cannot be one, or a deadline that is not positive.
     """
 
     def __init__(
@@ -80,26 +84,24 @@ class Device:
         deadline: float = 2.0,
         threads: int = 0,
     ) -> None:
-        if cloud_url is not None and not cloud_url.startswith(("http://", "https://")):
-            raise ConfigError(f"{cloud_url!r} is no address of a cloud: http://... or https://... (CLOUD=)")
-        if not deadline > 0:
-            raise ConfigError(f"a deadline of {deadline} seconds: it must be positive (DEADLINE=)")
+        if not isinstance(deadline, int | float) or not 0 < deadline <= LONGEST_SECONDS:
+            raise ConfigError(
+                f"a deadline of {deadline!r} seconds: more than 0, at most {LONGEST_SECONDS:.0f} (DEADLINE=)"
+            )
+        self._connection = None if cloud_url is None else Connection(cloud_url, PATH, key)
         self.model = DeviceModel(Path(bundle), threads)
         self.deadline = deadline
         self._state = State(Path(state), self.model) if state is not None else None
-        headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        self._client = httpx.Client(base_url=cloud_url, headers=headers) if cloud_url else None
         self._lock = threading.Lock()
+        self._installing = threading.Lock()  # which session it is, its layer and what is kept of it change together
         self._shared = Layer(self.model.shared, 0, "shared")
         self._anchors = self._state.anchors() if self._state else []
         self._layer = (self._state.layer() if self._state else None) or self._shared
         self._seen = max(len(self._anchors), self._layer.anchors)  # clips of this session
+        self._seen_by_layer = self._layer.anchors  # of these, when the layer was asked for
         self._session = 0  # which: a layer that comes late is not for the next
         self._asking: threading.Thread | None = None
         self._pause, self._next_attempt, self._trouble = PAUSE_SECONDS[0], 0.0, ""
-        self._bytes = [0, 0]
 
     def answer(self, video: str | Path, question: str, choices: Sequence[str] = ()) -> Answer:
         """The answer to a question about a clip, or the choice that fits it.
@@ -112,7 +114,7 @@ class Device:
         end = time.monotonic() + self.deadline
         with self._lock:
             texts = self.model.texts(question, choices)
-            before = tuple(self._bytes)
+            before = self._bytes
             with clock("decode"):
                 frames = self.model.frames(Path(video))
             with clock("encode"):
@@ -128,13 +130,14 @@ class Device:
                 scores = self.model.scores(features, layer.matrix)
             plain = self.model.scores(features, self.model.shared)
             up, down = (now - then for now, then in zip(self._bytes, before, strict=True))
+            trouble = self._trouble
         words = self.model.answers or list(choices)
         likely = np.exp(scores - scores.max())
         likely /= likely.sum()
         best = np.argsort(-likely, kind="stable")[:BEST].tolist()
         ranked = [(words[i], float(likely[i])) for i in best]
         return Answer(ranked[0][0], ranked, layer.origin, layer.anchors, words[int(plain.argmax())], up, down,
-                      dict(clock.milliseconds), self._trouble)  # fmt: skip
+                      dict(clock.milliseconds), trouble, self.model.unknown_words(question, choices))  # fmt: skip
 
     def observe(self, video: str | Path) -> None:
         """Add a clip to the session without asking anything about it; a layer is asked for with the next question.
@@ -149,16 +152,23 @@ class Device:
 
     def new_session(self) -> None:
         """Forget the clips and the layer: the camera is another, or somewhere else."""
-        with self._lock:
-            self._anchors, self._seen, self._layer = [], 0, self._shared
+        with self._lock, self._installing:
+            self._anchors, self._seen, self._layer, self._seen_by_layer = [], 0, self._shared, 0
             self._session += 1
+            self._asking = None
+            self._succeed()
             if self._state:
                 self._state.clear()
 
     def close(self) -> None:
         """Let the connection go."""
-        if self._client is not None:
-            self._client.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    @property
+    def _bytes(self) -> tuple[int, int]:
+        """Bytes of bodies so far, up and down."""
+        return (0, 0) if self._connection is None else (self._connection.bytes_up, self._connection.bytes_down)
 
     def _add(self, anchor: NDArray[np.float32]) -> None:
         """Count a clip, unless it was there before."""
@@ -172,134 +182,145 @@ class Device:
     @property
     def _is_worth_it(self) -> bool:
         """Each doubling halves the variance of the mean; what single clips add is soon not worth a request."""
-        return self._seen >= self._layer.anchors + min(max(1, self._layer.anchors), SESSION)
+        return self._seen >= self._seen_by_layer + min(max(1, self._seen_by_layer), SESSION)
 
     def _adapt(self, end: float, clock: "Clock") -> None:
         """Install a new layer for the session, if one is worth it and comes in time."""
-        if self._client is None or not self._anchors:
+        if self._connection is None or not self._anchors:
             return
         if self._asking is None or not self._asking.is_alive():
             if not self._is_worth_it or time.monotonic() < self._next_attempt:
                 return
             latest = max(end, time.monotonic() + LATEST_SECONDS)
-            feature, asked = np.mean(self._anchors, axis=0), (self._seen, self._session)
-            self._asking = threading.Thread(target=self._ask, args=(feature, *asked, latest, clock), daemon=True)
-            self._asking.start()
+            feature, clips = np.mean(self._anchors, axis=0), (len(self._anchors), self._seen)
+            self._asking = self._begin(self._ask, feature, *clips, self._session, latest, clock)
+            if self._asking is None:
+                return
             self._asking.join(max(0.0, end - time.monotonic()))
         if self._asking.is_alive() and not self._trouble:
             self._trouble = "the cloud has not answered yet"
 
-    def _ask(self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "Clock") -> None:
-        """In a thread of its own, since looking up a name knows no deadline."""
+    def _begin(self, function: Callable[..., None], *arguments: object) -> threading.Thread | None:
+        """Run a request in a thread of its own, since looking up a name knows no deadline; None where there is none."""
+        thread = threading.Thread(target=function, args=arguments, name="ask for a layer", daemon=True)
         try:
-            layer, content = self._fetch(feature, anchors, end, clock)
-        except Trouble as error:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads
             self._fail(error)
+            return None
+        return thread
+
+    def _ask(
+        self, feature: NDArray[np.float32], anchors: int, seen: int, session: int, end: float, clock: "Clock"
+    ) -> None:
+        """Ask for a session's layer, install and keep it, unless the session is over by then."""
+        try:
+            layer, receipt = self._fetch(feature, anchors, session, end, clock)
+        except LayerUnavailable as error:
+            with self._installing:
+                if session == self._session:
+                    self._fail(error)
             return
-        self._succeed()
-        if session != self._session:
-            return
-        self._layer = layer
-        if self._state:
-            with clock("keep"):
-                self._state.keep_layer(content, anchors)
+        with self._installing:
+            if session != self._session:
+                return
+            self._succeed()
+            self._layer, self._seen_by_layer = layer, seen
+            if self._state:
+                with clock("keep"):
+                    self._state.keep_layer(receipt)
 
     def _of_sample(self, feature: NDArray[np.float32], end: float, clock: "Clock") -> Layer:
-        """The layer for this sample, or the shared one."""
-        if self._client is None or time.monotonic() < self._next_attempt:
+        """Return the layer for this sample, or the shared one."""
+        if self._connection is None or time.monotonic() < self._next_attempt:
             return self._shared
         found: list[Layer] = []
 
         def ask() -> None:
             try:
-                found.append(self._fetch(feature, 1, end, clock)[0])
+                found.append(self._fetch(feature, 1, self._session, end, clock)[0])
                 self._succeed()
-            except Trouble as error:
+            except LayerUnavailable as error:
                 self._fail(error)
 
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(max(0.0, end - time.monotonic()))
+        if thread := self._begin(ask):
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive() and not self._trouble:
+                self._trouble = "the cloud has not answered yet"
         return found[0] if found else self._shared
 
-    def _fail(self, error: Trouble) -> None:
-        self._trouble = str(error)
+    def _fail(self, error: Exception) -> None:
+        """Note why there is no layer, and ask no more for a while."""
+        self._trouble = self._tell(str(error))
         self._next_attempt = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
-        logger.info("no new layer: %s", error)
+        logger.info("no new layer: %s", self._trouble)
 
     def _succeed(self) -> None:
+        """Forget what went wrong before."""
         self._trouble, self._pause, self._next_attempt = "", PAUSE_SECONDS[0], 0.0
 
-    def _fetch(self, feature: NDArray[np.float32], anchors: int, end: float, clock: "Clock") -> tuple[Layer, bytes]:
-        """A layer for a feature, verified and ready to be installed, and the message it came in.
+    def _tell(self, text: str) -> str:
+        """Return what may be said aloud of an error."""
+        return text if self._connection is None else self._connection.tell(text)
+
+    def _fetch(
+        self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "Clock"
+    ) -> tuple[Layer, Receipt]:
+        """Return a layer for a feature, verified and ready to be installed, and what proves it.
 
         Raises:
-            Trouble: there is none until `end`.
+            LayerUnavailable: there is none until `end`.
         """
-        upload = encode_upload(feature, self.model.layout, self.model.versions)
-        content = self._request(upload, end, clock)
+        model = self.model
         try:
+            upload, salt = encode_counted_upload(feature, anchors, model)
+            content = self._request(upload, session, end, clock)
             with clock("verify"):
-                matrices = decode_layer(content, upload, self.model.layout, self.model.versions, self.model.cloud)
+                matrices = decode_layer(content, upload, model.layout, model.versions, model.cloud)
             with clock("swap"):
-                return Layer(self.model.install(matrices, self.model.layout), anchors, "adapted"), content
+                layer = Layer(model.install(matrices, model.layout), anchors, "adapted")
+            return layer, Receipt(content, upload, salt, anchors)
         except WeightsRejected as error:
-            raise Trouble(f"the cloud's reply was rejected ({error})") from error
+            raise LayerUnavailable(f"the cloud's reply was rejected ({error})") from error
+        except CDCError as error:
+            raise LayerUnavailable(str(error)) from error
+        except Exception as error:  # whatever it is, the device goes on
+            raise LayerUnavailable(f"{type(error).__name__}: {error}") from error
 
-    def _request(self, upload: bytes, end: float, clock: "Clock") -> bytes:
-        """The reply to an upload, asked for again and again until `end`.
+    def _request(self, upload: bytes, session: int, end: float, clock: "Clock") -> bytes:
+        """Return the reply to an upload, asked for again and again until `end`.
 
         Raises:
-            Trouble: none came, or the cloud refused.
+            CDCError: none came, or the cloud refused.
         """
+        assert self._connection is not None
         wait, problem = BACKOFF_SECONDS, "there was no time to ask"
-        while (left := end - time.monotonic()) > 0:
+        while end > time.monotonic():
             pause = wait * random.uniform(0.5, 1.5)
             try:
-                reply = self._attempt(upload, end, left, clock)
-                if isinstance(reply, bytes):
-                    return reply
-                problem, least = reply
-                pause = max(pause, least)
-            except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # the last when `close` came first
-                problem = f"{type(error).__name__}: {error}"
-            self._trouble = f"the cloud has not answered yet ({problem})"
+                reply = self._connection.post(upload, self.model.layout.message_bytes, end)
+            except Unreachable as error:
+                problem = str(error)
+            else:
+                if reply.status == 200:
+                    generating = _server_milliseconds(reply.headers.get("server-timing", ""))
+                    clock.add("upload", 1000 * reply.waited_seconds - generating)
+                    clock.add("generate", generating)
+                    clock.add("download", 1000 * reply.read_seconds)
+                    return reply.content
+                problem = f"{reply.status} {reply.content[:200].decode('utf-8', 'replace')}{self._connection.route}"
+                if 300 <= reply.status < 400:
+                    problem += f" to {reply.headers.get('location', '')}, not followed: is the address right (CLOUD=)?"
+                if reply.status not in (408, 429) and reply.status < 500:
+                    raise LayerUnavailable(f"the cloud refused: {problem}")
+                after = reply.headers.get("retry-after", "")
+                pause = max(pause, float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0)
+            if session == self._session:
+                self._trouble = self._tell(f"the cloud has not answered yet ({problem})")
             wait *= 2
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
-        raise Trouble(f"no layer in time ({problem})")
-
-    def _attempt(self, upload: bytes, end: float, left: float, clock: "Clock") -> bytes | tuple[str, float]:
-        """A reply, or what was wrong for now and how many seconds to wait at least.
-
-        Raises:
-            Trouble: the cloud refused.
-            httpx.HTTPError: it was not reached, or took too long.
-        """
-        assert self._client is not None
-        due, content = self.model.layout.message_bytes, bytearray()
-        start = time.perf_counter()
-        with self._client.stream("POST", PATH, content=upload, timeout=left) as response:
-            self._bytes[0] += len(upload)
-            generating = _server_milliseconds(response.headers.get("server-timing", ""))
-            came = time.perf_counter()
-            for chunk in response.iter_raw():
-                content += chunk
-                self._bytes[1] += len(chunk)
-                if len(content) > due or time.monotonic() > end:
-                    break
-            if response.status_code == 200:
-                if len(content) < due and time.monotonic() > end:
-                    return "it came too slowly", 0.0
-                clock.add("upload", 1000 * (came - start) - generating)
-                clock.add("generate", generating)
-                clock.add("download", 1000 * (time.perf_counter() - came))
-                return bytes(content)
-            problem = f"{response.status_code} {bytes(content[:200]).decode('utf-8', 'replace')}"
-            if response.status_code in (408, 429) or response.status_code >= 500:
-                after = response.headers.get("retry-after", "")
-                return problem, float(after) if re.fullmatch(r"\d{1,6}", after) else 0.0
-        raise Trouble(f"the cloud refused: {problem}")
+        raise LayerUnavailable(f"no layer in time ({problem})")
 
 
 class Clock:
@@ -323,5 +344,5 @@ class Clock:
 
 
 def _server_milliseconds(header: str) -> float:
-    """The sum of a Server-Timing header's durations."""
-    return sum(float(value) for value in re.findall(r"dur=(\d+(?:\.\d+)?)", header))
+    """Return the sum of a Server-Timing header's durations."""
+    return sum(float(value) for value in re.findall(r"dur=([0-9]{1,9}(?:\.[0-9]{1,9})?)", header))

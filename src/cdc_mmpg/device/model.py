@@ -1,8 +1,6 @@
 """A device bundle at work: clips and questions -> features -> answers, on onnxruntime; the last layer is an input."""
 
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,29 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.files import file_digest, json_digest
 from cdc_mmpg.frames import Frames, candidate_indices, crop, middle_candidates
 from cdc_mmpg.payloads import Matrix
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder
 from cdc_mmpg.video import read_frames
-from cdc_mmpg.wire import Layout, Versions, WeightsRejected
+from cdc_mmpg.wire import KINDS, Layout, Versions, WeightsRejected
 
 BUNDLE = "bundle.json"
 ENCODER, HEAD, SHARED, BASIS, VOCABULARY, ANSWERS = (
-    "encoder.onnx", "head.onnx", "shared.npy", "basis.npy", "vocab.txt", "answers.txt"
+    "encoder.onnx", "head.onnx", "shared.npy", "basis.npy", "vocab.txt", "answers.json"
 )  # fmt: skip
-FORMAT = 1
+FORMAT = 2
+LARGEST_SIDE = 4096  # pixels of a frame, frames of a clip, WordPieces of a text: what no bundle goes beyond
 
 Features = NDArray[np.float32]  # (T, 192) of a clip with a text; (K, T, 192) with each of K
 
 
 class DeviceModel:
     """What `make export` wrote for a device, every file of it checked against its digest.
+
+    The digests tell what was damaged. They do not tell who wrote a bundle: whoever writes it is trusted, with the
+    answers and with the key of the cloud whose layers are installed.
 
     Attributes:
         task: "open_ended" or "multiple_choice".
@@ -42,7 +45,7 @@ class DeviceModel:
 
     Args:
         bundle: the folder.
-        threads: of one inference; 0 is one for each processor that this process may use.
+        threads: of one inference; 0 is as many as there are processors.
 
     Raises:
         CheckpointError: it is none, of another format, or a file is absent or changed.
@@ -50,13 +53,21 @@ class DeviceModel:
 
     def __init__(self, bundle: Path, threads: int = 0) -> None:
         settings = read_bundle(bundle)
-        self.task, self.unit = str(settings["task"]), str(settings["unit"])
+        try:
+            self._load(bundle, settings, threads)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of onnxruntime, numpy, tokenizers and cryptography
+            raise _damaged(bundle, error) from error
+
+    def _load(self, bundle: Path, settings: dict[str, Any], threads: int) -> None:
+        self.task, self.unit = settings["task"], settings["unit"]
         self.layout = Layout(*settings["layout"])
         self.versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
         self.cloud = Ed25519PublicKey.from_public_bytes(bytes.fromhex(settings["public_key"]))
         self._frames = settings["frames"]
         self._text = TextEncoder(bundle / VOCABULARY, settings["text"]["length"], settings["text"]["known"])
-        self.answers = (bundle / ANSWERS).read_text(encoding="utf-8").split("\n") if self.task == "open_ended" else []
+        self.answers: list[str] = json.loads((bundle / ANSWERS).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or count_processors()
         options.log_severity_level = 3
@@ -66,8 +77,15 @@ class DeviceModel:
         )
         self.shared: Matrix = np.load(bundle / SHARED, allow_pickle=False).astype(np.float32)
         self._basis: Matrix | None = None
-        if (bundle / BASIS).is_file():
+        shape = self.layout[1:3]
+        if self.layout.kind == "basis":
             self._basis = np.load(bundle / BASIS, allow_pickle=False).astype(np.float32)
+            if self._basis.shape != (self.layout.number, *shape):
+                raise CheckpointError(f"{bundle / BASIS}: {self._basis.shape}, not {(self.layout.number, *shape)}")
+        if self.shared.shape != shape:
+            raise CheckpointError(f"{bundle / SHARED}: {self.shared.shape}, but layers are {shape}")
+        if len(self.answers) != (self.layout.outputs if self.task == "open_ended" else 0):
+            raise CheckpointError(f"{bundle / ANSWERS}: {len(self.answers)} answers of {self.layout.outputs}")
 
     def frames(self, video: Path) -> Frames:
         """The frames of a clip that the encoder sees: (T, S, S, 3) uint8 RGB.
@@ -86,6 +104,8 @@ class DeviceModel:
             ConfigError: no question, or choices where there are none, or none where there are.
             DataError: choices that cannot be told apart.
         """
+        if not all(isinstance(text, str) and _is_text(text) for text in (question, *choices)):
+            raise ConfigError("a question or a choice is not text, or holds what UTF-8 cannot")
         if self.task == "open_ended":
             if choices or not question.strip():
                 raise ConfigError("this bundle answers open-ended questions: ask one, and give no choices")
@@ -93,6 +113,10 @@ class DeviceModel:
         if len(choices) < 2:
             raise ConfigError("this bundle answers multiple-choice questions: give two choices or more")
         return self._text.choices([(question, choices)])[0]
+
+    def unknown_words(self, question: str, choices: Sequence[str] = ()) -> list[str]:
+        """Return the words that the vocabulary of this bundle does not hold: the encoder reads [UNK] in their place."""
+        return self._text.unknown_words([question, *choices])
 
     def anchor(self, frames: Frames) -> NDArray[np.float32]:
         """What a clip adds to a session (192,): the feature of its middle frame with the neutral prompt."""
@@ -125,7 +149,7 @@ class DeviceModel:
         if layout.kind == "low_rank":
             layer = self.shared + matrices[0].T @ matrices[1]
         elif layout.kind == "basis":
-            if self._basis is None or len(self._basis) != layout.number:
+            if self._basis is None:
                 raise WeightsRejected("kind", "coefficients of a basis that this bundle does not hold")
             layer = self.shared + np.einsum("k,kld->ld", matrices[0][0], self._basis)
         else:
@@ -136,24 +160,62 @@ class DeviceModel:
 
 
 def read_bundle(bundle: Path) -> dict[str, Any]:
-    """The settings of a device bundle whose files are all there and as they were written.
+    """Return the settings of a device bundle whose files are all there and as they were written.
 
     Raises:
         CheckpointError: it is none, of another format, or a file is absent or changed; names it.
     """
+    path = bundle / BUNDLE
     try:
-        settings = json.loads((bundle / BUNDLE).read_text(encoding="utf-8"))
-        files = dict(settings["files"])
+        settings = json.loads(path.read_text(encoding="utf-8"))
         if settings["format"] != FORMAT:
-            raise CheckpointError(f"{bundle}: format {settings['format']}, this version reads {FORMAT}: export anew")
-        for name, expected in files.items():
-            with (bundle / os.path.basename(name)).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise CheckpointError(f"{bundle / name}: changed since it was exported: copy the bundle anew")
+            raise CheckpointError(f"{path}: format {settings['format']!r}, this version reads {FORMAT}: export anew")
+        if not isinstance(settings, dict) or settings.pop("digest", None) != json_digest(settings):
+            raise CheckpointError(f"{path}: changed since it was exported: copy the bundle anew")
+        _check_settings(settings)
+        for name, expected in settings["files"].items():
+            path = bundle / name
+            if file_digest(path) != expected:
+                raise CheckpointError(f"{path}: changed since it was exported: copy the bundle anew")
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{bundle}: not a whole device bundle ({type(error).__name__}: {error}): make export writes one"
-        ) from error
+    except Exception as error:  # whatever stands there
+        raise _damaged(path, error) from error
     return dict(settings)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings of another shape than `make export` writes.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are others.
+    """
+    layout, frames, text = Layout(*settings["layout"]), settings["frames"], settings["text"]
+    files = {ENCODER, HEAD, SHARED, VOCABULARY, ANSWERS} | ({BASIS} if layout.kind == "basis" else set())
+    sizes = [*layout[1:3], *(frames[name] for name in ("number", "candidates", "size", "side")), text["length"],
+             text["known"]]  # fmt: skip
+    for what, is_right in (
+        ("task", settings["task"] in ("open_ended", "multiple_choice")),
+        ("unit", settings["unit"] in ("session", "sample")),
+        ("layout", layout.kind in KINDS and type(layout.number) is int and layout.number >= 0),
+        ("a size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= LARGEST_SIDE),
+        ("files", settings["files"].keys() == files),
+    ):
+        if not is_right:
+            raise ValueError(f"{what} is not what an export writes")
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    """Return the error of a bundle that cannot be read."""
+    return CheckpointError(
+        f"{path}: not a whole device bundle ({type(error).__name__}: {error}): make export writes one, copy it anew"
+    )
+
+
+def _is_text(text: str) -> bool:
+    """Return whether UTF-8 holds it: arguments of a command line with bytes that are none do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,8 +1,13 @@
 """What a device keeps over a restart: the anchor features of its session, and the last good layer as it was signed."""
 
+import fcntl
 import logging
+import os
 import struct
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,13 +16,16 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.files import atomic_write, remove_leftovers
+from cdc_mmpg.files import atomic_write, remove_leftovers, sync_folder
 from cdc_mmpg.payloads import WIDTH, Matrix
-from cdc_mmpg.wire import WeightsRejected, decode_layer
+from cdc_mmpg.wire import DIGEST_BYTES, HEADER, UPLOAD_BYTES, WeightsRejected, decode_layer, digest, encode_upload
 
 logger = logging.getLogger(__name__)
 
-COUNT = struct.Struct("<I")  # behind the layer's message: of how many anchors it is
+SESSION = 64  # most recent clips that count; after as many new ones a layer is asked for in any case
+COUNT = struct.Struct("<I")
+ROW_BYTES = 4 * WIDTH  # of an anchor feature
+LOCK_SECONDS = 0.5  # that another process may hold the folder's lock
 
 
 Origin = Literal["adapted", "kept", "shared"]
@@ -27,15 +35,35 @@ class Layer(NamedTuple):
     """A last layer that is ready for use."""
 
     matrix: Matrix  # (L, D + 1)
-    anchors: int  # of how many clips it was made
+    anchors: int  # of how many clips it was made, at most `SESSION`
     origin: Origin  # made for this session or sample, kept from before a restart, shared by all devices
+
+
+class Receipt(NamedTuple):
+    """A layer as it came, and what it answers."""
+
+    message: bytes
+    upload: bytes
+    salt: bytes
+    anchors: int
+
+
+def encode_counted_upload(feature: NDArray[np.float32], anchors: int, model: DeviceModel) -> tuple[bytes, bytes]:
+    """Return an upload whose nonce holds how many clips it is the mean of, and the salt that hides it from the cloud.
+
+    The layer's signature is over the whole upload, so that nobody can put another number beside a layer that is kept.
+    """
+    salt = os.urandom(DIGEST_BYTES)
+    return encode_upload(feature, model.layout, model.versions, digest(salt + COUNT.pack(anchors))), salt
 
 
 class State:
     """A folder that a device writes to; every file is whole, or the one before.
 
-    Its files are for one encoder and one generator: what others left is not read. A folder that cannot be written is
-    no reason not to answer: it is logged.
+    Its files are for one encoder and one generator: what others left is not read. A folder that cannot be read or
+    written is no reason not to answer: it is logged, each thing once. A lock on the folder makes a check and what is
+    written after it one step among processes; `session` names the session that the files are of, and changes when a new
+    one begins.
 
     Args:
         folder: made where it is not there.
@@ -43,56 +71,130 @@ class State:
     """
 
     def __init__(self, folder: Path, model: DeviceModel) -> None:
-        self._model = model
+        self._model, self._folder = model, folder
         name = f"{model.versions.encoder.hex()[:8]}.{model.versions.generator.hex()[:8]}"
         self._layer, self._anchors = folder / f"layer.{name}.bin", folder / f"anchors.{name}.f32"
-        remove_leftovers(folder)
+        self._name, self._lock = folder / f"session.{name}", threading.Lock()
+        self._complaints: set[str] = set()
+        self._session, self._is_cleared = b"", True
+        with self._going_on("read"):
+            if folder.exists():
+                remove_leftovers(folder)
+                self._session = self._on_disk()
 
     def layer(self) -> Layer | None:
-        """The last good layer, verified anew; None where there is none, or it cannot be trusted."""
-        if self._model.unit != "session":  # it would be another sample's
-            return None
-        try:
-            content = self._layer.read_bytes()
-        except OSError:
-            return None
-        message, count = content[: -COUNT.size], content[-COUNT.size :]
+        """Return the last good layer, verified anew; None where there is none, or it cannot be trusted."""
         model = self._model
+        if model.unit != "session":  # it would be another sample's
+            return None
+        length = model.layout.message_bytes
+        content = self._read(self._layer, length + UPLOAD_BYTES + DIGEST_BYTES + COUNT.size)
+        if content is None:
+            return None
+        message, upload = content[:length], content[length : length + UPLOAD_BYTES]
+        salt, count = content[-DIGEST_BYTES - COUNT.size : -COUNT.size], content[-COUNT.size :]
         try:
-            matrices = decode_layer(message, None, model.layout, model.versions, model.cloud)
-            return Layer(model.install(matrices, model.layout), COUNT.unpack(count)[0], "kept")
-        except (WeightsRejected, struct.error) as error:
+            matrices = decode_layer(message, upload, model.layout, model.versions, model.cloud)
+            anchors = int(COUNT.unpack(count)[0]) if len(count) == COUNT.size else 0
+            if HEADER.unpack_from(upload)[7] != digest(salt + count) or not 0 < anchors <= SESSION:
+                raise WeightsRejected("nonce", "the number of clips beside it is not the one that was signed")
+            return Layer(model.install(matrices, model.layout), anchors, "kept")
+        except WeightsRejected as error:
             logger.warning("%s is not used: %s", self._layer, error)
             return None
 
-    def keep_layer(self, message: bytes, anchors: int) -> None:
-        """In place of the one before."""
-        self._write(self._layer, message + COUNT.pack(anchors))
+    def keep_layer(self, receipt: Receipt) -> None:
+        """Write a layer in place of the one before."""
+        self._write(self._layer, receipt.message + receipt.upload + receipt.salt + COUNT.pack(receipt.anchors))
 
     def anchors(self) -> list[NDArray[np.float32]]:
-        """Of the session so far, (192,) each."""
-        try:
-            values = np.frombuffer(self._anchors.read_bytes(), "<f4")
-        except (OSError, ValueError):
+        """Return those of the session so far, (192,) each, at most `SESSION`."""
+        content = self._read(self._anchors, SESSION * ROW_BYTES)
+        if content is None:
             return []
-        if values.size % WIDTH or not (np.abs(values) <= 1).all():
-            logger.warning("%s is not used: no anchor features", self._anchors)
+        if len(content) % ROW_BYTES or len(content) > SESSION * ROW_BYTES:
+            logger.warning("%s is not used: not 1 to %d anchor features of %d bytes", self._anchors, SESSION, ROW_BYTES)
+            return []
+        values = np.frombuffer(content, "<f4")
+        if not (np.abs(values) <= 1).all():  # nor is what is not a number
+            logger.warning("%s is not used: a feature has numbers from -1 to 1", self._anchors)
             return []
         return list(values.reshape(-1, WIDTH))
 
     def keep_anchors(self, anchors: Sequence[NDArray[np.float32]]) -> None:
-        """In place of those before."""
-        self._write(self._anchors, np.concatenate(anchors).astype("<f4").tobytes())
+        """Write them in place of those before."""
+        self._write(self._anchors, np.stack(anchors).astype("<f4").tobytes())
 
     def clear(self) -> None:
-        """Nothing is kept any more."""
+        """Keep nothing any more, and let nothing of the session that ends be kept; before the next writing at last."""
+        self._is_cleared = False
+        with self._going_on("cleared: delete it, or the next start goes on with the session before"), self._alone():
+            self._clear()
+
+    def _clear(self) -> None:
         for path in (self._layer, self._anchors):
             path.unlink(missing_ok=True)
+        sync_folder(self._folder)
+        session = os.urandom(DIGEST_BYTES)
+        with atomic_write(self._name) as file:
+            file.write(session)
+        self._session, self._is_cleared = session, True
 
-    @staticmethod
-    def _write(path: Path, content: bytes) -> None:
-        try:
+    def _on_disk(self) -> bytes:
+        """Return the name of the session that the folder is of; b"" is the first one."""
+        return self._read(self._name, DIGEST_BYTES) or b""
+
+    def _read(self, path: Path, most: int) -> bytes | None:
+        """Return a file's first `most` bytes and one, None where there is none."""
+        with self._going_on("read"):
+            if not path.exists():
+                return None
+            if not path.is_file():
+                raise CDCError(f"{path} is no file")
+            with path.open("rb") as file:
+                return file.read(most + 1)
+        return None
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """Write a file of this session, unless the folder is another's by now."""
+        with self._going_on("written: nothing is kept over a restart"), self._alone():
+            if not self._is_cleared:
+                self._clear()
+            if self._on_disk() != self._session:
+                raise CDCError("another process has begun a new session there")
             with atomic_write(path) as file:
                 file.write(content)
-        except CDCError as error:
-            logger.warning("nothing is kept: %s", error)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock of the folder, which is made where it is not there.
+
+        Raises:
+            OSError: it cannot be made, or another process does not let go of it.
+        """
+        with self._lock:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._folder, os.O_RDONLY)
+            try:
+                end = time.monotonic() + LOCK_SECONDS
+                while True:
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > end:
+                            raise
+                        time.sleep(0.005)
+                yield
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Log what is wrong with the folder, each thing once; the device goes on without."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if what not in self._complaints:
+                self._complaints.add(what)
+                logger.warning("the state in %s cannot be %s (%s)", self._folder, what, error)
