@@ -507,11 +507,12 @@ def test_it_trains_and_the_test_tells_unseen_from_seen(folders, tmp_path, capsys
 
 
 @pytest.mark.parametrize("given", [[], ["--data.init_args.domains=categories"]])
-def test_published_figures_do_not_stand_beside_other_splits(given, folders, tmp_path):
+def test_published_figures_do_not_stand_beside_other_splits(given, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(MSRVTTRetrieval, "PUBLISHED", {})  # small files: as if they were the published ones
     assert main(command(folders, "retrieval", "linear", tmp_path, *given)) == 0
     assert tables.main([str(tmp_path / "msrvtt_retrieval")]) == 0
     table = (tmp_path / "msrvtt_retrieval" / "table.md").read_text()
-    assert ("7.7 / 14.1" in table) == (not given)
+    assert ("7.7 † / 14.1 †" in table) == (not given)
 
 
 def test_make_data_says_what_is_held_out(folders, tmp_path, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cdc_mmpg.errors import DataError
+from cdc_mmpg.evidence import Evidence
 from cdc_mmpg.figures import Score, accuracy, choose, main, spread
 
 CASTS = {"unseen000": 170.0, "unseen001": 5.0, "unseen002": -95.0, "unseen003": 80.0, "unseen004": 20.0}
@@ -135,14 +136,15 @@ def test_a_damaged_dataset_is_named(name, content, message, synthetic, tmp_path)
 
 
 def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path):
-    from cdc_mmpg.tables import finished_runs
+    def found():
+        return [run.results for run in Evidence(tmp_path).runs["cdc_mmpg_session"]]
 
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.8})
-    assert accuracy(finished_runs(tmp_path), None, "all") == pytest.approx(Score(80, 78, 83))
+    assert accuracy(found(), None, "all") == pytest.approx(Score(80, 78, 83))
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.9}, seed=1)
     deviation = 50**0.5
-    assert accuracy(finished_runs(tmp_path), "n16", "all") == pytest.approx(Score(85, 85 - deviation, 85 + deviation))
-    assert accuracy(finished_runs(tmp_path), "n4", "all") is None
+    assert accuracy(found(), "n16", "all") == pytest.approx(Score(85, 85 - deviation, 85 + deviation))
+    assert accuracy(found(), "n4", "all") is None
     assert accuracy([{"dataset": "msvd"}], None, "all") is None
 
 

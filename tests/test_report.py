@@ -127,11 +127,13 @@ def answers(root, source, entry):
     place, _, case = source.partition("#")
     found = {}
     with (root / place).open(newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        mark = reader.fieldnames.index(case) - 6
+        for row in reader:
             asked = entry.get("group", "test") in ("test", row["group"]) and row[case]
             if asked and entry.get("device", row["device"]) == row["device"]:
                 key = tuple(row[name] for name in ("clip", "device", "group", "type", "question", "answer"))
-                found[key] = float(row[case] == row["answer"])
+                found[key] = float(row["right"][mark] == "r")
     return found
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin, VideoTextData
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.metrics import CAPTIONS, RECALLS, Outcomes, accuracies, majorities, ranked
+from cdc_mmpg.metrics import CAPTIONS, RECALLS, RIGHT, Outcomes, accuracies, majorities, ranked
 
 
 def evaluation(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
@@ -46,13 +46,17 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
         floors = {"chance": [1 / len(data.texts("test", i)) for i in range(len(origins))]}
     found = accuracies(correct | floors, clips, devices, groups, types)
     given = [[""] * len(origins) for _ in outcomes]
-    for words_given, (case, (where, rows)) in zip(given, outcomes.items(), strict=True):
-        for i, label in zip(where.tolist(), rows[:, 0].tolist(), strict=True):
+    marks = [["."] * len(origins) for _ in outcomes]
+    for words_given, own_marks, (case, (where, rows)) in zip(given, marks, outcomes.items(), strict=True):
+        for i, (label, true) in zip(where.tolist(), rows.tolist(), strict=True):
             words_given[i] = data.word("test", i, label)
+            own_marks[i] = "r" if label == true else "w"
         if case not in correct:
             own = [[column[i] for i in where.tolist()] for column in (clips, devices, groups, types)]
             found |= accuracies({case: rows[:, 0] == rows[:, 1]}, own[0], own[1], own[2], own[3])
-    _write(table, [*Origin._fields, *outcomes], ([*origin, *own] for origin, *own in zip(origins, *given, strict=True)))
+    right = map("".join, zip(*marks, strict=True))
+    lines = ([*origin, *own] for origin, *own in zip(origins, *given, right, strict=True))
+    _write(table, [*Origin._fields, *outcomes, RIGHT], lines)
     return {"accuracy": {case: found[case] for case in outcomes}, "floors": {name: found[name] for name in floors}}
 
 

@@ -18,8 +18,10 @@ another, then `plus` adds, then `times` multiplies.
 """
 
 import csv
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import floor, log10
 from pathlib import Path
@@ -29,15 +31,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.metrics import RECALLS, accuracies
-from cdc_mmpg.paper import PRINTED
+from cdc_mmpg import paper
+from cdc_mmpg.metrics import RECALLS, RIGHT, accuracies
 from cdc_mmpg.results import RESULTS, read_results
+from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.wire import FRAMING_BYTES, HEADER
+
+logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 
 PREDICTIONS = "predictions.test.csv"
+ORIGIN = ["clip", "device", "group", "type", "question", "answer"]  # of a question, the first columns of PREDICTIONS
+GUESSES = ("majority", "chance")  # floors: a row that is no better has learnt nothing
 BASELINE = "fine_tuning"
 SESSION = "cdc_mmpg_session"
 EVERYTHING, ALL_TYPES = "test", "all"  # group and type that hold every question
@@ -247,28 +253,47 @@ class Run:
 
     @cached_property
     def answers(self) -> Answers | None:
-        """None where the file is not there or holds something else."""
+        """What it answered; None, with a warning, where the file is damaged, and where there is none."""
+        path = self.path / PREDICTIONS
         try:
-            with (self.path / PREDICTIONS).open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))
-        except (OSError, UnicodeDecodeError, csv.Error):
+            with path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            if not rows or any(len(row) != len(header) for row in rows):
+                raise ValueError("rows of different lengths, or none")
+            return _ranked(header, rows) if header[0] == "direction" else self._answered(header, rows)
+        except FileNotFoundError:
             return None
-        if not rows or any(len(row) != len(rows[0]) for row in rows):
+        except (OSError, ValueError, IndexError, csv.Error) as error:
+            logger.warning("%s: left out (%s): delete the folder and train anew", path, error)
             return None
-        header, *rows = rows
-        return (_ranked if header[0] == "direction" else _answered)(header, rows)
 
+    def _answered(self, header: list[str], rows: list[list[str]]) -> Answers:
+        """Return answers to questions, right or wrong by label, as in the results.
 
-def _answered(header: list[str], rows: list[list[str]]) -> Answers:
-    """Of questions: right is the word that is the answer."""
-    origin = 6  # clip, device, group, type, question, answer
-    words = np.array([row[origin - 1 :] for row in rows], dtype=object).reshape(len(rows), -1)
-    correct = {
-        case: np.where(words[:, i] == "", np.nan, words[:, i] == words[:, 0])
-        for i, case in enumerate(header[origin:], 1)
-    }
-    clips, devices, groups = ([row[place] for row in rows] for place in range(3))
-    return Answers(_unique(row[:origin] for row in rows), clips, devices, groups, correct)
+        Raises:
+            ValueError: the table has other columns, or, written before it had labels, other shares of right words
+                than the results have of right labels.
+        """
+        start, words = len(ORIGIN), range(len(ORIGIN), len(header))
+        if header[:start] != ORIGIN:
+            raise ValueError(f"its columns are {', '.join(header[:start])}")
+        if header[-1] == RIGHT:
+            worth = {"r": 1.0, "w": 0.0, ".": np.nan}
+            if any(len(row[-1]) != len(words) - 1 or not set(row[-1]) <= worth.keys() for row in rows):
+                raise ValueError(f"its column {RIGHT} does not fit")
+            marks = np.array([[worth[letter] for letter in row[-1]] for row in rows]).reshape(len(rows), -1)
+            correct = {case: marks[:, place] for place, case in enumerate(header[start:-1])}
+        else:
+            correct = {
+                header[i]: np.array([np.nan if row[i] == "" else float(row[i] == row[start - 1]) for row in rows])
+                for i in words
+            }
+            for case, values in correct.items():
+                share = self.find("accuracy", case, EVERYTHING, ALL_TYPES, "value")
+                if share is not None and abs(np.nanmean(values) - share) > 0.5 / len(rows):
+                    raise ValueError(f"equal words are no equal labels in {case}: it is of an earlier version")
+        clips, devices, groups = ([row[place] for row in rows] for place in range(3))
+        return Answers(_unique(row[:start] for row in rows), clips, devices, groups, correct)
 
 
 def _ranked(header: list[str], rows: list[list[str]]) -> Answers:
@@ -300,11 +325,10 @@ def _unique(keys: Any) -> list[tuple[str, ...]]:
 class Evidence:
     """All finished runs of a dataset.
 
+    Damaged results, and those of an earlier version, are left out with a warning.
+
     Args:
         folder: `checkpoints/<dataset>`.
-
-    Raises:
-        ConfigError: there are none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -312,14 +336,30 @@ class Evidence:
         self.dataset = folder.absolute().name
         self.runs: dict[str, list[Run]] = {}
         for path in sorted(folder.glob(f"*/seed*/{RESULTS}")):
-            seed = path.parent.name.removeprefix("seed")
-            if seed.isdigit() and (results := read_results(path.parent)):
-                self.runs.setdefault(path.parents[1].name, []).append(Run(path.parent, results))
+            seed, name = path.parent.name.removeprefix("seed"), path.parents[1].name
+            if not seed.isdecimal() or not (results := read_results(path.parent)):
+                continue
+            if name in NAMES and not results.get("accuracy"):
+                logger.warning(
+                    '%s has no "accuracy" by condition: the run is of an earlier version and left out; delete %s and '
+                    "train anew", path, path.parent,
+                )  # fmt: skip
+                continue
+            self.runs.setdefault(name, []).append(Run(path.parent, results))
         for runs in self.runs.values():
             runs.sort(key=lambda run: run.seed)
-        if not self.runs:
-            raise ConfigError(f"{folder}: no finished run; train one first (make train)")
         self._gains: dict[tuple[Side, Side, str], Gain | None] = {}
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The lines of the table of methods: `ROWS`, then methods that are not among them, by their folders' names."""
+        others = [name for name in self.runs if name.partition(".")[0] not in NAMES and self.of(name)]
+        return (*ROWS, *(Row(escape_controls(name), name) for name in others))
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Every method's label, in the order of the tables."""
+        return {row.method: row.label for row in self.rows if row.condition is None}
 
     def of(self, name: str, case: str | None = None) -> list[Run]:
         """The seeds of a run that were tested in a case; of one that answers nothing, none."""
@@ -342,15 +382,16 @@ class Evidence:
         """That which the figures are about."""
         return self.groups[0]
 
-    @cached_property
-    def seeds(self) -> list[int]:
-        """All that any method was trained with."""
-        return sorted({run.seed for name in self.runs for run in self.of(name)}) or [0]
+    def seeds(self, names: Collection[str]) -> list[int]:
+        """Return the seeds that any of these runs was trained with."""
+        return sorted({run.seed for name in names for run in self.runs.get(name, [])})
 
     @cached_property
     def ranks(self) -> bool:
         """Whether the task is retrieval, which has recalls in place of one accuracy."""
         cells = [run.find("accuracy", run.case(None) or "", self.group) for name in self.runs for run in self.of(name)]
+        if not cells:
+            return self.printed(BASELINE, f"VR@{RECALLS[0]}") is not None
         return not any(ALL_TYPES in (each or {}) for each in cells)
 
     def find_task(self) -> str | None:
@@ -360,13 +401,32 @@ class Evidence:
 
     # Figures of one run's folder, over its seeds.
 
-    def accuracy(self, side: Side, group: str | None = None, kind: str = ALL_TYPES, interval: bool = True) -> Cell:
-        """In %: of one seed with its interval, of several mean and standard deviation."""
+    def beats_guessing(self, side: Side) -> bool:
+        """Return whether a row answers more rightly than the majority answer, or chance; True where neither is known.
+
+        In retrieval the mean of the recalls counts.
+        """
+        own, guessed = [], []
+        for run in self.of(*side):
+            cells = run.find("accuracy", run.case(side.case) or "", self.group) or {}
+            floors = [floor for name in GUESSES if (floor := run.find("floors", name, self.group))]
+            kinds = [ALL_TYPES] if ALL_TYPES in cells else list(cells)
+            for floor in floors[:1]:
+                known = [kind for kind in kinds if kind in floor]
+                own += [cells[kind]["value"] for kind in known]
+                guessed += [floor[kind]["value"] for kind in known]
+        return not own or mean(own) > mean(guessed) + 1e-9
+
+    def accuracy(
+        self, side: Side, group: str | None = None, kind: str = ALL_TYPES, interval: bool = True,
+        seeds: Collection[int] | None = None,
+    ) -> Cell:  # fmt: skip
+        """In %: of one seed with its interval, of several (all unless told) mean and standard deviation."""
         group = group or self.group
         found = [
             (run, ("accuracy", run.case(side.case) or "", group, kind, "value"))
             for run in self.of(*side)
-            if run.find("accuracy", run.case(side.case) or "", group, kind)
+            if run.find("accuracy", run.case(side.case) or "", group, kind) and (seeds is None or run.seed in seeds)
         ]
         if len(found) == 1 and interval:
             run, keys = found[0]
@@ -418,11 +478,16 @@ class Evidence:
 
     def printed(self, *keys: str) -> Fact | None:
         """What the paper prints for this dataset."""
-        found: Any = PRINTED.get(self.dataset, {})
+        found: Any = paper.PRINTED.get(self.dataset, {})
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         source = f"cdc_mmpg.paper#/{'/'.join((self.dataset, *keys))}"
         return None if found is None else Fact(found, str(found), "value", (source,))
+
+    def errata(self, *keys: str) -> list[paper.Erratum]:
+        """Return the errors of the paper that a printed figure has."""
+        place = "/".join((self.dataset, *keys))
+        return [each for each in paper.ERRATA if any(fnmatchcase(place, pattern) for pattern in each.places)]
 
     # What needs every answer.
 
@@ -576,9 +641,9 @@ def signed(value: float) -> str:
     return "0.0" if round(value, 1) == 0 else f"{value:+.1f}".replace("-", "−")
 
 
-def constant(value: float, name: str) -> Fact:
-    """A constant of this module."""
-    return Fact(value, f"{value:,}", "value", (f"cdc_mmpg.evidence#{name}",))
+def constant(value: float, name: str, module: str = "cdc_mmpg.evidence") -> Fact:
+    """A constant of a module, of this one unless told; broken numbers with three digits that count."""
+    return Fact(value, f"{value:,}" if isinstance(value, int) else f"{value:.3g}", "value", (f"{module}#{name}",))
 
 
 def total(*facts: Fact) -> Fact:

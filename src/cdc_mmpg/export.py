@@ -544,22 +544,26 @@ def tried(source: Source, data: "VideoTextData", run: Path, out: Path) -> dict[s
     bundle's payload. A session has the anchors of the same 16 further clips that the run was tested with.
     """
     from cdc_mmpg.batch import UNKNOWN, Origin  # noqa: PLC0415  see `cli`
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
+    from cdc_mmpg.metrics import RIGHT  # noqa: PLC0415
 
     labels = data.labels("test").tolist()
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:QUESTIONS].tolist())
     with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
-        given = [row[len(Origin._fields)] for row in list(csv.reader(file))[1:]]
-    right = {i: data.word("test", i, labels[i]) if labels[i] != UNKNOWN else "" for i in drawn}
+        header, *rows = csv.reader(file)
+    given = [row[len(Origin._fields)] for row in rows]
+    answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN else "" for i in range(len(labels))]
+    # By label, but of a run of an earlier version, whose table has words alone.
+    by_label = header[-1] == RIGHT
+    right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     generator = Generator.load(out / "cloud" / GENERATOR)
     found: dict[str, Any] = {"questions": len(drawn),
-                             "run": {"accuracy": float(np.mean([given[i] == right[i] for i in drawn]))}}  # fmt: skip
+                             "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
     for name in FOLDERS.values():
         model = DeviceModel(out / name)
         own = dict(zip(drawn, device_answers(model, source, data, drawn, generator), strict=True))
         words = {i: data.word("test", i, own[i]) for i in drawn}
         found[name] = {
-            "accuracy": float(np.mean([words[i] == right[i] for i in drawn])),
+            "accuracy": float(np.mean([own[i] == labels[i] for i in drawn])),
             "agreement": float(np.mean([words[i] == given[i] for i in drawn])),
         }
     counts = data.word_counts("test")

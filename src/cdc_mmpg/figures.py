@@ -18,9 +18,9 @@ import numpy as np
 
 from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.evidence import Evidence
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.frames import Frames
-from cdc_mmpg.tables import finished_runs
 from cdc_mmpg.video import read_frames
 
 if TYPE_CHECKING:
@@ -195,8 +195,10 @@ def anchors(folder: Path) -> bytes:
     Raises:
         ConfigError: no finished run has these figures.
     """
-    runs = finished_runs(folder, SESSION)
-    conditions = {name for run in runs for name in run.get("accuracy", {}) if re.fullmatch(r"n\d+", name)}
+    found = Evidence(folder).runs
+    results = {name: [run.results for run in own] for name, own in found.items()}
+    runs = results.get(SESSION, [])
+    conditions = {name for run in runs for name in run.get("accuracy") or {} if re.fullmatch(r"n\d+", name)}
     counts = sorted(int(name[1:]) for name in conditions)
     curves = []
     for kind, label, color in LINES:
@@ -211,7 +213,7 @@ def anchors(folder: Path) -> bytes:
     references = [
         (score.value, label, color)
         for name, condition, label, color in REFERENCES
-        if (score := accuracy(finished_runs(folder, name), condition, "all"))
+        if (score := accuracy(results.get(name, []), condition, "all"))
     ]
     scores = [score for _, _, points in curves for _, score in points]
     low = min([score.low for score in scores] + [value for value, _, _ in references])
@@ -248,7 +250,7 @@ def accuracy(runs: list[dict[str, Any]], condition: str | None, kind: str) -> Sc
     """On unseen devices: of one seed with its interval, of several their mean and standard deviation."""
     found = []
     for run in runs:
-        conditions = run.get("accuracy", {})
+        conditions = run.get("accuracy") or {}
         cell = conditions.get(condition or next(iter(conditions), ""), {}).get("unseen", {}).get(kind)
         if cell:
             found.append(Score(*(100 * cell[key] for key in Score._fields)))
@@ -274,7 +276,7 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _caption(runs: list[dict[str, Any]], dashed: bool) -> str:
     """What the band is, and what it was counted on."""
-    cells = [run["accuracy"].get("n0", {}).get("unseen", {}).get("all", {}) for run in runs if "accuracy" in run]
+    cells = [run["accuracy"].get("n0", {}).get("unseen", {}).get("all", {}) for run in runs if run.get("accuracy")]
     counts = dict.fromkeys(f"{cell['questions']:,}" for cell in cells if "questions" in cell)
     parts = [f"{' / '.join(counts)} test questions"] if counts else []
     parts.append(

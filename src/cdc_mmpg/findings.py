@@ -11,6 +11,7 @@ from cdc_mmpg.evidence import (
     Cell,
     Evidence,
     Fact,
+    Gain,
     Side,
     cell,
     join,
@@ -38,6 +39,16 @@ class Payload(NamedTuple):
     accuracy: Fact
 
 
+def compare(evidence: Evidence, first: Side, second: Side) -> Gain | None:
+    """Return a difference that a sentence may be about.
+
+    None, too, where the reference (of a control the method itself, else `second`) has learnt nothing: it answers no
+    more than the majority answer, and a difference to it, or none, says nothing about adaptation.
+    """
+    reference = first if first.name == second.name else second
+    return evidence.gain(first, second) if evidence.beats_guessing(reference) else None
+
+
 def told(evidence: Evidence) -> list[Cell]:
     """All sentences for which there are runs."""
     return [*claims(evidence), *controls(evidence)]
@@ -62,7 +73,7 @@ def controls(evidence: Evidence) -> list[Cell]:
     found = []
     for method in (*PER_SAMPLE, *SESSIONS):
         for case, given, meaning in CONTROLS:
-            if gain := evidence.gain(Side(method), Side(method, case)):
+            if gain := compare(evidence, Side(method), Side(method, case)):
                 use = "that heads differ is of use" if case == "mean_head" else "its head depends on what was uploaded"
                 verdict = {
                     1: f"costs {{}}: {use}",
@@ -75,7 +86,7 @@ def controls(evidence: Evidence) -> list[Cell]:
 
 def _against(evidence: Evidence, method: str, other: Side) -> Cell:
     """What a method adds over another."""
-    gain = evidence.gain(Side(method), other)
+    gain = compare(evidence, Side(method), other)
     if gain is None or method == other.name:
         return Cell("")
     what = "Per-sample adaptation" if method in PER_SAMPLE else "Adaptation to a session"
@@ -89,7 +100,7 @@ def _against(evidence: Evidence, method: str, other: Side) -> Cell:
 
 
 def _reasoner(evidence: Evidence, method: str) -> Cell:
-    gain = evidence.gain(Side(method), Side(method, "bypassed"))
+    gain = compare(evidence, Side(method), Side(method, "bypassed"))
     if gain is None:
         return Cell("")
     verdict = {1: "helps", -1: "harms", 0: "can be left out"}[gain.sign]
@@ -99,11 +110,8 @@ def _reasoner(evidence: Evidence, method: str) -> Cell:
 def _study(evidence: Evidence) -> Cell:
     """Over every reading of the reasoner that was trained."""
     names = [f"cdc_mmpg_frozen.{axis}_{target}" for axis in AXES for target in TARGETS]
-    gains = [
-        gain
-        for gain in evidence.gains([(Side(name), Side(name, "bypassed")) for name in names if name in evidence.runs])
-        if gain
-    ]
+    names = [name for name in names if name in evidence.runs and evidence.beats_guessing(Side(name))]
+    gains = [gain for gain in evidence.gains([(Side(name), Side(name, "bypassed")) for name in names]) if gain]
     if not gains:
         return Cell("")
     helping = [gain for gain in gains if gain.sign > 0]
@@ -125,7 +133,7 @@ def _on_device(evidence: Evidence) -> list[Cell]:
         ("labels_5", "fine-tuning on 5 labels of the device"),
         ("labels_15", "fine-tuning on 15 labels of the device"),
     ):
-        if gain := evidence.gain(Side(SESSION), Side("on_device", case)):
+        if gain := compare(evidence, Side(SESSION), Side("on_device", case)):
             verdict = {1: "is better than", -1: "is worse than", 0: "cannot be told from"}[gain.sign]
             found.append(join(f"A session {verdict} {what} by backpropagation: {{}}.", gain.amounts()))
     return found
@@ -148,11 +156,13 @@ def payloads(evidence: Evidence) -> list[Payload]:
 
 
 def equal_accuracy(evidence: Evidence) -> tuple[Payload, Payload] | None:
-    """Of sessions' payloads, the least that answers as well as the best one, and the best."""
+    """Of sessions' payloads, the least that answers as well as the best, and the best; None if that only guesses."""
     found = [each for each in payloads(evidence) if each.side.name in SESSIONS]
     if not found:
         return None
     best = max(found, key=lambda each: (each.accuracy.amount, -each.bytes.amount))
+    if not evidence.beats_guessing(best.side):
+        return None
     enough = [each for each in found if each.accuracy.amount >= best.accuracy.amount - EQUAL_POINTS]
     return min(enough, key=lambda each: (each.bytes.amount, -each.accuracy.amount)), best
 

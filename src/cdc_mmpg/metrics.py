@@ -17,6 +17,7 @@ CHUNK = 100  # draws that are held at once
 
 CAPTIONS = "captions"  # the rows of the captions' embeddings, beside those of the clips by case
 RECALLS = (1, 5, 10)
+RIGHT = "right"  # last column of a table of answers: by case, "r" right or "w" wrong by label, "." not asked
 SCORES = 30_000_000  # similarities that are held at once: 120 MB
 TIE = 1e-6  # similarities of unit vectors that differ by less are equal: float32 knows no better
 

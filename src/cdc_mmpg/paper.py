@@ -1,6 +1,11 @@
 """What the paper prints, by dataset: its tables 1 to 6, figures as printed, its errors included."""
 
-from typing import Any
+from typing import Any, NamedTuple
+
+TGIF_HYPER_PARAMETERS = 193 * 97 * 1541  # Linear(192, 97 x answers) with its bias
+CHOICE_BYTES = 4 * 193  # of the layer that multiple choice sends
+CHOICE_MILLISECONDS = 1000 * CHOICE_BYTES / (100 * 2**20)
+CHOICE_CHANCE = 100 / 5  # %
 
 _NOMINAL = "60000"  # ms: what the paper sets for a fine-tuning, not a measurement
 
@@ -66,3 +71,33 @@ PRINTED: dict[str, dict[str, Any]] = {
         "cdc_mmpg": _recalls("6.6", "21.3", "33.8", "5.6", "21.2", "33.3"),
     },
 }
+
+
+class Erratum(NamedTuple):
+    """An error of the paper: what it says of figures in `PRINTED`, which stay as printed."""
+
+    places: tuple[str, ...]  # patterns of <dataset>/<keys>, see `fnmatch`
+    text: str  # with a {} for each figure
+    figures: tuple[str, ...] = ()  # names of constants of this module
+
+
+ERRATA = (
+    Erratum(("*/linear/delay", "*/fine_tuning/delay"), "nominal: set for a fine-tuning, not measured"),
+    Erratum(
+        ("tgif/hyper/C-Param", "tgif/cdc_mmpg/C-Param"),
+        "MSVD's figure: with TGIF's 1,541 answers F-hyper has {} parameters",
+        ("TGIF_HYPER_PARAMETERS",),
+    ),
+    Erratum(
+        ("tgif/*/accuracy",),
+        "the split that the paper describes is of TGIF's captions, but 1,541 answers are those of TGIF-QA's FrameQA",
+    ),
+    Erratum(
+        ("msrvtt_choice/hyper/delay", "msrvtt_choice/cdc_mmpg/delay"),
+        "TGIF's figure: the {} bytes of this layer take {} ms",
+        ("CHOICE_BYTES", "CHOICE_MILLISECONDS"),
+    ),
+    Erratum(("msrvtt_choice/linear/accuracy",), "below chance, which is {} %", ("CHOICE_CHANCE",)),
+    Erratum(("msrvtt_retrieval/cdc_mmpg/TR@1",), "below fine-tuning's"),
+    Erratum(("msrvtt_retrieval/*@5", "msrvtt_retrieval/*@10"), "K is 1, 2 and 5 in the paper's text, 1, 5 and 10 here"),
+)

@@ -13,6 +13,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from io import BytesIO
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +39,20 @@ from cdc_mmpg.evidence import (
 )
 from cdc_mmpg.figures import LINES, REFERENCES
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.findings import claims, controls, equal_accuracy, payloads
+from cdc_mmpg.findings import claims, compare, controls, equal_accuracy, payloads
 from cdc_mmpg.plots import Point, Series, bars, lines, pairs, scatter, stacked
 from cdc_mmpg.results import write_json
-from cdc_mmpg.tables import FRAMES, answering, command, everything, missing, with_frames
+from cdc_mmpg.tables import (
+    FRAMES,
+    answering,
+    command,
+    everything,
+    missing,
+    seeds_of_frames,
+    shorten,
+    with_frames,
+)
+from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.video import read_frames
 
 COLORS = {name: color for name, condition, _, color in REFERENCES if condition is None} | {
@@ -198,7 +209,7 @@ def _claims(page: Page, evidence: Evidence) -> None:
     """The few figures that a reader takes away, and every sentence."""
     page.section("findings", "What the figures say")
     session, baseline = Side(SESSION), Side(BASELINE)
-    gain = evidence.gain(session, baseline)
+    gain = compare(evidence, session, baseline)
     if gain:
         seeds = evidence.by_seed(session, baseline)
         more = {
@@ -225,7 +236,7 @@ def _claims(page: Page, evidence: Evidence) -> None:
         (name, cell("{}", each.value), cell("points, 95 % interval {} to {}", each.low, each.high))
         for name, each in (
             ("A session of 16 clips over fine-tuning", gain),
-            ("One sample over fine-tuning", evidence.gain(Side("cdc_mmpg"), baseline)),
+            ("One sample over fine-tuning", compare(evidence, Side("cdc_mmpg"), baseline)),
         )
         if each
     ]
@@ -279,13 +290,14 @@ def _bytes(page: Page, evidence: Evidence) -> None:
     """Accuracy against what is downloaded."""
     page.section("bytes", "Accuracy and bytes")
     series = []
-    for method in NAMES:
+    for method in evidence.names:
         runs, accuracy = evidence.of(method), evidence.accuracy(Side(method))
         down = evidence.text(runs[0], "bytes", "down") if runs else None
         own = method not in (*SESSIONS, "cdc_mmpg", "on_device")  # their payloads follow
         if down and accuracy and own and not evidence.ranks:
-            point = _point(page, f"plots/bytes/{NAMES[method]}", down, accuracy, NAMES[method], "a question")
-            series.append(Series(NAMES[method], COLORS.get(method, OTHER), [point], square=method in PER_SAMPLE))
+            label = evidence.names[method]
+            point = _point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
+            series.append(Series(label, COLORS.get(method, OTHER), [point], square=method in PER_SAMPLE))
     for each in payloads(evidence):
         a_sample = each.side.name in PER_SAMPLE
         accuracy, per = evidence.accuracy(each.side), "a question" if a_sample else "a session"
@@ -322,7 +334,7 @@ def _anchors(page: Page, evidence: Evidence) -> None:
     """Accuracy against the size of a session; the lines are those of the README's picture."""
     cases = sorted({
         int(case[1:])
-        for run in evidence.of(SESSION) for case in run.results["accuracy"] if case[0] == "n" and case[1:].isdigit()
+        for run in evidence.of(SESSION) for case in run.results["accuracy"] if case[:1] == "n" and case[1:].isdecimal()
     })  # fmt: skip
     if len(cases) < 2:
         return
@@ -359,7 +371,8 @@ def _frames(page: Page, evidence: Evidence) -> None:
     for method in ("cdc_mmpg", BASELINE):
         points = []
         for number in FRAMES:
-            if found := evidence.accuracy(Side(with_frames(method, number))):
+            seeds = seeds_of_frames(evidence, method)
+            if found := evidence.accuracy(Side(with_frames(method, number)), seeds=seeds):
                 for place, fact in enumerate(found.facts):
                     page.keep(f"plots/frames/{NAMES[method]}/{number}/{place}", fact)
                 title = f"{NAMES[method]}, {number} frames: {found.text} %"
@@ -469,7 +482,7 @@ def _curve(folder: Path, run: Run, column: str) -> tuple[dict[int, float], tuple
         try:
             with log.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row.get(column) and row.get("epoch")]
-            values |= {int(row["epoch"]): float(row[column]) for row in rows}
+            values |= {int(row["epoch"]): value for row in rows if isfinite(value := float(row[column]))}
         except (OSError, ValueError, csv.Error):
             continue
         sources.append(f"{log.relative_to(folder)}#{column}")
@@ -517,30 +530,33 @@ class Example(NamedTuple):
 def choose(first: Run, case: str, second: Run, other: str, group: str) -> tuple[list[Example], list[Example]]:
     """Questions of a group where adaptation helps, and where it hurts: the first of every device, in the file's order.
 
+    Right and wrong are by label, as in the results: two candidates of a choice may have the same words.
+
     Args:
         first, case: what adapts.
         second, other: what does not.
         group: of devices, or everything.
     """
 
-    def read(run: Run, case: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    def read(run: Run, case: str) -> Iterator[tuple[tuple[str, ...], tuple[str, bool]]]:
+        assert run.answers is not None
         with (run.path / PREDICTIONS).open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         place = header.index(case)
-        for row in rows:
-            if group in (row[2], EVERYTHING):
-                yield tuple(row[:6]), row[place]
+        for key, row, right in zip(run.answers.keys, rows, run.answers.correct[case].tolist(), strict=True):
+            if group in (row[2], EVERYTHING) and not isnan(right):
+                yield key, (row[place], bool(right))
 
     before = dict(read(second, other))
     found: tuple[list[Example], list[Example]] = ([], [])
     used: tuple[set[str], set[str]] = (set(), set())
-    for key, given in read(first, case):
-        clip, device, _, _, question, answer = key
-        way = 0 if given == answer else 1
-        right = (given == answer) + (before.get(key) == answer)
-        if given and before.get(key) and right == 1 and device not in used[way] and len(found[way]) < EXAMPLES:
+    for key, (given, right) in read(first, case):
+        clip, device, _, _, question, answer, _ = key
+        way = 0 if right else 1
+        was, was_right = before.get(key, ("", right))
+        if right != was_right and device not in used[way] and len(found[way]) < EXAMPLES:
             used[way].add(device)
-            found[way].append(Example(clip, device, question, answer, before[key], given))
+            found[way].append(Example(clip, device, question, answer, was, given))
     return found
 
 
@@ -565,7 +581,7 @@ def _examples(page: Page, evidence: Evidence, data: Path | None) -> None:
     files = _clips(data, {each.clip for each in (*helped, *hurt)}) if data else {}
     if not files:
         page.add('<p class="note">Without the clips: give their folder as --data.</p>')
-    for title, examples in (("Adaptation helps", helped), ("Adaptation hurts", hurt)):
+    for title, examples, helps in (("Adaptation helps", helped, True), ("Adaptation hurts", hurt, False)):
         page.add(f'<h3>{title}</h3><div class="clips">' if examples else f"<h3>{title}: nowhere</h3>")
         for each in examples:
             picture = _strip(files[each.clip]) if each.clip in files else ""
@@ -575,9 +591,12 @@ def _examples(page: Page, evidence: Evidence, data: Path | None) -> None:
                 if picture else ""
             )  # fmt: skip
             answers = "".join(
-                f'<p>{escape(name)}: <span class="{"right" if given == each.answer else "wrong"}">{escape(given)} '
-                f"{'✓' if given == each.answer else '✗'}</span></p>"
-                for name, given in ((NAMES[second.name], each.static), (NAMES[first.name], each.adapted))
+                f'<p>{escape(name)}: <span class="{"right" if right else "wrong"}">{escape(given)} '
+                f"{'✓' if right else '✗'}</span></p>"
+                for name, given, right in (
+                    (NAMES[second.name], each.static, not helps),
+                    (NAMES[first.name], each.adapted, helps),
+                )
             )
             camera = f" · {escape(each.device)}" if each.device != each.clip else ""
             page.add(
@@ -628,11 +647,12 @@ def _made(page: Page, evidence: Evidence) -> None:
     for run in runs:
         facts = [evidence.text(run, key) for key in ("seed", "finished", "machine", "devices", "commit")]
         if commit := facts[-1]:
-            facts[-1] = commit._replace(shown=f"{commit.shown[:8]}{commit.shown[40:]}")
+            facts[-1] = commit._replace(shown=shorten(commit.shown))
         cells = [cell("{}", fact) if fact else Cell("") for fact in facts]
         rows.append((f"{run.name}/{run.path.name}", cells))
     page.table(Table("made", "Runs", ["run", "seed", "finished", "machine", "on", "commit"], rows))
-    counted = next((run for run in runs if run.find("questions", "test") is not None), None)
+    main = [run for name in evidence.names for run in evidence.of(name)]  # pretraining has clips of its own
+    counted = next((run for run in main if run.find("questions", "test") is not None), None)
     if counted:
         facts = [evidence.text(counted, "questions", split) for split in ("train", "val", "test")]
         named = cell("Questions: {} for training, {} for validation, {} in the test.", *(f for f in facts if f))
@@ -697,7 +717,7 @@ def write(folder: Path, root: Path | None) -> None:
     """Page and sources below a dataset's runs, with clips from the dataset's folder; the page to W&B, too."""
     html, entries = build(folder, root)
     with atomic_write(folder / "report.html") as file:
-        file.write(html.encode())
+        file.write(escape_controls(html).encode())
     write_json(entries, folder / "report.json")
     if os.environ.get("WANDB_MODE") != "disabled":
         from cdc_mmpg.dashboard import publish  # noqa: PLC0415  imports Lightning: 10 s

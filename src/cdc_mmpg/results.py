@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,16 +13,53 @@ from typing import Any
 
 from cdc_mmpg.files import atomic_write, file_digest
 
+logger = logging.getLogger(__name__)
+
 RESULTS = "results.json"
 RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
 ANNOTATIONS = (".json", ".jsonl", ".csv", ".txt")
+SOURCES = ("src", "experiments", "data_modules")  # folders of the repository whose files make a run
+
+# Types of what others read of results.json, where it is there and not null; "*" stands for every other key.
+Shape = Any
+NUMBER = (int, float)
+_CELLS = {"*": {"*": {"*": {"*": NUMBER}}}}  # by case, group of devices, type of question
+SHAPE: Shape = {
+    **dict.fromkeys(("dataset", "method", "task", "protocol", "monitor", "machine", "devices", "commit", "finished",
+                     "encoder", "reasoner", "fingerprint"), str),
+    **dict.fromkeys(("seed", "best_epoch", "epochs"), int),
+    **{key: {"*": NUMBER} for key in ("metrics", "questions", "parameters", "bytes", "seconds", "labels")},
+    **{key: {"*": str} for key in ("splits", "versions")},
+    "accuracy": _CELLS, "floors": _CELLS, "median_rank": {"*": {"*": NUMBER}}, "payloads": {"*": {"bytes": NUMBER}},
+    "data": {"*": {"ceiling": NUMBER, "left_out": NUMBER}},
+    "domains": {"kind": str, "held_out": [str]},
+    "published": [{"split": str, "what": str, "published": NUMBER, "here": NUMBER, "same": bool}],
+    "probes": [{"what": str, "from": str, **dict.fromkeys(
+        ("accuracy", "degrees", "low", "high", "chance", "majority", "number"), NUMBER)}],
+}  # fmt: skip
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "timm", "av", "tokenizers", "numpy")
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; numbers that are not finite, which JSON lacks, become null and are named."""
+    lost: list[str] = []
+    content = _finite(content, "", lost)
+    if lost:
+        logger.warning("%s: not finite, written as null: %s", path, ", ".join(lost))
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def _finite(content: Any, place: str, lost: list[str]) -> Any:
+    """Return JSON content with None for numbers that are not finite, whose places are added to `lost`."""
+    if isinstance(content, dict):
+        return {key: _finite(value, f"{place}/{key}", lost) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value, f"{place}/{number}", lost) for number, value in enumerate(content)]
+    if isinstance(content, float) and not math.isfinite(content):
+        lost.append(place)
+        return None
+    return content
 
 
 def fingerprint(arguments: Sequence[str]) -> str:
@@ -47,19 +86,60 @@ def annotations_digest(root: Path) -> str:
 
 
 def read_results(run: Path) -> dict[str, Any] | None:
-    """The results of a finished run, None of any other."""
+    """Return the results of a finished run, None of any other; damaged ones count as none, with a warning."""
+    path = run / RESULTS
     try:
-        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if (place := find_misfit(results)) is not None:
+            raise ValueError(f"{place or 'the whole'} is not what a test writes there")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return results if isinstance(results, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s: damaged (%s): left out; delete the folder and train anew", path, error)
+        return None
+    found: dict[str, Any] = results
+    return found
+
+
+def find_misfit(results: Any, shape: Shape = SHAPE) -> str | None:
+    """Return the place (a JSON pointer) of the first value of another type than `SHAPE` says, None where all fit."""
+    if not isinstance(results, dict):
+        return ""
+    for cases in (results.get("accuracy"), results.get("floors")):
+        for groups in cases.values() if isinstance(cases, dict) else ():
+            for kinds in groups.values() if isinstance(groups, dict) else ():
+                for cell in kinds.values() if isinstance(kinds, dict) else ():
+                    if not isinstance(cell, dict) or any(cell.get(key) is None for key in ("value", "low", "high")):
+                        return "/accuracy or /floors"
+    return _misfit(results, shape, "")
+
+
+def _misfit(value: Any, shape: Shape, place: str) -> str | None:
+    if value is None or shape is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    if isinstance(shape, dict | list):
+        if not isinstance(value, type(shape)):
+            return place
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            inner = shape[0] if isinstance(shape, list) else shape.get(key, shape.get("*"))
+            if (found := _misfit(part, inner, f"{place}/{key}")) is not None:
+                return found
+        return None
+    return None if isinstance(value, shape) else place
 
 
 def provenance() -> dict[str, Any]:
     """The commit and the versions that made a result."""
     here = Path(__file__).parent
     commit = _git(here, "rev-parse", "HEAD")
-    if commit and _git(here, "status", "--porcelain", "--untracked-files=no"):
+    untracked = [f":/{folder}" for folder in SOURCES]  # from the top of the repository
+    if commit and (
+        _git(here, "status", "--porcelain", "--untracked-files=no")
+        or _git(here, "status", "--porcelain", "--untracked-files=all", "--", *untracked)
+    ):
         commit += "-dirty"
     return {
         "commit": commit or "unknown",

@@ -187,7 +187,12 @@ def by_agent(sweep: Sweep, out: Path) -> None:
     import wandb  # noqa: PLC0415  takes a second
 
     place = out / sweep.folder
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CDCError(
+            f"{place}: cannot be made ({error.strerror}): name another place with --out, or make it writable"
+        ) from error
     os.environ["WANDB_DIR"] = str(place.absolute())  # the agent would use the working directory
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `dashboard.loggers`
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make above, whose job server is not for these
@@ -269,7 +274,7 @@ def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
         found = [own for own in found if own.get("method") == named["METHOD"]]
     if len(found) != 1:
         return Outcome(combination, failure=f"{len(found)} finished runs in {folder}, where one was to be")
-    value = found[0].get("metrics", {}).get(sweep.metric)
+    value = (found[0].get("metrics") or {}).get(sweep.metric)
     if value is None:
         return Outcome(combination, failure=f"its results.json has no {sweep.metric}, the sweep's metric")
     return Outcome(combination, value, found[0].get("best_epoch"))

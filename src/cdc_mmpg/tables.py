@@ -8,7 +8,7 @@ the tables of the paper, too, with what is missing and the command that makes it
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from cdc_mmpg import paper
 from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence import (
@@ -32,14 +33,12 @@ from cdc_mmpg.evidence import (
     NOTHING_BYTES,
     PAPERS,
     PREDICTIONS,
-    ROWS,
     SESSION,
     SESSIONS,
     Cell,
     Evidence,
     Fact,
     Gain,
-    Results,
     Row,
     Run,
     Side,
@@ -53,7 +52,10 @@ from cdc_mmpg.evidence import (
 )
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.findings import AXES, TARGETS, payloads, told
-from cdc_mmpg.results import RESULTS, read_results
+from cdc_mmpg.metrics import RECALLS
+from cdc_mmpg.paper import Erratum
+from cdc_mmpg.results import RESULTS
+from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.wire import FRAMING_BYTES
 
 PRETRAINING = "encoder_pretraining"  # the run that makes the encoder and answers nothing
@@ -83,29 +85,49 @@ NOT_RUN = Cell("not run")
 NOTHING = constant(NOTHING_BYTES, "NOTHING_BYTES")
 
 
-def finished_runs(folder: Path, method: str = "*") -> list[Results]:
-    """The results of all seeds of a method, or of all methods."""
-    paths = sorted(folder.glob(f"{method}/seed*/{RESULTS}"))
-    return [results for path in paths if (results := read_results(path.parent))]
+SIGNS = "†‡§¶"  # of footnotes, in this order
 
 
-def answering(folder: Path) -> Evidence:
+class Quotes:
+    """Figures of the paper in a table, and a footnote to each of its errors that stands there.
+
+    Args:
+        evidence: of the dataset.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.found: list[Erratum] = []
+
+    def cell(self, *keys: str) -> Cell:
+        """Return a printed figure with the signs of its footnotes; empty where the paper has none."""
+        fact = self.evidence.printed(*keys)
+        if fact is None:
+            return EMPTY
+        errata = self.evidence.errata(*keys)
+        self.found += [each for each in errata if each not in self.found]
+        signs = "".join(SIGNS[self.found.index(each)] for each in errata)
+        return cell(f"{{}} {signs}".rstrip(), fact)
+
+    def notes(self) -> list[Cell]:
+        """Return the footnotes."""
+        return [
+            cell(
+                f"{sign} {each.text}.",
+                *(constant(getattr(paper, name), name, paper.__name__) for name in each.figures),
+            )
+            for sign, each in zip(SIGNS, self.found, strict=False)
+        ]
+
+
+def answering(folder: Path, may_be_empty: bool = False) -> Evidence:
     """The evidence of a dataset whose runs can stand side by side.
 
     Raises:
-        ConfigError: no method has a finished run, one has no accuracies by condition, or they are on different splits.
+        ConfigError: they are on different splits, or no method has a finished run (unless `may_be_empty`).
     """
-    try:
-        evidence = Evidence(folder)
-    except ConfigError:
-        evidence = None
-    runs = [run for method in NAMES for run in (evidence.runs.get(method, []) if evidence else [])]
-    for run in runs:
-        if not run.results.get("accuracy") or ("monitor" not in run.results and run.name != "on_device"):
-            raise ConfigError(
-                f'{run.path / RESULTS} has no "accuracy" by condition: the run is of an earlier version; '
-                f"delete {run.path} and train anew"
-            )
+    evidence = Evidence(folder)
+    runs = _main_runs(evidence)
     kinds = {
         (run.find("protocol"), _domains(run), str(run.find("splits"))): run.name for run in runs if run.find("protocol")
     }
@@ -115,7 +137,7 @@ def answering(folder: Path) -> Evidence:
             + "; ".join(f"{method} on protocol {protocol}{domains}" for (protocol, domains, _), method in kinds.items())
             + ": give the runs of each protocol an OUT= of their own"
         )
-    if not evidence or not runs:
+    if not runs and not may_be_empty:
         raise ConfigError(f"{folder}: no finished run of {', '.join(NAMES)}; train one first (make train)")
     return evidence
 
@@ -124,7 +146,8 @@ def answering(folder: Path) -> Evidence:
 
 
 def methods(evidence: Evidence) -> Table:
-    """A row for every method and condition with finished runs."""
+    """A row for every method and condition with finished runs, of which there must be one."""
+    quotes = Quotes(evidence)
     types = _types(evidence)
     header = ["method", *_accuracy_header(evidence, types), "val %", *COSTS]
     runs = _main_runs(evidence)
@@ -133,17 +156,18 @@ def methods(evidence: Evidence) -> Table:
         for name, label in FLOORS.items()
         if runs[0].find("floors", name)
     ]
-    there = [row for row in ROWS if evidence.of(row.method, row.condition)]
+    there = [row for row in evidence.rows if evidence.of(row.method, row.condition)]
     gains = _gains(evidence, [Side(row.method, row.condition) for row in there])
     for row, gain in zip(there, gains, strict=True):
         found = evidence.of(row.method, row.condition)
-        rows.append((row.label, [*_accuracies(evidence, row, found, gain, types), *_costs(evidence, row, found)]))
-    return Table("methods", "Methods side by side", header, rows)
+        accuracies = _accuracies(evidence, row, found, gain, types, quotes)
+        rows.append((row.label, [*accuracies, *_costs(evidence, row, found)]))
+    return Table("methods", "Methods side by side", header, rows, quotes.notes())
 
 
 def _main_runs(evidence: Evidence) -> list[Run]:
     """Of the methods that have rows, method by method."""
-    return [run for method in NAMES for run in evidence.of(method)]
+    return [run for method in evidence.names for run in evidence.of(method)]
 
 
 def _types(evidence: Evidence) -> list[str]:
@@ -155,8 +179,8 @@ def _types(evidence: Evidence) -> list[str]:
 def _accuracy_header(evidence: Evidence, types: list[str]) -> list[str]:
     if evidence.ranks:
         return [*types, GAIN, "paper VR", "paper TR", *MEDIANS.values()]
-    paper = ["paper %"] if evidence.groups == [EVERYTHING] else []
-    return [*(f"{group} %" for group in evidence.groups), *paper, GAIN, *types]
+    printed = ["paper %"] if evidence.groups == [EVERYTHING] else []
+    return [*(f"{group} %" for group in evidence.groups), *printed, GAIN, *types]
 
 
 def _gains(evidence: Evidence, sides: list[Side]) -> list[Gain | None]:
@@ -178,23 +202,25 @@ def _floor(evidence: Evidence, run: Run, name: str, types: list[str]) -> list[Ce
     by_type = [value(evidence.group, kind, False) for kind in types]
     if evidence.ranks:
         return [*by_type, EMPTY, *[EMPTY] * (2 + len(MEDIANS))]
-    paper = [EMPTY] if evidence.groups == [EVERYTHING] else []
-    return [*(value(group, ALL_TYPES, True) for group in evidence.groups), *paper, EMPTY, *by_type]
+    printed = [EMPTY] if evidence.groups == [EVERYTHING] else []
+    return [*(value(group, ALL_TYPES, True) for group in evidence.groups), *printed, EMPTY, *by_type]
 
 
-def _accuracies(evidence: Evidence, row: Row, runs: list[Run], gain: Gain | None, types: list[str]) -> list[Cell]:
+def _accuracies(
+    evidence: Evidence, row: Row, runs: list[Run], gain: Gain | None, types: list[str], quotes: Quotes
+) -> list[Cell]:
     """By group, the paper's where there are no devices, the difference to fine-tuning, then by type."""
     side = Side(row.method, row.condition)
     whole = row.condition is None and _on_published(runs)
     difference = gain.cell() if gain else EMPTY
     if evidence.ranks:
         recalls = [_spread(evidence, side, kind) for kind in types]
-        paper = [EMPTY, EMPTY]
+        published = [EMPTY, EMPTY]
         if whole and runs[0].find("protocol") == "full":
-            paper = [
-                cell("{} / {} / {}", *(fact for fact in facts if fact)) if all(facts) else EMPTY
+            published = [
+                join("{} / {} / {}", *recalled) if all(recalled) else EMPTY
                 for way in MEDIANS
-                for facts in ([evidence.printed(row.method, f"{way}@{k}") for k in (1, 5, 10)],)
+                for recalled in ([quotes.cell(row.method, f"{way}@{k}") for k in RECALLS],)
             ]
         case = runs[0].case(row.condition) or ""
         known = [run for run in runs if run.find("median_rank", case)]
@@ -202,12 +228,11 @@ def _accuracies(evidence: Evidence, row: Row, runs: list[Run], gain: Gain | None
             cell("{}", evidence.over(known, ("median_rank", case, way), form="{:g}")) if known else EMPTY
             for way in MEDIANS
         ]
-        return [*recalls, difference, *paper, *medians]
-    published = evidence.printed(row.method, "accuracy") if whole else None
-    paper = [cell("{}", published) if published else EMPTY] if evidence.groups == [EVERYTHING] else []
+        return [*recalls, difference, *published, *medians]
+    printed = quotes.cell(row.method, "accuracy") if whole else EMPTY
     return [
         *(evidence.accuracy(side, group) for group in evidence.groups),
-        *paper,
+        *([printed] if evidence.groups == [EVERYTHING] else []),
         difference,
         *(evidence.accuracy(side, kind=kind, interval=False) for kind in types),
     ]
@@ -226,7 +251,7 @@ def _costs(evidence: Evidence, row: Row, runs: list[Run]) -> list[Cell]:
     traffic = [EMPTY, EMPTY] if control else [_known(evidence, runs[0], "bytes", key) for key in ("up", "down")]
     if row.condition == STATIC:
         traffic = [cell("{}", NOTHING)] * 2
-    validated = [run for run in runs if run.find("monitor") and run.find("metrics", run.results["monitor"]) is not None]
+    validated = [run for run in runs if run.find("metrics", run.find("monitor") or "") is not None]
     validation = EMPTY
     if own and validated:
         keys = ("metrics", validated[0].results["monitor"])
@@ -281,14 +306,36 @@ def _domains(run: Run) -> str:
     return f", {found['kind']} without {', '.join(found['held_out'])}" if found else ""
 
 
+def _unlike_published(runs: list[Run], what: str | None = None) -> list[Cell]:
+    """Return where the annotation files of these runs hold other numbers (of `what`) than the published ones."""
+    found: dict[str, Cell] = {}
+    for run in runs:
+        for place, row in enumerate(run.find("published") or []):
+            if not row.get("same", True) and what in (None, row.get("what")):
+                facts = [
+                    Fact(row[key], f"{row[key]:,}", "value", (run.source("published", str(place), key),))
+                    for key in ("here", "published")
+                ]
+                text = cell(f"{row['split']}: {{}} of {{}} {row['what']}", *facts)
+                found.setdefault(text.text, text)
+    return list(found.values())
+
+
+def _cut_note(runs: list[Run]) -> Cell:
+    """Return a sentence on annotation files that are not the published ones; empty where they are."""
+    unlike = _unlike_published(runs)
+    template = f"Not the published files, so no published figure stands beside ({'; '.join('{}' for _ in unlike)})."
+    return join(template, *unlike) if unlike else EMPTY
+
+
 def _on_published(runs: list[Run]) -> bool:
     """Whether these runs saw the published splits, whole and as they are."""
-    return not _partial(runs) and not any(map(_domains, runs))
+    return not _partial(runs) and not any(map(_domains, runs)) and not _unlike_published(runs)
 
 
 def _comparable(evidence: Evidence, runs: list[Run]) -> bool:
     """Whether these runs answered what the paper's did: all of the test split, on the paper's protocol."""
-    full = not evidence.ranks or runs[0].find("protocol") == "full"
+    full = not evidence.ranks or all(run.find("protocol") == "full" for run in runs)
     return full and evidence.groups == [EVERYTHING] and _on_published(runs)
 
 
@@ -303,7 +350,8 @@ def paper_form(evidence: Evidence) -> Table:
     whole = _comparable(evidence, runs)
     shown = bool(number) and whole
     if evidence.ranks:
-        columns = [(kind, [kind]) for kind in _types(evidence)]
+        asked = _types(evidence) or [f"{way}@{k}" for way in MEDIANS for k in RECALLS]
+        columns = [(kind, [kind]) for kind in asked]
     else:
         columns = [(f"{evidence.group} %", ["accuracy"])]
     columns += [(GAIN, []), ("D-Param", ["D-Param"]), ("C-Param", ["C-Param"]), ("bytes up", []), ("bytes down", []),
@@ -313,7 +361,8 @@ def paper_form(evidence: Evidence) -> Table:
     header = ["method"]
     for name, own in columns:
         header += [name, *(["paper"] if own and printed[own[0]] else [])]
-    listed = [name for name in NAMES if name != "on_device" and evidence.of(name)]
+    listed = [name for name in evidence.names if name != "on_device" and evidence.of(name)]
+    quotes = Quotes(evidence)
     gains = dict(zip(listed, _gains(evidence, [Side(name) for name in listed]), strict=True))
     rows: list[tuple[str, list[Cell]]] = []
 
@@ -322,8 +371,7 @@ def paper_form(evidence: Evidence) -> Table:
         for name, own in columns:
             cells.append(ours.get(name, EMPTY))
             if own and printed[own[0]]:
-                fact = evidence.printed(method, own[0]) if method else None
-                cells.append(cell("{}", fact) if fact else EMPTY)
+                cells.append(quotes.cell(method, own[0]) if method else EMPTY)
         rows.append((label, cells))
 
     for method in [*PAPERS, *(name for name in listed if name not in PAPERS)]:
@@ -331,7 +379,7 @@ def paper_form(evidence: Evidence) -> Table:
         if not found and not shown:
             continue
         ours = _ours(evidence, method, found, gains.get(method)) if found else {columns[0][0]: NOT_RUN}
-        add(NAMES[method], ours, method if method in PAPERS else None)
+        add(evidence.names[method], ours, method if method in PAPERS else None)
     for label, ours in _computed(evidence):
         add(label, ours, None)
     title = f"Table {number.shown} of the paper" if number else "In the form of the paper's tables 1 and 2"
@@ -339,11 +387,13 @@ def paper_form(evidence: Evidence) -> Table:
         Cell("Delays are those of the payload alone at 100 MiB/s, the paper's 100 MB/s."),
         Cell("Computed: no run, the bytes follow from what is sent. The generator on the device is CDC-MMPG's."),
     ]
-    notes += [Cell(REASONER_NOTES[size]) for size in dict.fromkeys(run.find("reasoner") for run in runs) if size]
+    sizes = dict.fromkeys(run.find("reasoner") for run in runs)
+    notes += [Cell(REASONER_NOTES[size]) for size in sizes if size in REASONER_NOTES]
     if shown:
-        notes.append(Cell("The paper's columns are as printed; its delay of a static method is nominal."))
+        notes += [Cell("The paper's columns are as printed, its errors included."), *quotes.notes()]
     if number and not whole:
         notes.append(Cell("These runs are on another selection than the paper's, so its figures are left out."))
+    notes += [note for note in [_cut_note(runs)] if note]
     return Table("paper", f"{title}: {evidence.dataset}", header, rows, notes)
 
 
@@ -390,27 +440,41 @@ def frames(evidence: Evidence) -> Table | None:
     """Table 4: accuracy and seconds per epoch by frames. The paper's are fine-tuning's."""
     if evidence.ranks or evidence.find_task() == "multiple_choice":
         return None
-    shown = [method for method in ("cdc_mmpg", BASELINE) if any(evidence.of(with_frames(method, n)) for n in FRAMES)]
-    paper = evidence.printed("frames", "2", "accuracy") and _comparable(evidence, _main_runs(evidence))
+    others = [number for number in FRAMES if number != FULL]
+    shown = [name for name in ("cdc_mmpg",) if any(evidence.of(with_frames(name, n)) for n in others)]
+    runs = [*_main_runs(evidence), *(run for n in others for run in evidence.of(with_frames(BASELINE, n)))]
+    beside = evidence.printed("frames", "2", "accuracy") and _comparable(evidence, runs)
+    if shown or beside or any(evidence.of(with_frames(BASELINE, n)) for n in FRAMES):
+        shown.append(BASELINE)
+    quotes = Quotes(evidence)
     header = ["frames"]
     for method in shown:
         header += [f"{NAMES[method]} %", "s / epoch"]
-    header += ["paper %", "paper s / epoch"] if paper else []
+    header += ["paper %", "paper s / epoch"] if beside else []
     rows = []
     for number in FRAMES:
         cells = []
         for method in shown:
-            runs = [run for run in evidence.of(with_frames(method, number)) if run.find("seconds", "train") is not None]
-            cells.append(evidence.accuracy(Side(with_frames(method, number))) or NOT_RUN)
+            name, seeds = with_frames(method, number), seeds_of_frames(evidence, method)
+            runs = [run for run in evidence.of(name) if run.seed in seeds and run.find("epochs")]
+            runs = [run for run in runs if run.find("seconds", "train") is not None]
+            cells.append(evidence.accuracy(Side(name), seeds=seeds) or NOT_RUN)
             epoch = evidence.over(runs, ("seconds", "train"), over=("epochs",)) if runs else None
             cells.append(cell("{}", epoch) if epoch else EMPTY)
-        if paper:
-            printed = (evidence.printed("frames", str(number), key) for key in ("accuracy", "seconds"))
-            cells += [cell("{}", fact) if fact else EMPTY for fact in printed]
+        if beside:
+            cells += [quotes.cell("frames", str(number), key) for key in ("accuracy", "seconds")]
         rows.append((str(number), cells))
-    notes = [Cell("The paper's figures are fine-tuning's on one A100, 256 questions a batch.")] if paper else []
-    title = "Table 4 of the paper" if paper else "In the form of the paper's table 4"
-    return Table("frames", f"{title}: frames, {evidence.dataset}", header, rows, notes) if shown or paper else None
+    notes = [Cell("The rows of a method are of the same seeds.")]
+    notes += [Cell("The paper's figures are fine-tuning's on one A100, 256 questions a batch.")] if beside else []
+    notes += quotes.notes()
+    title = "Table 4 of the paper" if beside else "In the form of the paper's table 4"
+    return Table("frames", f"{title}: frames, {evidence.dataset}", header, rows, notes) if shown or beside else None
+
+
+def seeds_of_frames(evidence: Evidence, method: str) -> Collection[int]:
+    """Return the seeds that every number of frames has of those that were run: rows of other seeds do not compare."""
+    tried = [{run.seed for run in evidence.of(with_frames(method, number))} for number in FRAMES]
+    return set.intersection(*(seeds for seeds in tried if seeds)) if any(tried) else set()
 
 
 def with_frames(method: str, number: int) -> str:
@@ -431,14 +495,14 @@ def delays(evidence: Evidence) -> Table | None:
     if not sent:
         return None
     sent.append(("Split inference: the answer of the cloud (computed)", constant(ANSWER_BYTES, "ANSWER_BYTES"), ""))
-    paper = bool(evidence.printed("delays", "up", "KB"))
+    beside = bool(evidence.printed("delays", "up", "KB")) and not _unlike_published(_main_runs(evidence), "answers")
     header = ["what", "payload B", "on the wire B", *(f"{rate} MB/s, ms" for rate in RATES)]
-    header += ["paper KB", "paper 100 MB/s, ms"] if paper else []
+    header += ["paper KB", "paper 100 MB/s, ms"] if beside else []
     rows = []
     for label, payload, way in sent:
         cells = [cell("{}", payload), cell("{}", on_wire(payload, upload=way == "up"))]
         cells += [cell("{}", delay(payload, rate)) for rate in RATES]
-        if paper:
+        if beside:
             printed = (evidence.printed("delays", way, key) if way else None for key in ("KB", "100"))
             cells += [cell("{}", fact) if fact else EMPTY for fact in printed]
         rows.append((label, cells))
@@ -450,7 +514,7 @@ def delays(evidence: Evidence) -> Table | None:
             constant(HEADER_BYTES, "HEADER_BYTES"), constant(FRAMING_BYTES, "FRAMING_BYTES"),
         ),
     ]  # fmt: skip
-    title = "Table 6 of the paper" if paper else "In the form of the paper's table 6"
+    title = "Table 6 of the paper" if beside else "In the form of the paper's table 6"
     return Table("delays", f"{title}: bytes and time, {evidence.dataset}", header, rows, notes)
 
 
@@ -526,7 +590,8 @@ def privacy(evidence: Evidence) -> Table | None:
 
 def everything(evidence: Evidence) -> list[Table]:
     """All tables for which there is anything."""
-    made = (paper_form, frames, delays, methods, sent, reasoner, privacy)
+    side_by_side = [methods] if _main_runs(evidence) else []
+    made = (paper_form, frames, delays, *side_by_side, sent, reasoner, privacy)
     return [table for make in made if (table := make(evidence))]
 
 
@@ -534,32 +599,41 @@ def everything(evidence: Evidence) -> list[Table]:
 
 
 def missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
-    """For every table the commands that make what it lacks."""
-    seeds = evidence.seeds
-    sessions = [SESSION, "session_concatenated", "session_oracle", *SESSIONS[1:]]
+    """For every table the commands that make what it lacks.
+
+    A study's seeds are those that any of its own runs has: three of the main rows say nothing about the others.
+    """
     devices = evidence.groups != [EVERYTHING]
-    by_table: list[tuple[str, list[tuple[str, Sequence[int]]]]] = [
-        ("the paper's methods", [(method, seeds) for method in PAPERS]),
-        ("controls", [(method, seeds) for method in ("hyper_fan_in", "cdc_mmpg_frozen")]),
-        ("sessions", [(method, seeds) for method in sessions] if devices else []),
-        ("opponents on the device", [("on_device", seeds)] if devices else []),
-        ("frames (table 4)", [(with_frames("cdc_mmpg", n), seeds[:1]) for n in FRAMES if n != FULL]
-         if frames(evidence) else []),
-        ("the study of the reasoner",
-         [(name, STUDY_SEEDS) for name in STUDY] if devices else []),
-        ("privacy", [("privacy", seeds[:1])] if devices else []),
-    ]  # fmt: skip
+    sessions = [SESSION, "session_concatenated", "session_oracle", *SESSIONS[1:]]
+    if devices:  # what `make tables` trains with several seeds; the others, but for the reasoner's study, with one
+        main = ["linear", BASELINE, "cdc_mmpg", "hyper_fan_in", *sessions[:4]]
+        once = ["hyper", *sessions[4:], "on_device"]
+    else:
+        main, once = [*PAPERS, "hyper_fan_in", "cdc_mmpg_frozen"], []
+    other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != FULL]
+    seeds = evidence.seeds(main) or [0]
+    of_once = evidence.seeds(once) or seeds[:1]
+    by_table: list[tuple[str, Sequence[str], Sequence[int]]] = [
+        ("the paper's methods", PAPERS, seeds),
+        ("controls", ["hyper_fan_in", *([] if devices else ["cdc_mmpg_frozen"])], seeds),
+        ("sessions", sessions if devices else [], seeds),
+        ("opponents on the device", ["on_device"] if devices else [], of_once),
+        ("frames (table 4)", other_frames if frames(evidence) else [], evidence.seeds(other_frames) or seeds[:1]),
+        ("the study of the reasoner", list(STUDY) if devices else [], STUDY_SEEDS),
+        ("privacy", ["privacy"] if devices else [], evidence.seeds(["privacy"]) or seeds[:1]),
+    ]
     found = []
-    for what, wanted in by_table:
-        lacking = {
-            name: [seed for seed in asked if seed not in {run.seed for run in evidence.runs.get(name, [])}]
-            for name, asked in wanted
-        }
-        if commands := [command(evidence, name, seeds) for name, seeds in lacking.items() if seeds]:
+    for what, names, wanted in by_table:
+        commands = []
+        for name in names:
+            there = evidence.seeds([name])
+            if lacking := [seed for seed in (of_once if name in once else wanted) if seed not in there]:
+                commands.append(command(evidence, name, lacking))
+        if commands:
             found.append((what, commands))
     without = [
         f"delete {run.path} and train anew: it has no {PREDICTIONS}"
-        for run in _main_runs(evidence) if not (run.path / PREDICTIONS).is_file()
+        for run in _main_runs(evidence) if run.answers is None
     ]  # fmt: skip
     return found + ([("answers by question, for the differences", without)] if without else [])
 
@@ -625,16 +699,20 @@ def _caption(evidence: Evidence) -> str:
     table = methods(evidence)
     cells = [text for row in texts(table) for text in row]
     gained = table.header.index(GAIN)
-    ceilings = each([f"{100 * run.find('data', EVERYTHING, 'ceiling'):.1f} %" for run in runs])
-    beyond = "" if ceilings == "100.0 %" else f"; no method can exceed {ceilings} (answers outside the vocabulary)"
+    known = [run.find("data", EVERYTHING, "ceiling") for run in runs]
+    ceilings = each([f"{100 * ceiling:.1f} %" for ceiling in known if ceiling is not None])
+    outside = f"; no method can exceed {ceilings} (answers outside the vocabulary)"
+    beyond = "" if ceilings in ("100.0 %", "") else outside
     resampled = "clips" if groups == [EVERYTHING] else "devices and then their clips"
     splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in (run.find("splits") or {}).items())
-    machines = [run.results["machine"] for run in runs if "machine" in run.results]
-    commits = [run.results["commit"][:8] + run.results["commit"][40:] for run in runs]
+    machines = [machine for run in runs if (machine := run.find("machine"))]
+    commits = [shorten(commit) for run in runs if (commit := run.find("commit"))]
+    monitors = [monitor.replace("val/", "validation ") for run in runs if (monitor := run.find("monitor"))]
     sentences = [
         f"{evidence.dataset}: {each([_asked(run, EVERYTHING) for run in runs])} test {asked}, "
         f"{each([_asked(run, 'train') for run in runs])} for training{beyond}.",
-        "A partial copy: clips are missing, so nothing here compares with published figures." if _partial(runs) else "",
+        "A partial copy: clips are missing, so nothing here compares with published ones." if _partial(runs) else "",
+        _cut_note(runs).text,
         f"In brackets: 95 % interval, {resampled} resampled." if any("[" in text for text in cells) else "",
         "±: standard deviation over seeds." if any("±" in text for text in cells) else "",
         "Against fine-tuning: the difference in points, paired by question."
@@ -648,17 +726,25 @@ def _caption(evidence: Evidence) -> str:
         f"Splits: {'; '.join(splits)}." if splits else "",
         f"Encoder from: {each([_inside(evidence.folder, r) or r.find('encoder') or 'random weights' for r in runs])}.",
         _pretraining(evidence, runs),
-        f"Best epoch by {each([run.results['monitor'].replace('val/', 'validation ') for run in runs])}, tested once.",
+        f"Best epoch by {each(monitors)}, tested once." if monitors else "",
         f"Machine: {each(machines)}." if machines else "",
-        f"Commit {each(commits)}.",
+        f"Commit {each(commits)}." if commits else "",
     ]
     return " ".join(filter(None, sentences))
 
 
 def _asked(run: Run, split: str) -> str:
     """Questions of a split, of how many where some were left out."""
-    number, left_out = run.results["questions"][split], _left_out(run, split)
+    number, left_out = run.find("questions", split), _left_out(run, split)
+    if number is None:
+        return "?"
     return f"{number:,} of {number + left_out:,}" if left_out else str(number)
+
+
+def shorten(commit: str) -> str:
+    """Return the first letters of a commit, and whether the files were others."""
+    digits, _, dirty = commit.partition("-")
+    return f"{digits[:8]}-{dirty}" if dirty else digits[:8]
 
 
 def _inside(folder: Path, run: Run) -> Path | None:
@@ -676,17 +762,22 @@ def _pretraining(evidence: Evidence, runs: list[Run]) -> str:
     found = [run for run in evidence.runs.get(PRETRAINING, []) if run.path.name in places and run.find("labels")]
     if not found:
         return ""
-    labels = found[0].results["labels"]
-    seconds = [round(run.results["seconds"]["train"]) for run in found]
+    labels = [found[0].find("labels", what) for what in ("captions", "questions", "clips")]
+    seconds = [round(run.find("seconds", "train") or 0) for run in found]
+    if None in labels:
+        return ""
     return (
-        f"Encoder pretrained in this run on {labels['captions']:,} captions and {labels['questions']:,} questions of "
-        f"{labels['clips']:,} other clips ({'–'.join(dict.fromkeys(map(str, (min(seconds), max(seconds)))))} s)."
+        "Encoder pretrained in this run on {:,} captions and {:,} questions of {:,} other clips ".format(*labels)
+        + f"({'–'.join(dict.fromkeys(map(str, (min(seconds), max(seconds)))))} s)."
     )
 
 
 def _grid(table: Table) -> str:
     """As Markdown."""
-    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *texts(table)]
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    header, *rows = ([" ".join(text.replace("|", "&#124;").split("\n")) for text in row]
+                     for row in (table.header, *texts(table)))  # fmt: skip
+    lines = [header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -695,9 +786,11 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def markdown(folder: Path) -> str:
-    """The table of methods with its caption, and what it says."""
+    """The table of methods with its caption and footnotes, and what it says."""
     evidence = answering(folder)
-    parts = [_grid(methods(evidence)), _caption(evidence), _bullets([each.text for each in told(evidence)])]
+    table = methods(evidence)
+    notes = " ".join(note.text for note in table.notes)
+    parts = [_grid(table), _caption(evidence), notes, _bullets([each.text for each in told(evidence)])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -718,46 +811,65 @@ def all_markdown(evidence: Evidence) -> str:
 
 def _print(table: Table, below: str, title: str | None = None) -> None:
     grid = Grid(
-        collapse_padding=True, pad_edge=False, box=SIMPLE_HEAD, caption=Text(below), caption_justify="left",
-        title=title, title_justify="left",
+        collapse_padding=True, pad_edge=False, box=SIMPLE_HEAD, caption=_plain(below), caption_justify="left",
+        title=title and _plain(title), title_justify="left",
     )  # fmt: skip
     for number, name in enumerate(table.header):
-        grid.add_column(name, justify="right" if number else "left", no_wrap=True)
+        grid.add_column(_plain(name), justify="right" if number else "left", no_wrap=True)
     for row in texts(table):
-        grid.add_row(*(Text(text) for text in row))  # brackets are no markup
-    Console(width=1000).print(grid)  # as wide as its figures, below 200 columns; a narrower terminal wraps it
+        grid.add_row(*map(_plain, row))
+    console = Console(width=1000)  # as wide as its figures, below 200 columns; a narrower terminal wraps it
+    with console.capture() as captured:
+        console.print(grid)
+    print(captured.get(), end="")  # rich has an exit code of its own for a reader that leaves
+
+
+def _plain(text: str) -> Text:
+    """Return a text in which neither brackets are markup nor foreign control characters are left."""
+    return Text(escape_controls(text))
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(escape_controls(line))
 
 
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as file:
-        file.write(text.encode())
-    print(f"written: {path}")
+        file.write(escape_controls(text).encode())
 
 
 def _methods_alone(folder: Path) -> None:
     evidence = answering(folder)
-    _print(methods(evidence), _caption(evidence))
-    for each in told(evidence):
-        print(f"- {each.text}")
-    _write(folder / "table.md", markdown(folder))
+    table = methods(evidence)
+    try:  # what cannot be written is shown all the same, and what nobody reads to its end is written
+        _write(folder / "table.md", markdown(folder))
+    finally:
+        _print(table, " ".join([_caption(evidence), *(note.text for note in table.notes)]))
+        _say(*(f"- {each.text}" for each in told(evidence)))
+    _say(f"written: {folder / 'table.md'}")
 
 
 def _all(folder: Path) -> None:
-    """Of a dataset, or of all that lie in a folder."""
+    """Of a dataset, or of all that lie in a folder; of a known dataset without runs, what is missing."""
     datasets = sorted({path.parents[2] for path in folder.glob(f"*/*/seed*/{RESULTS}")})
     if any(folder.glob(f"*/seed*/{RESULTS}")) or not datasets:
         datasets = [folder]
     for dataset in datasets:
-        evidence = answering(dataset)
-        for table in everything(evidence):
-            below = " ".join(note.text for note in table.notes)
-            _print(table, _caption(evidence) if table.name == "methods" else below, table.title)
-            print()
-        for each in told(evidence):
-            print(f"- {each.text}")
-        for what, commands in missing(evidence):
-            print(f"\nmissing, {what}:", *(f"  {line}" for line in commands), sep="\n")
-        _write(dataset / "tables.md", all_markdown(evidence))
+        known = Path("experiments", "datasets", f"{dataset.absolute().name}.yaml").is_file()
+        evidence = answering(dataset, may_be_empty=known)
+        try:  # see `_methods_alone`
+            _write(dataset / "tables.md", all_markdown(evidence))
+        finally:
+            for table in everything(evidence):
+                notes = [note.text for note in table.notes]
+                above = [_caption(evidence)] if table.name == "methods" else []
+                _print(table, " ".join(above + notes), table.title)
+                print()
+            _say(*(f"- {each.text}" for each in told(evidence)))
+            for what, commands in missing(evidence):
+                _say(f"\nmissing, {what}:", *(f"  {line}" for line in commands))
+        _say(f"written: {dataset / 'tables.md'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,102 @@
+"""What a test writes down: results, answers right by label, and the commit of files that git may not know."""
+
+import csv
+import json
+import math
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_tables import cell, write_run
+
+from cdc_mmpg import report, results
+from cdc_mmpg.batch import Origin
+from cdc_mmpg.evaluation import evaluation
+from cdc_mmpg.evidence import Evidence, Side
+
+CANDIDATES = ["a dog", "a cat", "a dog", "a bird", ""]
+
+
+def choices(number: int = 8) -> SimpleNamespace:
+    """A multiple choice in which two candidates have the same words and one has none; the first is right."""
+    clips = [f"clip{i}" for i in range(number)]
+    return SimpleNamespace(
+        task="multiple_choice",
+        origins=lambda split: [Origin(clip, clip, "", "", "which?", CANDIDATES[0]) for clip in clips],
+        texts=lambda split, index: CANDIDATES,
+        word=lambda split, index, label: CANDIDATES[label],
+    )
+
+
+def write_choices(root, method, predicted, other):
+    """A finished run with these answers, and those of a case that only the first questions were asked in."""
+    rows, some = np.array([[label, 0] for label in predicted]), np.array([[label, 0] for label in other])
+    outcomes = {"own": (np.arange(len(rows)), rows), "some": (np.arange(len(some)), some)}
+    folder = root / method / "seed0"
+    folder.mkdir(parents=True)
+    found = evaluation(choices(), outcomes, folder / "predictions.test.csv")
+    write_run(root, method, devices=False, task="multiple_choice", **found)
+    return found
+
+
+def test_answers_are_right_by_label_everywhere(tmp_path):
+    root = tmp_path / "msrvtt_choice"
+    first = write_choices(root, "cdc_mmpg", [0, 0, 0, 2, 2, 2, 4, 1], [0, 2])
+    second = write_choices(root, "fine_tuning", [0, 2, 1, 0, 2, 1, 0, 4], [4, 4])
+    shares = [each["accuracy"]["own"]["test"]["all"]["value"] for each in (first, second)]
+    assert shares == [3 / 8, 3 / 8]  # by words it would be 6 and 5
+    evidence = Evidence(root)
+    for (run,), share in zip((evidence.of("cdc_mmpg"), evidence.of("fine_tuning")), shares, strict=True):
+        assert np.mean(run.answers.correct["own"]) == share
+    own, some = (evidence.of("cdc_mmpg")[0].answers.correct[case].tolist() for case in ("own", "some"))
+    assert own == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert some[:2] == [1, 0]
+    assert all(map(math.isnan, some[2:]))
+    # An answer without words is an answer: it was asked, and is wrong.
+    assert evidence.of("fine_tuning")[0].answers.correct["some"].tolist()[:2] == [0, 0]
+    assert evidence.gain(Side("cdc_mmpg"), Side("fine_tuning")).value.value == 0
+    helped, hurt = report.choose(evidence.of("cdc_mmpg")[0], "own", evidence.of("fine_tuning")[0], "own", "test")
+    assert [each.clip for each in helped] == ["clip1", "clip2"]
+    assert [each.clip for each in hurt] == ["clip3", "clip6"]
+    assert report.main([str(root)]) == 0
+    page = (root / "report.html").read_text()
+    assert page.count('class="wrong">a dog ✗') == 2
+    with (root / "cdc_mmpg" / "seed0" / "predictions.test.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == [*Origin._fields, "own", "some", "right"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [("src/cdc_mmpg/new.py", True), ("experiments/tuned/new.yaml", True), ("data_modules/new.py", True),
+     ("src/cdc_mmpg/__pycache__/new.pyc", False), ("notes.txt", False), ("checkpoints/msvd/table.md", False)],
+)  # fmt: skip
+def test_files_that_git_does_not_know_make_a_commit_dirty(name, dirty, tmp_path, monkeypatch):
+    known = tmp_path / "src" / "cdc_mmpg" / "results.py"
+    known.parent.mkdir(parents=True)
+    known.touch()
+    (tmp_path / ".gitignore").write_text("__pycache__\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    monkeypatch.setattr(results, "__file__", str(known))
+    clean = results.provenance()["commit"]
+    assert len(clean) == 40
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("new")
+    assert results.provenance()["commit"] == (f"{clean}-dirty" if dirty else clean)
+
+
+def test_what_is_not_finite_is_written_as_null_and_named(tmp_path, caplog):
+    path = tmp_path / "results.json"
+    results.write_json({"metrics": {"test/loss": math.nan, "val/loss": 0.5}, "list": [math.inf]}, path)
+    assert json.loads(path.read_text()) == {"metrics": {"test/loss": None, "val/loss": 0.5}, "list": [None]}
+    assert "/metrics/test/loss, /list/0" in caplog.text
+    assert results.read_results(tmp_path) is not None
+
+
+def test_results_fit_what_a_test_writes(tmp_path):
+    folder = write_run(tmp_path / "synthetic", "linear", accuracy={"own": {"test": {"all": cell(0.5)}}})
+    assert results.read_results(folder)["method"] == "linear"
+    assert results.find_misfit({"probes": [{"what": "hue", "degrees": "20"}]}) == "/probes/0/degrees"
+    assert results.find_misfit({"of another version": [1, {"a": "b"}]}) is None
