@@ -236,10 +236,106 @@ def test_deits_own_file_and_timms_download(state, tmp_path, monkeypatch):
         AllInOne(checkpoint="deit_tiny_patch16_224")
 
 
-@pytest.mark.parametrize("arguments", [{"image_size": 100}, {"num_frames": 0}, {"depth": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"image_size": 100}, {"image_size": 0}, {"num_frames": 0}, {"depth": 0}, {"vocab_size": 0}, {"text_length": 0}],
+)
 def test_impossible_sizes_are_refused(arguments):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
         AllInOne(**arguments)
+
+
+def test_random_weights_begin_at_the_scale_of_their_inputs():
+    """So that a small encoder learns within minutes."""
+    torch.manual_seed(0)
+    encoder = AllInOne(image_size=224, depth=1, vocab_size=500)
+    vit, block = encoder.transformer, encoder.transformer.blocks[0]
+    for weight, deviation in [
+        (encoder.text_embeddings.word_embeddings.weight, 0.02),
+        (encoder.text_embeddings.position_embeddings.weight, 0.02),
+        (block.attn.qkv.weight, (2 / 192) ** 0.5),
+        (block.mlp.fc1.weight, (2 / 192) ** 0.5),
+        (block.mlp.fc2.weight, (2 / 768) ** 0.5),
+        (encoder.pooler["dense"].weight, (2 / 192) ** 0.5),
+        (vit.patch_embed.proj.weight, (3 * 16 * 16) ** -0.5),
+        (vit.pos_embed, 0.5),
+    ]:
+        assert weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert abs(weight.mean().item()) < deviation / 5
+    assert encoder.token_type_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    for bias in (block.attn.qkv.bias, block.mlp.fc1.bias, encoder.pooler["dense"].bias, vit.patch_embed.proj.bias):
+        assert not bias.any()
+    assert not vit.temporal_embed.any()
+
+
+@torch.no_grad()
+def test_embeddings_of_a_frame_and_of_a_text_by_hand():
+    """A patch has its position, its time and its modality; the visual [CLS] the first position; a text no time."""
+    encoder, (video, ids, mask) = small(num_frames=4), inputs(frames=3)
+    for parameter in (*encoder.token_type_embeddings.parameters(), encoder.transformer.temporal_embed):
+        torch.nn.init.normal_(parameter)
+    vit, modality = encoder.transformer, encoder.token_type_embeddings.weight
+    patches = torch.nn.functional.conv2d(
+        video.flatten(0, 1), vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=16
+    )
+    tokens = patches.flatten(2).mT.view(2, 3, 4, 192) + vit.pos_embed[:, 1:] + vit.temporal_embed[0, :3, None]
+    first = (vit.cls_token + vit.pos_embed[:, :1]).expand(2, 3, -1, -1)
+    expected = torch.cat([first, tokens], 2).flatten(0, 1) + modality[1]
+    torch.testing.assert_close(encoder._embed_video(video), expected, rtol=1e-4, atol=1e-4)
+    text = encoder.text_embeddings
+    summed = (
+        text.word_embeddings.weight[ids] + text.position_embeddings.weight[:7] + text.token_type_embeddings.weight[0]
+    )
+    expected = torch.nn.functional.layer_norm(summed, (192,), text.LayerNorm.weight, text.LayerNorm.bias, 1e-12)
+    found, lengths = encoder._embed_text(ids, mask)
+    torch.testing.assert_close(found, expected + modality[0], rtol=1e-4, atol=1e-4)
+    assert lengths is None
+    mask[0, 5:] = 0
+    assert encoder._embed_text(ids, mask)[1].tolist() == [5, 7]
+    mask[1, 6:] = 0
+    assert encoder._embed_text(ids, mask)[0].shape == (2, 6, 192)  # trimmed to the longest
+
+
+@torch.no_grad()
+def test_frames_of_another_shape_get_the_positions_of_that_shape():
+    encoder, (_, ids, mask) = small(image_size=64), inputs()
+    vit = encoder.transformer
+    tall = torch.zeros(2, 3, 3, 96, 32)
+    positions = vit.pos_embed[:, 1:].view(1, 4, 4, 192).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(positions, (6, 2), mode="bicubic", antialias=True).flatten(2).mT
+    plain = vit.patch_embed.proj.bias + resized + encoder.token_type_embeddings.weight[1]
+    torch.testing.assert_close(encoder._embed_video(tall)[:, 1:], plain.expand(6, -1, -1), rtol=1e-4, atol=1e-4)
+    assert encoder(tall, ids, mask).frame_features.shape == (2, 3, 192)
+
+
+@torch.no_grad()
+def test_a_device_computes_what_the_cloud_computes():
+    encoder, (video, ids, mask) = small(), inputs()
+    together = encoder(video, ids, mask).frame_features
+    for place in range(2):
+        alone = encoder.one_clip(video[place : place + 1], ids[place : place + 1])
+        torch.testing.assert_close(alone, together[place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda video, ids, mask: (video[:, :, 0], ids, mask), "is not .B, T, 3, H, W"),
+        (lambda video, ids, mask: (video[:, :, :2], ids, mask), "is not .B, T, 3, H, W"),
+        (lambda video, ids, mask: (video[..., :24, :], ids, mask), "multiples of 16"),
+        (lambda video, ids, mask: (video[..., :24], ids, mask), "multiples of 16"),
+        (lambda video, ids, mask: (video.repeat(1, 2, 1, 1, 1), ids, mask), "6 frames in a clip.*1 to 3"),
+        (lambda video, ids, mask: (video[:, :0], ids, mask), "0 frames in a clip"),
+        (lambda video, ids, mask: (video, ids, mask * 0), "without any token"),
+        (lambda video, ids, mask: (video, ids, mask[:, 1:]), r"both .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids[0], mask[0]), r"both .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids.repeat(1, 6), mask.repeat(1, 6)), r"both .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids[:1].repeat(3, 1), mask[:1].repeat(3, 1)), "3 texts for 2 clips"),
+    ],
+)
+def test_each_wrong_shape_is_refused_with_its_reason(change, message):
+    with pytest.raises(ValueError, match=message):
+        small()(*change(*inputs()))
 
 
 def test_wrong_inputs_are_refused():

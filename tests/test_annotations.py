@@ -199,6 +199,25 @@ def test_clips_of_a_folder(tmp_path):
     assert clips_in(tmp_path / "gone", (".mp4",)) == {}
 
 
+def test_a_vocabulary_of_lines_or_of_the_most_frequent_answers(tmp_path):
+    path = tmp_path / "answers.txt"
+    training = ["red", "blue", "blue", "dog", "dog", "dog", "cat", "ant"]
+    assert Answers.read(path, 4, training).words == ["dog", "blue", "ant"]  # by alphabet where frequencies tie
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}: 5 different training answers, but num_classes is 7 .*num_classes=6"
+    ):
+        Answers.read(path, 7, training)
+    path.write_text("red\ngreen\n")
+    answers = Answers.read(path, 3, training)
+    assert (answers.words, answers.label("red"), answers.label("green"), answers.label("blue")) == (
+        ["red", "green"], 0, 1, -100
+    )  # fmt: skip
+    path.write_text("red\ngreen\nred\n")
+    for classes in (3, 4):
+        with pytest.raises(DataError, match=r"answers\.txt: 2 different answers in 3 lines, but .*num_classes=3"):
+            Answers.read(path, classes, training)
+
+
 def test_a_vocabulary_of_labels(tmp_path):
     path = tmp_path / "train_ans2label.json"
     path.write_text(json.dumps({"red": 2, "blue": 0, "green": 1}))

@@ -29,6 +29,31 @@ def test_sizes(shapes, precision, size):
     assert len(encode(matrices, precision)) == size
 
 
+def test_the_bytes_by_hand():
+    """In int8 the matrix's scales come first, a largest magnitude / 127 for every vector; -128 is not used."""
+    matrices = [np.array([[1.27, -0.2, 0.634], [0, 0, 0]], np.float32), np.array([[-12.7, 6.35]], np.float32)]
+    scales = [np.float16(0.01), np.float16(0), np.float16(0.1)]
+    content = np.array(scales[:2], "<f2").tobytes() + bytes([127, 256 - 20, 63, 0, 0, 0])
+    content += np.array(scales[2:], "<f2").tobytes() + bytes([256 - 127, 64])
+    assert encode(matrices, "int8") == content
+    arrived = decode(content, [(2, 3), (1, 2)], "int8")
+    np.testing.assert_array_equal(arrived[0], np.array([[127, -20, 63], [0, 0, 0]]) * np.float32(scales[0]))
+    np.testing.assert_array_equal(arrived[1], np.array([[-127, 64]]) * np.float32(scales[2]))
+    for precision, kind in (("float32", "<f4"), ("float16", "<f2")):
+        content = b"".join(matrix.astype(kind).tobytes() for matrix in matrices)
+        assert encode(matrices, precision) == content
+        for matrix, back in zip(matrices, decode(content, [(2, 3), (1, 2)], precision), strict=True):
+            np.testing.assert_array_equal(back, matrix.astype(kind).astype(np.float32))
+
+
+def test_vectors_too_small_for_their_scale_become_zero():
+    """Below 6e-8 x 127 / 2 the scale itself is zero in float16: nothing is divided by it."""
+    for value, expected in ((1e-7, 0), (1e-30, 0), (5e-6, 5e-6)):
+        (arrived,) = decode(encode([np.full((1, 3), value, np.float32)], "int8"), [(1, 3)], "int8")
+        np.testing.assert_allclose(arrived, expected, rtol=0.6, atol=0)
+    assert encode([np.zeros((2, 0), np.float32)], "int8") == bytes(4)  # vectors of no length
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_comes_back(precision):
     generator = np.random.default_rng(0)

@@ -186,6 +186,8 @@ def test_the_shorter_side_decides_the_size(tmp_path, size):
     frames = read_frames(clip, lambda count: [0], 32)
     assert min(frames.shape[1:3]) == shorter_side(32) == 38
     assert (frames.shape[1] < frames.shape[2]) == (size[1] < size[0])
+    longer = min(max(size), 4 * min(size))  # of a longer one the middle is kept
+    assert max(frames.shape[1:3]) == round(longer * 38 / min(size))
     assert crop(frames, 32).shape == (1, 32, 32, 3)
 
 
@@ -198,6 +200,16 @@ def test_random_crops_stay_inside_and_are_the_same_for_all_frames():
         assert (out[1] - out[0] == 40 * 50 * 3).all()
         corners.add(int(out[0, 0, 0, 0]))
     assert len(corners) > 50
+
+
+def test_crops_are_the_middle_or_anywhere():
+    pixels = np.stack(np.meshgrid(np.arange(40), np.arange(50), indexing="ij"), -1)[None]  # every pixel tells its place
+    assert crop(pixels, 32)[0, 0, 0].tolist() == [4, 9]
+    assert crop(pixels, 32)[0, -1, -1].tolist() == [35, 40]
+    corners = np.array([crop(pixels, 32, np.random.default_rng(seed))[0, 0, 0] for seed in range(300)])
+    assert sorted(set(corners[:, 0])) == list(range(9))
+    assert sorted(set(corners[:, 1])) == list(range(19))
+    assert crop(pixels, 40, np.random.default_rng(0))[0, 0, 0, 0] == 0  # no room to draw
 
 
 def test_shorter_side_of_the_paper():

@@ -1,6 +1,8 @@
 """What travels between device and cloud: sizes by the published arithmetic, and nothing that was changed is taken."""
 
+import hashlib
 import random
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +17,7 @@ from cdc_mmpg.wire import (
     FRAMING_BYTES,
     HEADER,
     KINDS,
+    PATH,
     UPLOAD_BYTES,
     Layout,
     UploadRejected,
@@ -72,6 +75,27 @@ def reason_of_upload(content, layouts=LAYOUTS, versions=VERSIONS):
 def test_an_upload_is_768_bytes_and_a_header():
     assert (UPLOAD_BYTES, HEADER.size, len(UPLOAD)) == (836, 68, 836)
     assert UPLOAD[68:] == FEATURE.astype("<f4").tobytes()
+
+
+def test_the_bytes_on_the_wire_by_hand():
+    """Devices and clouds of other days must understand each other: nothing here may change without a new version."""
+    numbers = {"float32": 0, "float16": 1, "int8": 2, "low_rank": 3, "basis": 4}
+    for layout in LAYOUTS:
+        upload = encode_upload(FEATURE, layout, VERSIONS)
+        rank = {"low_rank": 2, "basis": 8}.get(layout.kind, 0)
+        digests = bytes(range(16)), bytes(range(16, 32))
+        assert upload[:40] == struct.pack("<4sBBBB16s16s", b"CDCM", 1, 0, numbers[layout.kind], 0, *digests)
+        assert upload[56:68] == struct.pack("<III", 5, 7, rank)
+        message = layer(layout, upload)
+        header, signature, body = message[:68], message[68:132], message[132:]
+        nonce = hashlib.sha256(upload).digest()[:16]
+        kind = numbers[layout.kind]
+        expected = struct.pack("<4sBBBB16s16s16sIII", b"CDCM", 1, 1, kind, 0, *digests, nonce, 5, 7, rank)
+        assert header == expected
+        KEY.public_key().verify(signature, header + hashlib.sha256(body).digest())
+        if layout.kind == "float32":
+            assert body == matrices(layout)[0].astype("<f4").tobytes()
+    assert PATH == "/v1/layer"
 
 
 def test_the_framing_of_a_layer_is_132_bytes():
