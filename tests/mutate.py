@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "batch": (SRC + "batch.py", "features methods msvd_qa"),
     "domains": ("data_modules/domains.py", "domains"),
     "weights": (SRC + "weights.py", "weights adr all_in_one"),
-    "text": (SRC + "text.py", "tasks msvd_qa"),
+    "text": (SRC + "text.py", "text tasks"),
     "data": ("data_modules/base.py", "msvd_qa msrvtt tgif domains"),
 }
 

@@ -1,6 +1,7 @@
 """Domains for datasets that know no devices: whose a clip is, what its frames become, and what leaves which split."""
 
 import colorsys
+import hashlib
 import json
 import logging
 import pickle
@@ -205,6 +206,53 @@ def test_what_each_corruption_does(picture):
     half = blur(twice, 15)[:, ::2, ::2].astype(float)
     assert np.abs(half - blur(picture, 15)).mean() < 2  # as strong at another size
     assert np.array_equal(darken(grey, 0.25), np.full_like(grey, 32))
+
+
+def test_each_corruption_by_its_formula():
+    assert dict(SEVERITIES) == {
+        "hue": (30, 60, 90, 120, 150), "blur": (2, 3, 4, 6, 9), "noise": (10, 20, 30, 45, 60),
+        "low-light": (0.6, 0.45, 0.3, 0.2, 0.1),
+    }  # fmt: skip
+    frames = np.random.default_rng(0).integers(0, 256, (2, 9, 14, 3), dtype=np.uint8)
+    deviation = 40 * 9 / 268  # given for a shorter side of 268
+    weights = []
+    for size in (9, 14):
+        rows = np.exp(-0.5 * ((np.arange(size)[:, None] - np.arange(size)) / deviation) ** 2)
+        weights.append(rows / rows.sum(1)[:, None])  # the border cuts off what lies beyond
+    expected = np.einsum("ab,tbcx,dc->tadx", weights[0], frames, weights[1])
+    assert np.abs(blur(frames, 40) - expected).max() <= 0.51
+    assert np.abs(darken(frames, 0.3) - 0.3 * frames).max() <= 0.51
+    number = int.from_bytes(hashlib.sha256(b"some clip").digest()[:8], "big")
+    noise = np.random.default_rng(number).standard_normal(frames.shape, dtype=np.float32)
+    found = add_noise(frames, 60, "some clip")
+    assert np.abs(found - np.clip(frames + 60 * noise, 0, 255)).max() <= 0.51
+    assert {found.min(), found.max()} == {0, 255}
+
+
+def test_what_tells_frames_from_those_in_the_cache():
+    corruptions, found = shift("corruptions", *HELD_OUT["corruptions"]), {}
+    for number in range(400):
+        clip = f"clip{number}"
+        found[corruptions.domain(clip)] = corruptions.effect(clip).replace(clip, "NAME")
+        assert corruptions.unseen(clip) == (corruptions.domain(clip) in HELD_OUT["corruptions"])
+    assert (found["clean"], found["hue-1"], found["blur-5"]) == ("", " hue 30", " blur 9")
+    assert (found["noise-2"], found["low-light-4"]) == (" noise 20 NAME", " low-light 0.2")
+    cameras = {shift("casts").domain(clip): shift("casts").effect(clip) for clip in map(str, range(400))}
+    assert (cameras["camera00"], cameras["camera01"], cameras["camera23"]) == ("", " hue 15", " hue 345")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["camera01", "camera99", "red"], "names 'camera99', 'red', none of the domains of casts: camera00, camera01,"),
+        ([], "names none of the domains of casts: some must be left"),
+        (list(NAMES["casts"]), "names all of the domains of casts.*null takes camera02, camera07"),
+    ],
+)
+def test_domains_to_hold_out_are_some_of_those_there_are(names, message):
+    with pytest.raises(ConfigError, match=message):
+        unseen_domains("casts", names)
+    assert unseen_domains("casts", ["camera03", "camera01"]) == ["camera01", "camera03"]  # in their order
 
 
 @pytest.mark.parametrize("kind", ["casts", "corruptions"])

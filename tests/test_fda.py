@@ -1,5 +1,6 @@
 """The hypernetwork: counts, initialisation, and the two ways to the same logits."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cdc_mmpg.errors import CheckpointError, DataError
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer, as_sent
+from cdc_mmpg.models.generator import METADATA, Generator
+from cdc_mmpg.weights import save_safetensors
 from tolerances import assert_agree
 
 
@@ -130,6 +136,71 @@ def test_the_initial_scale_of_what_is_generated(kind):
         last = adaptor.mlp[-1]
         assert last.weight.std().item() == pytest.approx(0.1 * 192**-0.5, rel=0.1)
         assert not last.bias.any()
+
+
+READERS = {
+    "reasoner": lambda: ADR(axis="group:3", target="global"),
+    "batch": lambda: ADR(axis="batch"),
+    "axes": lambda: DeviceAxes(3),
+    "norm": lambda: torch.nn.LayerNorm(192, elementwise_affine=False),
+    "nothing": torch.nn.Identity,
+}
+NUMBERS = {"as printed": 0, "projected": 0, "contracted": 0, "low rank": 3, "basis": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_what_the_cloud_serves_is_the_same_after_a_file(name, reader, tmp_path):
+    torch.manual_seed(0)
+    generator = Generator(READERS[reader](), ADAPTORS[name]()).eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    generator.save(tmp_path / "generator.safetensors")
+    loaded = Generator.load(tmp_path / "generator.safetensors")
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    uploads = torch.rand(3, 192) * 2 - 1
+    parts = generator(uploads)
+    for ours, theirs in zip(loaded(uploads), parts, strict=True):
+        assert torch.equal(ours, theirs)
+    read = uploads
+    if reader in ("reasoner", "batch"):
+        read = generator.reader(uploads, sample=False).generated
+    elif reader != "nothing":
+        read = generator.reader(uploads)
+    weight, bias = generator.adaptor.install(generator.adaptor.parts(read))
+    whole = torch.cat([weight, bias[..., None]], -1)
+    kind = name.replace(" ", "_") if NUMBERS[name] else "float32"
+    assert loaded.native == kind
+    outputs = 7 if NUMBERS[name] else 200 if name == "contracted" else 5
+    expected = [("float32", outputs, 7, 0), ("float16", outputs, 7, 0), ("int8", outputs, 7, 0)]
+    expected += [(kind, outputs, 7, NUMBERS[name])] if NUMBERS[name] else []
+    assert [tuple(layout) for layout in loaded.layouts()] == expected
+    for layout in loaded.layouts():
+        sent = loaded.matrices(parts, layout.kind)
+        assert [part.shape[1:] for part in sent] == list(layout.shapes)
+        for matrix, wanted in zip(sent, parts if layout.kind == kind else (whole,), strict=True):
+            assert_agree(matrix, wanted)
+
+
+def test_what_is_no_generator_is_refused(tmp_path):
+    path = tmp_path / "generator.safetensors"
+    generator = Generator(torch.nn.Identity(), LowRankFDA(6, 7, 3))
+    for reader, adaptor in (
+        ("more", {"kind": "low_rank", "inputs": 6, "outputs": 7, "number": 3}),
+        ("nothing", {"kind": "more", "inputs": 6, "outputs": 7, "number": 3}),
+        ("nothing", {"kind": "basis", "inputs": 6, "outputs": 7, "number": 3}),
+        ("nothing", {"kind": "low_rank", "inputs": 6, "outputs": 7, "number": 2}),
+        ("nothing", {"kind": "low_rank", "inputs": 6}),
+    ):
+        settings = json.dumps({"reader": {"kind": reader}, "adaptor": adaptor})
+        save_safetensors(generator.state_dict(), path, {METADATA: settings})
+        with pytest.raises((CheckpointError, DataError), match=r"not a generator|unknown"):
+            Generator.load(path)
+    save_safetensors(generator.state_dict(), path, {})
+    with pytest.raises(CheckpointError, match="not a generator"):
+        Generator.load(path)
 
 
 class Largest(TorchDispatchMode):

@@ -11,6 +11,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
 from cdc_mmpg.methods.base import Method, compare
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
@@ -23,7 +24,7 @@ from cdc_mmpg.methods.session_concatenated import SessionConcatenated
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import as_sent
-from cdc_mmpg.models.heads import MultipleChoice, OpenEnded
+from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from tolerances import assert_agree
 
 
@@ -295,6 +296,32 @@ def test_the_axes_are_the_generalised_eigenvectors_of_both_covariances():
     assert_agree(axes(torch.from_numpy(upload)), np.pad(along, ((0, 0), (0, 189))).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        lambda: OpenEnded(0),
+        lambda: OpenEnded(5, hidden=0),
+        lambda: Retrieval(hidden=0),
+        lambda: Retrieval(temperature=0),
+        lambda: Retrieval(temperature=-0.05),
+        lambda: Retrieval(temperature=float("nan")),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=-1),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), whole_epochs=-1),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), question_share=-0.1),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), question_share=1.1),
+        lambda: FineTuning(encoder(), OpenEnded(5), learning_rate=float("inf")),
+        lambda: FineTuning(encoder(), OpenEnded(5), learning_rate=-1.0),
+        lambda: FineTuning(encoder(), OpenEnded(5), weight_decay=float("inf")),
+    ],
+)
+def test_impossible_settings_are_refused(impossible):
+    with pytest.raises(ConfigError):
+        impossible()
+    for possible in (OpenEnded(1, 1), Retrieval(1, 1e-3), FineTuning(encoder(), OpenEnded(5), weight_decay=0.0)):
+        assert isinstance(possible, torch.nn.Module)
+    EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, whole_epochs=0, question_share=0.0)
+
+
 def captioned(number: int, words: int = 8) -> CaptionBatch:
     """Clips of three greys, their captions [CLS], words, [SEP], and padding in the shorter ones, every second."""
     generator = torch.Generator().manual_seed(1)
@@ -390,6 +417,39 @@ def test_most_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypa
     assert set(chosen) == {0, 1, 2}
     assert len(set(map(tuple, zip(*[iter(chosen)] * 8, strict=True)))) > 1
     assert [greys for _, greys in asked[8:]] == [own] * 2
+
+
+def test_how_often_the_pretraining_asks_and_looks_once(monkeypatch):
+    method, seen = EncoderPretraining(encoder(), OpenEnded(5)), []
+    method.trainer = trainer(max_epochs=9)
+    nothing = torch.zeros(())
+    monkeypatch.setattr(
+        method, "captions_loss", lambda batch, training: seen.append((0, batch.frames.shape[1])) or [nothing]
+    )
+    monkeypatch.setattr(method, "questions_loss", lambda batch: seen.append((1, batch.frames.shape[1])) or [nothing])
+    monkeypatch.setattr(method, "anchors_loss", lambda batch: nothing)
+    batch = captioned(1)
+    for epoch, asked, single in ((0, 0, 0.95), (3, 0, 0.95), (4, 0.75, 0.95), (6, 0.75, 0.95), (7, 0.75, 0)):
+        monkeypatch.setattr(Method, "current_epoch", epoch)
+        seen.clear()
+        torch.manual_seed(epoch)
+        for _ in range(1500):
+            method._step(batch, "train")
+        questions, frames = zip(*seen, strict=True)
+        assert np.mean(questions) == pytest.approx(asked, abs=0.04)
+        assert np.mean(np.array(frames) == 1) == pytest.approx(single, abs=0.02)
+
+
+@torch.no_grad()
+def test_another_seed_masks_other_words_in_validation(monkeypatch):
+    method, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), []
+    monkeypatch.setattr(
+        method.encoder, "encode_words", lambda video, ids, mask: seen.append(ids) or torch.zeros(*ids.shape, 192)
+    )
+    for method.seed in (0, 1, 0):
+        method.captions_loss(captioned(9), training=False)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
 
 
 @torch.no_grad()
