@@ -1,6 +1,7 @@
 """The page: it opens alone, says what the figures say, and every figure on it can be made again from the runs."""
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -371,3 +372,50 @@ def test_wandb_gets_the_page_and_its_figures(runs, tmp_path):
     assert media.read_text() == (root / "report.html").read_text()
     assert list((root / "report").rglob("offline-run-*/*.wandb"))
     assert {path.name for path in tmp_path.iterdir()} == {"synthetic"}
+
+
+def test_names_with_braces_hold_no_figures(tmp_path):
+    rows = [{"split": "{0}", "what": "{x}", "published": 2, "here": 1, "same": False}]
+    answered_run(tmp_path / "{msvd}", "cdc_mmpg_session", cases={"n16": 0.9, "{x}": 0.9}, published=rows,
+                 payloads={"{x}": {"bytes": 5}})  # fmt: skip
+    html, _, _ = read(tmp_path / "{msvd}")
+    assert "Session, n = 16, {x}" in html
+
+
+def test_logs_that_hold_no_numbers_leave_the_page_whole(runs, tmp_path):
+    root = tmp_path / "synthetic"
+    shutil.copytree(runs, root)
+    log = root / "linear" / "seed0" / "logs" / "version_0" / "metrics.csv"
+    log.write_text("epoch,step,val/accuracy\n0,9,nan\n1,19,0.4\n2,29,inf\n3,39,0.5\n")
+    _, _, entries = read(root)
+    assert entries["plots/curves/linear"]["value"] == pytest.approx([40, 50])
+
+
+def test_questions_are_counted_in_the_runs_that_answer_them(tmp_path):
+    root = tmp_path / "synthetic"
+    answered_run(root, "linear")
+    counts = {"train": 1, "val": 2, "test": 4_321}
+    answered_run(root, "encoder_pretraining", questions=counts).joinpath("predictions.test.csv").unlink()
+    path = root / "encoder_pretraining" / "seed0" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": {}}))
+    _, _, entries = read(root)
+    assert entries["made/questions/2"]["value"] == 3168
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+def test_on_a_full_disk_the_old_page_stays(name, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "synthetic"
+    answered_run(root, "linear")
+    (root / name).write_text("old")
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert report.main([str(root)]) == 1
+    assert f"{root / name}: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (root / name).read_text() == "old"
+    assert not list(root.glob(".*"))

@@ -1,8 +1,10 @@
 """What a test writes down: results, answers right by label, and the commit of files that git may not know."""
 
 import csv
+import errno
 import json
 import math
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from test_tables import cell, write_run
 
 from cdc_mmpg import report, results
 from cdc_mmpg.batch import Origin
+from cdc_mmpg.errors import CDCError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.evidence import Evidence, Side
 
@@ -64,6 +67,20 @@ def test_answers_are_right_by_label_everywhere(tmp_path):
     assert page.count('class="wrong">a dog ✗') == 2
     with (root / "cdc_mmpg" / "seed0" / "predictions.test.csv").open(newline="") as file:
         assert next(csv.reader(file)) == [*Origin._fields, "own", "some", "right"]
+
+
+def test_on_a_full_disk_the_old_answers_stay(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "predictions.test.csv"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    rows = np.zeros((8, 2), int)
+    with pytest.raises(CDCError, match=r"predictions\.test\.csv: cannot be written \(No space left"):
+        evaluation(choices(), {"own": (np.arange(8), rows)}, path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize(

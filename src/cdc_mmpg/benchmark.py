@@ -27,6 +27,7 @@ from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.terminal import protect_output
 
 WARM_UP = 5  # steps before the clock starts
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=1501)
     parser.add_argument("--precisions", nargs="+", default=["32-true", "bf16-mixed"])
     options = parser.parse_args(arguments)
+    protect_output()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     size, generator = options.batch_size, torch.Generator().manual_seed(0)

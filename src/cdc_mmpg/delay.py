@@ -639,7 +639,7 @@ def page(result: dict[str, Any]) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """Both tables on the terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False, emoji=False)  # names are no markup
     for columns, rows, said in tables(result):
         table = Table(box=SIMPLE_HEAD)
         for column in columns:

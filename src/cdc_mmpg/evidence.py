@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cdc_mmpg import paper
 from cdc_mmpg.metrics import RECALLS, RIGHT, accuracies
+from cdc_mmpg.paper import ERRATA, PRINTED, Erratum
 from cdc_mmpg.results import RESULTS, read_results
 from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.wire import FRAMING_BYTES, HEADER
@@ -154,6 +154,11 @@ EMPTY = Cell("")
 def cell(template: str, *facts: Fact) -> Cell:
     """`template` with each `{}` replaced by a fact."""
     return Cell(template, facts)
+
+
+def literal(text: str) -> str:
+    """Return a foreign text as part of a template: its braces hold no figures."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def join(template: str, *parts: Cell) -> Cell:
@@ -478,16 +483,16 @@ class Evidence:
 
     def printed(self, *keys: str) -> Fact | None:
         """What the paper prints for this dataset."""
-        found: Any = paper.PRINTED.get(self.dataset, {})
+        found: Any = PRINTED.get(self.dataset, {})
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         source = f"cdc_mmpg.paper#/{'/'.join((self.dataset, *keys))}"
         return None if found is None else Fact(found, str(found), "value", (source,))
 
-    def errata(self, *keys: str) -> list[paper.Erratum]:
+    def errata(self, *keys: str) -> list[Erratum]:
         """Return the errors of the paper that a printed figure has."""
         place = "/".join((self.dataset, *keys))
-        return [each for each in paper.ERRATA if any(fnmatchcase(place, pattern) for pattern in each.places)]
+        return [each for each in ERRATA if any(fnmatchcase(place, pattern) for pattern in each.places)]
 
     # What needs every answer.
 

@@ -15,6 +15,7 @@ from cdc_mmpg.evidence import (
     Side,
     cell,
     join,
+    literal,
 )
 
 EQUAL_POINTS = 0.2  # accuracies that lie no further apart count as equal where bytes are compared
@@ -174,11 +175,11 @@ def _bytes(evidence: Evidence) -> Cell:
     least, best = found
     if least == best:
         return cell(
-            f"The best head of a session answers {{}} % in {{}} bytes ({best.label}); no smaller one comes within "
-            "two tenths of a point.", best.accuracy, best.bytes
+            f"The best head of a session answers {{}} % in {{}} bytes ({literal(best.label)}); no smaller one comes "
+            "within two tenths of a point.", best.accuracy, best.bytes
         )  # fmt: skip
     return cell(
-        f"{{}} bytes a session are enough ({least.label}): {{}} %, within two tenths of a point of the best, {{}} % in "
-        f"{{}} bytes ({best.label}).",
+        f"{{}} bytes a session are enough ({literal(least.label)}): {{}} %, within two tenths of a point of the best, "
+        f"{{}} % in {{}} bytes ({literal(best.label)}).",
         least.bytes, least.accuracy, best.accuracy, best.bytes,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What the paper prints, by dataset: its tables 1 to 6, figures as printed, its errors included."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 TGIF_HYPER_PARAMETERS = 193 * 97 * 1541  # Linear(192, 97 x answers) with its bias
@@ -78,7 +79,7 @@ class Erratum(NamedTuple):
 
     places: tuple[str, ...]  # patterns of <dataset>/<keys>, see `fnmatch`
     text: str  # with a {} for each figure
-    figures: tuple[str, ...] = ()  # names of constants of this module
+    figures: Mapping[str, float] = {}  # constants of this module by name
 
 
 ERRATA = (
@@ -86,7 +87,7 @@ ERRATA = (
     Erratum(
         ("tgif/hyper/C-Param", "tgif/cdc_mmpg/C-Param"),
         "MSVD's figure: with TGIF's 1,541 answers F-hyper has {} parameters",
-        ("TGIF_HYPER_PARAMETERS",),
+        {"TGIF_HYPER_PARAMETERS": TGIF_HYPER_PARAMETERS},
     ),
     Erratum(
         ("tgif/*/accuracy",),
@@ -95,9 +96,9 @@ ERRATA = (
     Erratum(
         ("msrvtt_choice/hyper/delay", "msrvtt_choice/cdc_mmpg/delay"),
         "TGIF's figure: the {} bytes of this layer take {} ms",
-        ("CHOICE_BYTES", "CHOICE_MILLISECONDS"),
+        {"CHOICE_BYTES": CHOICE_BYTES, "CHOICE_MILLISECONDS": CHOICE_MILLISECONDS},
     ),
-    Erratum(("msrvtt_choice/linear/accuracy",), "below chance, which is {} %", ("CHOICE_CHANCE",)),
+    Erratum(("msrvtt_choice/linear/accuracy",), "below chance, which is {} %", {"CHOICE_CHANCE": CHOICE_CHANCE}),
     Erratum(("msrvtt_retrieval/cdc_mmpg/TR@1",), "below fine-tuning's"),
     Erratum(("msrvtt_retrieval/*@5", "msrvtt_retrieval/*@10"), "K is 1, 2 and 5 in the paper's text, 1, 5 and 10 here"),
 )

@@ -18,6 +18,7 @@ from rich.table import Table
 from cdc_mmpg.cli import check_paths, exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.errors import DataError, listing
 from cdc_mmpg.results import provenance, write_json
+from cdc_mmpg.terminal import escape_controls
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     if not found["splits"]:
         raise DataError(_once(found["problems"], dataset.remedy()))
     write_json({**found, "configuration": settings, **provenance()}, folder / "data.json")
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)  # names of files are no markup
     console.print(table(found, dataset.task))
     for row in found["published"]:
         published = "as published" if row["same"] else f"published {row['published']:,}"
@@ -57,11 +58,11 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     if not all(row["same"] for row in found["published"]):
         logger.warning("these are not the published splits: no figure from them compares with published ones")
     for split, source in found["notes"].items():
-        console.print(f"{split}: {source}")
+        console.print(escape_controls(f"{split}: {source}"))
     cache = found["cache"]
     ready = f"{found['ready']:,} of {found['clips']:,} clips ready, {len(found['missing']):,} absent, "
     ready += f"{len(found['unreadable']):,} unreadable"
-    console.print(f"{ready}; frames in {cache['folder']} ({decimal(cache['bytes'])})")
+    console.print(escape_controls(f"{ready}; frames in {cache['folder']} ({decimal(cache['bytes'])})"))
     print(f"written: {folder / 'data.json'}")
     refused, rest = list(found["problems"]), ", all named in data.json"
     for pair, names in found["shared_between_splits"].items():

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cdc_mmpg import paper
 from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence import (
@@ -47,6 +46,7 @@ from cdc_mmpg.evidence import (
     constant,
     delay,
     join,
+    literal,
     on_wire,
     total,
 )
@@ -114,7 +114,7 @@ class Quotes:
         return [
             cell(
                 f"{sign} {each.text}.",
-                *(constant(getattr(paper, name), name, paper.__name__) for name in each.figures),
+                *(constant(value, name, Erratum.__module__) for name, value in each.figures.items()),
             )
             for sign, each in zip(SIGNS, self.found, strict=False)
         ]
@@ -316,7 +316,7 @@ def _unlike_published(runs: list[Run], what: str | None = None) -> list[Cell]:
                     Fact(row[key], f"{row[key]:,}", "value", (run.source("published", str(place), key),))
                     for key in ("here", "published")
                 ]
-                text = cell(f"{row['split']}: {{}} of {{}} {row['what']}", *facts)
+                text = cell(f"{literal(row['split'])}: {{}} of {{}} {literal(row['what'])}", *facts)
                 found.setdefault(text.text, text)
     return list(found.values())
 
