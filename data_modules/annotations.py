@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,19 @@ Count = int | Mapping[int, str]
 Published = Mapping[str, Mapping[str, Mapping[str, Count]]]  # see `VideoTextDataModule.PUBLISHED`
 
 DAMAGED = "the file is damaged or cut short; fetch it again"
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # characters that end a line somewhere, or show as nothing
+LIST, OBJECT, LINES = "a JSON list", "a JSON object", "JSON lines, an object a line"
+TABS, COMMAS = "a table whose fields are separated by TABs", "a table whose fields are separated by commas"
+KINDS = {  # of files, by how they begin
+    "a pointer of Git LFS in place of the file, which `git lfs pull` fetches": "version https://git-lfs",
+    "a web page": r"(?i)<!doctype|<html|<\?xml",
+    LINES: r"\{.*\}\s*\n\s*\{",
+    LIST: r"\[\s*([\[{\"\d-]|\])",
+    OBJECT: r"\{",
+    TABS: r".*\t",
+    COMMAS: r".*,",
+    "a table whose fields are separated by semicolons": r".*;",
+}
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
 
@@ -38,7 +51,7 @@ class Row(NamedTuple):
         where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
         if not any(key in self.fields for key in keys):
             there = ", ".join(map(str, self.fields))
-            return DataError(f"{where} is not there, only {there:.200}; mend the file, or fetch it again")
+            return DataError(f"{where} is not there, only {there:.200}: {another_convention(keys[0])}")
         return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; mend the file, or fetch it again")
 
     def field(self, kind: type[Field], *keys: str) -> Field:
@@ -53,6 +66,17 @@ class Row(NamedTuple):
         if isinstance(value, str):
             self._check(keys, value)
         return value
+
+    def line(self, *keys: str) -> str:
+        """Return a text without line feeds and other control characters: answers are kept one a line.
+
+        Raises:
+            DataError: see `field`; also a control character.
+        """
+        text = self.field(str, *keys)
+        if CONTROL.search(text):
+            raise self.refusal(keys, "a text on one line, without control characters")
+        return text
 
     def texts(self, number: int, key: str) -> tuple[str, ...]:
         """A list of as many texts."""
@@ -104,9 +128,50 @@ def question_type(row: Row, question: str) -> str:
     return word if word in QUESTION_WORDS else "other"
 
 
+def another_convention(expected: str) -> str:
+    """Return what to say of a file that is complete, but follows another convention than the one that is read."""
+    return f"another convention than the one that is read here, which has {expected}; the dataset's class names all"
+
+
+def recognise(text: str) -> str:
+    """Return which of `KINDS` a text seems to be, as far as its beginning shows; "" for none."""
+    start = text[:10_000].lstrip()
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, start)), "")
+
+
+def refuse_other_kind(text: str, path: Path, expected: Sequence[str]) -> None:
+    """Refuse a text that is of another kind than expected, and seems complete.
+
+    Args:
+        text: the file's content.
+        path: the file.
+        expected: those of `KINDS` that the reader reads.
+
+    Raises:
+        DataError: names both kinds.
+    """
+    kind = recognise(text)
+    if kind and kind not in expected:
+        raise DataError(f"{path}: this is {kind}: {another_convention(expected[0])}")
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file is there; one whose link leads nowhere or in a circle, or whose name is too long, is not.
+
+    Raises:
+        DataError: its folder may not be read.
+    """
+    try:
+        return path.is_file()
+    except PermissionError as error:
+        raise DataError(f"{path}: may not be read ({error.strerror}): mend the permissions") from error
+    except OSError:
+        return False
+
+
 def find_file(paths: Sequence[Path]) -> Path | None:
     """The first of the files that is there; the log says which convention that is."""
-    found = next((path for path in paths if path.is_file()), None)
+    found = next((path for path in paths if is_file(path)), None)
     if found is not None and len(paths) > 1:
         logger.info("reading %s", found)
     return found
@@ -127,12 +192,21 @@ def choose_file(paths: Sequence[Path], remedy: str) -> Path:
 
 
 def clips_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The clips of a folder by their name without suffix, none where it is absent; earlier suffixes go first."""
-    if not folder.is_dir():
-        return {}
+    """Return the clips of a folder by their name without suffix, none where it is absent; earlier suffixes go first.
+
+    An entry that leads nowhere or in a circle is absent.
+
+    Raises:
+        DataError: the folder may not be read.
+    """
     rank = {suffix: place for place, suffix in enumerate(suffixes)}
-    with os.scandir(folder) as entries:
-        paths = [Path(entry.path) for entry in entries if entry.is_file()]
+    try:
+        with os.scandir(folder) as entries:
+            paths = [path for entry in entries if is_file(path := Path(entry.path))]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise DataError(f"{folder}: may not be read ({error.strerror}): mend that") from error
     paths = [path for path in paths if path.suffix.lower() in rank]
     return {path.stem: path for path in sorted(paths, key=lambda path: (-rank[path.suffix.lower()], path.suffix))}
 
@@ -157,7 +231,12 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: with line and column.
     """
-    return _parse(read_text(path), str(path))
+    text = read_text(path)
+    try:
+        return _parse(text, str(path))
+    except DataError:
+        refuse_other_kind(text, path, (LIST, OBJECT))
+        raise
 
 
 def as_rows(content: Any, path: Path, key: str = "") -> list[Row]:
@@ -168,8 +247,10 @@ def as_rows(content: Any, path: Path, key: str = "") -> list[Row]:
     """
     place = f"{path}: {key}"
     if not isinstance(content, list) or not content:
-        kind = "an empty list" if content == [] else f"a {type(content).__name__}"
-        raise DataError(f"{path}: {key or 'the file'} is {kind}, not a list of objects; fetch it again")
+        if content == []:
+            raise DataError(f"{path}: {key or 'the file'} is an empty list; fetch it again")
+        kind = f"an object of {', '.join(content):.200}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise DataError(f"{path}: {key or 'the file'} is {kind}: {another_convention('a list of objects')}")
     for number, row in enumerate(content):
         if not isinstance(row, dict):
             raise DataError(f"{place}[{number}] is {row!r:.80}, not an object; mend the file, or fetch it again")
@@ -191,8 +272,9 @@ def read_json_lines(path: Path) -> list[Row]:
     Raises:
         DataError: with the line.
     """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    rows, text = [], read_text(path)
+    refuse_other_kind(text, path, (LINES, OBJECT))  # a single line is an object
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         row = _parse(line, str(path), number)
@@ -204,7 +286,7 @@ def read_json_lines(path: Path) -> list[Row]:
     return rows
 
 
-def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> list[Row]:
+def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[Row]:
     """The rows of a csv file with a header; blank lines are skipped.
 
     In TAB-separated files a row is a line and a quote is a character, so that a stray one cannot swallow the rows after
@@ -216,9 +298,15 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> list
     Raises:
         DataError: with the line.
     """
-    text = io.StringIO(read_text(path), newline="")
-    tabs = delimiter == "\t"
-    reader = csv.reader(text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    text, tabs = read_text(path), delimiter == "\t"
+    if len(columns) > 1 or tabs:  # a table of one column has no delimiter
+        refuse_other_kind(text, path, (TABS if tabs else COMMAS,))
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+    )
     header: list[str] = []
     rows = []
     try:
@@ -229,8 +317,11 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> list
             if not header:
                 header = values
                 if absent := [column for column in columns if column not in header]:
-                    shown = ", ".join(header)
-                    raise DataError(f"{place}: no column {', '.join(absent)} in the header ({shown:.200}); {DAMAGED}")
+                    shown, wanted = ", ".join(header), f"the columns {', '.join(columns)}"
+                    raise DataError(
+                        f"{place}: no column {', '.join(absent)} in the header ({shown:.200}): "
+                        f"{another_convention(wanted)}"
+                    )
                 continue
             if len(values) != len(header):
                 raise DataError(f"{place}: {len(values)} fields where the header has {len(header)}; {DAMAGED}")
@@ -252,11 +343,25 @@ def _unquote(field: str) -> str:
 def _parse(text: str, path: str, line: int | None = None) -> Any:
     """JSON; `line` where the text is but a line of the file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"{path}, line {line or error.lineno}, column {error.colno}: {error.msg}"
     except RecursionError:
         place = f"{path}{f', line {line}' if line else ''}: nested too deep"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key twice, NaN
         place = f"{path}{f', line {line}' if line else ''}: {error}"
     raise DataError(f"{place}: {DAMAGED}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON whose keys are all different; a reader would take one of the values at random."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not know."""
+    raise ValueError(f"{name} is no number")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cdc_mmpg.batch import UNKNOWN
 from cdc_mmpg.errors import DataError
-from data_modules.annotations import Row, read_json, read_text
+from data_modules.annotations import CONTROL, Row, another_convention, is_file, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ class Answers:
         Raises:
             DataError: the vocabulary does not hold num_classes - 1 different answers, or not a class for each.
         """
-        if path.is_file():
-            words = _read_labels(path) if path.suffix == ".json" else read_text(path).splitlines()
+        there = is_file(path)
+        if there:
+            words = _read_labels(path) if path.suffix == ".json" else _read_lines(path)
         else:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]
@@ -48,7 +49,7 @@ class Answers:
             )  # fmt: skip
         if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
             source = f"{path}: {len(set(words))} different answers in {len(words)} lines"
-            if not path.is_file():
+            if not there:
                 source = f"{path.parent}: {len(words)} different training answers"
             raise DataError(
                 f"{source}, but num_classes is {num_classes} (answers + 1): set "
@@ -57,12 +58,30 @@ class Answers:
         return cls(words)
 
 
+def _read_lines(path: Path) -> list[str]:
+    """Return the answers of a file that has one a line.
+
+    Raises:
+        DataError: a line is blank, or holds a control character, which could end a line elsewhere; names it.
+    """
+    words = read_text(path).rstrip("\n").split("\n")
+    for number, word in enumerate(words, start=1):
+        if not word.strip() or CONTROL.search(word):
+            raise DataError(f"{path}, line {number}: {word!r:.80} is no answer; mend the file, or fetch it again")
+    return words
+
+
 def _read_labels(path: Path) -> list[str]:
     """The answers of {answer: class} in the order of their classes."""
     labels = read_json(path)
     if not isinstance(labels, dict):
-        raise DataError(f"{path}: holds a {type(labels).__name__}, not {{answer: class}}; fetch it again")
+        raise DataError(f"{path}: holds a {type(labels).__name__}: {another_convention('{answer: class}')}")
     row = Row(str(path), labels)
+    for word in labels:
+        if not word.strip() or CONTROL.search(word):
+            raise DataError(f"{path}: {word!r:.80} is no answer; mend the file, or fetch it again")
+        if isinstance(labels[word], str) and word.isdigit():
+            raise DataError(f"{path}: {{{word!r}: {labels[word]!r:.80}}}: {another_convention('{answer: class}')}")
     words = {row.field(int, word): word for word in labels}
     for label in range(len(labels)):
         if label not in words:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,8 @@ from cdc_mmpg.batch import (
     View,
     draw_text,
 )
-from cdc_mmpg.errors import ConfigError, DataError, listing
-from cdc_mmpg.files import atomic_write
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.files import write_listing
 from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder, pad
@@ -218,7 +219,7 @@ class VideoTextDataModule(EpochDataModule):
         if domains is None and held_out is not None:
             raise ConfigError("data.init_args.held_out names domains, but data.init_args.domains gives none")
         self.domains, self.held_out = domains, unseen_domains(domains, held_out) if domains else []
-        self.root, self.cache_dir = Path(root), Path(cache_dir)
+        self.root, self.cache_dir = Path(root).expanduser(), Path(cache_dir).expanduser()
         self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
         self.num_workers = min(4, count_processors()) if num_workers is None else num_workers
         self.vocab, self.text_length = vocab, text_length
@@ -329,8 +330,7 @@ class VideoTextDataModule(EpochDataModule):
             DataError: see `read_split`; also a clip's name that leads out of the clips' folder.
         """
         if split not in self._annotated:
-            if not self.root.is_dir():
-                raise DataError(f"{self.root}: no such folder\n{self.remedy()}")
+            self._check_root()
             samples = self.read_split(split)
             if not samples:
                 raise DataError(f"{self.root}: split {split} has no questions")
@@ -343,6 +343,19 @@ class VideoTextDataModule(EpochDataModule):
                     )
             self._annotated[split] = samples
         return self._annotated[split]
+
+    def _check_root(self) -> None:
+        """Refuse a root that is no folder, or may not be read.
+
+        Raises:
+            DataError: names it.
+        """
+        try:
+            if self.root.is_dir() and os.listdir(self.root):
+                return
+        except OSError as error:
+            raise DataError(f"{self.root}: may not be read ({error.strerror}): mend that") from error
+        raise DataError(f"{self.root}: {'an empty' if self.root.is_dir() else 'no such'} folder\n{self.remedy()}")
 
     def kept(self, split: Split) -> list[Sample]:
         """A split as a run sees it: without the samples of domains that are held out, which the test alone keeps.
@@ -370,7 +383,8 @@ class VideoTextDataModule(EpochDataModule):
         if unknown := [clip for clip in clips if not shift.domain(clip)]:
             raise DataError(
                 f"{self.root}, split {split}: of {len(clips)} clips {len(unknown)} have no category:"
-                f"{listing(unknown)}\nmend the file, or take ARGS=--data.init_args.domains=casts or corruptions"
+                f"{write_listing(unknown, self.cache_dir / 'uncategorised.txt')}\nmend the file, or take "
+                "ARGS=--data.init_args.domains=casts or corruptions"
             )
 
     def _note_held_out(self, split: Split, kept: Sequence[Sample]) -> None:
@@ -400,6 +414,13 @@ class VideoTextDataModule(EpochDataModule):
 
         Raises:
             DataError: one is not; names it.
+        """
+
+    def check_answers(self, split: Split, samples: Sequence[Sample]) -> None:
+        """Refuse samples of which none can be answered right, once the vocabulary is read.
+
+        Raises:
+            DataError: gives an example.
         """
 
     def unknown_answers(self, samples: Sequence[Sample]) -> int:
@@ -437,10 +458,12 @@ class VideoTextDataModule(EpochDataModule):
             self.read_vocabulary()
             return True
 
+        tokenizer = True
         try:
-            TextEncoder(self.vocab, self.text_length)
+            self.text = TextEncoder(self.vocab, self.text_length)
         except DataError as error:
             logger.warning("training will need a vocabulary: %s", error)
+            tokenizer = False
         found = {split: attempt(partial(self.samples, split), None) for split in SPLITS}
         annotated: dict[Split, list[Sample]] = {split: samples for split, samples in found.items() if samples}
         kept = {split: attempt(partial(self.kept, split), None) for split in annotated}
@@ -458,7 +481,17 @@ class VideoTextDataModule(EpochDataModule):
                 row["ceiling"] = 1 - row["unknown_answers"] / row["questions"]
             if self.domains and (seen := kept[split]) is not None:
                 row["held_out"] = self.gone(split, seen)
-            row["ready"] = self._counts([s for s in samples if s.clip in present and s.clip not in unreadable])
+            ready = present.keys() - unreadable.keys()
+            row["ready"] = self._counts([sample for sample in samples if sample.clip in ready])
+            if vocabulary and (seen := kept[split]) is not None:
+                attempt(partial(self.check_answers, split, seen), None)
+                left = [sample for sample in seen if sample.clip in ready]
+                if present:
+                    attempt(partial(self._check_split, split, left, paths), None)
+                if left and tokenizer:
+                    attempt(partial(self.build, left), None)
+        if paths and named and not present:
+            problems.append(self._nothing_found(sorted(named), paths))
         return {
             "protocol": self.protocol,
             "notes": self.notes,
@@ -536,8 +569,8 @@ class VideoTextDataModule(EpochDataModule):
             self.kept(split)
         for (first, second), names in self.shared_clips(SPLITS).items():
             raise DataError(
-                f"{self.root}: {first} and {second} share {len(names)} clips, among them {', '.join(names[:5])}: "
-                "a split must not be tested on what another was trained on"
+                f"{self.root}: {first} and {second} share {len(names)} clips, and a split must not be tested on what "
+                f"another was trained on:{write_listing(names, self.cache_dir / 'shared.txt')}"
             )
         for row in self.published():
             if not row["same"]:
@@ -546,13 +579,15 @@ class VideoTextDataModule(EpochDataModule):
                     self.root, f"{row['here']:,}", row["what"], row["split"], f"{row['published']:,}",
                 )  # fmt: skip
         self.read_vocabulary()
+        for split in SPLITS:
+            self.check_answers(split, self.kept(split))
         TextEncoder(self.vocab, self.text_length)
         paths = self.find_clips()
         named = self._named()
         absent = [name for name in named if name not in paths]
         present = {name: paths[name] for name in named if name in paths}
         if not present:
-            raise DataError(f"{self.root}: none of the {len(named)} clips is there\n{self.remedy()}")
+            raise DataError(self._nothing_found(named, paths))
         self._refuse(self.lost(absent, {}), len(named))
         lost = self.lost(absent, self.cache.fill(present, count_processors()))
         self._refuse(lost, len(named))
@@ -560,6 +595,34 @@ class VideoTextDataModule(EpochDataModule):
             logger.warning("left out with its questions: %s", line)
         if absent and self.only_present:
             logger.warning("a partial copy: %d of %d clips are here", len(present), len(named))
+
+    def _nothing_found(self, named: Sequence[str], paths: Mapping[str, Path]) -> str:
+        """Return what to say where none of the named clips is there: a name looked for, a name found."""
+        looked_for = next((name for name in named if Path(name).stem in paths), named[0])
+        suffix = Path(looked_for).suffix if Path(looked_for).stem in paths else ""
+        found = looked_for.removesuffix(suffix) if suffix else next(iter(paths), "")
+        there = f"found {found!r} ({paths[found]}), among {len(paths)}" if found else "found no clip"
+        said = f"{self.root}: none of the {len(named)} clips is there: looked for {looked_for!r}, among others; {there}"
+        if suffix:
+            return f"{said}. Clips go by their names without suffix: remove {suffix!r} in the annotations"
+        return f"{said}\n{self.remedy()}"
+
+    def _check_split(self, split: Split, ready: Sequence[Sample], paths: Mapping[str, Path]) -> None:
+        """Refuse a split of which no clip is ready, or nothing can be trained on.
+
+        Raises:
+            DataError: names a clip that is looked for and one that is there.
+        """
+        if not ready:
+            looked_for, found = self.kept(split)[0].clip, next(iter(paths), "")
+            raise DataError(
+                f"{self.root}: no question of split {split} has its clip here: looked for {looked_for!r}, "
+                "among others; "
+                + (f"found {found!r}, among {len(paths)}" if found else "found no clip")
+                + f"\n{self.remedy()}"
+            )
+        if split == "train":
+            self.check_answers(split, ready)
 
     def _named(self) -> list[str]:
         """Every clip that the dataset has a use for."""
@@ -577,16 +640,13 @@ class VideoTextDataModule(EpochDataModule):
             DataError: names them; the whole list lies beside the cache.
         """
         if len(lost) > self.max_missing:
-            path = self.cache_dir / "missing.txt"
-            with atomic_write(path) as file:
-                file.write("\n".join(lost).encode())
-            raise DataError(self.refusal(lost, clips, f", all named in {path}"))
+            raise DataError(self.refusal(lost, clips))
 
-    def refusal(self, lost: Sequence[str], clips: int, rest: str) -> str:
-        """What to say of too many lost clips, of so many, all of them listed where `rest` says."""
+    def refusal(self, lost: Sequence[str], clips: int) -> str:
+        """Return what to say of too many lost clips, of so many; write all of them into `missing.txt`."""
         return (
             f"{self.root}: of {clips} clips {len(lost)} are absent or unreadable, {self.max_missing} may be:"
-            f"{listing(lost, rest)}\n{self.remedy()}\nTo leave clips out: "
+            f"{write_listing(lost, self.cache_dir / 'missing.txt')}\n{self.remedy()}\nTo leave clips out: "
             "ARGS=--data.init_args.max_missing=<how many>, or, where the copy is a part of the dataset, "
             "ARGS=--data.init_args.only_present=true"
         )
@@ -606,8 +666,7 @@ class VideoTextDataModule(EpochDataModule):
         for split in SPLITS:
             kept = self.kept(split)
             samples = [sample for sample in kept if sample.clip in self._ready]
-            if not samples:
-                raise DataError(f"{self.root}: no question of split {split} has its clip here\n{self.remedy()}")
+            self._check_split(split, samples, paths)
             self._left_out[split] = self.questions(kept) - self.questions(samples)
             self._splits[split] = self.build(samples)
 

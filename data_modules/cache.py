@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -33,8 +34,8 @@ from pebble import ProcessExpired, ProcessPool
 from rich.filesize import decimal
 from rich.progress import track
 
-from cdc_mmpg.errors import CDCError, DataError, listing
-from cdc_mmpg.files import atomic_write, file_digest, remove_leftovers
+from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.files import atomic_write, file_digest, remove_leftovers, write_listing
 from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
 from cdc_mmpg.video import Decoder, read_frames
 
@@ -81,6 +82,7 @@ class FrameCache:
     ) -> None:
         self.num_frames, self.image_size, self.decoder, self.candidates = num_frames, image_size, decoder, candidates
         self.side = side or shorter_side(image_size)
+        self.changed_list = folder.parent / "changed.txt"  # beside the list of missing clips
         self.folder = folder / f"{decoder}-{self.side}px-{num_frames}x{candidates}"
         self.ready: frozenset[str] = frozenset()  # clips whose frames can be read, after `load` or `fill`
         self._entries: dict[str, Entry] = {}
@@ -171,7 +173,7 @@ class FrameCache:
         if changed and not renew:
             raise DataError(
                 f"{self.folder}: {len(changed)} clips changed after they were prepared:"
-                f"{listing([f'{name} ({clips[name]})' for name in changed])}\n"
+                f"{write_listing([f'{name} ({clips[name]})' for name in changed], self.changed_list)}\n"
                 "fetch them again, or run `make data` to take them as they are now"
             )
         if changed:
@@ -187,12 +189,13 @@ class FrameCache:
         if missing:
             self._check_room(len(missing))
             failures |= self._decode({name: clips[name] for name in missing}, now, files, workers, index)
-        for name in failures.keys() & self._entries.keys():
+        for name in sorted(failures.keys() & self._entries.keys()):
             if self._entries[name].frames:  # of what the clip was
                 self._put(index, name, UNKNOWN)
         self._set_ready()
         for file in obsolete - {self._file(name) for name in self.ready if obsolete}:
-            (self.folder / file).unlink(missing_ok=True)
+            with suppress(OSError):  # it only takes room
+                (self.folder / file).unlink(missing_ok=True)
         return failures
 
     def _touched(
@@ -283,7 +286,7 @@ class FrameCache:
 
     def _outcome(self, future: Future[Entry], path: Path, status: os.stat_result) -> Entry:
         """What became of a clip: what is the clip's own fault is remembered, what is the moment's is not."""
-        remedy = "fetch it again, or try the other decoder"
+        remedy = "fetch it again" + (", or try decoder pyav" if self.decoder == "decord" else "")
         fatal = Entry(status.st_size, status.st_mtime_ns, 0, "")
         try:
             return future.result()
@@ -308,10 +311,13 @@ class FrameCache:
 
         Another process that appends meanwhile may lose whole lines by it, which `_prepare` makes good.
         """
-        content = self._index.read_bytes() if self._index.exists() else b""
-        *lines, rest = content.split(b"\n")
-        if rest and repair:
-            os.truncate(self._index, len(content) - len(rest))
+        try:
+            content = self._index.read_bytes() if self._index.exists() else b""
+            *lines, rest = content.split(b"\n")
+            if rest and repair:
+                os.truncate(self._index, len(content) - len(rest))
+        except OSError as error:
+            raise CDCError(f"{self._index}: cannot be read or mended ({error.strerror}): mend that") from error
         self._entries = {}
         for number, line in enumerate(lines, 1):
             try:
@@ -343,7 +349,12 @@ class FrameCache:
         return _array(name, self._entries[name].sha256, self._entries[name].frames)
 
     def _files(self) -> set[str]:
-        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        try:
+            return set(os.listdir(self.folder))
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise CDCError(f"{self.folder}: may not be read ({error.strerror}): mend that") from error
 
     def _set_ready(self) -> None:
         files = self._files()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from cdc_mmpg.batch import Split
-from cdc_mmpg.errors import DataError, listing
-from data_modules.annotations import Row, as_rows, choose_file, clips_in, find_file, read_json
+from cdc_mmpg.errors import DataError
+from cdc_mmpg.files import write_listing
+from data_modules.annotations import Row, as_rows, choose_file, clips_in, find_file, is_file, read_json
 from data_modules.base import VideoTextDataModule
 from data_modules.domains import CATEGORIES, Kind
 
@@ -100,7 +101,7 @@ class MSRVTT(VideoTextDataModule):
     def captioned(self) -> Captioned:
         """All captions, without blanks around them; those that are nothing else are left out, and counted."""
         path = find_file(self.files(*CAPTION_FILES))
-        paths = [path] if path else [path for path in self.files(*MICROSOFTS) if path.is_file()]
+        paths = [path] if path else [path for path in self.files(*MICROSOFTS) if is_file(path)]
         if not paths:
             paths = [choose_file(self.files(*CAPTION_FILES, *MICROSOFTS), self.remedy())]
         captions: dict[str, list[str]] = {}
@@ -125,17 +126,17 @@ class MSRVTT(VideoTextDataModule):
 
     def categories(self) -> dict[str, str]:
         """The category of every clip, from the captions' files; see the base class."""
-        there = any(path.is_file() for path in self.files(*CAPTION_FILES, *MICROSOFTS))
+        there = find_file(self.files(*CAPTION_FILES, *MICROSOFTS))
         numbers = self.captioned.categories if there else {}
         if not numbers:
             raise DataError(
                 f"{self.root}: no file says of which category a clip is, for domains=categories. It needs "
                 f"{GET_CAPTIONS}. Or take ARGS=--data.init_args.domains=casts or corruptions"
             )
-        if wrong := [clip for clip, number in numbers.items() if not 0 <= number < len(CATEGORIES)]:
+        if wrong := [f"{clip}: {number}" for clip, number in numbers.items() if not 0 <= number < len(CATEGORIES)]:
             raise DataError(
                 f"{self.root}: clips whose category is none of 0 to {len(CATEGORIES) - 1}:"
-                f"{listing([f'{clip}: {numbers[clip]}' for clip in wrong])}\nfetch the captions' file again"
+                f"{write_listing(wrong, self.cache_dir / 'categories.txt')}\nfetch the captions' file again"
             )
         return {clip: CATEGORIES[number] for clip, number in numbers.items()}
 
@@ -145,8 +146,8 @@ class MSRVTT(VideoTextDataModule):
             if isinstance(content, dict) and key in content:
                 return [(clip_name(row, clip), row.field(str, "caption")) for row in as_rows(content[key], path, key)]
         raise DataError(
-            f"{path}: has neither sentences: [{{caption, video_id}}] nor annotations: [{{caption, image_id}}]; "
-            "fetch it again"
+            f"{path}: has neither sentences: [{{caption, video_id}}] nor annotations: [{{caption, image_id}}]: another "
+            "convention than those that are read here"
         )
 
     def _categories(self, content: dict[str, Any], path: Path) -> dict[str, int]:

@@ -66,7 +66,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
         for row in read_json_lines(path) if path.suffix == ".jsonl" else read_json_list(path):
             question = row.field(str, "question")
             samples.append(
-                Sample(clip_name(row, "video_id"), question, row.field(str, "answer"), question_type(row, question))
+                Sample(clip_name(row, "video_id"), question, row.line("answer"), question_type(row, question))
             )
         return samples
 

@@ -76,7 +76,7 @@ class MSVDQA(VideoQADataModule):
         path = self.root / name
         samples = []
         for row in as_rows(self.read_json(path), path):
-            question, answer, number = row.field(str, "question"), row.field(str, "answer"), row.field(int, "video_id")
+            question, answer, number = row.field(str, "question"), row.line("answer"), row.field(int, "video_id")
             if number not in names:
                 raise row.refusal(["video_id"], "a clip that youtube_mapping.txt names")
             samples.append(Sample(names[number], question, answer, question_type(row, question)))
@@ -93,9 +93,9 @@ class MSVDQA(VideoQADataModule):
     def find_clips(self) -> dict[str, Path]:
         """The clips on disk by their name without suffix."""
         folder = self.root / "YouTubeClips"
-        if not folder.is_dir():
+        if not (found := clips_in(folder, SUFFIXES)) and not folder.is_dir():
             raise DataError(f"{folder}: no such folder\n{self.remedy()}")
-        return clips_in(folder, SUFFIXES)
+        return found
 
     def _read_mapping(self) -> dict[int, str]:
         """Clip names by video id."""

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from cdc_mmpg.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.text import pad
-from data_modules.annotations import Published
+from data_modules.annotations import Published, as_rows
 from data_modules.base import ClipDataset, Sample
 from data_modules.domains import Kind
 from data_modules.msvd_qa import MSVDQA
@@ -86,7 +86,8 @@ class Synthetic(MSVDQA):
         path = self.root / "devices.json"
         rows = self.read_json(path)
         for clip, row in rows.items() if isinstance(rows, dict) else [("", rows)]:
-            if not isinstance(row, dict) or not {"device", "role", "cast"} <= row.keys():
+            kinds = [type(row.get(key)) for key in ("device", "role", "cast")] if isinstance(row, dict) else []
+            if kinds != [str, str, float]:
                 raise DataError(f"{path}: {clip!r} is {row!r}, not {{device, role, cast}}\n{self.remedy()}")
         return rows
 
@@ -157,10 +158,11 @@ class Synthetic(MSVDQA):
     def captions(self) -> Captions:
         """Captioned clips with their questions; a twenty-fourth of them, by a hash of the name, is for validation."""
         path = self.root / "captions.json"
-        try:
-            rows = [(row["video_id"], row["caption"]) for row in self.read_json(path)["sentences"]]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: not sentences: [{{caption, video_id}}] ({error!r})\n{self.remedy()}") from error
+        content = self.read_json(path)
+        if not isinstance(content, dict) or "sentences" not in content:
+            raise DataError(f"{path}: has no sentences: [{{caption, video_id}}]\n{self.remedy()}")
+        sentences = as_rows(content["sentences"], path, "sentences")
+        rows = [(row.clip("video_id"), row.field(str, "caption")) for row in sentences]
         asked: dict[str, list[Sample]] = {}
         for sample in self.read_questions("pretraining_qa.json"):
             asked.setdefault(sample.clip, []).append(sample)

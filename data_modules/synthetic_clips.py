@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,7 +272,22 @@ def write_clip(folder: Path, seed: int, clip: Clip) -> None:
         return
     frames = render(seed, clip.name, scene_of(seed, clip.name), camera_of(seed, clip.device))
     temporary = path.with_name(f".{clip.name}.{os.getpid()}.tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    try:
+        encode(temporary, frames)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CDCError(f"{path}: cannot be written ({error.strerror}): make room, or choose another folder") from error
+
+
+def encode(path: Path, frames: Frames) -> None:
+    """Write frames as an MP4 file without loss of colour.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with av.open(str(path), "w", format="mp4") as container:
         # Hue is the signal: no chroma subsampling.
         stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "crf": "10"})
         stream.width = stream.height = SIDE
@@ -279,7 +296,6 @@ def write_clip(folder: Path, seed: int, clip: Clip) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    temporary.replace(path)
 
 
 def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]:
@@ -357,16 +373,22 @@ def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
     if record.is_file():
         check(root, settings)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+    except OSError as error:
+        raise CDCError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
     missing = [clip for clip in clips if not (folder / f"{clip.name}.mp4").exists()]
     logger.info("making %d clips of %d in %s", len(missing), len(clips), folder)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count_processors(), context) as pool:
-        made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
-        for _ in track(made, description="making clips", total=len(missing)):
-            pass
+    try:
+        with ProcessPoolExecutor(count_processors(), context) as pool:
+            made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
+            for _ in track(made, description="making clips", total=len(missing)):
+                pass
+    except BrokenProcessPool as error:
+        raise CDCError(f"{folder}: a process that makes clips was killed: type the same command again") from error
     for name, text in annotations(seed, clips, counts.questions).items():
         with atomic_write(root / name) as file:
             file.write(text.encode())
@@ -392,8 +414,11 @@ def check(root: Path, settings: dict[str, object]) -> None:
     Raises:
         DataError: names the files that differ.
     """
-    record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
-    expected, found = record.pop("files"), digests(root)
+    try:
+        record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
+        expected, found = dict(record.pop("files")), digests(root)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{root}: its files and {DIGESTS} cannot be compared ({error!r:.200}): make it anew") from error
     if record != settings:
         raise DataError(f"{root}: made with {record}, asked for {settings}: delete or rename the folder")
     if changed := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):

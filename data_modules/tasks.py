@@ -8,6 +8,7 @@ import torch
 
 from cdc_mmpg.batch import UNKNOWN_ANSWER, Split, Task
 from cdc_mmpg.errors import DataError
+from data_modules.annotations import CONTROL
 from data_modules.answers import Answers
 from data_modules.base import ClipDataset, QADataset, Sample, VideoTextDataModule
 
@@ -26,6 +27,29 @@ class VideoQADataModule(VideoTextDataModule):
     @abstractmethod
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The answer vocabulary, of `self.num_classes` - 1 answers; `training_answers` are read when asked for."""
+
+    def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
+        """Refuse answers with line feeds and other control characters: answers are kept one a line."""
+        for place, sample in enumerate(samples):
+            if CONTROL.search(sample.answer):
+                raise DataError(
+                    f"{self.root}, split {split}: the answer of sample {place}, of clip {sample.clip}, is "
+                    f"{sample.answer!r:.80}: control characters, such as line feeds, are refused"
+                )
+
+    def check_answers(self, split: Split, samples: Sequence[Sample]) -> None:
+        """Refuse samples of which no answer is in the vocabulary: all of them would be wrong for ever."""
+        if not samples or self.unknown_answers(samples) < len(samples):
+            return
+        known = {word.strip().lower(): word for word in self._answers.words}
+        alike = (sample.answer for sample in samples if sample.answer.strip().lower() in known)
+        answer = next(alike, samples[0].answer)
+        word = known.get(answer.strip().lower(), self._answers.words[0])
+        hint = ", which differ in blanks or in case" if answer.strip().lower() == word.strip().lower() else ""
+        raise DataError(
+            f"{self.root}, split {split}: none of {len(samples):,} answers is in the vocabulary: an annotation has "
+            f"{answer!r}, the vocabulary {word!r}{hint}. Mend one of the files"
+        )
 
     def read_vocabulary(self) -> None:
         """Of the answers."""
@@ -86,12 +110,18 @@ class MultipleChoiceDataModule(VideoTextDataModule):
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
         """See `VideoTextDataModule`."""
         texts = self.text.choices([(sample.question, sample.options) for sample in samples])
-        labels = torch.tensor([sample.right for sample in samples])
+        # Of candidates that are equal to the model the first one is the right one: it answers with that one of them.
+        first = [ids.index(ids[sample.right]) for ids, sample in zip(texts, samples, strict=True)]
+        samples = [sample._replace(right=right) for sample, right in zip(samples, first, strict=True)]
+        labels = torch.tensor(first)
         return ClipDataset(samples, texts, labels, self.cache, seed=self.seed, shift=self.shift)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """See `VideoTextDataModule`."""
+        """See `VideoTextDataModule`; a candidate that equals the right one is called by the right one's text."""
         sample = self._splits[split].samples[index]
+        texts = self._splits[split].texts[index]
+        if label is not None and texts[label] == texts[sample.right]:
+            label = sample.right
         return sample.options[sample.right if label is None else label]
 
 

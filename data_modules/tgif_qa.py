@@ -72,7 +72,7 @@ class TGIF(VideoTextDataModule):
 
     def read_split(self, split: Split) -> list[Sample]:
         """All samples of a split; see the base class."""
-        if split == "test" or any(path.is_file() for path in self._paths("val")):
+        if split == "test" or find_file(self._paths("val")):
             return self._read(split)
         samples = self._read("train")
         chosen = [sample for sample in samples if held_out(sample.clip) == (split == "val")]
@@ -136,7 +136,7 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
 
     def sample(self, row: Row) -> Sample:
         """See `TGIF`."""
-        return Sample(row.clip(*NAME), row.field(str, "question"), row.field(str, "answer"), self._type(row))
+        return Sample(row.clip(*NAME), row.field(str, "question"), row.line("answer"), self._type(row))
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """The vocabulary; see the class."""

@@ -14,7 +14,7 @@ CAPTIONS = 6  # of each clip, and one that is blank
 TGIF_TRAIN = [f"tumblr_n{number}o1_250" for number in range(20)]  # of which n17 and n18 are held out by their hash
 TGIF_VAL = [f"tumblr_v{number}o1_250" for number in range(2)]
 TGIF_TEST = [f"tumblr_t{number}o1_250" for number in range(4)]
-VOCAB = [*WORDS, *ANSWERS, "how", "many", "to", *"0123456789", *(f"##{digit}" for digit in range(10))]
+VOCAB = dict.fromkeys([*WORDS, *ANSWERS, "how", "many", "to", *"0123456789", *(f"##{digit}" for digit in range(10))])
 
 Module = TypeVar("Module")
 

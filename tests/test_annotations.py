@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -52,11 +56,17 @@ def test_what_is_no_file_is_refused(tmp_path):
     [
         ('[{"a": 1},\n {"a"', r"rows, line 2, column 6: "),
         ("", r"rows, line 1, column 1"),
-        ('{"a": 1}', r"rows: the file is a dict, not a list"),
+        ('{"a": 1}', r"rows: the file is an object of a: another convention .* a list of objects"),
         ("[]", r"rows: the file is an empty list"),
         ('[{"a": 1}, 7]', r"rows: \[1\] is 7, not an object"),
         ("[" * 100_000, r"rows: nested too deep"),
         (f"[{'9' * 5_000}]", r"rows: .*digits"),
+        ('[{"a": 1, "b": 2, "a": 3}]', r"rows: the key 'a' stands twice"),
+        ('[{"a": NaN}]', r"rows: NaN is no number"),
+        ('{"a": 1}\n{"a": 2}\n', r"rows: this is JSON lines, an object a line: another convention"),
+        ("<!DOCTYPE html>\n<html>", r"rows: this is a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"rows: this is a pointer of Git LFS"),
+        ("a\tb\n1\t2\n", r"rows: this is a table whose fields are separated by TABs"),
     ],
 )
 def test_damaged_json_is_refused(tmp_path, content, message):
@@ -80,6 +90,8 @@ def test_json_lines_know_their_lines(tmp_path):
         ('{"a": 1}\n\n[1]\n', r"rows, line 3: \[1\] is not an object"),
         ("\n\n", r"rows: empty"),
         ('{"a": 1} {"a": 2}', r"rows, line 1, column 10"),
+        ('[{"a": 1},\n{"a": 2}]', r"rows: this is a JSON list: another convention .* JSON lines"),
+        ("a,b\n1,2\n", r"rows: this is a table whose fields are separated by commas: another convention"),
         ("{}\n" + "[" * 100_000, r"rows, line 2: nested too deep"),
     ],
 )
@@ -112,7 +124,12 @@ def test_a_stray_quote_does_not_swallow_rows(tmp_path):
     [
         ("id,text\n1,a\n2\n", r"rows, line 3: 1 fields where the header has 2"),
         ("id,text\n1,a,b\n", r"rows, line 2: 3 fields where the header has 2"),
-        ("id,texts\n1,a\n", r"rows, line 1: no column text in the header \(id, texts\)"),
+        (
+            "id,texts\n1,a\n",
+            r"rows, line 1: no column text in the header \(id, texts\): another convention .* id, text;",
+        ),
+        ('[{"id": 1, "text": "a"}]', r"rows: this is a JSON list: another convention .* by commas"),
+        ("id\ttext\n1\ta\n", r"rows: this is a table whose fields are separated by TABs: .* by commas"),
         ("id,text\n", r"rows: no rows"),
         ("", r"rows: no rows"),
         ('id,text\n1,a\n2,"cut', r"rows, line 3: unexpected end of data"),
@@ -122,13 +139,13 @@ def test_a_stray_quote_does_not_swallow_rows(tmp_path):
 def test_damaged_tables_are_refused(tmp_path, content, message):
     (tmp_path / "rows").write_text(content)
     with pytest.raises(DataError, match=message):
-        read_table(tmp_path / "rows", ["text"])
+        read_table(tmp_path / "rows", ["id", "text"])
 
 
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda row: row.field(str, "absent"), r"f, line 3: absent is not there, only .*fetch it again"),
+        (lambda row: row.field(str, "absent"), r"f, line 3: absent is not there, only .*another convention"),
         (lambda row: row.field(int, "text"), r"f, line 3: text is 'yes', not a int"),
         (lambda row: row.field(int, "truth"), r"truth is True, not a int"),
         (lambda row: row.field(str, "half"), r"half is '\\ud800', not text"),
@@ -140,12 +157,14 @@ def test_damaged_tables_are_refused(tmp_path, content, message):
         (lambda row: row.which(5, "text"), r"text is 'yes', not a whole number"),
         (lambda row: row.which(5, "truth"), r"truth is True, not a whole number"),
         (lambda row: row.which(5, "minus"), r"minus is '-1', not a whole number"),
+        (lambda row: row.line("lines"), r"lines is 'a\\nb', not a text on one line"),
+        (lambda row: row.line("separated"), r"separated is 'a\\u2028b', not a text on one line"),
         (lambda row: row.clip("out"), r"out is '\.\./x', not a name within"),
     ],
 )
 def test_wrong_fields_are_refused(read, message):
     fields = {"text": "yes", "number": 7, "truth": True, "half": "\ud800", "list": ["a", "b"], "mixed": ["a", 2],
-              "minus": "-1", "out": "../x"}  # fmt: skip
+              "minus": "-1", "out": "../x", "lines": "a\nb", "separated": "a\u2028b"}  # fmt: skip
     with pytest.raises(DataError, match=message):
         read(Row("f, line 3", fields))
 
@@ -193,6 +212,8 @@ def test_clips_of_a_folder(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "e.mp4").mkdir()
     (tmp_path / "f.mp4").symlink_to(tmp_path / "gone")
+    (tmp_path / "g.mp4").symlink_to(tmp_path / "g.mp4")  # in a circle
+    (tmp_path / "h.mp4").symlink_to("x" * 300)
     found = clips_in(tmp_path, (".avi", ".mp4"))
     assert found == {"a": tmp_path / "a.avi", "b": tmp_path / "b.MP4"}
     assert clips_in(tmp_path, (".mp4", ".avi"))["a"] == tmp_path / "a.mp4"
@@ -218,6 +239,51 @@ def test_a_vocabulary_of_lines_or_of_the_most_frequent_answers(tmp_path):
             Answers.read(path, classes, training)
 
 
+@pytest.fixture
+def unprivileged():
+    """A folder that a user without privileges may use, while the test runs as such a user."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.seteuid(65534)
+    yield folder
+    if privileged:
+        os.seteuid(0)
+    folder.chmod(0o777)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_refused_by_name(unprivileged):
+    folder = unprivileged / "clips"
+    folder.mkdir()
+    (folder / "a.mp4").touch()
+    folder.chmod(0)
+    try:
+        with pytest.raises(DataError, match=rf"{folder}: may not be read \(Permission denied\)"):
+            clips_in(folder, (".mp4",))
+        with pytest.raises(DataError, match=r"a\.mp4: may not be read \(Permission denied\)"):
+            find_file([folder / "a.mp4"])
+    finally:
+        folder.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [("red\nblue\x85green\n", 2), ("red\n\nblue\n", 2), ("a\tb\nred\nblue\n", 1)]
+)
+def test_what_could_shift_the_classes_of_a_vocabulary_is_refused(content, line, tmp_path):
+    """`str.splitlines` ends a line at more characters than those that read a vocabulary elsewhere."""
+    path = tmp_path / "answer_set.txt"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"answer_set\.txt, line {line}: .* is no answer"):
+        Answers.read(path, 4, [])
+
+
+def test_blank_lines_at_the_end_of_a_vocabulary_are_no_answers(tmp_path):
+    (tmp_path / "answer_set.txt").write_text("red\nblue\n\n\n")
+    assert Answers.read(tmp_path / "answer_set.txt", 3, []).words == ["red", "blue"]
+
+
 def test_a_vocabulary_of_labels(tmp_path):
     path = tmp_path / "train_ans2label.json"
     path.write_text(json.dumps({"red": 2, "blue": 0, "green": 1}))
@@ -233,7 +299,9 @@ def test_a_vocabulary_of_labels(tmp_path):
         ({"red": 1, "blue": 2, "green": 3}, r"none of 3 answers has class 0"),
         ({"red": 0, "blue": -1, "green": 1}, r"none of 3 answers has class 2"),
         ({"red": 0, "blue": "1", "green": 2}, r"blue is '1', not a int"),
-        (["red", "blue", "green"], r"holds a list, not \{answer: class\}"),
+        (["red", "blue", "green"], r"holds a list: another convention .*\{answer: class\}"),
+        ({"0": "red", "1": "blue", "2": "green"}, r"\{'0': 'red'\}: another convention .*\{answer: class\}"),
+        ({"red": 0, "blue\ngreen": 1, "man": 2}, r"'blue\\ngreen' is no answer"),
         ({"red": 0, "blue": 1}, r"2 different answers.*num_classes=3"),
     ],
 )

@@ -257,6 +257,19 @@ def test_a_changed_clip_is_refused_by_name_until_asked_for(tmp_path, caplog):
     assert str(error.value).count(".avi") == 6
 
 
+def test_every_changed_clip_is_named_in_a_file(tmp_path):
+    clips, cache = make_clips(tmp_path / "clips", 1), make_cache(tmp_path)
+    for number in range(1, 25):
+        clips[f"c{number}"] = Path(shutil.copy(clips["c0"], tmp_path / "clips" / f"c{number}.avi"))
+    cache.fill(clips, 1)
+    for path in clips.values():
+        path.write_bytes(b"another content")
+    with pytest.raises(DataError, match=r"25 clips changed (.|\n)*and 5 more, all named in .*changed\.txt") as error:
+        cache.fill(clips, 1)
+    assert (tmp_path / "changed.txt").read_text() == "".join(f"{name} ({clips[name]})\n" for name in sorted(clips))
+    assert str(tmp_path / "changed.txt") in str(error.value)
+
+
 def test_a_changed_clip_that_is_no_longer_one_loses_its_frames(tmp_path):
     clips, cache = make_clips(tmp_path, 2), make_cache(tmp_path)
     cache.fill(clips, 1)
@@ -316,7 +329,7 @@ def test_a_clip_that_hangs_or_kills_its_decoder_is_the_only_one_to_fail(tmp_path
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         failures = cache.fill(clips, 1)
-    remedy = "fetch it again, or try the other decoder"
+    remedy = "fetch it again"
     assert failures == {
         "hangs": f"{clips['hangs']}: hangs the decoder (no end within 1 s): {remedy}",
         "dies": f"{clips['dies']}: kills the decoder (exit code -11): {remedy}",

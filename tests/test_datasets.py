@@ -17,7 +17,15 @@ from cdc_mmpg.batch import FeatureBatch
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.heads import Retrieval
-from communities import small, write_msrvtt_choice, write_msrvtt_qa, write_msrvtt_retrieval, write_tgif
+from communities import (
+    CLIPS,
+    small,
+    write_lines,
+    write_msrvtt_choice,
+    write_msrvtt_qa,
+    write_msrvtt_retrieval,
+    write_tgif,
+)
 from conftest import write_clip
 from data_modules.base import Sample
 from data_modules.msrvtt_choice import MSRVTTChoice
@@ -244,6 +252,40 @@ def test_make_data_lists_everything_that_is_wrong(tmp_path, capsys):
     assert "train_qa.json: no such file" in said
     assert said.count("MSRVTT.zip") == 1
     assert "val" in json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["splits"]
+
+
+def test_make_data_refuses_what_training_refuses(tmp_path, capsys):
+    """A partial copy without a clip of validation, and candidates that cannot be told apart in so few words."""
+    root = write_msrvtt_qa(tmp_path / "msrvtt")
+    for number in CLIPS["val"]:
+        (root / "videos" / f"video{number}.mp4").unlink()
+    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.only_present=true") == 3
+    said = capsys.readouterr().err
+    assert "no question of split val has its clip here: looked for 'video6513', among others; found 'video" in said
+    assert json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["problems"]
+    root = write_msrvtt_choice(tmp_path / "choice")
+    path = root / "msrvtt_mc_test.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    write_lines(path, [row | {"options": ["a the", "the a", "a a", "the the", "a a the"]}])
+    assert check("msrvtt_choice", root, tmp_path / "out", "--data.init_args.text_length=3") == 3
+    assert "cannot be told apart" in capsys.readouterr().err
+
+
+def test_of_equal_candidates_one_is_the_right_one(tmp_path):
+    """The first, as which the model answers; the others have its name, so that texts and labels say the same."""
+    root = write_msrvtt_choice(tmp_path / "choice")
+    path = root / "msrvtt_mc_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"options": ["a dog", "The man", "a man", "the man", "it"], "answer": 3}
+    write_lines(path, rows)
+    data = small(MSRVTTChoice, root)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.labels("test").tolist() == [1] * 6
+    words = [data.word("test", 0, label) for label in range(5)]
+    assert words == ["a dog", "The man", "a man", "The man", "it"]
+    assert data.word("test", 0) == "The man"
 
 
 def test_the_same_file_in_two_splits_is_said(roots, tmp_path, caplog):

@@ -13,6 +13,7 @@ from cdc_mmpg.batch import UNKNOWN, EpochSampler, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import HOST
 from conftest import write_clip
+from data_modules.base import Sample
 from data_modules.msvd_qa import MSVDQA
 
 
@@ -185,7 +186,7 @@ def test_clips_may_be_mp4(own_msvd, tmp_path):
         ("youtube_mapping.txt", "v_0_1 vid3", "v_0_1", r"youtube_mapping\.txt, line 4"),
         ("youtube_mapping.txt", "v_0_1 vid3", "v_0_1 vid2", r"line 4: vid2 is 'v_0_1', and 'e_3_4' above"),
         ("youtube_mapping.txt", "v_0_1", "../../v_0_1", r"youtube_mapping\.txt, line 4.*refused"),
-        ("youtube_mapping.txt", "v_0_1", "t_0_1", r"val and test share 1 clips, among them t_0_1"),
+        ("youtube_mapping.txt", "v_0_1", "t_0_1", r"val and test share 1 clips, (.|\n)*t_0_1"),
         ("answer_set.txt", "green\n", "", r"answer_set\.txt: 3 different answers.*num_classes=4"),
         ("answer_set.txt", "green\n", "red\n", r"answer_set\.txt: 3 different answers in 4 lines"),
         ("vocab.txt", "[SEP]\n", "", r"vocab\.txt: not a WordPiece vocabulary, it lacks \[SEP\]"),
@@ -287,3 +288,86 @@ def test_real_files_are_read_at_their_published_counts(real, tmp_path):
     data.prepare_data()
     data.setup("fit")
     assert {split: row["questions"] for split, row in data.summary().items()} == {"train": 103, "val": 22, "test": 57}
+
+
+def rewrite(path: Path, **fields: object) -> None:
+    """Give all rows of an annotation file other values."""
+    path.write_text(json.dumps([row | fields for row in json.loads(path.read_text())]))
+
+
+def test_answers_with_line_feeds_are_refused_before_anything_is_decoded(own_msvd, tmp_path):
+    """A vocabulary has an answer a line: one with a line feed would shift every later class."""
+    for answer in ("red\nblue", "red\u2028", "\x1b[31mred"):
+        rewrite(own_msvd / "val_qa.json", answer=answer)
+        with pytest.raises(DataError, match=r"val_qa\.json: \[0\]\.answer is .*, not a text on one line"):
+            module(own_msvd, tmp_path).prepare_data()
+    assert not (tmp_path / "frames").exists()
+    data = module(own_msvd, tmp_path)
+    with pytest.raises(DataError, match=r"split val: the answer of sample 1, of clip c, is 'a\\nb'"):
+        data.check_samples("val", [Sample("c", "what?", answer) for answer in ("a", "a\nb")])
+
+
+def test_answers_that_the_vocabulary_never_has_are_refused_with_an_example(own_msvd, tmp_path):
+    path = own_msvd / "train_qa.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('", "id"', ' ", "id"'))
+    message = r"split train: none of 12 answers is in the vocabulary: an annotation has 'red ', the vocabulary 'red', "
+    with pytest.raises(DataError, match=message + "which differ in blanks or in case"):
+        module(own_msvd, tmp_path).prepare_data()
+    assert not (tmp_path / "frames").exists(), "nothing is decoded for a run that is refused"
+    assert any("'red '" in problem for problem in module(own_msvd, tmp_path).check()["problems"])
+    rewrite(path, answer="owl")
+    with pytest.raises(DataError, match=r"an annotation has 'owl', the vocabulary 'red'\. Mend"):
+        module(own_msvd, tmp_path).prepare_data()
+
+
+def test_a_partial_copy_that_leaves_nothing_to_learn_is_refused(own_msvd, tmp_path):
+    """What is left of the training split has no answer that the vocabulary knows."""
+    rows = json.loads((own_msvd / "train_qa.json").read_text())
+    for row in rows:
+        row["answer"] = "red" if row["video_id"] == 0 else "owl"
+    (own_msvd / "train_qa.json").write_text(json.dumps(rows))
+    ready(own_msvd, tmp_path)
+    (own_msvd / "YouTubeClips" / "-aB_0_5.avi").unlink()
+    data = module(own_msvd, tmp_path, only_present=True)
+    data.prepare_data()
+    with pytest.raises(DataError, match=r"split train: none of 8 answers is in the vocabulary"):
+        data.setup("fit")
+    assert any(
+        "none of 8 answers" in problem for problem in module(own_msvd, tmp_path, only_present=True).check()["problems"]
+    )
+
+
+def test_names_that_match_no_clip_are_told_with_one_of_each(own_msvd, tmp_path):
+    path = own_msvd / "youtube_mapping.txt"
+    path.write_text(path.read_text().replace(" vid", ".avi vid"))
+    data = module(own_msvd, tmp_path, only_present=True)
+    message = r"none of the 6 clips is there: looked for '-aB_0_5\.avi', among others; found '-aB_0_5' .*remove '\.avi'"
+    with pytest.raises(DataError, match=message):
+        data.prepare_data()
+    problems = module(own_msvd, tmp_path, only_present=True).check()["problems"]
+    assert len(problems) == 1
+    assert "remove '.avi' in the annotations" in problems[0]
+    for number, clip in enumerate(sorted((own_msvd / "YouTubeClips").iterdir())):
+        clip.rename(clip.with_name(f"other{number}.avi"))
+    with pytest.raises(DataError, match=r"looked for '-aB_0_5\.avi', among others; found 'other\d' .*, among 6\nMSVD"):
+        module(own_msvd, tmp_path, only_present=True).prepare_data()
+
+
+def test_links_in_a_circle_are_absent_clips(own_msvd, tmp_path):
+    clip = own_msvd / "YouTubeClips" / "e_3_4.avi"
+    clip.unlink()
+    clip.symlink_to(clip)
+    with pytest.raises(DataError, match=r"of 6 clips 1 are absent or unreadable, 0 may be:\n  e_3_4: absent"):
+        module(own_msvd, tmp_path).prepare_data()
+
+
+def test_a_root_may_begin_with_a_tilde(own_msvd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(own_msvd.parent))
+    data = module(own_msvd, tmp_path)
+    assert MSVDQA("~/msvd", "~/cache", num_classes=5).root == data.root
+
+
+def test_a_root_of_a_long_name_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"x: may not be read \(File name too long\)"):
+        MSVDQA("x" * 300, str(tmp_path), num_classes=5).samples("train")

@@ -245,7 +245,7 @@ def test_a_dataset_without_devices_or_captions_says_so(msvd, tmp_path):
         ("devices.json", '{"a": {"device": "x"}}', "devices.json: 'a'"),
         ("devices.json", "[1]", "not {device"),
         ("captions.json", "{}", "sentences"),
-        ("captions.json", '{"sentences": []}', "too few"),
+        ("captions.json", '{"sentences": []}', "empty list"),
         ("captions.json", "{", "line 1"),
     ],
 )

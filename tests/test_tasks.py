@@ -302,3 +302,19 @@ def test_texts_are_cut_as_before(vocab):
     ]  # fmt: skip
     assert OpenEnded.pooled
     assert not Retrieval.pooled
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("man\n", r"vocab\.txt, line \d+: 'man' stands in line \d+, too"),
+        ("\nowl\n", r"line \d+: '' is no WordPiece"),
+    ],
+)
+def test_a_vocabulary_whose_ids_would_shift_is_refused(extra, message, vocab, tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text(vocab.read_text() + extra)
+    with pytest.raises(DataError, match=message):
+        TextEncoder(path)
+    path.write_text(vocab.read_text().replace("\n", "\r\n"))
+    assert TextEncoder(path).words() == TextEncoder(vocab).words()

@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cdc_mmpg.errors import CDCError
+from cdc_mmpg.errors import CDCError, listing
 
 HOST = "".join(letter for letter in socket.gethostname() if letter.isalnum()) or "host"
 
@@ -44,6 +44,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
+def write_listing(names: Sequence[str], path: Path) -> str:
+    """Write names into a file, a name a line; return the first of them as `errors.listing` does, with where all are.
+
+    Raises:
+        CDCError: see `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        file.write("".join(f"{name}\n" for name in names).encode(errors="backslashreplace"))
+    return listing(names, f", all named in {path}")
+
+
 def file_digest(path: Path) -> str:
     """The sha256 of a file's content."""
     with path.open("rb") as file:
@@ -70,7 +81,8 @@ def remove_leftovers(folder: Path) -> None:
     for temporary in folder.glob(f".*.{HOST}.*.tmp"):
         pid = temporary.name.split(".")[-2]
         if pid.isdigit() and not _is_running(int(pid)):
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that may not be written
+                temporary.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

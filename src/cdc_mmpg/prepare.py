@@ -69,7 +69,7 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
         refused.append(f"{pair} share {len(names)} clips:{listing(names, rest)}")
     lost = dataset.lost(found["missing"], found["unreadable"])
     if len(lost) > dataset.max_missing:
-        refused.append(dataset.refusal(lost, found["clips"], rest))
+        refused.append(dataset.refusal(lost, found["clips"]))
     elif lost:
         logger.warning("left out with their questions:%s", listing(lost, rest))
     if alike := found["same_content_in_splits"]:

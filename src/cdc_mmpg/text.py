@@ -18,6 +18,7 @@ REMEDY = "give a local one with VOCAB=path/to/vocab.txt (30,522 lines for bert-b
 
 
 BERT_SIZE = 30_522
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def vocabulary_size(vocab: str | Path | None) -> int:
@@ -28,10 +29,31 @@ def vocabulary_size(vocab: str | Path | None) -> int:
 
 
 def _words(vocab: str | Path) -> list[str]:
+    """Return the WordPieces of a `vocab.txt`, a line each.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        return Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        words = Path(vocab).read_bytes().decode().replace("\r\n", "\n").rstrip("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"{vocab}: cannot be read ({error.strerror}); {REMEDY}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{vocab}, byte {error.start}: not UTF-8, so no vocabulary; {REMEDY}") from error
+    return words
+
+
+def _check_lines(words: Sequence[str], vocab: str | Path) -> None:
+    """Refuse a vocabulary in which a line is blank or stands twice: the ids of what follows would be those of others.
+
+    Raises:
+        DataError: names the line.
+    """
+    lines: dict[str, int] = {}
+    for number, word in enumerate(words, start=1):
+        if not word.strip() or word != word.rstrip() or lines.setdefault(word, number) != number:
+            wrong = f"stands in line {lines[word]}, too" if word in lines else "is no WordPiece"
+            raise DataError(f"{vocab}, line {number}: {word!r:.80} {wrong}; {REMEDY}")
 
 
 class TextEncoder:
@@ -59,8 +81,9 @@ class TextEncoder:
             if not Path(vocab).is_file():
                 raise DataError(f"{vocab}: no such vocabulary; {REMEDY}")
             words = _words(vocab)
-            if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in words]:
+            if missing := [token for token in SPECIAL if token not in words]:
                 raise DataError(f"{vocab}: not a WordPiece vocabulary, it lacks {' '.join(missing)}; {REMEDY}")
+            _check_lines(words, vocab)
             self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)._tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
