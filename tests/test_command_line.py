@@ -205,12 +205,15 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("argument", "message", "code"),
     [
-        ("--model.init_args.learnin_rate=1", "the nearest that exists is 'learning_rate'", 2),
-        ("--data.init_args.batchsize=3", "the nearest that exists is 'batch_size'", 2),
-        ("--trainer.max_epoch=3", "the nearest that exists is 'max_epochs'", 2),
-        ("--model.init_args.encoder.depht=3", "the nearest that exists is 'depth'", 2),
-        ("--model.init_args.head.init_args.hiden=3", "the nearest that exists is 'hidden'", 2),
-        ("--model.init_args.zzqqxx=1", "'zzqqxx'", 2),
+        ("--model.init_args.learnin_rate=1", "the nearest that exists is model.init_args.learning_rate", 2),
+        ("--data.init_args.batchsize=3", "data.init_args.batchsize: there is no such key; the nearest", 2),
+        ("--trainer.max_epoch=3", "the nearest that exists is trainer.max_epochs", 2),
+        ("--model.init_args.encoder.depht=3", "the nearest that exists is model.init_args.encoder.depth", 2),
+        ("--model.init_args.head.init_args.hiden=3", "that exists is model.init_args.head.init_args.hidden", 2),
+        ("--model.init_args.zzqqxx=1", "model.init_args.zzqqxx: there is no such key, and none that exists is like", 2),
+        ("--only_present=true", "the nearest that exists is data.init_args.only_present", 2),
+        ("--seed=3", "the nearest that exists is seed_everything", 2),
+        ("--modl.init_args.learning_rate=1", "the nearest that exists is model.init_args.learning_rate", 2),
         ("--data.init_args.batch_size=many", "batch_size", 2),
         ("--data.init_args.batch_size=0", "batch_size is 0: at least 1", 2),
         ("--data.init_args.image_size=100", "image_size 100 is not a multiple of 16", 2),
@@ -229,7 +232,7 @@ def test_bad_arguments_are_refused_with_the_remedy(argument, message, code, fit,
         pytest.skip("there is one here")
     assert main([*fit("linear"), argument]) == code
     captured = capsys.readouterr().err
-    assert message in captured
+    assert message in captured, captured
     assert "Traceback" not in captured
     assert main(fit("linear")) == 0, "the folder must be free for the command put right"
 

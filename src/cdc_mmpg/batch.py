@@ -1,6 +1,5 @@
 """The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
 
-import signal
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.frames import MEAN, STD, Frames
+from cdc_mmpg.signals import ignore_stop_signals
 
 Task = Literal["open_ended", "multiple_choice", "retrieval"]
 View = Literal["samples", "sessions", "captions"]  # how a method reads a dataset
@@ -205,12 +205,6 @@ class EpochDataModule(LightningDataModule):
                 "Give it the data it began with, or delete or rename its folder"
             )
         self._epoch, self._seen_batches = state_dict["epoch"], state_dict["seen_batches"]
-
-
-def ignore_stop_signals(worker: int = 0) -> None:
-    """A helper process leaves stopping to the one that started it: Ctrl-C reaches them all."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
 from cdc_mmpg.results import RESUME
+from cdc_mmpg.signals import Stopped, drop_terminal, stop_signals
 from cdc_mmpg.weights import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _step(state: Path) -> tuple[int, str]:
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT end the step, save the state, and leave with 143 or 130.
+    """SIGTERM, SIGINT and SIGHUP end the step, save the state, and leave with 143, 130 or 129.
 
     While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once. All
     processes of a run stop together.
@@ -117,7 +118,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             self._former[number] = signal.signal(number, self._note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,8 +129,9 @@ class StopOnSignal(Callback):
             self._leave()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received and time.monotonic() > self._when + 1:  # asked twice, and not by one hand: at once
-            raise SystemExit(128 + number)
+        drop_terminal(number)
+        if self._received and time.monotonic() > self._when + 1:  # a second signal, not the same one to a whole group
+            raise Stopped(number)
         if not self._received:
             self._received, self._when = number, time.monotonic()
 
@@ -155,6 +157,4 @@ class StopOnSignal(Callback):
         return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
 
     def _leave(self) -> None:
-        number = self._received or signal.SIGTERM
-        logger.warning("stopped by %s; type the same command again to go on", signal.Signals(number).name)
-        raise SystemExit(128 + number)
+        raise Stopped(self._received or signal.SIGTERM)

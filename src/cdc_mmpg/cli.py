@@ -19,12 +19,15 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from cdc_mmpg.errors import CDCError, CheckpointError, DataError
+from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
+from cdc_mmpg.files import expand_home
 from cdc_mmpg.results import RESUME, fingerprint, read_results
+from cdc_mmpg.signals import Stopped, drop_terminal, stop_signals
 from cdc_mmpg.terminal import end_without_output, escape_controls, find_lost_output, print_error, protect_output
 
-# What a full disk, a quota or a read-only place says, wherever the write was.
-REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a full disk, a quota or a read-only place says, and what else a system refuses, wherever in a run.
+REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+                  errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +61,11 @@ def exit_code(function: Callable[[], None]) -> int:
     protect_output()
     try:
         function()
+    except Stopped as error:  # said last, when no progress bar draws any more
+        logging.getLogger("cdc_mmpg").warning(
+            "stopped by %s; type the same command again to go on", signal.Signals(error.number).name
+        )
+        return 128 + error.number
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
@@ -77,11 +85,6 @@ def exit_code(function: Callable[[], None]) -> int:
 
 def _cause(error: BaseException | None) -> CDCError | None:
     """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
-    if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
-        return CDCError(
-            f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room, or make the place "
-            "writable, and type the same command again"
-        )
     while error is not None:
         if isinstance(error, CDCError):
             if not str(error).startswith("Caught "):
@@ -90,6 +93,8 @@ def _cause(error: BaseException | None) -> CDCError | None:
             return type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2])
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
             return DataError(f"a process that loads batches hung or was killed: {error}")
+        if trouble := _explain_machine(error):
+            return trouble
         error = error.__cause__ or error.__context__
     return None
 
@@ -100,6 +105,29 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's message."""
         return escape_controls(super().format(record))
+
+
+def _explain_machine(error: BaseException) -> CDCError | None:
+    """Return what the machine has run out of, or refuses, as an error of ours; None where the error is another."""
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):  # torch's, which need not be here
+        reason = str(error).strip().partition("\n")[0].partition(" Of the allocated")[0]
+        return ConfigError(
+            f"the GPU's memory does not do: {reason} Take a smaller batch and as many more for a step "
+            "(ARGS='--data.init_args.batch_size=64 --trainer.accumulate_grad_batches=4'), PRECISION=bf16-mixed, or end "
+            "what else runs there"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return ConfigError(
+            "the machine's memory does not do: take a smaller batch and as many more for a step "
+            "(ARGS='--data.init_args.batch_size=64 --trainer.accumulate_grad_batches=4'), fewer loader processes "
+            "(--data.init_args.num_workers=1), or end what else runs here"
+        )
+    if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
+        return CDCError(
+            f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room, or make the place "
+            "writable, and type the same command again"
+        )
+    return None
 
 
 def log_to_terminal() -> None:
@@ -124,39 +152,57 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 def leave_on_signals() -> None:
     """End with 128 + the signal's number, cleaning up."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, _leave)
 
 
 def _leave(number: int, frame: object) -> None:
-    print(f"stopped by {signal.Signals(number).name}; type the same command again to go on", file=sys.stderr)
-    raise SystemExit(128 + number)
+    drop_terminal(number)
+    raise Stopped(number)
 
 
 def _is_finished(arguments: Sequence[str]) -> bool:
     folder = option(arguments, "trainer.default_root_dir")
-    results = read_results(Path(folder)) if folder else None
+    results = read_results(Path(expand_home(folder))) if folder else None
     if results is None or results.get("fingerprint") != fingerprint(arguments):
         return False
-    shutil.rmtree(Path(str(folder)) / RESUME, ignore_errors=True)  # where a kill came right after the results
-    print(f"{folder}: finished on {results['finished']}; delete the folder to train anew")
+    # Where a kill came right after the results.
+    shutil.rmtree(Path(expand_home(str(folder))) / RESUME, ignore_errors=True)
+    print(f"{folder}: finished on {results.get('finished')}; delete the folder to train anew")
     return True
 
 
 def check_paths(arguments: Sequence[str]) -> None:
     """Refuse paths that lead nowhere before anything slow is imported."""
     if root := option(arguments, "data.init_args.root"):
-        path = Path(root)
-        wrong = "a file" if path.is_file() else "no such folder" if not path.is_dir() else ""
-        if wrong or not any(path.iterdir()):
-            raise DataError(f"{root}: {wrong or 'an empty folder'}\n{_source_of_dataset(arguments)}".rstrip())
+        wrong = _examine(root) or "no such folder"
+        if wrong == "a folder":
+            try:
+                wrong = "" if any(Path(expand_home(root)).iterdir()) else "an empty folder"
+            except OSError as error:
+                raise DataError(f"{root}: may not be read ({error.strerror})") from error
+        if wrong:
+            raise DataError(f"{root}: {wrong}\n{_source_of_dataset(arguments)}".rstrip())
     for name, variable, kind in (
         ("data.init_args.vocab", "VOCAB", DataError),
         ("model.init_args.encoder.checkpoint", "CHECKPOINT", CheckpointError),
     ):
         value = option(arguments, name)
-        if value and "." in value and not Path(value).is_file():
-            raise kind(f"{value}: {'a folder' if Path(value).is_dir() else 'no such file'}; {variable}= names a file")
+        if value and ("." in value or value.startswith("~")) and (what := _examine(value)) != "a file":
+            raise kind(f"{value}: {what or 'no such file'}; {variable}= names a file")
+
+
+def _examine(name: str) -> str:
+    """Return "a file", "a folder", or nothing where there is neither.
+
+    Raises:
+        ConfigError: no file system holds such a path.
+    """
+    path = Path(expand_home(name))
+    try:
+        return "a file" if path.is_file() else "a folder" if path.is_dir() else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r}: not a usable path ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _source_of_dataset(arguments: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import io
 import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from cdc_mmpg.batch import Split, VideoTextData
+from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.base import Answering
 from cdc_mmpg.metrics import CAPTIONS, ranked
 
@@ -23,6 +26,8 @@ PROJECT = "cdc-mmpg"
 EXAMPLES = 8  # in a table
 PATIENCE_SECONDS = 15  # with a server that does not answer
 UPLOAD_SECONDS = 120  # for what is not uploaded when a run ends; it stays on the disk
+# What `loggers` sets by itself, and what cannot stop a run.
+KEPT = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_ERROR_REPORTING")
 AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # how a sweep's agent names the run it starts
 
 
@@ -30,7 +35,8 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
     """CSV in `logs/`, and W&B in `wandb/` unless WANDB_MODE is disabled.
 
     W&B works offline unless a key is configured (WANDB_API_KEY or ~/.netrc) or WANDB_MODE says otherwise; a server
-    that does not answer costs some seconds at the start or at the end and then nothing. Below a sweep's agent the run
+    that does not answer costs some seconds at the start or at the end and then nothing. Where its settings are wrong it
+    works offline without them, and where that fails, too, there are the CSV logs alone. Below a sweep's agent the run
     is the one that the agent waits for, if its method is the one asked for: what make trains before it is a run apart.
 
     Args:
@@ -38,55 +44,90 @@ def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         config: what to record with the run.
     """
     found: list[Logger] = [CSVLogger(run, name="logs")]
-    mode: Any = os.environ.get("WANDB_MODE")
-    if mode == "disabled":
+    if not os.environ.get("WANDB_MODE", "-").strip():
+        del os.environ["WANDB_MODE"]  # W&B takes an empty one for a wrong one
+    if os.environ.get("WANDB_MODE", "").strip().lower() == "disabled":
         return found
+    place = run.absolute() / "wandb"
     for name in ("CACHE", "DATA", "ARTIFACT"):  # W&B would use the home and the working directory
-        os.environ[f"WANDB_{name}_DIR"] = str(run.absolute() / "wandb" / name.lower())
+        os.environ[f"WANDB_{name}_DIR"] = str(place / name.lower())
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # sent offline, too, and waited for: 14 s a run
+    method = run.absolute().parts[-2]
+    awaited = AGENT[0] in os.environ and os.environ.get("METHOD", method) == method  # make exports what it was told
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        wandb_run = _begin(run, config, awaited)
+    except Exception as error:  # the client raises errors of many families
+        logger.warning("W&B cannot be used (%s): logging offline; `wandb sync` uploads later", _reason(error))
+        # The next run of this process does not wait again, nor read what was wrong.
+        for name in [name for name in os.environ if name.startswith("WANDB_") and name not in KEPT]:
+            del os.environ[name]
+        os.environ |= {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(place / "config")}  # no settings of the home
+        try:
+            wandb_run = _begin(run, config, False, uuid.uuid4().hex)  # the other identity is taken by the attempt
+        except Exception as again:
+            logger.warning("W&B cannot be used at all (%s): the logs are in %s/logs", _reason(again), run)
+            os.environ["WANDB_MODE"] = "disabled"
+            return found
+    return [*found, WandbLogger(experiment=wandb_run)]
+
+
+def _begin(run: Path, config: dict[str, Any], awaited: bool, identity: str | None = None) -> Any:
+    """Start a W&B run.
+
+    Args:
+        run, config: see `loggers`.
+        awaited: whether it is the run that a sweep's agent waits for.
+        identity: of the run; None is the one that it had before, if there is one.
+    """
     import wandb  # noqa: PLC0415  takes seconds, and only here
 
     dataset, method, seed = run.absolute().parts[-3:]
-    awaited = AGENT[0] in os.environ and os.environ.get("METHOD", method) == method  # make exports what it was told
-    identity = run / "wandb" / "id"  # a run that goes on is one run there, too
-    identity.parent.mkdir(parents=True, exist_ok=True)
+    if "@" in os.environ.get("WANDB_BASE_URL", ""):  # the client prints the address
+        raise ValueError("WANDB_BASE_URL holds a password: leave it out, the key is WANDB_API_KEY")
+    kept = run / "wandb" / "id"  # a run that goes on is one run there, too
     if awaited:
-        identity.write_text(os.environ[AGENT[1]])
-    elif not identity.is_file():
-        identity.write_text(uuid.uuid4().hex)
-
-    def begin(mode: Any, identity: str, awaited: bool) -> Any:
-        wandb.teardown()  # it reads the environment once, and an earlier run of this process may have failed
-        with contextlib.nullcontext() if awaited else _without_agent():
-            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-            return wandb.init(
-                project=None if awaited else os.environ.get("WANDB_PROJECT", PROJECT),
-                name=f"{dataset}/{method}/{seed}",
-                group=dataset,
-                job_type=method,
-                tags=[part[:64] for part in (dataset, method, seed)],  # the longest that it takes
-                id=None if awaited else identity,
-                resume="allow",
-                dir=run,
-                mode=mode,
-                config=config,
-                settings=wandb.Settings(
-                    init_timeout=PATIENCE_SECONDS,
-                    finish_timeout=UPLOAD_SECONDS,
-                    silent=mode == "offline",
-                    console="off",
-                ),
-            )
-
-    try:
-        wandb_run = begin(mode, identity.read_text(), awaited)
-    except Exception as error:  # the client raises errors of many families
-        logger.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads later", error)
-        os.environ["WANDB_MODE"] = "offline"  # the next run of this process does not wait again
-        wandb_run = begin("offline", uuid.uuid4().hex, False)  # the other identity is taken by the attempt
+        kept.write_text(os.environ[AGENT[1]])
+    elif identity is None:
+        if not kept.is_file():
+            kept.write_text(uuid.uuid4().hex)
+        identity = kept.read_text()
+    wandb.teardown()  # it reads the environment once, and an earlier run of this process may have failed
+    with contextlib.nullcontext() if awaited else _without_agent():
+        mode: Any = os.environ.get("WANDB_MODE")
+        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        wandb_run = wandb.init(
+            project=None if awaited else os.environ.get("WANDB_PROJECT", PROJECT),
+            name=f"{dataset}/{method}/{seed}",
+            group=dataset,
+            job_type=method,
+            tags=[part[:64] for part in (dataset, method, seed)],  # the longest that it takes
+            id=None if awaited else identity,
+            resume="allow",
+            dir=run,
+            mode=mode,
+            config=config,
+            settings=wandb.Settings(
+                init_timeout=PATIENCE_SECONDS,
+                finish_timeout=UPLOAD_SECONDS,
+                silent=mode == "offline",
+                console="off",
+            ),
+        )
     wandb_run.define_metric("trainer/global_step")  # the horizontal axis
     wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return [*found, WandbLogger(experiment=wandb_run)]
+    return wandb_run
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong, in one line; no value of a setting that the error quotes, for it may be the key."""
+    if callable(errors := getattr(error, "errors", None)):  # pydantic's
+        return "; ".join(f"WANDB_{'.'.join(map(str, part['loc'])).upper()}: {part['type']}" for part in errors())
+    text = " ".join(str(error).split())
+    for name, value in os.environ.items():
+        if name.startswith("WANDB_") and value and re.search("KEY|TOKEN|PASS|SECRET", name):
+            text = text.replace(value, "...")
+    return f"{type(error).__name__}: " + re.sub(r"//[^/@\s]*@", "//...@", text)[:300]
 
 
 @contextlib.contextmanager
@@ -177,9 +218,11 @@ class ExampleTable(Callback):
             labels = outcomes[first][1][:, 0]
         chosen = range(0, len(labels), -(-len(labels) // EXAMPLES))  # from all over the split
         examples = [(self.data.example(split, i), self.data.word(split, i, int(labels[i]))) for i in chosen]
-        with (self.run / f"examples.{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
-            csv.writer(file).writerows([("clip", "question", "prediction", "answer"), *rows])
+        rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("clip", "question", "prediction", "answer"), *rows])
+        with atomic_write(self.run / f"examples.{split}.csv") as file:
+            file.write(text.getvalue().encode())
         for board in trainer.loggers:
             if isinstance(board, WandbLogger) and self.tables:
                 import wandb  # noqa: PLC0415  see `loggers`

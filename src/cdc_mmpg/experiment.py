@@ -2,14 +2,13 @@
 
 import difflib
 import inspect
-import json
 import logging
-import os
 import platform
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -33,17 +32,23 @@ from cdc_mmpg.dashboard import ExampleTable, close, loggers
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
-from cdc_mmpg.files import atomic_write, file_digest
+from cdc_mmpg.files import atomic_write, expand_home, file_digest, lock_folder, remove_leftovers
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import (
+    ANNOTATED,
+    CONFIG,
+    INPUTS,
     RESULTS,
     RESUME,
     annotations_digest,
     fingerprint,
     provenance,
+    read_inputs,
+    read_results,
+    read_settings,
     write_json,
 )
 from cdc_mmpg.sessions import SessionDataModule
@@ -52,9 +57,19 @@ from cdc_mmpg.weights import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
+OUR_LOGGERS = ("cdc_mmpg", "data_modules")
 ANSWERS = "answers.txt"  # of a run: the word of class k in line k
-ANNOTATED = "content of data.init_args.root (annotations)"
+LINKED = {  # what is written once and handed on
+    "data.init_args.seed": "seed_everything",
+    "model.init_args.seed": "seed_everything",
+    "model.init_args.encoder.num_frames": "data.init_args.num_frames",
+    "model.init_args.encoder.image_size": "data.init_args.image_size",
+    "model.init_args.encoder.text_length": "data.init_args.text_length",
+    "model.init_args.head.init_args.num_classes": "data.init_args.num_classes",
+}
+# Paths in which ~ stands for the home folder.
+PATHS = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
+         "model.init_args.encoder.checkpoint", "model.init_args.adr")  # fmt: skip
 PARTS = ("seed_everything", "trainer", "model", "data")
 
 # Where and how fast a run computes, not what: these may change between a run and its resumption.
@@ -81,7 +96,7 @@ for advice in (
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose refusals are `ConfigError`s and name the nearest key that exists."""
+    """A parser whose refusals are `ConfigError`s."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)  # --trainer.max_epoch is an error, not max_epochs
@@ -94,30 +109,73 @@ class Parser(LightningArgumentParser):
         """
         # Of the report on every alternative type of an argument, what is wrong with ours.
         noise = r"Union subtypes|Subtypes: \[|^\s*Errors:$|<class 'NoneType'>|Given value"
-        message = "\n".join(line for line in message.strip().splitlines() if not re.search(noise, line))
-        unknown = re.search(
-            r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nrecognized arguments?: --([\w.]+)", message
-        )
-        if unknown and "nearest" not in message:
-            name = (unknown[1] or unknown[2]).split(".")[-1]
-            nearest = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0.5)
-            message += f"\nThe key {name!r} is unknown" + (
-                f"; the nearest that exists is {nearest[0]!r}." if nearest else ", and none that exists is like it."
-            )
-        raise ConfigError(message)
+        raise ConfigError("\n".join(line for line in message.strip().splitlines() if not re.search(noise, line)))
 
 
-def _known_keys() -> set[str]:
-    """Names of the arguments of all that a configuration can hold."""
+UNKNOWN_KEY = re.compile(r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nrecognized arguments?: --([\w.]+)")
+
+
+def _explain_unknown_key(message: str, given: Sequence[str]) -> str:
+    """Return the parser's message, and of an unknown key its whole dotted path and the nearest path that exists.
+
+    Args:
+        message: of the parser, which names the last part of the key alone.
+        given: the dotted paths of all that was given.
+    """
+    unknown = UNKNOWN_KEY.search(message)
+    if not unknown:
+        return message
+    name, known = unknown[1] or unknown[2], _known_paths()
+    path = next((key for key in given if f".{key}".endswith(f".{name}") and key not in known), name)
+    leaves: dict[str, list[str]] = {}
+    for key in known:
+        leaves.setdefault(key.rpartition(".")[2], []).append(key)
+    leaf = path.rpartition(".")[2]
+    near = difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.5)
+    near = near or sorted(other for other in leaves if leaf in other)[:1]
+    if not near:
+        return f"{path}: there is no such key, and none that exists is like it"
+    nearest = max(leaves[near[0]], key=lambda key: difflib.SequenceMatcher(None, key, path).ratio())
+    return f"{path}: there is no such key; the nearest that exists is {nearest}"
+
+
+def _known_paths() -> list[str]:
+    """Return the dotted paths of all that a configuration can hold, but for what follows from others (links)."""
 
     def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield cls
         for child in cls.__subclasses__():
             yield from subclasses(child)
 
-    classes = [Trainer, AllInOne, *subclasses(Method), *subclasses(EpochDataModule), *subclasses(Head)]
-    keys = {name for cls in classes for name in inspect.signature(cls).parameters}
-    return keys | {"seed_everything", "trainer", "model", "data", "class_path", "init_args", "config"}
+    places = {
+        "trainer.": [Trainer],
+        "data.init_args.": subclasses(EpochDataModule),
+        "model.init_args.": subclasses(Method),
+        "model.init_args.encoder.": [AllInOne],
+        "model.init_args.head.init_args.": subclasses(Head),
+    }
+    paths = {
+        f"{place}{name}"
+        for place, classes in places.items()
+        for cls in classes
+        for name in inspect.signature(cls).parameters
+    }
+    paths -= {*LINKED, "model.init_args.encoder.vocab_size"}
+    return sorted(paths | {"config", "seed_everything", "data.class_path", "model.class_path",
+                           "model.init_args.head.class_path"})  # fmt: skip
+
+
+def _given_paths(arguments: Sequence[str] | dict[str, Any]) -> list[str]:
+    """Return the dotted paths of all that a command line, or a configuration, gives."""
+    if isinstance(arguments, dict):
+        return [path for path, _ in _flat(arguments)]
+    paths = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        file = Path(value if equals else following)
+        if name in ("--config", "-c") and file.is_file():
+            paths += [path for path, _ in _flat(yaml.safe_load(file.read_text(encoding="utf-8")))]
+    return paths
 
 
 class Experiment(LightningCLI):
@@ -133,19 +191,20 @@ class Experiment(LightningCLI):
 
     def __init__(self, arguments: Sequence[str] | dict[str, Any], run: bool = True) -> None:
         self.arguments = [] if isinstance(arguments, dict) else list(arguments)
-        super().__init__(
-            Method,
-            EpochDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,  # ours is written before training, compared, and atomic
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_class=Parser,
-            args=arguments if isinstance(arguments, dict) else self.arguments,
-            run=run,
-        )
+        with ExitStack() as self.until_end:  # Lightning's constructor runs the subcommand, too
+            super().__init__(
+                Method,
+                EpochDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,  # ours is written before training, compared, and atomic
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_class=Parser,
+                args=arguments if isinstance(arguments, dict) else self.arguments,
+                run=run,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -164,12 +223,20 @@ class Experiment(LightningCLI):
                 "trainer.log_every_n_steps": 10,
             }
         )
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        for name in ("num_frames", "image_size", "text_length"):
-            parser.link_arguments(f"data.init_args.{name}", f"model.init_args.encoder.{name}")
-        parser.link_arguments("data.init_args.vocab", "model.init_args.encoder.vocab_size", compute_fn=vocabulary_size)
-        parser.link_arguments("data.init_args.num_classes", "model.init_args.head.init_args.num_classes")
+        for target, source in LINKED.items():
+            parser.link_arguments(source, target)
+        parser.link_arguments(
+            "data.init_args.vocab",
+            "model.init_args.encoder.vocab_size",
+            compute_fn=lambda vocab: vocabulary_size(vocab and expand_home(vocab)),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; name an unknown key by its whole path."""
+        try:
+            super().parse_arguments(parser, args)
+        except ConfigError as error:
+            raise ConfigError(_explain_unknown_key(str(error), _given_paths(args))) from error
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -189,7 +256,11 @@ class Experiment(LightningCLI):
         return Path(folder)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what makes no sense; claim the run's folder, or refuse it, too."""
+        """Refuse what makes no sense; write out what ~ stands for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        for name in PATHS:
+            if isinstance(value := config.get(name), str):
+                config[name] = expand_home(value)
         self._check_pair()
         if self.subcommand == "fit":
             trainer = self._get(self.config, "trainer")
@@ -199,15 +270,27 @@ class Experiment(LightningCLI):
                 raise ConfigError(
                     f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)"
                 )
-            settings = self.settings
-            files = {
-                f"content of model.{key}": file_digest(Path(value))
-                for key, value in _flat(settings["model"])
-                if isinstance(value, str) and Path(value).is_file()
-            }
-            files[ANNOTATED] = annotations_digest(Path(settings["data"]["init_args"]["root"]))
-            claim(self.folder, settings, files)
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
+
+    def _claim(self, trainer: Trainer) -> None:
+        """Refuse the run's folder where another run has it, else lock it for this one and write what begins here.
+
+        The first process holds the lock for all processes of the run; the others write nothing in the folder.
+        """
+        if trainer.is_global_zero:
+            self.until_end.enter_context(lock_folder(self.folder))
+        settings = self.settings
+        files = {
+            f"content of model.{key}": file_digest(Path(value))
+            for key, value in _flat(settings["model"])
+            if isinstance(value, str) and Path(value).is_file()
+        }
+        files[ANNOTATED] = annotations_digest(Path(settings["data"]["init_args"]["root"]))
+        if not is_begun(self.folder, settings, files) and trainer.is_global_zero:
+            remove_leftovers(self.folder / RESUME, locked=True)
+            write_json(files, self.folder / INPUTS)
+            with atomic_write(self.folder / CONFIG) as file:
+                file.write(yaml.safe_dump(settings, sort_keys=False).encode())
 
     def _check_pair(self) -> None:
         """Whether dataset, task and method go together."""
@@ -242,16 +325,17 @@ class Experiment(LightningCLI):
             self.datamodule = FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's trainer with our checkpoints, logs and signals."""
+        """Lightning's trainer with our checkpoints, logs and signals.
+
+        Which process logs is for the trainer to say: the environment may name a rank (RANK, SLURM_PROCID) that has
+        nothing to do with this run.
+        """
         self.dataset: Any = self.datamodule  # itself, not a view of it
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
-            if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":
-                kwargs["logger"] = loggers(self.folder, self.settings)
             kwargs["callbacks"] = [
                 *(config["callbacks"] or []),
-                *([LearningRateMonitor("step")] if kwargs["logger"] else []),
                 Timer(),
                 StopOnSignal(self.folder),
                 ExampleTable(self.folder, self.dataset),
@@ -262,9 +346,18 @@ class Experiment(LightningCLI):
             # may be part of a forward pass.
             kwargs["strategy"] = DDPStrategy(forward_sync_buffers=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # more devices than there are: it names both numbers
             raise ConfigError(str(error)) from error
+        rank_zero_only.rank = trainer.global_rank
+        for name in OUR_LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO if trainer.is_global_zero else logging.ERROR)
+        if self.subcommand == "fit":
+            self._claim(trainer)
+            if trainer.is_global_zero:
+                trainer.loggers = loggers(self.folder, self.settings)
+                trainer.callbacks.insert(0, LearningRateMonitor("step"))
+        return trainer
 
     def fit(self, model: Method, datamodule: EpochDataModule) -> None:
         """Train, or go on; test the best epoch; write what later runs need; write the results, last."""
@@ -332,46 +425,43 @@ class Experiment(LightningCLI):
         close(trainer.loggers, results)
 
 
-def claim(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> None:
-    """Write `config.yaml` into a new run's folder, or into one that has not trained yet; leave others as they are.
+def is_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> bool:
+    """Return whether a folder holds the states of this very run; False where no run has trained there yet.
 
     Args:
         folder: of the run.
         settings: its configuration.
-        files: digests of the files that it begins with, by argument; kept in `inputs.json`.
+        files: digests of the files that it begins with, by argument; `inputs.json` keeps them.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration or other files; names the differing keys.
+        ConfigError: the folder holds a run with another configuration or other files; names the differing keys. Or what
+            it holds is damaged.
         SystemExit: it holds this very run, finished.
     """
-    path, inputs = folder / CONFIG, folder / "inputs.json"
-    if path.is_file() and ((folder / RESULTS).is_file() or any(folder.glob(f"{RESUME}/*.ckpt"))):
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        there = dict(_flat(before | (json.loads(inputs.read_text()) if inputs.is_file() else {})))
-        asked = dict(_flat(settings | files))
-        finished = (folder / RESULTS).is_file()
-        # A run that goes on checks its data itself; a finished one cannot.
-        own = {"data.init_args.root", "data.init_args.vocab", ANNOTATED}
-        free = {*SURROUNDINGS, ANNOTATED} - (own if finished else set())
-        for values in (there, asked):
-            for key in ("data.init_args.root", "data.init_args.vocab"):
-                values[key] = values.get(key) and str(Path(values[key]).resolve())
-        differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
-        lines = [
-            f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for" for key in differing if key not in free
-        ]
-        if lines:
-            raise ConfigError(
-                f"{folder} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
-                "Type that run's command to go on with it, or delete or rename the folder."
-            )
-        if finished:
-            print(f"{folder}: finished; delete the folder to train anew")
-            raise SystemExit(0)
-        return
-    write_json(files, inputs)
-    with atomic_write(path) as file:
-        file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+    finished = (folder / RESULTS).is_file()
+    if not (folder / CONFIG).is_file() or not (finished or any(folder.glob(f"{RESUME}/*.ckpt"))):
+        return False
+    if finished and read_results(folder) is None:
+        raise ConfigError(f"{folder / RESULTS}: damaged: delete {folder} to train anew, or put the file back")
+    there = dict(_flat(read_settings(folder) | read_inputs(folder)))
+    asked = dict(_flat(settings | files))
+    # A run that goes on checks its data itself; a finished one cannot.
+    own = {"data.init_args.root", "data.init_args.vocab", ANNOTATED}
+    free = {*SURROUNDINGS, ANNOTATED} - (own if finished else set())
+    for values in (there, asked):
+        for key in ("data.init_args.root", "data.init_args.vocab"):
+            values[key] = values.get(key) and str(Path(values[key]).resolve())
+    differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    lines = [f"  {key}: {there.get(key)!r} there, {asked.get(key)!r} asked for" for key in differing if key not in free]
+    if lines:
+        raise ConfigError(
+            f"{folder} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
+            "Type that run's command to go on with it, or delete or rename the folder."
+        )
+    if finished:
+        print(f"{folder}: finished; delete the folder to train anew")
+        raise SystemExit(0)
+    return True
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
 """A finished run, opened again: what evaluations of its weights share. Torch and Lightning are imported late."""
 
-import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.results import annotations_digest, provenance, read_results
+from cdc_mmpg.results import (
+    ANNOTATED,
+    CONFIG,
+    RESULTS,
+    annotations_digest,
+    provenance,
+    read_inputs,
+    read_results,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from cdc_mmpg.experiment import Experiment
+
+OWN_PACKAGES = ("cdc_mmpg", "data_modules")  # whose classes a run's configuration may name
+IMPORTS = "CDC_MMPG_IMPORTS"  # in the environment: further packages that it may name, with commas between them
 
 
 def results_of(run: Path) -> dict[str, Any]:
@@ -23,12 +35,32 @@ def results_of(run: Path) -> dict[str, Any]:
         CheckpointError: it is none.
     """
     results = read_results(run)
-    if results is None or not (run / "best.ckpt").is_file() or not (run / "config.yaml").is_file():
+    lacking = [name for name in (RESULTS, CONFIG, "best.ckpt") if not (run / name).is_file()]
+    if results is None or lacking:
+        damaged = f"{RESULTS} is damaged" if RESULTS not in lacking else ""
+        others = _finished_beside(run)
         raise CheckpointError(
-            f"{run}: not a finished run, <dataset>/<method>/seed<N> with results.json, config.yaml and best.ckpt; "
-            "train it first (make train METHOD=...)"
+            f"{run}: not a finished run ({', '.join(filter(None, [damaged, *(f'no {name}' for name in lacking)]))}); "
+            + (
+                "finished are, there:"
+                + "".join(f"\n  METHOD={other.parent.name} SEED={other.name.removeprefix('seed')}" for other in others)
+                + "\nName one of them, or train this one first (make train METHOD=...)"
+                if others
+                else "train it first (make train METHOD=...)"
+            )
         )
     return results
+
+
+def _finished_beside(run: Path) -> list[Path]:
+    """Return the finished runs of the same dataset that have weights and answer questions, the newest first."""
+    runs = [path.parent for path in run.absolute().parents[1].glob(f"*/seed*/{RESULTS}")]
+    found = []
+    for other in runs:
+        results = read_results(other)
+        if results and "accuracy" in results and (other / "best.ckpt").is_file():
+            found.append((str(results.get("finished")), other))
+    return [other for _, other in sorted(found, reverse=True)]
 
 
 def folder_of(run: Path, evaluation: str) -> Path:
@@ -48,36 +80,76 @@ def is_done(folder: Path, source: Mapping[str, str]) -> bool:
     results = read_results(folder)
     if results is None or results.get("made_of") != source:
         return False
-    print(f"{folder}: finished on {results['finished']}; delete the folder to evaluate anew")
+    print(f"{folder}: finished on {results.get('finished')}; delete the folder to evaluate anew")
     return True
 
 
-def reopen(run: Path) -> "Experiment":
-    """The experiment of a finished run, on one processor, its weights not loaded and its data not read.
+def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Experiment":
+    """Return the experiment of a finished run, on one processor, its weights not loaded and its data not read.
+
+    A configuration names classes, and importing one runs its module: only those of this project are imported, and of
+    the packages that `CDC_MMPG_IMPORTS` names. Of its trainer nothing is kept.
+
+    Args:
+        run: its folder.
+        vocab: `vocab.txt`, where it is not where training found it.
+        reads_data: whether the dataset is to be read, whose annotations must be those of the training then.
 
     Raises:
-        ConfigError: its configuration lacks a part.
+        ConfigError: its configuration lacks a part, or names a class of another package.
         DataError: the annotations are not those that it was trained with; names the folder.
     """
-    import yaml  # noqa: PLC0415  see `cli`
-
-    from cdc_mmpg.experiment import ANNOTATED, CONFIG, Experiment  # noqa: PLC0415
-
-    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    settings = read_settings(run)
     try:
-        arguments, root = settings["model"]["init_args"], Path(settings["data"]["init_args"]["root"])
-        arguments["encoder"]["checkpoint"] = None  # the run has all weights
-        settings["trainer"] |= {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto"}
-        settings["trainer"] |= {"precision": "32-true", "callbacks": None}
+        model, data = settings["model"]["init_args"], settings["data"]["init_args"]
+        for part in (settings["model"], settings["data"], model["head"]):
+            part["class_path"]
+        model["encoder"]["checkpoint"] = None  # the run has all weights
+        root = Path(data["root"])
+        if "adr" in model:
+            model["adr"] = str(run / "adr.safetensors")
+        if vocab:
+            data["vocab"] = vocab
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run / CONFIG}: not the configuration of a run ({error!r}): train anew") from error
-    if "adr" in arguments:
-        arguments["adr"] = str(run / "adr.safetensors")
-    inputs = run / "inputs.json"
-    before = json.loads(inputs.read_text(encoding="utf-8")).get(ANNOTATED) if inputs.is_file() else None
-    if before is not None and root.is_dir() and before != annotations_digest(root):
+    settings["trainer"] = {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto",
+                           "precision": "32-true", "default_root_dir": str(run)}  # fmt: skip
+    _refuse_foreign_classes(run, settings)
+    before = read_inputs(run).get(ANNOTATED)
+    if reads_data and before is not None and root.is_dir() and before != annotations_digest(root):
         raise DataError(f"{root}: its annotations changed since {run} was trained: restore them, or train anew")
+
+    from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  see `cli`
+
     return Experiment(settings, run=False)
+
+
+def _refuse_foreign_classes(run: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a configuration that names classes of packages that are not allowed, before any is imported.
+
+    Raises:
+        ConfigError: names them, and how to allow them.
+    """
+    allowed = {*OWN_PACKAGES, *filter(None, os.environ.get(IMPORTS, "").split(","))}
+    foreign = sorted({path for path in _class_paths(settings) if path.partition(".")[0] not in allowed})
+    if foreign:
+        packages = ",".join(sorted({path.partition(".")[0] for path in foreign}))
+        raise ConfigError(
+            f"{run / CONFIG} names classes outside this project, whose code would run: {', '.join(foreign)}. If you "
+            f"trust the run and that code, allow it: {IMPORTS}={packages} in the environment"
+        )
+
+
+def _class_paths(tree: Any) -> Iterator[str]:
+    """Yield every class that a configuration names, at any depth."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if key == "class_path" or (key in ("model", "data", "head", "encoder") and not isinstance(value, Mapping)):
+                yield str(value)  # a class may be named without its arguments, too
+            yield from _class_paths(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _class_paths(value)
 
 
 def identity(

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdc_mmpg.cli import exit_code, log_to_terminal
-from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.results import read_results
+from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.files import expand_home
+from cdc_mmpg.finished import reopen, results_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the best answers with their probabilities; returns the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument("--video", type=Path, required=True)
+    parser.add_argument("--run", required=True, help="folder of a finished run")
+    parser.add_argument("--video", required=True)
     parser.add_argument("--question", default="")
     parser.add_argument("--choices", default="", help="candidates or captions, with | between them")
     parser.add_argument("--vocab", help="vocab.txt, where it is not where training found it")
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         choices = [choice.strip() for choice in options.choices.split("|") if choice.strip()]
-        task, answers = predict(options.run, options.video, options.question, choices, options.vocab)
+        run, video, vocab = (name and expand_home(name) for name in (options.run, options.video, options.vocab))
+        task, answers = predict(Path(run), Path(video), options.question, choices, vocab)
         print(options.question or options.video)
         for word, score in answers:
             print(f"  {score:6.3f}  {word}" if task == "retrieval" else f"  {score:6.1%}  {word}")
@@ -55,22 +57,13 @@ def predict(
     task = _task(run, video, question, choices)
 
     import torch  # noqa: PLC0415
-    import yaml  # noqa: PLC0415
 
     from cdc_mmpg.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
-    from cdc_mmpg.experiment import ANSWERS, CONFIG, Experiment  # noqa: PLC0415
+    from cdc_mmpg.experiment import ANSWERS  # noqa: PLC0415
     from cdc_mmpg.text import TextEncoder, pad  # noqa: PLC0415
     from cdc_mmpg.weights import load_checkpoint  # noqa: PLC0415
 
-    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    arguments = settings["model"]["init_args"]
-    arguments["encoder"]["checkpoint"] = None  # all weights are in best.ckpt
-    if "adr" in arguments:
-        arguments["adr"] = str(run / "adr.safetensors")
-    if vocab:
-        settings["data"]["init_args"]["vocab"] = vocab
-    settings["trainer"] |= {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto"}
-    experiment = Experiment(settings, run=False)
+    experiment = reopen(run, vocab, reads_data=False)
     model, data = experiment.model, experiment.settings["data"]["init_args"]
     model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     model.eval()
@@ -106,9 +99,7 @@ def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
     """Of the run, once it is clear that everything it needs was given."""
     if not video.is_file():
         raise DataError(f"{video}: no such clip (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
-    results = read_results(run)
-    if results is None:
-        raise CheckpointError(f"{run}: not a finished run; train it first (make train METHOD={run.parent.name})")
+    results = results_of(run)
     if "accuracy" not in results:
         raise ConfigError(
             f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"

@@ -11,11 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import atomic_write, file_digest
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"  # of a run: its whole configuration
+INPUTS = "inputs.json"  # digests of what it began with
 RESULTS = "results.json"
+ANNOTATED = "content of data.init_args.root (annotations)"  # in `INPUTS`
 RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
 ANNOTATIONS = (".json", ".jsonl", ".csv", ".txt")
 SOURCES = ("src", "experiments", "data_modules")  # folders of the repository whose files make a run
@@ -129,6 +133,41 @@ def _misfit(value: Any, shape: Shape, place: str) -> str | None:
                 return found
         return None
     return None if isinstance(value, shape) else place
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return the configuration of a run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    import yaml  # noqa: PLC0415  the device has none
+
+    path = run / CONFIG
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise TypeError(f"holds a {type(settings).__name__}")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not the configuration of a run ({reason}): put it back, or train anew") from error
+    return settings
+
+
+def read_inputs(run: Path) -> dict[str, str]:
+    """Return the digests of what a run began with, none of a run that noted none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = run / INPUTS
+    try:
+        inputs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(inputs, dict):
+            raise TypeError(f"holds a {type(inputs).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}): put it back, or delete {run} to train anew") from error
+    return inputs
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,362 @@
+"""The folder of a run: who may write in it, what may be wrong with it, and what a run does when it cannot write."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cdc_mmpg import dashboard, export, on_device, predict
+from cdc_mmpg.cli import exit_code, main
+from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.files import HOST, LOCK, lock_folder
+from cdc_mmpg.finished import IMPORTS, reopen, results_of
+from cdc_mmpg.results import RESUME
+from conftest import write_clip
+from processes import finish, kill, recording, start, steps, until
+
+SLOW = 0.07  # seconds a step
+
+
+@pytest.fixture(scope="module")
+def trained(msvd, tmp_path_factory):
+    """A finished run of fine-tuning, not to be changed."""
+    out = tmp_path_factory.mktemp("trained")
+    folder = out / "msvd" / "fine_tuning" / "seed0"
+    command = [
+        "fit", "--config=experiments/methods/fine_tuning.yaml", "--config=experiments/datasets/msvd.yaml",
+        f"--trainer.default_root_dir={folder}", f"--data.init_args.root={msvd}",
+        f"--data.init_args.cache_dir={out / 'data'}", f"--data.init_args.vocab={msvd / 'vocab.txt'}",
+        "--data.init_args.num_classes=5", "--data.init_args.image_size=32", "--data.init_args.batch_size=4",
+        "--data.init_args.num_workers=0", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert finish(start(out / "log", main, command)) == 0, (out / "log").read_text()
+    return folder
+
+
+@pytest.fixture
+def own_run(trained, tmp_path):
+    """The same run, to be damaged."""
+    folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
+    shutil.copytree(trained, folder)
+    return folder
+
+
+def test_a_run_folder_is_for_one_command_at_a_time(fit, tmp_path):
+    """The second command is refused while the first trains; the first one's config stays, and its death frees it."""
+    last = tmp_path / "last.pt"
+    command = [*fit("fine_tuning", "--trainer.max_epochs=50"), *recording(last, SLOW)]
+    folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
+    first = start(tmp_path / "log", main, command)
+    until(lambda: steps(last) > 0, first)
+    config = (folder / "config.yaml").read_bytes()
+    other = [*fit("fine_tuning", "--trainer.max_epochs=50"), "--model.init_args.learning_rate=0.5"]
+    assert finish(start(tmp_path / "log2", main, other)) == 2
+    assert f"seed0 is in use by process {first.pid} on " in (tmp_path / "log2").read_text()
+    assert (folder / "config.yaml").read_bytes() == config
+    kill(first)
+    finish(first)
+    with lock_folder(folder):
+        pass
+
+
+def hold(folder: Path, ready: Path) -> int:
+    with lock_folder(folder):
+        if os.fork() == 0:  # a helper that outlives it, as a loader process may
+            signal.pause()
+        ready.touch()
+        signal.pause()
+    return 0
+
+
+def test_a_lock_ends_with_its_process_and_clears_what_was_left(tmp_path):
+    folder, ready = tmp_path / "run", tmp_path / "ready"
+    process = start(tmp_path / "log", hold, folder, ready)
+    until(ready.exists, process)
+
+    def write() -> None:
+        with lock_folder(folder):
+            pass
+
+    with pytest.raises(ConfigError, match=f"in use by process {process.pid} on .* since 20"):
+        write()
+    for host in (HOST, "another"):
+        (folder / f".config.yaml.{host}.{process.pid}.tmp").touch()
+    (folder / ".kept").touch()
+    kill(process)
+    finish(process)
+    write()
+    assert {path.name for path in folder.iterdir()} == {LOCK, ".kept"}
+
+
+def test_a_run_killed_in_its_first_second_leaves_no_temporary(fit, tmp_path):
+    folder = tmp_path / "msvd" / "linear" / "seed0"
+    folder.mkdir(parents=True)
+    leftover = folder / ".config.yaml.elsewhere.4711.tmp"
+    leftover.touch()
+    assert finish(start(tmp_path / "log", main, fit("linear"))) == 0, (tmp_path / "log").read_text()
+    assert not leftover.exists()
+
+
+def with_surroundings(command: list[str], variables: dict[str, str]) -> int:
+    os.environ.update(variables)
+    return main(command)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "3"}, {"NODE_RANK": "2"}, {"JSM_NAMESPACE_RANK": "1"}],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_a_stray_rank_takes_no_logs_from_a_run(variables, fit, tmp_path):
+    """As in a shell of a SLURM job: what the variable says belongs to somebody else."""
+    process = start(tmp_path / "log", with_surroundings, fit("linear"), variables)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    folder = tmp_path / "msvd" / "linear" / "seed0"
+    assert "test/accuracy" in (folder / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "parameters on the device" in (tmp_path / "log").read_text()
+
+
+EVIL = "import pathlib; pathlib.Path({path!r}).touch()\nclass Head: pass\n"
+
+
+def poison(settings: dict, place: str) -> None:
+    if place == "head":
+        settings["model"]["init_args"]["head"] = {"class_path": "evil_module.Head", "init_args": {}}
+    elif place == "head without arguments":
+        settings["model"]["init_args"]["head"] = "evil_module.Head"
+    elif place == "encoder":
+        settings["model"]["init_args"]["encoder"] = {"class_path": "evil_module.Head"}
+    elif place in ("data", "model"):
+        settings[place]["class_path"] = "evil_module.Head"
+    else:
+        settings["trainer"][place] = [{"class_path": "evil_module.Head"}]
+
+
+@pytest.mark.parametrize("place", ["head", "head without arguments", "encoder", "data", "model", "callbacks",
+                                   "plugins", "logger", "profiler"])  # fmt: skip
+def test_a_run_that_names_foreign_code_runs_none_of_it(place, own_run, tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(EVIL.format(path=str(tmp_path / "exploded")))
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = yaml.safe_load((own_run / "config.yaml").read_text())
+    poison(settings, place)
+    (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    if place in ("callbacks", "plugins", "logger", "profiler"):
+        reopen(own_run)  # of a trainer nothing is kept
+    else:
+        with pytest.raises(ConfigError, match=r"names classes outside this project|not the configuration of a run"):
+            reopen(own_run)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_every_command_that_reopens_a_run_refuses_foreign_code_unless_told_otherwise(own_run, tmp_path, capsys,
+                                                                                    monkeypatch):  # fmt: skip
+    (tmp_path / "evil_module.py").write_text(EVIL.format(path=str(tmp_path / "exploded")))
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = yaml.safe_load((own_run / "config.yaml").read_text())
+    poison(settings, "head")
+    (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    clip = write_clip(tmp_path / "own.mp4", codec="libx264")
+    for command in (
+        lambda: predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]),
+        lambda: export.main([str(own_run)]),
+        lambda: on_device.main([str(own_run)]),
+    ):
+        assert command() == 2
+        assert f"evil_module.Head. If you trust the run and that code, allow it: {IMPORTS}=evil_module" in (
+            capsys.readouterr().err
+        )
+    assert not (tmp_path / "exploded").exists()
+    monkeypatch.setenv(IMPORTS, "other,evil_module")
+    assert predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]) == 2  # it is no head
+    assert (tmp_path / "exploded").exists()
+
+
+def test_predict_names_the_runs_that_are_finished(trained, tmp_path, capsys):
+    clip = write_clip(tmp_path / "own.mp4", codec="libx264")
+    absent = trained.parents[1] / "all" / "seed0"
+    assert predict.main([f"--run={absent}", f"--video={clip}", "--question=what?"]) == 4
+    assert "not a finished run (no results.json, no config.yaml, no best.ckpt)" in (said := capsys.readouterr().err)
+    assert "\n  METHOD=fine_tuning SEED=0\n" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("results.json", "{", "results.json: damaged"),
+        ("config.yaml", "a: [", "not the configuration of a run"),
+        ("config.yaml", "- 1", "holds a list"),
+        ("config.yaml", "{}", "another configuration"),
+        ("inputs.json", "{", "inputs.json: damaged"),
+        ("inputs.json", "[]", "holds a list"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(name, content, words, own_run, fit, tmp_path, capsys):
+    (own_run / name).write_text(content)
+    assert main([*fit("fine_tuning"), "--trainer.log_every_n_steps=7"]) == 2
+    assert words in capsys.readouterr().err
+    if name == "results.json":
+        with pytest.raises(CheckpointError, match=r"results\.json is damaged"):
+            results_of(own_run)
+    else:
+        with pytest.raises(ConfigError, match=name):
+            reopen(own_run)
+
+
+def test_home_is_written_out_in_paths(fit, msvd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clips").symlink_to(msvd)
+    command = fit("linear", "--trainer.default_root_dir=~/out/msvd/linear/seed0", "--data.init_args.root=~/clips",
+                  "--data.init_args.vocab=~/clips/vocab.txt", "--data.init_args.cache_dir=~/out/data")  # fmt: skip
+    assert main(command) == 0
+    assert (tmp_path / "out" / "msvd" / "linear" / "seed0" / "results.json").is_file()
+    assert (tmp_path / "out" / "data" / "frames").is_dir()
+    assert not Path("~").exists()
+    assert main(command) == 0
+    clip = write_clip(tmp_path / "own.mp4", codec="libx264")
+    assert clip.is_file()
+    run = "--run=~/out/msvd/linear/seed0"
+    assert predict.main([run, "--video=~/own.mp4", "--question=what?", "--vocab=~/clips/vocab.txt"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (f"--trainer.default_root_dir=/tmp/{'x' * 300}/linear/seed0", "not a usable folder (File name too long)"),
+        ("--trainer.default_root_dir=/dev/null/linear/seed0", "not a usable folder (Not a directory)"),
+        (f"--data.init_args.root=/{'x' * 300}", "not a usable path (File name too long)"),
+        (f"--data.init_args.vocab=/{'x' * 300}.txt", "not a usable path (File name too long)"),
+        (f"--model.init_args.encoder.checkpoint=/{'x' * 300}.ckpt", "not a usable path (File name too long)"),
+        ("--trainer.default_root_dir=~nobody_of_this_name/linear/seed0", "~nobody_of_this_name"),
+    ],
+)
+def test_a_path_that_no_file_system_holds_is_refused(argument, words, fit, capsys):
+    assert main([*fit("linear"), argument]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_memory_that_does_not_do_is_one_sentence(capsys):
+    def of_the_gpu() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8 GiB"
+        )
+
+    assert exit_code(of_the_gpu) == 2
+    assert "batch_size=64" in (said := capsys.readouterr().err)
+    assert "Tried to allocate 20.00 MiB" in said
+    assert exit_code(lambda: torch.empty(2**58)) == 2
+    assert "the machine's memory does not do: take a smaller batch" in capsys.readouterr().err
+
+
+def test_a_refusal_of_the_disk_is_named(capsys):
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert exit_code(write) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="Interrupted"):  # not of the disk: a fault of the code
+        exit_code(lambda: (_ for _ in ()).throw(OSError(errno.EINTR, "Interrupted")))
+
+
+def test_a_closed_terminal_ends_the_step_and_saves(fit, tmp_path):
+    last = tmp_path / "last.pt"
+    command = [*fit("fine_tuning", "--trainer.max_epochs=50", "--data.init_args.batch_size=2"), *recording(last, SLOW)]
+    process = start(tmp_path / "log", main, command)
+    until(lambda: steps(last) >= 2, process)
+    kill(process, signal.SIGHUP)
+    assert finish(process) == 129, (tmp_path / "log").read_text()
+    assert list((tmp_path / "msvd" / "fine_tuning" / "seed0" / RESUME).glob("*.ckpt"))
+    assert "stopped by SIGHUP; type the same command again to go on" in (tmp_path / "log").read_text()
+
+
+def in_nohup(command: list[str]) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return main(command)
+
+
+def test_nohup_keeps_a_run_from_a_closed_terminal(fit, tmp_path):
+    last = tmp_path / "last.pt"
+    command = [*fit("fine_tuning"), *recording(last, SLOW)]
+    process = start(tmp_path / "log", in_nohup, command)
+    until(lambda: steps(last) >= 1, process)
+    kill(process, signal.SIGHUP)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+
+
+def with_wandb(command: list[str], variables: dict[str, str]) -> int:
+    dashboard.PATIENCE_SECONDS = 3
+    os.environ.pop("WANDB_MODE", None)
+    os.environ.update(variables)
+    return main(command)
+
+
+SECRET = "s3cr3t" * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WANDB_BASE_URL": "wandb.example.org"},
+        {"WANDB_BASE_URL": f"http://user:{SECRET}@127.0.0.1:9", "WANDB_MODE": "online"},
+        {"WANDB_PROJECT": "team/project"},
+        {"WANDB_CONSOLE": "yes"},
+        {"WANDB_MODE": "nonsense"},
+        {"WANDB_RUN_ID": "a/b c?#"},
+        {"WANDB_DIR": "/proc/absent"},
+        {"WANDB_API_KEY": SECRET[:9], "WANDB_MODE": "online"},
+        {"WANDB_API_KEY": f"{SECRET}\r\n", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+        {"WANDB_SILENT": "maybe"},
+        {"WANDB_SWEEP_ID": "of nobody"},
+        {"WANDB_CONFIG_DIR": "/proc/absent"},
+        {"HOME": "/proc/absent"},
+        {"WANDB_SERVICE": "nonsense"},
+    ],
+    ids="-".join,
+)
+def test_no_setting_of_wandb_stops_a_run(variables, fit, tmp_path):
+    process = start(tmp_path / "log", with_wandb, fit("linear"), variables)
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert SECRET[:9] not in said
+    folder = tmp_path / "msvd" / "linear" / "seed0"
+    assert (folder / "results.json").is_file()
+    assert "test/accuracy" in (folder / "logs" / "version_0" / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path):
+    """Disks of all sizes between too small for the first file and large enough for all."""
+    disk, data, sizes = tmp_path / "disk", tmp_path / "data", [64 * 2**step for step in range(13)]  # KiB
+    disk.mkdir()
+    command = [*fit("fine_tuning", "--trainer.max_epochs=2", out=disk), f"--data.init_args.cache_dir={data}"]
+    folder, failures = disk / "msvd" / "fine_tuning" / "seed0", 0
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for number, size in enumerate(sizes):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+            log = tmp_path / f"log{number}"
+            code, said = finish(start(log, main, command)), log.read_text()
+            assert "Traceback" not in said, said
+            if code == 0:
+                break
+            failures += 1
+            assert code in (1, 4), said
+            assert "No space left on device" in said
+            assert not (folder / "results.json").exists()
+        else:
+            pytest.fail("it never ended")
+        assert failures > 3
+        assert json.loads((folder / "results.json").read_text())["epochs"] == 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
