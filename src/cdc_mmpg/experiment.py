@@ -131,8 +131,8 @@ def _explain_unknown_key(message: str, given: Sequence[str]) -> str:
     for key in known:
         leaves.setdefault(key.rpartition(".")[2], []).append(key)
     leaf = path.rpartition(".")[2]
-    near = difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.5)
-    near = near or sorted(other for other in leaves if leaf in other)[:1]
+    near = [leaf] if leaf in leaves else sorted(other for other in leaves if other.startswith(leaf))
+    near = near or difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.5)
     if not near:
         return f"{path}: there is no such key, and none that exists is like it"
     nearest = max(leaves[near[0]], key=lambda key: difflib.SequenceMatcher(None, key, path).ratio())
@@ -149,7 +149,7 @@ def _known_paths() -> list[str]:
 
     places = {
         "trainer.": [Trainer],
-        "data.init_args.": subclasses(EpochDataModule),
+        "data.init_args.": (cls for cls in subclasses(EpochDataModule) if not cls.__module__.startswith("cdc_mmpg")),
         "model.init_args.": subclasses(Method),
         "model.init_args.encoder.": [AllInOne],
         "model.init_args.head.init_args.": subclasses(Head),
