@@ -1,16 +1,18 @@
 """AnchorFrame Distribution Reasoner (paper section 3.3): a VAE over the anchor feature, then a re-normalisation."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import Task
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
+
+if TYPE_CHECKING:  # it imports Lightning, which the cloud's service has not
+    from cdc_mmpg.batch import Task
 
 Preset = Literal["small", "paper_qa", "paper_mc"]
 
@@ -24,7 +26,7 @@ PRESETS: dict[str, tuple[tuple[int, int], int]] = {
 }
 
 
-def paper_preset(task: Task) -> Preset:
+def paper_preset(task: "Task") -> Preset:
     """Return the sizes that fit the paper's counts for a task.
 
     TGIF's action and transition, of which the paper prints nothing, are multiple choice. For retrieval it prints no
