@@ -443,7 +443,7 @@ def exported(folder: Path) -> list[Exported]:
             with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
                 asked = next(csv.DictReader(file))
             clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{asked['clip']}.*"))
-        except (OSError, StopIteration, KeyError):
+        except (OSError, ValueError, StopIteration, KeyError, csv.Error):
             continue
         for name in ("device", "device-int8"):
             found.append(Exported(f"{run.parent.name}/{name}", report.parent / name, clip, asked["question"]))

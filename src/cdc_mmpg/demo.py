@@ -111,15 +111,23 @@ def session_of(run: Path, data: Path, device: str | None, seed: int) -> Session:
             rows = list(csv.DictReader(file))
         clips = json.loads((data / "devices.json").read_text(encoding="utf-8"))
         unseen = sorted({row["device"] for row in rows if row["group"] == "unseen"})
-    except (OSError, ValueError, KeyError) as error:
+        history = {
+            owner: [clip for clip, row in clips.items() if row["device"] == owner and row["role"] == "history"]
+            for owner in unseen
+        }
+        asked = {
+            owner: [Question(row["clip"], row["question"], row["answer"]) for row in rows if row["device"] == owner]
+            for owner in unseen
+        }
+        if not unseen:
+            raise ValueError("no device in it that training did not see")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{data}: not the embedded dataset, of which {run} was tested ({error})") from error
     if device is None:
         device = random.Random(seed).choice(unseen)
     elif device not in unseen:
         raise DataError(f"{device!r} is no unseen device: these are {', '.join(unseen)}")
-    history = [clip for clip, row in clips.items() if row["device"] == device and row["role"] == "history"]
-    asked = [Question(row["clip"], row["question"], row["answer"]) for row in rows if row["device"] == device]
-    return Session(device, history, asked)
+    return Session(device, history[device], asked[device])
 
 
 def path_of(data: Path, clip: str) -> Path:

@@ -7,7 +7,8 @@
 
 The encoder is exported for one clip and any number of frames up to T, the head with the last layer as an input, so that
 a new layer is another array and no new session. Of the word table, half of the model at the paper's size, only the
-words of the training questions stay, the `WORDS` most frequent of them; the others become [UNK].
+words of the training questions stay, the `WORDS` most frequent of them; the others become [UNK], and a device says so
+(`--all-words` keeps all). Whoever writes a bundle is trusted by the device that reads it: digests tell damage, no more.
 """
 
 import argparse
@@ -101,20 +102,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="random weights instead of the run's, of the model that these configurations describe: to size and time "
         "a deployment before anything is trained",
     )
+    parser.add_argument("--all-words", action="store_true", help="keep the vocabulary as it is, however large")
     options = parser.parse_args(arguments)
     log_to_terminal()
     leave_on_signals()
     out = options.out or options.run / "deployment"
 
     def run() -> None:
-        report = export_untrained(options.untrained, out) if options.untrained else export_run(options.run, out)
+        report = (
+            export_untrained(options.untrained, out, options.all_words)
+            if options.untrained
+            else export_run(options.run, out, options.all_words)
+        )
         print(summary(report, out))
 
     return exit_code(run)
 
 
-def export_run(run: Path, out: Path) -> dict[str, Any]:
-    """Write the bundles of a finished run below `out`, checked against torch and tried on its test; the report.
+def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
+    """Write the bundles of a finished run below `out`, checked against torch and tried on its test; return the report.
+
+    Args:
+        run: its folder.
+        out: where the bundles go.
+        all_words: keep all of the vocabulary.
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
@@ -141,7 +152,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         data.task,
         answers,
         words,
-        kept_words(words, data.word_counts("train")),
+        list(range(len(words))) if all_words else kept_words(words, data.word_counts("train")),
         _frames(settings),
         settings["text_length"],
     )
@@ -152,8 +163,8 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     return report
 
 
-def export_untrained(configurations: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Bundles of random weights; the first so many WordPieces of a made-up vocabulary stay.
+def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool = False) -> dict[str, Any]:
+    """Write bundles of random weights; the first so many WordPieces of a made-up vocabulary stay, or all.
 
     Raises:
         ConfigError: the configurations do not make a method that can be served.
@@ -177,7 +188,7 @@ def export_untrained(configurations: Sequence[Path], out: Path) -> dict[str, Any
     answers = [f"answer{i}" for i in range(method.head.outputs)] if method.head.task == "open_ended" else []
     name = "/".join(path.stem for path in reversed(configurations))
     source = Source(
-        method.eval(), name, method.head.task, answers, words, list(range(min(size, WORDS))), _frames(settings),
+        method.eval(), name, method.head.task, answers, words, list(range(size if all_words else min(size, WORDS))), _frames(settings),
         settings["text_length"],
     )  # fmt: skip
     report = write_bundles(source, out)
@@ -326,32 +337,30 @@ def write_cloud(generator: "Generator", encoder: bytes, name: str, folder: Path)
 
 
 def signing_key(path: Path) -> "Ed25519PrivateKey":
-    """The cloud's key, made once: readable by its owner alone.
+    """Return the cloud's key, made once: readable by its owner alone.
 
     Raises:
-        CheckpointError: there is a file, and it holds no such key.
+        CheckpointError: there is a file, and it holds no such key, or others may read it.
+        CDCError: it cannot be written.
     """
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  see `cli`
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not os.path.lexists(path):
         content = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        previous = os.umask(0o077)
-        try:
-            with atomic_write(path) as file:
-                file.write(content)
-        finally:
-            os.umask(previous)
+        with atomic_write(path) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
     try:
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a key ({error}): restore it, or delete it and export anew") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise CheckpointError(f"{path}: not an Ed25519 key: delete it and export anew")
-    path.chmod(0o600)
     return key
 
 
@@ -542,19 +551,28 @@ def tried(source: Source, data: "VideoTextData", run: Path, out: Path) -> dict[s
 
     Layers are made as in the field: each bundle uploads what it computes itself, the cloud's generator answers in the
     bundle's payload. A session has the anchors of the same 16 further clips that the run was tested with.
+
+    Raises:
+        CheckpointError: the run's own answers are not there, or of other questions.
     """
     from cdc_mmpg.batch import UNKNOWN, Origin  # noqa: PLC0415  see `cli`
     from cdc_mmpg.metrics import RIGHT  # noqa: PLC0415
 
     labels = data.labels("test").tolist()
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:QUESTIONS].tolist())
-    with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    given = [row[len(Origin._fields)] for row in rows]
-    answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN else "" for i in range(len(labels))]
-    # By label, but of a run of an earlier version, whose table has words alone.
-    by_label = header[-1] == RIGHT
-    right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
+    predictions = run / "predictions.test.csv"
+    try:
+        with predictions.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        given = [row[len(Origin._fields)] for row in rows]
+        if len(rows) != len(labels):
+            raise ValueError(f"{len(rows)} questions, where the dataset has {len(labels)}")
+        by_label = header[-1] == RIGHT
+        answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN else "" for i in range(len(labels))]
+        # By label, but of a run of an earlier version, whose table has words alone.
+        right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise CheckpointError(f"{predictions}: not what a test leaves ({error}): train anew") from error
     generator = Generator.load(out / "cloud" / GENERATOR)
     found: dict[str, Any] = {"questions": len(drawn),
                              "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip

@@ -1,13 +1,12 @@
 """`python -m cdc_mmpg.device`: answer a question about a clip with a device bundle, and say what it took."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import exit_code, leave_on_signals
+from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.device.client import Answer, Device
 from cdc_mmpg.device.connection import printable
 from cdc_mmpg.errors import DataError
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-session", action="store_true", help="forget the clips and the layer of another camera")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds that the answer may wait for a layer")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    log_to_terminal()
     leave_on_signals()
 
     def run() -> None:

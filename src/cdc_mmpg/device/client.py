@@ -254,7 +254,7 @@ class Device:
         self._trouble = self._tell(str(error))
         self._next_attempt = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
-        logger.info("no new layer: %s", self._trouble)
+        logger.debug("no new layer: %s", self._trouble)  # the answer says it
 
     def _succeed(self) -> None:
         """Forget what went wrong before."""
