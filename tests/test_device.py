@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -514,3 +515,15 @@ for name in ("torch", "lightning", "timm", "transformers", "torchmetrics", "fast
 """
     with Cloud(deployed / "session" / "cloud", tmp_path / "log") as service:
         subprocess.run([python, "-c", script, service.url], check=True, cwd=tmp_path)
+
+
+def test_a_clip_of_a_line_takes_no_memory_to_speak_of(deployed, tmp_path):
+    """Resized before it is cropped it would take 12 MB a frame, nine of which are looked at."""
+    device = open_device(deployed, None)
+    for name, size in (("tall", (1, 4000)), ("wide", (4000, 1))):
+        clip = write_clip(tmp_path / f"{name}.gif", frames=12, size=size, codec="gif")
+        tracemalloc.start()
+        assert device.answer(clip, QUESTION).text
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16_000_000

@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from cdc_mmpg import cloud, export
 from cdc_mmpg.batch import VideoTextBatch
+from cdc_mmpg.cli import exit_code
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -20,7 +22,7 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
-from deployments import WORDS, deployment, generator
+from deployments import ENCODER, WORDS, deployment, generator, write_cloud
 from tolerances import assert_agree
 
 
@@ -68,6 +70,23 @@ def method_of(folder: Path) -> CDCMMPGSession:
     return made.eval()
 
 
+def test_all_words_stay_where_that_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "WORDS", 20)
+    sources: list[export.Source] = []
+
+    def stop(source: export.Source, out: Path) -> dict[str, object]:
+        sources.append(source)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(export, "write_bundles", stop)
+    configurations = ["experiments/methods/cdc_mmpg_session.yaml", "experiments/datasets/synthetic.yaml"]
+    for more in ([], ["--all-words"]):
+        assert export.main([str(tmp_path), "--untrained", *configurations, *more]) == 2
+    cut, whole = sources
+    assert len(cut.kept) == 20
+    assert whole.kept == list(range(len(whole.words)))
+
+
 def test_an_unknown_word_and_one_that_was_left_out_are_the_same(deployed):
     model = DeviceModel(deployed / "session" / "device")
     words = (deployed / "session" / "device" / "vocab.txt").read_text().split()
@@ -109,6 +128,33 @@ def test_the_key_pair_is_made_once_and_both_sides_know_the_same(deployed, tmp_pa
     (folder / "cloud" / "signing_key.pem").write_text("no key")
     with pytest.raises(CheckpointError, match=r"signing_key\.pem: not a key"):
         export.signing_key(folder / "cloud" / "signing_key.pem")
+
+
+@pytest.mark.parametrize("what", ["a file", "read-only", "full"])
+def test_a_place_that_takes_no_bundle_is_named_and_nothing_is_half_there(what, tmp_path, capsys):
+    folder = tmp_path / "out"
+    if what == "a file":
+        folder.write_text("in the way")
+    else:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", folder], check=False).returncode:
+            pytest.skip("no file system may be mounted here")
+    try:
+        if what == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        assert exit_code(lambda: write_cloud(generator("full"), ENCODER, "test/full", folder / "cloud")) == 1
+        assert str(folder) in capsys.readouterr().err
+        assert not list(tmp_path.glob("out/**/*.tmp"))
+    finally:
+        if what != "a file":
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_key_that_others_may_read_is_its_owners_again(tmp_path):
+    export.signing_key(tmp_path / "key.pem")
+    (tmp_path / "key.pem").chmod(0o644)
+    export.signing_key(tmp_path / "key.pem")
+    assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
 
 
 def test_another_encoder_or_generator_has_another_version():

@@ -187,10 +187,10 @@ def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool 
     words = [*SPECIAL, *letters, *(f"word{i}" for i in range(max(size, BERT_SIZE)))][:size]
     answers = [f"answer{i}" for i in range(method.head.outputs)] if method.head.task == "open_ended" else []
     name = "/".join(path.stem for path in reversed(configurations))
+    kept = list(range(size if all_words else min(size, WORDS)))
     source = Source(
-        method.eval(), name, method.head.task, answers, words, list(range(size if all_words else min(size, WORDS))), _frames(settings),
-        settings["text_length"],
-    )  # fmt: skip
+        method.eval(), name, method.head.task, answers, words, kept, _frames(settings), settings["text_length"]
+    )
     report = write_bundles(source, out)
     write_json(report, out / REPORT)
     return report
