@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from cdc_mmpg.device import client
+from cdc_mmpg.device import Device, client
 from cdc_mmpg.device.connection import check_url, find_proxy, is_loopback
 from cdc_mmpg.errors import ConfigError
 from conftest import write_clip
@@ -101,6 +101,12 @@ def test_an_address_of_a_cloud_is_one(url):
 def test_a_deadline_that_is_none_is_refused(deployed, deadline):
     with pytest.raises(ConfigError, match="deadline"):
         open_device(deployed, None, deadline=deadline)
+
+
+def test_a_number_of_threads_that_is_none_is_refused(deployed):
+    for threads in (-1, 1.5, "2"):
+        with pytest.raises(ConfigError, match="threads"):
+            Device(deployed / "session" / "device", threads=threads)
 
 
 @pytest.mark.parametrize(

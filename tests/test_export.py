@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from cdc_mmpg import cloud, export
 from cdc_mmpg.batch import VideoTextBatch
@@ -68,6 +70,18 @@ def method_of(folder: Path) -> CDCMMPGSession:
     torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
     assert export.weights_digest(made).hex() == report(folder)["encoder"]
     return made.eval()
+
+
+@pytest.mark.parametrize("kind", ["session", "choice"])
+def test_no_product_of_the_int8_encoder_saturates_on_any_processor(deployed, kind):
+    """Without VNNI x86 adds two products of unsigned by signed numbers in 16 bits, which hold 2 x 255 x 64."""
+    graph = onnx.load(deployed / kind / "device-int8" / "encoder.onnx").graph
+    weights = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMulInteger", "ConvInteger")]
+    assert len(products) > 5
+    for node in products:
+        weight = weights[node.input[1]]
+        assert weight.dtype == np.uint8 or np.abs(weight.astype(int)).max() <= 64
 
 
 def test_all_words_stay_where_that_is_asked_for(monkeypatch, tmp_path):

@@ -146,6 +146,10 @@ def test_two_uploads_of_the_same_feature_differ_and_a_layer_answers_one_of_them(
     decode_layer(layer(upload=again), again, WHOLE, VERSIONS, KEY.public_key())
 
 
+def test_a_nonce_may_be_given():
+    assert HEADER.unpack_from(encode_upload(FEATURE, WHOLE, VERSIONS, OTHER))[7] == OTHER
+
+
 def test_a_layer_that_the_device_has_kept_needs_no_upload():
     arrived = decode_layer(layer(), None, WHOLE, VERSIONS, KEY.public_key())
     assert (arrived[0] == matrices(WHOLE)[0]).all()

@@ -71,7 +71,7 @@ class Device:
 
     Raises:
         CheckpointError: the bundle is none, or damaged.
-        ConfigError: a URL or a key that cannot be one, or a deadline that is not positive.
+        ConfigError: a URL or a key that cannot be one, a deadline that is not positive, a negative number of threads.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class Device:
             raise ConfigError(
                 f"a deadline of {deadline!r} seconds: more than 0, at most {LONGEST_SECONDS:.0f} (DEADLINE=)"
             )
+        if not isinstance(threads, int) or threads < 0:
+            raise ConfigError(f"{threads!r} threads: 0, for as many as there are processors, or more")
         self._connection = None if cloud_url is None else Connection(cloud_url, PATH, key)
         self.model = DeviceModel(Path(bundle), threads)
         self.deadline = deadline
