@@ -1,9 +1,9 @@
 """What a device keeps over a restart: the anchor features of its session, and the last good layer as it was signed."""
 
-import fcntl
 import logging
 import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,9 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.files import atomic_write, remove_leftovers, sync_folder
 from cdc_mmpg.payloads import WIDTH, Matrix
 from cdc_mmpg.wire import DIGEST_BYTES, HEADER, UPLOAD_BYTES, WeightsRejected, decode_layer, digest, encode_upload
+
+if sys.platform != "win32":  # where a device works, too, and keeps nothing
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +175,8 @@ class State:
         Raises:
             OSError: it cannot be made, or another process does not let go of it.
         """
+        if sys.platform == "win32":
+            raise OSError("this system locks no folders")
         with self._lock:
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._folder, os.O_RDONLY)
