@@ -494,6 +494,7 @@ def test_the_command_line(deployed, fake, clips, tmp_path, capsys):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_the_device_needs_no_torch_in_an_environment_without_it(deployed, clips, tmp_path):
     """The package with its base dependencies alone, as a device has it, and the real service."""
     uv = Path(sys.executable).with_name("uv")

@@ -253,6 +253,7 @@ def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
     assert "not a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_at_the_papers_size_the_int8_bundle_is_below_8_megabytes(tmp_path):
     """1,501 answers, 12 blocks, 224 pixels, whole layers; random weights, of which the first 6,000 words stay."""
     yaml = [Path("experiments/methods/cdc_mmpg.yaml"), Path("experiments/datasets/msrvtt.yaml")]
