@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from cdc_mmpg.batch import UNKNOWN
@@ -42,17 +43,13 @@ class Answers:
         else:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]
-            logger.warning(
-                "%s is absent: took the %d most frequent of %d training answers instead, by alphabet where frequencies "
-                "tie; the distributed file breaks ties in its own way, so a few classes may differ",
-                path, len(words), len(counts),
-            )  # fmt: skip
+            _warn_of_ties(path, len(words), len(counts))
         if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
             source = f"{path}: {len(set(words))} different answers in {len(words)} lines"
             if not there:
                 source = f"{path.parent}: {len(words)} different training answers"
             raise DataError(
-                f"{source}, but num_classes is {num_classes} (answers + 1): set "
+                f"{source}, but num_classes is {num_classes}, one of them for all other answers: set "
                 f"ARGS=--data.init_args.num_classes={len(set(words)) + 1}, or mend the file"
             )
         return cls(words)
@@ -69,6 +66,16 @@ def _read_lines(path: Path) -> list[str]:
         if not word.strip() or CONTROL.search(word):
             raise DataError(f"{path}, line {number}: {word!r:.80} is no answer; mend the file, or fetch it again")
     return words
+
+
+@cache
+def _warn_of_ties(path: Path, taken: int, different: int) -> None:
+    """Say once a process that the vocabulary is counted, not read: a run reads it several times."""
+    logger.warning(
+        "%s is absent: took the %d most frequent of %d training answers instead, by alphabet where frequencies "
+        "tie; the distributed file breaks ties in its own way, so a few classes may differ",
+        path, taken, different,
+    )  # fmt: skip
 
 
 def _read_labels(path: Path) -> list[str]:

@@ -142,7 +142,7 @@ class VideoTextDataModule(EpochDataModule):
     Args:
         root: the dataset's folder.
         cache_dir: where frames and features are kept.
-        num_classes: of open-ended questions: answers known in training + 1.
+        num_classes: of open-ended questions: the known answers, plus one class for all others.
         protocol: which of the dataset's published splits; None is the first of `PROTOCOLS`.
         num_frames: T, frames that the model sees of a clip.
         image_size: pixels of a side of what it sees.

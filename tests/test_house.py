@@ -73,9 +73,9 @@ ROOMS = {
     "cli": {"errors", "experiment", "files", "results", "signals", "terminal"},
     "benchmark": {"batch", "methods", "models", "payloads", "terminal"},
     "predict": {"batch", "cli", "errors", "experiment", "files", "finished", "frames", "text", "video", "weights"},
-    "finished": {"errors", "experiment", "files", "results", "processors"},
-    "on_device": {"batch", "cli", "errors", "evaluation", "finished", "methods", "results", "weights"},
-    "privacy": {"batch", "cli", "errors", "finished", "results", "sessions", "weights"},
+    "finished": {"cli", "errors", "experiment", "files", "results", "processors"},
+    "on_device": {"batch", "cli", "errors", "evaluation", "files", "finished", "methods", "results", "weights"},
+    "privacy": {"batch", "cli", "errors", "files", "finished", "results", "sessions", "weights"},
     "data_modules": {"data_modules", "batch", "errors", "files", "frames", "text", "video", "processors"},
 }  # fmt: skip
 

@@ -124,6 +124,14 @@ def test_a_stray_rank_takes_no_logs_from_a_run(variables, fit, tmp_path):
     assert "parameters on the device" in (tmp_path / "log").read_text()
 
 
+def test_a_rank_that_is_no_number_is_named(fit, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "abc")
+        assert main(fit("linear")) == 2
+        assert f"{name}='abc' in the environment is no number: unset it" in capsys.readouterr().err
+        monkeypatch.delenv(name)
+
+
 EVIL = "import pathlib; pathlib.Path({path!r}).touch()\nclass Head: pass\n"
 
 
@@ -208,6 +216,14 @@ def test_a_damaged_file_of_a_run_is_named(name, content, words, own_run, fit, tm
     else:
         with pytest.raises(ConfigError, match=name):
             reopen(own_run)
+
+
+def test_the_warning_about_counted_answers_comes_once(fit, own_msvd, caplog):
+    (own_msvd / "answer_set.txt").unlink()
+    assert main([*fit("linear", root=own_msvd), "--data.init_args.num_classes=9"]) == 3
+    assert main([*fit("linear", root=own_msvd), "--data.init_args.num_classes=6"]) == 0
+    assert main([*fit("hyper", root=own_msvd), "--data.init_args.num_classes=6"]) == 0
+    assert caplog.text.count("most frequent of 5 training answers") <= 2  # once for each number of classes
 
 
 def test_home_is_written_out_in_paths(fit, msvd, tmp_path, monkeypatch):

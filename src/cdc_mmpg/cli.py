@@ -29,6 +29,9 @@ from cdc_mmpg.terminal import end_without_output, escape_controls, find_lost_out
 REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
                   errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)  # fmt: skip
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID",
+         "SLURM_NODEID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK")  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
@@ -47,9 +50,23 @@ def _run(arguments: Sequence[str]) -> None:
     """One command."""
     if not _is_finished(arguments):
         check_paths(arguments)
+        check_environment()
         from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
         Experiment(arguments)
+
+
+def check_environment() -> None:
+    """Refuse ranks and ports in the environment that are no numbers: Lightning reads them when it is imported.
+
+    Raises:
+        ConfigError: names the variable.
+    """
+    for name in RANKS:
+        if (value := os.environ.get(name, "0")) and not value.strip().isdigit():
+            raise ConfigError(f"{name}={value!r} in the environment is no number: unset it (unset {name})")
+        if not value:
+            del os.environ[name]
 
 
 def exit_code(function: Callable[[], None]) -> int:
@@ -136,7 +153,9 @@ def log_to_terminal() -> None:
     handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     for name in ("cdc_mmpg", "data_modules"):
-        logging.getLogger(name).setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
+        # Of several processes the first one speaks; a rank without a number of processes is not of this command.
+        other = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+        logging.getLogger(name).setLevel(logging.ERROR if other else logging.INFO)
     for name, level in (("lightning.pytorch", logging.WARNING), ("lightning.fabric", logging.WARNING),
                         ("huggingface_hub", logging.ERROR)):  # fmt: skip
         logging.getLogger(name).setLevel(level)

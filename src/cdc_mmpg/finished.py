@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdc_mmpg.cli import check_environment
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest
 from cdc_mmpg.processors import count_processors
@@ -118,6 +119,8 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
     before = read_inputs(run).get(ANNOTATED)
     if reads_data and before is not None and root.is_dir() and before != annotations_digest(root):
         raise DataError(f"{root}: its annotations changed since {run} was trained: restore them, or train anew")
+
+    check_environment()
 
     from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  see `cli`
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import exit_code, log_to_terminal
+from cdc_mmpg.cli import check_environment, exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.finished import reopen, results_of
@@ -56,6 +56,7 @@ def predict(
 
     task = _task(run, video, question, choices)
 
+    check_environment()
     import torch  # noqa: PLC0415
 
     from cdc_mmpg.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.files import lock_folder
 from cdc_mmpg.finished import folder_of, identity, is_done, made_of, reopen, results_of
 from cdc_mmpg.results import RESULTS, write_json
 
@@ -65,7 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     log_to_terminal()
     leave_on_signals()
-    return exit_code(lambda: evaluate(options.run, arguments))
+
+    def run() -> None:
+        results_of(options.run)  # before the evaluation's folder is made
+        with lock_folder(folder_of(options.run, NAME)):
+            evaluate(options.run, arguments)
+
+    return exit_code(run)
 
 
 def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:

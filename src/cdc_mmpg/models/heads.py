@@ -102,7 +102,7 @@ class OpenEnded(Choosing):
     methods and has no dropout; W and b come from the method.
 
     Args:
-        num_classes: answers known in training + 1.
+        num_classes: the known answers, plus one class for all others.
         hidden: D, width of φ.
     """
 
