@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cdc_mmpg.errors import DataError
+from cdc_mmpg.results import annotations_digest
 from data_modules.annotations import (
     Row,
     choose_file,
@@ -264,6 +265,11 @@ def test_what_may_not_be_read_is_refused_by_name(unprivileged):
             clips_in(folder, (".mp4",))
         with pytest.raises(DataError, match=r"a\.mp4: may not be read \(Permission denied\)"):
             find_file([folder / "a.mp4"])
+        folder.chmod(0o777)
+        (folder / "train_qa.json").write_text("[]")
+        (folder / "train_qa.json").chmod(0)
+        with pytest.raises(DataError, match=r"train_qa\.json: may not be read \(Permission denied\)"):
+            annotations_digest(folder)
     finally:
         folder.chmod(0o777)
 

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ import pytest
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import HOST
 from cdc_mmpg.frames import candidate_indices, middle_candidates
+from cdc_mmpg.prepare import prepare
 from cdc_mmpg.video import read_frames
-from conftest import write_clip
+from conftest import TINY, write_clip
 from data_modules import cache as module
+from data_modules import synthetic_clips
 from data_modules.cache import Entry, FrameCache
+from data_modules.msvd_qa import MSVDQA
 
 FILL = """
 import sys
@@ -456,6 +460,60 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "frames").write_text("a file")
     with pytest.raises(CDCError, match=r"frames.*: cannot be written"):
         make_cache(tmp_path).fill({}, 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may mount no file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_or_may_only_be_read(small_disk, own_msvd, tmp_path, monkeypatch, capsys):
+    """Whatever is written for a dataset: a named error, what was there is intact, and there is room it goes on."""
+    clips, cache = make_clips(tmp_path / "clips", 8), FrameCache(small_disk / "frames", 3, 32, "pyav")
+    with pytest.raises(DataError, match="make room"):
+        cache.fill(clips, 1)
+    monkeypatch.setattr(FrameCache, "estimate", lambda self, clips: 0)  # as if another program took the room meanwhile
+    with pytest.raises(CDCError, match=r"\.npy: cannot be written .*, and what was there is untouched"):
+        cache.fill(clips, 1)
+    made = times(cache)
+    assert 0 < len(made) < 8
+    missing = small_disk / "missing.txt"
+    for path in made:
+        (cache.folder / path).unlink()
+    missing.write_text("old")
+    with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+    (own_msvd / "YouTubeClips" / "e_3_4.avi").unlink()
+    data = MSVDQA(str(own_msvd), str(small_disk), num_classes=5, image_size=32, vocab=str(own_msvd / "vocab.txt"))
+    with pytest.raises(CDCError, match=r"missing\.txt: cannot be written .*No space left.* untouched"):
+        data.prepare_data()
+    assert missing.read_text() == "old"
+    with pytest.raises(CDCError, match=r"data\.json: cannot be written"):
+        prepare(MSVDQA(str(own_msvd), str(tmp_path), num_classes=5, image_size=32), {}, small_disk)
+    monkeypatch.setitem(synthetic_clips.DATASET_SIZES, "toy", TINY)
+    assert synthetic_clips.main([str(small_disk / "synthetic"), "--size=toy"]) == 1
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not [*small_disk.rglob("*.tmp")]
+
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for fill in (lambda: cache.fill(clips, 1), lambda: FrameCache(small_disk / "new", 3, 32, "pyav").fill(clips, 1)):
+        with pytest.raises(CDCError, match=r"cannot be written \(Read-only file system\)"):
+            fill()
+    assert synthetic_clips.main([str(small_disk / "other"), "--size=toy"]) == 1
+    assert "Read-only file system" in capsys.readouterr().err
+
+    subprocess.run(["mount", "-o", "remount,rw,size=4m", small_disk], check=True)
+    assert cache.fill(clips, 1) == {}
+    assert cache.ready == clips.keys()
 
 
 def test_two_processes_may_fill_the_same_cache(tmp_path):

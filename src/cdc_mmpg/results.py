@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import atomic_write, file_digest
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,14 @@ def fingerprint(arguments: Sequence[str]) -> str:
 
 def annotations_digest(root: Path) -> str:
     """Of the content of a dataset's annotation files, in its folder and in those just below."""
-    digest = hashlib.sha256()
+    digest, root = hashlib.sha256(), root.expanduser()
     for pattern in ("*", "*/*"):
         for path in sorted(root.glob(pattern)):
-            if path.suffix.lower() in ANNOTATIONS and path.is_file():
-                digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode())
+            try:
+                if path.suffix.lower() in ANNOTATIONS and path.is_file():
+                    digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode(errors="surrogateescape"))
+            except OSError as error:
+                raise DataError(f"{path}: may not be read ({error.strerror}): mend that") from error
     return digest.hexdigest()
 
 
