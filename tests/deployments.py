@@ -131,7 +131,7 @@ class FakeCloud:
 
     def layer(self, content: bytes) -> bytes:
         upload = decode_upload(content, self.served.layouts, self.served.versions)
-        return cloud.answer(self.served, [(content, upload)])[0]
+        return cloud.answer_one(self.served, content, upload)
 
     def close(self) -> None:
         self.silence.set()

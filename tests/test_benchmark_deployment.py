@@ -32,6 +32,8 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
     monkeypatch.setattr(benchmark_deployment, "SERVED", ("low_rank",))
     monkeypatch.setattr(benchmark_deployment, "CONCURRENCY", (3,))
     monkeypatch.setattr(benchmark_deployment, "VERIFIED", 2)
+    monkeypatch.setattr(benchmark_deployment, "SLOW_CLIENTS", 10)
+    monkeypatch.setattr(benchmark_deployment, "OVERLOAD", 1)
     monkeypatch.setattr(benchmark_deployment, "peak_megabytes", lambda *of: peak(*of) if of[1] == "int8" else None)
     assert main(["--bundles", str(bundles), "--seconds", "0.1"]) == 0
     assert len([process for process in begun if "--port" in process.args]) == 2
@@ -45,11 +47,17 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
         assert all(each[name]["replies"] > 0 for name in ("service", "plain"))
         assert each["service"]["mean_batch"] >= 1
         assert each["plain"]["mean_batch"] is None
+    hostile = report["service"]["low_rank"]["hostile"]
+    assert list(hostile) == ["good clients alone", "beside 10 slow bodies and 10 slow headers", "256 clients at once"]
+    assert all(values["served"] > 0 and values["lost"] == 0 for values in hostile.values())
+    assert [values["served_share"] for values in hostile.values()][:2] == [1, 1]
     assert all(set(own) == {"float32", "int8", "torch"} for own in report["device"]["threads"].values())
     assert set(report["swap"]["kinds"]) == {"float32", "float16", "int8", "low_rank", "basis"}
     assert report["bytes"]["device"]["encoder.onnx"] == (bundles / "device" / "encoder.onnx").stat().st_size
     out = capsys.readouterr().out
-    assert all(said in out for said in ("service / plain", "torch, eager", "swap", "sizes", "generator"))
+    assert all(
+        said in out for said in ("service / plain", "hostile clients", "torch, eager", "swap", "sizes", "generator")
+    )
 
 
 def test_a_signal_ends_the_servers_too(deployed):

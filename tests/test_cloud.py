@@ -7,7 +7,6 @@ import os
 import random
 import re
 import resource
-import select
 import signal
 import socket
 import ssl
@@ -32,13 +31,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from prometheus_client import CollectorRegistry, Counter
 from test_wire import ENCODER, GENERATOR, KIND, MAGIC, MESSAGE, OTHER, SHAPE, VERSION, mutated, patched
 
 from cdc_mmpg import cloud as service
+from cdc_mmpg import limits
+from cdc_mmpg.errors import CheckpointError, DataError
+from cdc_mmpg.export import write_cloud
+from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.payloads import LARGEST, WIDTH, decode, encode
 from cdc_mmpg.wire import HEADER, UPLOAD_BYTES, Layout, Versions, decode_layer, decode_upload, encode_upload
-from deployments import Cloud, Kind, cloud_bundle
+from deployments import Cloud, Kind, cloud_bundle, generator
 
 LARGE = 501  # outputs, so that a layer is more than the socket takes at once
 PLACES = 4
@@ -114,8 +118,8 @@ def chunks(content: bytes, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [*parts, b""])
 
 
-def parsed(data: bytes) -> Reply | None:
-    """The first whole reply."""
+def parsed(data: bytes, bodiless: bool = False) -> Reply | None:
+    """Return the first whole reply, if it is there; that to HEAD has no body."""
     head, end, body = data.partition(b"\r\n\r\n")
     if not end:
         return None
@@ -124,14 +128,14 @@ def parsed(data: bytes) -> Reply | None:
     if status == 100:
         return parsed(body)
     headers = dict(line.lower().split(": ", 1) for line in lines)
-    length = int(headers["content-length"])
+    length = 0 if bodiless else int(headers["content-length"])
     return Reply(status, headers, body[:length]) if len(body) >= length else None
 
 
-def receive(connection: socket.socket) -> Reply | None:
+def receive(connection: socket.socket, bodiless: bool = False) -> Reply | None:
     """A reply; None where the other side closed before its first byte. Half a reply is an error."""
     data = b""
-    while (reply := parsed(data)) is None:
+    while (reply := parsed(data, bodiless)) is None:
         try:
             came = connection.recv(1 << 16)
         except ConnectionError:
@@ -143,14 +147,15 @@ def receive(connection: socket.socket) -> Reply | None:
     return reply
 
 
-def connect(port: int) -> socket.socket:
-    return socket.create_connection((HOST, port), SECONDS)
+def connect(port: int, source: str = HOST) -> socket.socket:
+    return socket.create_connection((HOST, port), SECONDS, (source, 0))
 
 
-def slow_line(port: int) -> socket.socket:
-    """A connection that takes little at a time, as over radio."""
+def slow_line(port: int, source: str = HOST) -> socket.socket:
+    """Return a connection that takes little at a time, as over radio."""
     connection = socket.socket()
     connection.settimeout(SECONDS)
+    connection.bind((source, 0))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     connection.connect((HOST, port))
@@ -163,9 +168,9 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def ask(port: int, request: bytes) -> Reply:
-    """One request on a connection of its own."""
-    with connect(port) as connection:
+def ask(port: int, request: bytes, source: str = HOST) -> Reply:
+    """Return the reply to one request on a connection of its own."""
+    with connect(port, source) as connection:
         connection.sendall(request)
         reply = receive(connection)
     assert reply is not None
@@ -278,7 +283,7 @@ def services(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory)
         running.add("narrow", models["full"].bundle, f"--places={PLACES}", "--weights=bfloat16")
         running.add("twofold", models["basis"].bundle, "--workers=2")
         options = [f"--{name}={folder / file}" for name, file in https.items()]
-        running.add("secured", models["low_rank"].bundle, *options, https=True)
+        running.add("secured", models["full"].bundle, f"--places={PLACES}", "--weights=float32", *options, https=True)
         try:
             yield running
         finally:
@@ -423,6 +428,34 @@ def test_what_is_asked_beside_layers(cloud):
     assert b"cdc_mmpg_seconds_bucket" in page.body
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_head_is_answered_as_get_without_a_body(path, cloud):
+    with connect(cloud.port) as connection:
+        connection.sendall(b"HEAD %s HTTP/1.1\r\nHost: cloud\r\nConnection: close\r\n\r\n" % path.encode())
+        head, whole = receive(connection, bodiless=True), get(cloud.port, path)
+        assert connection.recv(1) == b""
+    assert head.status == 200
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    if path != "/metrics":  # which counts on
+        assert head.headers["content-length"] == whole.headers["content-length"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", service.PATH])
+def test_another_method_is_told_which_are_allowed(path, method, cloud):
+    reply = ask(cloud.port, f"{method} {path} HTTP/1.1\r\nHost: cloud\r\n\r\n".encode())
+    assert reply.refusal == (405, "http")
+    allowed = {"post"} if path == service.PATH else {"get", "head"}
+    assert set(reply.headers["allow"].split(", ")) == allowed
+
+
+def test_an_absolute_target_is_understood(cloud, model):
+    upload = model.upload(5)
+    reply = ask(cloud.port, post(upload, path=f"http://cloud.example:80{service.PATH}"))
+    assert model.answers(reply.body, upload)
+    assert get(cloud.port, "http://cloud/health").status == 200
+
+
 # What is refused
 
 
@@ -473,6 +506,7 @@ def with_value(value: float, model: Model) -> bytes:
         (lambda model: post(model.upload(0)).replace(b"Length: 836", b"Length: -1"), 400, "http"),
         (lambda model: post(b"zz\r\n", CHUNKED), 400, "http"),
         (lambda model: post(model.upload(0), b"Transfer-Encoding: gzip"), 400, "http"),
+        (lambda model: post(chunks(model.upload(0), 99), CHUNKED, b"Content-Length: 836"), 400, "http"),
         (lambda model: b"GET /health HTTP/1.1\r\nHost: cloud\r\nX: " + b"a" * 200_000, 400, "http"),
     ],
 )
@@ -531,7 +565,7 @@ def test_slow_clients_are_closed_but_not_who_reads_slowly_or_comes_again_later(c
     kept.sendall(request)
     assert receive(kept).status == 200
     reader.sendall(post(large))
-    later = time.monotonic() + service.HEADER_SECONDS + 0.5
+    later = time.monotonic() + limits.HEADER_SECONDS + 0.5
     slow = {name: connect(cloud.port) for name in ("silent", "headers", "body", "next headers")}
     slow["handshake"] = connect(secured[0].port)
     slow["headers"].sendall(request[:25])
@@ -573,7 +607,7 @@ def test_a_thousand_connections_at_once(cloud, model):
     uploads = [model.upload(seed % 50) for seed in range(1000)]
     replies = at_once(cloud.port, [post(upload) for upload in uploads])
     assert {reply.status for reply in replies} <= {200, 503}
-    assert sum(reply.status == 200 for reply in replies) >= 256
+    assert sum(reply.status == 200 for reply in replies) >= 128  # half of the places, for one address
     for reply, upload in zip(replies, uploads, strict=True):
         if reply.status == 200:
             assert model.answers(reply.body, upload)
@@ -581,20 +615,24 @@ def test_a_thousand_connections_at_once(cloud, model):
             assert reply.refusal == (503, "full")
 
 
+OTHERS = [f"127.0.0.{number}" for number in range(2, 2 + PLACES)]  # addresses of this machine, as of other hosts
+
+
 @contextmanager
-def all_places_taken(running: Cloud, model: Model) -> Iterator[list[socket.socket]]:
-    """By requests of which the last byte is missing."""
-    request, taken = post(model.upload(0)), []
+def all_places_taken(running: Cloud, upload: bytes) -> Iterator[list[socket.socket]]:
+    """Take them by clients of several addresses that do not read their layers."""
+    request, taken = post(upload), []
 
     def take() -> bool:
-        """Those that left last may still be inside: then one of ours is refused."""
+        """Whoever left last may still be inside: then one of ours is refused."""
         while taken:
             taken.pop().close()
-        for _ in range(PLACES):
-            taken.append(connect(running.port))
-            taken[-1].sendall(request[:-1])
+        for source in OTHERS:
+            taken.append(slow_line(running.port, source))
+            taken[-1].sendall(request)
         until(lambda: ask(running.port, request).status == 503, "more places than there were")
-        return not select.select(taken, [], [], 0.05)[0]
+        firsts = [connection.recv(12, socket.MSG_PEEK) for connection in taken]
+        return set(firsts) == {b"HTTP/1.1 200"}
 
     until(take, "fewer places than there were")
     yield taken
@@ -604,23 +642,162 @@ def all_places_taken(running: Cloud, model: Model) -> Iterator[list[socket.socke
 
 def check_places(running: Cloud, model: Model) -> None:
     """There are as many as before."""
-    last = model.upload(0)[-1:]
-    with all_places_taken(running, model) as taken:
+    upload = model.upload(0)
+    with all_places_taken(running, upload) as taken:
         for connection in taken:
-            connection.sendall(last)
-            assert receive(connection).status == 200
+            assert model.answers(receive(connection).body, upload)
 
 
 def test_beyond_the_places_requests_are_told_to_come_again(narrow, rounded):
-    request = post(rounded.upload(0))
-    with all_places_taken(narrow, rounded) as taken:
-        reply = ask(narrow.port, request)
-        assert reply.refusal == (503, "full")
-        assert int(reply.headers["retry-after"]) >= 1
+    upload = rounded.upload(0)
+    request = post(upload)
+    with all_places_taken(narrow, upload) as taken:
+        for one in (request, request[:-1]):  # refused before or after it is parsed
+            with connect(narrow.port) as connection:
+                connection.sendall(one)
+                time.sleep(0.1)
+                connection.sendall(request[len(one) :])
+                reply = receive(connection)
+                assert reply.refusal == (503, "full")
+                assert int(reply.headers["retry-after"]) >= 1
+                assert connection.recv(1) == b""
         assert get(narrow.port, "/health").status == get(narrow.port, "/ready").status == 200
-        taken[0].sendall(request[-1:])
         assert receive(taken[0]).status == 200
         until(lambda: ask(narrow.port, request).status == 200)
+
+
+def test_slow_bodies_and_headers_take_no_place(narrow, rounded):
+    request, slow = post(rounded.upload(0, "int8")), []
+    for number in range(10 * PLACES):
+        for part in (request[:-1], request[:40]):
+            slow.append(connect(narrow.port, OTHERS[number % PLACES]))
+            slow[-1].sendall(part)
+    time.sleep(0.2)
+    statuses = {ask(narrow.port, request).status for _ in range(10)}
+    for connection in slow:
+        connection.close()
+    assert statuses == {200}
+
+
+def test_one_address_cannot_take_all_places(narrow, rounded):
+    request, other = post(rounded.upload(0)), post(rounded.upload(1, "int8"))
+    until(lambda: ask(narrow.port, request).status == 200)
+    readers = [slow_line(narrow.port, OTHERS[0]) for _ in range(2 * PLACES)]
+    for connection in readers:
+        connection.sendall(request)
+    firsts = [connection.recv(12, socket.MSG_PEEK) for connection in readers]
+    statuses = {ask(narrow.port, other).status for _ in range(10)}
+    for connection in readers:
+        connection.close()
+    assert statuses == {200}
+    assert firsts.count(b"HTTP/1.1 200") == PLACES // 2
+    assert firsts.count(b"HTTP/1.1 503") == len(readers) - PLACES // 2
+
+
+def test_one_key_cannot_take_all_places(secured, models):
+    (running, certificate), model = secured, models["full"]
+    context = ssl.create_default_context(cafile=str(certificate))
+
+    def post_over_tls(source: str, key: str, kind: str) -> socket.socket:
+        connection = context.wrap_socket(slow_line(running.port, source), server_hostname=HOST)
+        connection.sendall(post(model.upload(0, kind), b"Authorization: Bearer " + key.encode()))
+        return connection
+
+    readers = [post_over_tls(source, KEYS[0], "float32") for source in OTHERS]
+    firsts = [connection.recv(12) for connection in readers]
+    statuses = set()
+    for _ in range(5):
+        with post_over_tls(OTHERS[0], KEYS[1], "int8") as connection:
+            statuses.add(receive(connection).status)
+    for connection in readers:
+        connection.close()
+    assert statuses == {200}
+    assert firsts.count(b"HTTP/1.1 200") == PLACES // 2
+
+
+class Waiting:
+    """A listener in this process whose connections are accepted by hand."""
+
+    def __init__(self, places: int, connections: int) -> None:
+        self.metric = Counter("replies", "by status", ["status"], registry=CollectorRegistry())
+        self.door = limits.Door(places, connections, self.metric)
+        self.listener = limits.Listener(socket.create_server((HOST, 0)), self.door)
+        self.listener.listen()
+        self.listener.settimeout(0.2)
+        self.port = self.listener.getsockname()[1]
+
+    def accept(self) -> socket.socket | None:
+        """Return the next connection that is let in, if one is."""
+        try:
+            return self.listener.accept()[0]
+        except (TimeoutError, BlockingIOError):
+            return None
+
+
+def test_one_address_cannot_take_all_connections_and_gives_them_back():
+    async def run() -> None:
+        waiting = Waiting(places=1, connections=8)
+        with waiting.listener:
+            clients = [connect(waiting.port, OTHERS[0]) for _ in range(8)]
+            inside = [waiting.accept() for _ in range(5)]
+            assert [connection is not None for connection in inside] == [True] * 4 + [False]
+            for client in clients[4:]:
+                with suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
+            with connect(waiting.port, OTHERS[1]), waiting.accept() as other:
+                assert other is not None
+            for connection in inside[:4]:
+                connection.close()
+                connection.close()  # gives back once
+            assert waiting.door.connections.free == 8
+            for client in clients:
+                client.close()
+
+    asyncio.run(run())
+
+
+def test_a_whole_upload_without_room_is_refused_at_the_door_and_nothing_else_is():
+    async def run() -> None:
+        waiting = Waiting(places=1, connections=100)
+        whole = post(bytes(UPLOAD_BYTES))
+        with waiting.listener:
+            with connect(waiting.port) as client:  # while there is room
+                client.sendall(whole)
+                assert waiting.accept() is not None
+            assert waiting.door.places.take("somebody else")
+            with connect(waiting.port) as client:
+                client.sendall(whole)
+                assert waiting.accept() is None
+                assert receive(client).refusal == (503, "full")
+                assert client.recv(1) == b""  # and no reset
+            for request in (whole[:-1], whole[:30], b"", b"GET /health HTTP/1.1\r\nHost: cloud\r\n\r\n".ljust(2000)):
+                with connect(waiting.port) as client:
+                    client.sendall(request)
+                    with waiting.accept() as connection:
+                        assert connection.recv(4000, socket.MSG_DONTWAIT) == request if request else True
+
+    asyncio.run(run())
+
+
+def test_places_are_shared_by_need():
+    places = limits.Shares(12)
+    assert sum(places.take("a") for _ in range(12)) == 6
+    assert sum(places.take("b") for _ in range(12)) == 3
+    assert sum(places.take("c") for _ in range(12)) == 2
+    assert not places.take("a", "d")  # either name counts
+    assert places.take("d")
+    assert places.free == 0
+    places.give_back("a")
+    assert places.take("e")
+    assert limits.Shares(1).take("alone")
+
+
+def test_networks_of_addresses():
+    assert limits.name_network("127.0.0.1") != limits.name_network("127.0.0.2")
+    assert limits.name_network("2001:db8::1") == limits.name_network("2001:db8::2:3")
+    assert limits.name_network("2001:db8::1") != limits.name_network("2001:db8:0:1::1")
+    assert limits.name_network("::ffff:10.0.0.1") != limits.name_network("::ffff:10.0.0.2")
+    assert limits.name_network("fe80::1%eth0") == limits.name_network("fe80::2%eth0")
 
 
 def test_of_fifty_times_too_many_those_that_come_in_are_answered(narrow, rounded):
@@ -660,18 +837,6 @@ def test_a_client_that_leaves_is_no_error_of_the_service(narrow, rounded):
     reset(connection)
     time.sleep(0.2)
     assert [line["event"] for line in narrow.lines() if line["level"] == "error"] == []
-
-
-def test_a_reply_keeps_its_place_until_it_is_read(narrow, rounded):
-    request = post(rounded.upload(0))
-    readers = [slow_line(narrow.port) for _ in range(PLACES)]
-    for connection in readers:
-        connection.sendall(request)
-    time.sleep(1)
-    status = ask(narrow.port, request).status
-    for connection in readers:
-        connection.close()
-    assert status == 503
 
 
 # Kills
@@ -742,9 +907,9 @@ def test_killed_it_comes_back_and_told_to_stop_it_finishes_what_it_began(models,
     assert running.lines()[-1]["event"] == "stopped"
 
 
-def test_while_the_weights_are_read_it_is_alive_and_not_ready(model, tmp_path):
-    for path in model.bundle.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+def test_while_the_weights_are_read_it_is_alive_and_not_ready(tmp_path):
+    versions = write_cloud(overflowing(), bytes(16), "test/large", tmp_path).versions
+    model = Model(tmp_path, Generator.load(tmp_path / "generator.safetensors"), versions, None)
     content = (tmp_path / "cloud.json").read_bytes()
     (tmp_path / "cloud.json").unlink()
     os.mkfifo(tmp_path / "cloud.json")  # which is read when somebody writes
@@ -766,6 +931,7 @@ def test_while_the_weights_are_read_it_is_alive_and_not_ready(model, tmp_path):
         (tmp_path / "cloud.json").write_bytes(content)
         started.result()
     assert ask(running.port, post(model.upload(0))).status == 200
+    assert ask(running.port, post(model.upload(0, "float16"))).refusal == (422, "finite")
     running.stop()
 
 
@@ -806,8 +972,9 @@ def test_a_lost_process_is_replaced_and_all_count_together(twofold, models):
 # Keys, certificates, and what is not started at all
 
 
-def test_keys_and_certificates(secured, model):
-    (running, certificate), upload = secured, model.upload(0)
+def test_keys_and_certificates(secured, models):
+    (running, certificate), model = secured, models["full"]
+    upload = model.upload(0, "int8")
     context = ssl.create_default_context(cafile=str(certificate))
 
     def over_tls(request: bytes) -> Reply:
@@ -826,6 +993,7 @@ def test_keys_and_certificates(secured, model):
         [b"Authorization: " + KEYS[0].encode()],
         [b"Authorization: Bearer \xff\xfe\x80"],
         [b"X-Key: " + KEYS[0].encode()],
+        [b"Authorization: Bearer " + KEYS[0].encode(), b"Authorization: Bearer " + KEYS[0].encode()],
     ):
         reply = over_tls(post(upload, *header))
         assert reply.refusal == (401, "key")
@@ -842,8 +1010,8 @@ def test_keys_and_certificates(secured, model):
         assert receive(plain) is None
 
 
-def test_a_key_may_hold_any_letter(secured, model):
-    (running, certificate), upload = secured, model.upload(0)
+def test_a_key_may_hold_any_letter(secured, models):
+    (running, certificate), upload = secured, models["full"].upload(0)
     context = ssl.create_default_context(cafile=str(certificate))
     with context.wrap_socket(connect(running.port), server_hostname=HOST) as connection:
         connection.sendall(post(upload, b"Authorization: Bearer " + KEYS[1].encode()))
@@ -856,7 +1024,7 @@ def not_started(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str]:
         with monkeypatch.context() as patch:
-            patch.setattr(service.uvicorn, "run", lambda *_, **__: pytest.fail("it was started"))
+            patch.setattr(service.uvicorn, "Config", lambda *_, **__: pytest.fail("it was started"))
             code = service.main([str(argument) for argument in arguments])
         said = capsys.readouterr().err
         assert "Traceback" not in said
@@ -888,6 +1056,63 @@ def test_other_machines_need_keys(host, not_started, model):
 )
 def test_options_that_do_not_go_together_are_refused(options, not_started, model):
     assert not_started(model.bundle, *options)[0] == 2
+
+
+def test_files_that_are_no_certificate_and_its_key_are_refused(not_started, model, tmp_path):
+    write_certificate(tmp_path)
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "binary.pem").write_bytes(bytes(range(256)))
+    (tmp_path / "foreign.pem").write_bytes(FOREIGN)
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked = private.private_bytes(*BYTES[:2], serialization.BestAvailableEncryption(b"secret"))
+    (tmp_path / "locked.pem").write_bytes(locked)
+    pairs = [(certificate, certificate), (key, key), (key, certificate), (tmp_path, key)]
+    pairs += [(certificate, tmp_path / name) for name in ("empty.pem", "binary.pem", "foreign.pem", "locked.pem")]
+    pairs += [(tmp_path / name, key) for name in ("empty.pem", "binary.pem", "foreign.pem", "absent.pem")]
+    for one, other in pairs:
+        code, said = not_started(model.bundle, "--certificate", one, "--certificate-key", other)
+        assert code == 2
+        assert said.startswith("ConfigError: ")
+        assert "CERTIFICATE=" in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "-1"],
+        ["--port", "65536"],
+        ["--host", "no-such-host.invalid", "--keys", "keys"],
+        ["--host", "a" * 64 + ".example", "--keys", "keys"],
+        ["--host", "a..b", "--keys", "keys"],
+        ["--host", "192.0.2.1", "--keys", "keys"],
+        ["--host", "1:2", "--keys", "keys"],
+    ],
+)
+def test_an_address_that_cannot_be_had_is_refused(options, not_started, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("key")
+    code, said = not_started(model.bundle, *options)
+    assert code == 2
+    assert options[1] in said
+    assert "HOST= and PORT=" in said
+
+
+@pytest.mark.parametrize("content", [b"good\nb\0ad", b"go\tod", "a\x85b".encode(), "a\u2028b".encode(), b"a\0b\0"])
+def test_a_key_that_no_header_can_carry_is_refused(content, not_started, model, tmp_path):
+    (tmp_path / "keys").write_bytes(content)
+    code, said = not_started(model.bundle, "--keys", tmp_path / "keys")
+    assert code == 2
+    assert f"line {1 + content.count(10)}" in said
+    assert "good" not in said
+
+
+def test_keys_are_read_with_any_line_ends_and_without_the_mark_of_an_editor(tmp_path):
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfone\r\ntwo words \r\n\r\n")
+    keys = service.read_keys(str(tmp_path / "keys"))
+    assert keys == [service.digest(b"one"), service.digest(b"two words")]
+    assert service.find_key([b"Bearer two words"], keys) == keys[1]
+    assert service.find_key([b"Bearer two"], keys) is None
 
 
 def flipped(content: bytes) -> bytes:
@@ -924,6 +1149,80 @@ def test_a_damaged_bundle_is_refused_by_name(name, damage, not_started, model, t
     assert name in said
 
 
+def test_a_bundle_with_any_wrong_part_is_refused_or_the_same(model, tmp_path, not_started):
+    for path in model.bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    bundle, content = service.read_bundle(tmp_path), (tmp_path / "cloud.json").read_bytes()
+    settings, wrong = json.loads(content), []
+    for name in settings:
+        others = [None, 7, 1.5, True, [], {}, "", "zz", "00", "ab" * 17, [[[]]], {"a": "b"}]
+        wrong += [json.dumps({**settings, name: other}).encode() for other in others]
+    wrong += [
+        patched(content, bit // 8, bytes([content[bit // 8] ^ (1 << bit % 8)])) for bit in range(0, 8 * len(content), 5)
+    ]
+    wrong += [b"", b"null", b"[" * 100_000, b"\xff\xfe", content.decode().encode("utf-16")]
+    refused = 0
+    for one in wrong:
+        (tmp_path / "cloud.json").write_bytes(one)
+        try:
+            read = service.read_bundle(tmp_path)
+        except CheckpointError as error:
+            refused += str(tmp_path) in str(error)
+        else:
+            assert read.versions.generator == bundle.versions.generator
+            assert len(read.versions.encoder) == len(bundle.versions.encoder)
+    assert refused > 0.5 * len(wrong)
+    code, said = not_started(model.bundle / "cloud.json")  # a file in place of the folder
+    assert code == 4
+    assert said.startswith("CheckpointError: ")
+
+
+def test_a_generator_whose_numbers_are_not_finite_is_refused(tmp_path, not_started):
+    made = generator("low_rank")
+    torch.nn.init.constant_(made.adaptor.shared.bias, torch.nan)
+    write_cloud(made, bytes(16), "test/broken", tmp_path)
+    code, said = not_started(tmp_path)
+    assert code == 4
+    assert "generator.safetensors" in said
+
+
+def test_without_torch_the_command_says_what_to_install():
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('cdc_mmpg.cloud', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "bundle"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: ")
+    assert "torch" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def overflowing() -> Generator:
+    """Return a generator whose whole layers are too large for float16, and not for the other precisions."""
+    made = generator("low_rank")
+    with torch.no_grad():
+        made.adaptor.shared.weight.mul_(1e6)
+    return made
+
+
+def test_a_layer_that_its_precision_cannot_hold_is_the_fault_of_its_own_request(tmp_path):
+    write_cloud(overflowing(), bytes(16), "test/large", tmp_path)
+    served = service.load(tmp_path, "float32")
+
+    async def ask_together() -> list[service.Made | BaseException]:
+        batcher = service.Batcher(served)
+        uploads = []
+        for kind in ("int8", "float16", "float32", "float16", "low_rank"):
+            layout = next(layout for layout in served.layouts if layout.kind == kind)
+            content = encode_upload(np.full(WIDTH, 0.5, np.float32), layout, served.versions)
+            uploads.append((content, decode_upload(content, served.layouts, served.versions)))
+        made = await asyncio.gather(*(batcher.layer(*upload) for upload in uploads), return_exceptions=True)
+        await batcher.stop()
+        return made
+
+    made = asyncio.run(ask_together())
+    assert [isinstance(one, DataError) for one in made] == [False, True, False, True, False]
+    assert {one.batch for one in made if isinstance(one, service.Made)} == {5}
+
+
 def test_the_service_imports_nothing_of_training_and_refuses_without_a_traceback(tmp_path):
     code = (
         "import sys; from cdc_mmpg.cloud import main; code = main(sys.argv[1:]); "
@@ -948,15 +1247,50 @@ def test_the_log_tells_of_every_request_and_of_no_feature(cloud, model):
     assert ask(cloud.port, post(upload, b"Authorization: Bearer some-key-1234")).status == 200
     assert ask(cloud.port, with_value(77.0625, model)).status == 422
     assert ask(cloud.port, changed(ENCODER, OTHER, model)).status == 409
-    until(lambda: len(cloud.lines()) >= before + 3)
+    refusals = {(422, "range"), (409, "encoder")}
+    until(lambda: refusals <= {(line.get("status"), line.get("reason")) for line in cloud.lines()[before:]})
     found = [line for line in cloud.lines()[before:] if line["event"] == "layer"]
-    assert [line["status"] for line in found] == [200, 422, 409]
-    assert [line.get("reason") for line in found] == [None, "range", "encoder"]
+    assert [line["status"] for line in found] == [200]
     assert (found[0]["kind"], found[0]["bytes"]) == ("low_rank", model.layouts[-1].message_bytes)
     log = cloud.log.read_text()
     assert len(cloud.lines()) == len(log.splitlines()), "not all of it is JSON"
     secrets = ["0.12345", "77.06", "some-key", upload.hex()[:40], value.tobytes().hex(), repr(value.tobytes())[2:-1]]
     assert not any(secret in log for secret in secrets)
+
+
+def test_refusals_are_counted_and_leave_no_traceback(cloud, model):
+    faults = [
+        post(b"10\r\n0123456789abcdef\r\nzz\r\n", CHUNKED),
+        post(b"zz\r\n", CHUNKED),
+        b"\x16\x03\x01" + bytes(100),
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    ]
+    size, before = cloud.log.stat().st_size, len(cloud.lines())
+    upgrades = b"Upgrade: websocket\r\nConnection: Upgrade"
+    number, start = 40, time.monotonic()
+    for seed in range(number):
+        for fault in faults:
+            assert ask(cloud.port, fault).refusal == (400, "http")
+        assert ask(cloud.port, post(model.upload(seed), upgrades, path="/nowhere")).refusal == (404, "http")
+        with connect(cloud.port) as connection:
+            connection.sendall(post(model.upload(seed))[:-100])
+
+    def counted(status: int, reason: str) -> int:
+        lines = [line for line in cloud.lines()[before:] if line["event"] == "refused"]
+        return sum(line["requests"] for line in lines if (line["status"], line["reason"]) == (status, reason))
+
+    until(lambda: counted(404, "http") == number)
+    until(lambda: counted(400, "http") == number * len(faults))
+    until(lambda: counted(0, "left") == number)
+    seconds = time.monotonic() - start
+    added = cloud.log.read_bytes()[size:]
+    assert b"Traceback" not in added
+    assert len(added.splitlines()) <= 3 * (seconds / limits.LOG_SECONDS + 2)
+
+
+ODD_PATHS = ["/", "/v1", "/v1/layers", "/%00", "/%ff", "//v1/layer", "/ready?x", "/metrics?", "*", "?", "http://",
+             "http://cloud", "http://[::1/v1/layer", "https://a@b:x/v1/layer", "cloud:443", "/v1/layer?q=%zz",
+             "/v1/layer;x", "/v1%2flayer", "/" + "a" * 9000]  # fmt: skip
 
 
 def odd_request(model: Model, seed: int) -> tuple[bytes, bytes]:
@@ -967,22 +1301,31 @@ def odd_request(model: Model, seed: int) -> tuple[bytes, bytes]:
     if chance.random() < 0.5:
         upload = mutated(upload, chance)
     whole, request = b"", post(upload)
-    match chance.randrange(8):
+    match chance.randrange(9):
         case 0:
             request = chance.randbytes(chance.randrange(1, 300)) + b"\r\n\r\n"
         case 1:
             request = post(upload, length=chance.choice([0, 1, 835, 837, 1 << 40]))
         case 2:
-            methods = [b"GET", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"post", b"A" * 99, b"P\xd6ST"]
+            methods = [*b"GET HEAD PUT DELETE PATCH OPTIONS TRACE CONNECT post P\xd6ST".split(), b"A" * 99]
             request = request.replace(b"POST", chance.choice(methods), 1)
         case 3:
-            paths = ["/", "/v1", "/v1/layers", "/%00", "/%ff", "//v1/layer", "/ready?x", "/metrics?", "*"]
-            request = post(upload, path=chance.choice(paths))
+            request = post(upload, path=chance.choice(ODD_PATHS))
         case 4:
             request = mutated(request, chance) + b"\r\n\r\n"
         case 5:
             whole, request = upload, post(chunks(upload, chance.choice([1, 10, 800, 9000])), CHUNKED)
         case 6:
+            doubled = [b"Content-Length: 836", b"Content-Length: 0", b"Host: other", b"Content-Type: a", b"Expect: x"]
+            doubled += [b"Transfer-Encoding: chunked, chunked", b"Authorization: Bearer a", b"X-Forwarded-For: 1.2.3.4"]
+            doubled += [
+                b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings",
+                b"Trailer: x",
+                b"Connection: x",
+                CHUNKED,
+            ]
+            request = post(upload, *chance.sample(doubled, 2))
+        case 7:
             headers = [b"Content-Type: text/\xff", b"Cookie: " + b"a" * 9000, b"Expect: 100-continue", b"X:", CLOSE,
                        b"Upgrade: websocket\r\nConnection: Upgrade", b"Content-Encoding: gzip"]  # fmt: skip
             whole, request = upload, post(upload, *chance.sample(headers, 2))
@@ -1004,7 +1347,7 @@ def test_requests_of_chance_are_refused_or_answered_rightly(cloud, model):
             reply = None
             with suppress(TimeoutError, ConnectionError):
                 connection.sendall(request)
-                reply = receive(connection)
+                reply = receive(connection, request.startswith(b"HEAD "))
             if reply is None or "connection" in reply.headers or b"Content-Length" not in request or not upload:
                 connection.close()
                 connection = None
@@ -1012,7 +1355,8 @@ def test_requests_of_chance_are_refused_or_answered_rightly(cloud, model):
                 continue
             statuses.append(reply.status)
             if reply.status != 200:
-                assert reply.refusal[0] < 500, reply
+                assert reply.status < 500, reply
+                assert not reply.body or reply.refusal
             elif reply.headers["content-type"] == "application/octet-stream":
                 upload = upload or request[request.index(b"CDCM") :][:UPLOAD_BYTES]
                 assert model.answers(reply.body, upload)
@@ -1035,7 +1379,8 @@ def test_a_port_that_is_taken_is_refused_and_so_is_what_is_no_generator(cloud, m
     settings = json.loads((tmp_path / "cloud.json").read_text())
     (tmp_path / "generator.safetensors").write_bytes(b"nothing")
     settings["generator"] = hashlib.sha256(b"nothing").hexdigest()[:32]
-    (tmp_path / "cloud.json").write_text(json.dumps(settings))
+    del settings["digest"]
+    (tmp_path / "cloud.json").write_text(json.dumps({**settings, "digest": json_digest(settings)}))
     code, said = not_started(tmp_path)
     assert code == 4
     assert "generator.safetensors" in said

@@ -6,6 +6,8 @@ only within one run.
 
 - service: `cdc_mmpg.cloud` against `plain`, an endpoint that answers each request by itself: the same layers, signed,
   without batches, places, clocks or a log;
+- hostile clients: good ones beside 300 slow bodies and 300 slow headers, and ten times as many clients on new
+  connections as the service has places: what is served, and how fast;
 - device: the encoder of the bundles against torch, eager, of the same size;
 - swap: from a message that has arrived to a layer in use;
 - generator: on a GPU, against the time that its weights take to be read.
@@ -41,6 +43,7 @@ from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.device.model import ENCODER, DeviceModel, read_bundle
 from cdc_mmpg.device.state import Layer
 from cdc_mmpg.errors import CDCError, CheckpointError
+from cdc_mmpg.hostile_load import ask_many, local_addresses, slow_clients
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import provenance, write_json
@@ -66,8 +69,14 @@ AXES = 2
 SERVED = ("float32", "low_rank")
 CONCURRENCY = (1, 8, 64)
 ROUNDS = 2  # turns of each server at each concurrency
+LEAD_SECONDS = 3.0  # after which all slow clients are there
 LEAD = 0.25  # of a turn's seconds, before its clock starts
 UPLOADS = 256  # different ones
+GOOD_CLIENTS = 8  # beside the slow ones, on new connections
+SLOW_CLIENTS = 300  # with slow bodies, and as many with slow headers
+OVERLOAD = 10  # clients on new connections at once, in the service's places
+SOURCES = 20  # addresses that they come from
+GOAL_SECONDS = 1.0  # of the 99th percentile of those that are served under overload
 VERIFIED = 50  # every so many replies one signature
 WORDS = 12  # of a question
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # on a GPU
@@ -109,6 +118,7 @@ def benchmark(bundles: Path | None, seconds: float) -> None:
         report: Report = {"machine": machine(), "seconds": seconds}
         report["service"] = {kind: compare_services(clouds[kind], kind, seconds) for kind in SERVED}
         console.print(service_table(report["service"]))
+        console.print(hostile_table(report["service"]))
         report["device"] = compare_encoders(bundles, seconds)
         console.print(device_table(report["device"]))
         report["swap"] = {"goal_milliseconds": GOAL_MILLISECONDS, "kinds": swaps(bundles, clouds, seconds)}
@@ -181,7 +191,7 @@ def plain() -> "FastAPI":
     from fastapi import Body, FastAPI  # noqa: PLC0415  see `cli`
     from fastapi.responses import JSONResponse, Response  # noqa: PLC0415
 
-    from cdc_mmpg.cloud import BYTES, answer, load  # noqa: PLC0415
+    from cdc_mmpg.cloud import BYTES, answer_one, load  # noqa: PLC0415
 
     served = load(Path(os.environ[BUNDLE]))
     api = FastAPI(openapi_url=None)
@@ -189,7 +199,7 @@ def plain() -> "FastAPI":
     @api.post(PATH, response_class=Response)
     def layer(content: Annotated[bytes, Body(media_type=BYTES)]) -> Response:
         upload = decode_upload(content, served.layouts, served.versions)
-        return Response(answer(served, [(content, upload)])[0], media_type=BYTES)
+        return Response(answer_one(served, content, upload), media_type=BYTES)
 
     @api.get("/ready")
     def ready() -> JSONResponse:
@@ -312,7 +322,68 @@ def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
                 turns[name].append(load(port, uploads, expected, concurrency, seconds / ROUNDS))
             each = {name: summed(loads) for name, loads in turns.items()}
             found["concurrency"][str(concurrency)] = {**each, "ratio": ratios(each["service"], each["plain"])}
+        found["hostile"] = measure_hostile_clients(ports["service"], uploads, expected, seconds)
     return found
+
+
+def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expected, seconds: float) -> Report:
+    """Return what a service does for good clients beside slow ones, and for far too many at once.
+
+    Raises:
+        CDCError: a layer is not what it should be.
+    """
+    from cdc_mmpg.limits import PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
+
+    raise_file_limit()
+    sources = local_addresses(SOURCES)
+    good = partial(ask_many, port, ["127.0.0.1"], uploads, GOOD_CLIENTS, seconds)
+    outcomes = {"good clients alone": good()}
+    with slow_clients(port, sources, SLOW_CLIENTS):
+        time.sleep(min(seconds, LEAD_SECONDS))  # until all are there
+        outcomes[f"beside {SLOW_CLIENTS} slow bodies and {SLOW_CLIENTS} slow headers"] = good()
+    crowd = OVERLOAD * PLACES
+    outcomes[f"{crowd:,} clients at once"] = ask_many(port, sources, uploads, crowd, seconds)
+    found: Report = {}
+    for name, outcome in outcomes.items():
+        for upload, reply in itertools.islice(outcome.layers.items(), VERIFIED):
+            decode_layer(reply, upload, expected.layout, expected.versions, expected.key)
+        times = outcome.milliseconds or [float("nan")]
+        found[name] = {
+            "served": len(outcome.milliseconds),
+            "refused": outcome.refused,
+            "lost": outcome.lost,
+            "served_share": outcome.served_share,
+            "served_per_second": len(outcome.milliseconds) / outcome.seconds,
+            "refused_per_second": outcome.refused / outcome.seconds,
+            "p50_milliseconds": float(np.percentile(times, 50)),
+            "p99_milliseconds": float(np.percentile(times, 99)),
+            "load_average": os.getloadavg()[0],  # what else runs here
+        }
+    return found
+
+
+def hostile_table(found: Report) -> Table:
+    """Return it as a person reads it."""
+    table = titled(
+        f"hostile clients, on new connections from {SOURCES} addresses; goal: none lost, p99 {GOAL_SECONDS:g} s",
+        ["layer", "clients"],
+        ["served/s", "refused/s", "served", "lost", "p50 ms", "p99 ms", "load"],
+    )
+    for kind, own in found.items():
+        for name, values in own["hostile"].items():
+            table.add_row(
+                kind,
+                name,
+                f"{values['served_per_second']:,.0f}",
+                f"{values['refused_per_second']:,.0f}",
+                f"{values['served_share']:.0%}",
+                str(values["lost"]),
+                f"{values['p50_milliseconds']:.0f}",
+                f"{values['p99_milliseconds']:.0f}",
+                f"{values['load_average']:.1f}",
+            )
+        table.add_section()
+    return table
 
 
 @contextmanager
@@ -648,12 +719,12 @@ def swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
 
 def message(served: "Served", kind: str) -> tuple[bytes, bytes, Expected]:
     """An upload, the message that answers it, and what is expected of that."""
-    from cdc_mmpg.cloud import answer  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud import answer_one  # noqa: PLC0415  see `cli`
 
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     feature = np.tanh(np.random.default_rng(1).standard_normal(WIDTH)).astype(np.float32)
     upload = encode_upload(feature, layout, served.versions)
-    content = answer(served, [(upload, decode_upload(upload, served.layouts, served.versions))])[0]
+    content = answer_one(served, upload, decode_upload(upload, served.layouts, served.versions))
     return upload, content, Expected(layout, served.versions, served.key.public_key())
 
 

@@ -5,10 +5,11 @@
     GET  /ready      200 once the weights are there, 503 before
     GET  /metrics    for Prometheus
 
-Requests that wait are answered together: whenever the generator is free it takes all of them, up to `BATCH`. Beyond
-`--places` that wait, are answered or are sent, the next are told to come again (503, Retry-After). A body is read no
-further than an upload is long, and no longer than `BODY_SECONDS`. Any number of such processes may stand behind a load
-balancer: a request needs nothing but the bundle.
+A body is read first, no further than an upload is long and no longer than `BODY_SECONDS`; then the request takes one of
+`--places` places, of which no client (a key, an address) can take all, or is told to come again (503, Retry-After).
+Uploads that wait are answered together: whenever the generator is free it takes all of them, up to `BATCH`. Everything
+that can be refused is refused before FastAPI sees it, and is logged as a count (see `limits`). Any number of such
+processes may stand behind a load balancer: a request needs nothing but the bundle.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import hmac
 import json
 import logging
 import os
-import resource
+import re
 import signal
 import socket
+import ssl
 import sys
 import tempfile
-from asyncio import constants
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -33,23 +34,38 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import h11
-import torch
-import uvicorn
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
-from starlette.background import BackgroundTask
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+try:
+    import torch
+    import uvicorn
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response
+    from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+    from starlette.exceptions import HTTPException
+    from starlette.types import Receive, Scope, Send
+    from uvicorn.supervisors import Multiprocess
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"ConfigError: the service needs what a device does not ({error}): pip install '.[serve]'", file=sys.stderr)
+    sys.exit(2)
 
 from cdc_mmpg.cli import exit_code
-from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import json_digest
+from cdc_mmpg.limits import (
+    ACCEPTS,
+    FULL,
+    IDLE_SECONDS,
+    PLACES,
+    RETRY_SECONDS,
+    Door,
+    Loop,
+    connection_limit,
+    name_network,
+    raise_file_limit,
+)
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.processors import count_processors
@@ -71,23 +87,19 @@ logger = logging.getLogger("cdc_mmpg.cloud")
 WEIGHTS = ("float32", "bfloat16")
 BYTES = "application/octet-stream"
 BATCH = 32  # most uploads that are answered at once
-HEADER_SECONDS = 5.0  # from a connection, or a request's first byte on a kept one, to the end of its headers
-IDLE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
 BODY_SECONDS = 5.0
-REQUEST_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
+PIECE_BYTES = 65_536  # of a reply that are written at once
 GRACE_SECONDS = 30  # for accepted requests after SIGTERM
-RETRY_SECONDS = 1
 START_SECONDS = 60  # that a process may import before its supervisor takes it for lost
 PARENT_SECONDS = 1.0  # after which a process notices that its supervisor is gone
 NOTHING = 1e-12  # of a feature: numbers near the smallest that there are slow processors down a hundred times
-
-# TLS handshakes have a minute, unless told.
-constants.SSL_HANDSHAKE_TIMEOUT = HEADER_SECONDS
 
 # How the processes of one service are told what to serve, and where they count together.
 SETTINGS, COUNTS = "CDC_MMPG_CLOUD", "PROMETHEUS_MULTIPROC_DIR"
 
 STATUS: dict[Reason, int] = {"encoder": 409, "generator": 409, "range": 422}  # of other rejected uploads, 400
+ABSOLUTE = re.compile("https?://[^/]*(/.*)", re.IGNORECASE | re.DOTALL)
+UPLOAD = "cdc_mmpg.upload"  # where a request's scope holds what `Gate` has read
 
 
 class Settings(NamedTuple):
@@ -97,6 +109,7 @@ class Settings(NamedTuple):
     keys: str  # a file with a key a line; "" lets everyone in
     places: int  # requests that may wait, be answered or be sent
     weights: str  # "float32" or "bfloat16"; "" is the bundle's choice
+    supervisor: int  # process that replaces a lost one; 0 where there is none
 
 
 class Served(NamedTuple):
@@ -178,12 +191,18 @@ def load(folder: Path, weights: str = "") -> Served:
         bundle.name, generator.to(device), generator.layouts(), bundle.versions, bundle.key, device, weights
     )
     nothing = Upload(served.layouts[0], served.versions, torch.zeros(WIDTH).numpy())
-    answer(served, [(bytes(UPLOAD_BYTES), nothing)])  # what the first one would wait for
+    try:
+        answer_one(served, bytes(UPLOAD_BYTES), nothing)  # what the first request would wait for
+    except DataError as error:
+        raise CheckpointError(f"{folder / 'generator.safetensors'}: {error}: train and export anew") from error
     return served
 
 
-def answer(served: Served, waiting: Sequence[tuple[bytes, Upload]]) -> list[bytes]:
-    """The layers for uploads, as they came and as they were read: each encoded and signed."""
+def answer(served: Served, waiting: Sequence[tuple[bytes, Upload]]) -> list[bytes | DataError]:
+    """Return the layers for uploads (as they came, and as they were read), each encoded and signed.
+
+    A layer that its precision cannot hold is the error of its own upload; the others are answered.
+    """
     uploads = torch.stack([torch.from_numpy(upload.feature.copy()) for _, upload in waiting]).to(served.device)
     uploads[uploads.abs() < NOTHING] = 0
     with torch.inference_mode():
@@ -191,12 +210,26 @@ def answer(served: Served, waiting: Sequence[tuple[bytes, Upload]]) -> list[byte
         sent = {}
         for kind in {upload.layout.kind for _, upload in waiting}:
             sent[kind] = [part.cpu().numpy() for part in served.generator.matrices(parts, kind)]
-    return [
-        encode_layer(
-            [part[place] for part in sent[upload.layout.kind]], content, upload.layout, served.versions, served.key
-        )
-        for place, (content, upload) in enumerate(waiting)
-    ]
+    layers: list[bytes | DataError] = []
+    for place, (content, upload) in enumerate(waiting):
+        matrices = [part[place] for part in sent[upload.layout.kind]]
+        try:
+            layers.append(encode_layer(matrices, content, upload.layout, served.versions, served.key))
+        except DataError as error:
+            layers.append(error)
+    return layers
+
+
+def answer_one(served: Served, content: bytes, upload: Upload) -> bytes:
+    """Return the layer for one upload.
+
+    Raises:
+        DataError: its precision cannot hold it.
+    """
+    layer = answer(served, [(content, upload)])[0]
+    if isinstance(layer, DataError):
+        raise layer
+    return layer
 
 
 class Batcher:
@@ -204,32 +237,20 @@ class Batcher:
 
     Args:
         served: the bundle.
-        places: requests that may be inside at once.
     """
 
-    def __init__(self, served: Served, places: int) -> None:
-        self.served, self.free = served, places
+    def __init__(self, served: Served) -> None:
+        self.served = served
         self._waiting: asyncio.Queue[tuple[bytes, Upload, float, asyncio.Future[Made]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "generator")
         self._task = asyncio.create_task(self._run())
 
-    def enter(self) -> bool:
-        """Take a place, if one is free; `leave` gives it back."""
-        if self.free == 0:
-            return False
-        self.free -= 1
-        return True
-
-    def leave(self) -> None:
-        """Give a place back."""
-        self.free += 1
-
-    async def sent(self) -> None:
-        """The reply is out: `leave`, on the event loop and not in a thread."""
-        self.leave()
-
     async def layer(self, content: bytes, upload: Upload) -> Made:
-        """The layer for an upload, signed."""
+        """Return the layer for an upload, signed.
+
+        Raises:
+            DataError: its precision cannot hold it.
+        """
         made: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((content, upload, perf_counter(), made))
         return await made
@@ -253,7 +274,11 @@ class Batcher:
                 continue
             seconds = perf_counter() - start
             for (_, _, came, made), layer in zip(batch, layers, strict=True):
-                if not made.done():
+                if made.done():
+                    continue
+                if isinstance(layer, DataError):
+                    made.set_exception(layer)
+                else:
                     made.set_result(Made(layer, seconds, start - came, len(batch)))
 
     async def stop(self) -> None:
@@ -286,6 +311,14 @@ class Metrics:
         return generate_latest(registry)
 
 
+class Admitted(NamedTuple):
+    """An upload that has a place."""
+
+    content: bytes
+    upload: Upload
+    start: float  # when its headers had come
+
+
 class Service:
     """The endpoints of one process.
 
@@ -298,13 +331,17 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.keys, self.metrics = settings, read_keys(settings.keys), Metrics()
+        self.door = Door(settings.places, connection_limit(), self.metrics.replies)
         self.batcher: Batcher | None = None
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Read the weights while the process answers already; at the end let the generator go."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        loop.door = self.door
         tasks = [asyncio.create_task(self._start())]
-        if COUNTS in os.environ:
+        if self.settings.supervisor:
             tasks.append(asyncio.create_task(self._watch()))
         yield
         for task in tasks:
@@ -316,19 +353,22 @@ class Service:
     async def _start(self) -> None:
         try:
             served = await asyncio.to_thread(load, Path(self.settings.bundle), self.settings.weights)
+        except CDCError as error:
+            logger.error("no service", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         except Exception:
             logger.exception("no service")
             os.kill(os.getpid(), signal.SIGTERM)
             return
         gc.collect()
         gc.freeze()  # what is there stays: looking through it again and again makes every hundredth request late
-        self.batcher = Batcher(served, self.settings.places)
+        self.batcher = Batcher(served)
         log("ready", **described(served), device=str(served.device), processors=count_processors())
 
     async def _watch(self) -> None:
         """One of several processes ends with their supervisor: it would hold the port, and nobody would replace it."""
-        supervisor = os.getppid()
-        while os.getppid() == supervisor:
+        while os.getppid() == self.settings.supervisor:
             await asyncio.sleep(PARENT_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -347,82 +387,141 @@ class Service:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def layer(self, request: Request) -> Response:
-        """A layer for an upload, or why there is none."""
-        start = perf_counter()
-        refusal = self._refusal(request)
-        reply, fields = (refusal, {}) if refusal is not None else await self._reply(request)
-        seconds = perf_counter() - start
-        self.metrics.replies.labels(reply.status_code).inc()
-        self.metrics.seconds.observe(seconds)
-        log("layer", status=reply.status_code, milliseconds=round(1000 * seconds, 2), **fields)
-        return reply
-
-    def _refusal(self, request: Request) -> Response | None:
-        """Why a request may not come in; None takes a place for it."""
-        if self.keys and not admitted(request.headers.get("authorization", ""), self.keys):
-            return failure(401, "key", "no key that is known here: Authorization: Bearer <key>")
-        if self.batcher is None:
-            return failure(503, "loading", "the weights are being read")
-        if not self.batcher.enter():
-            return failure(503, "full", f"{self.settings.places} requests are inside already")
-        return None
-
-    async def _reply(self, request: Request) -> tuple[Response, dict[str, Any]]:
-        """What a request that has a place is told, and what the log says of it."""
+        """Answer an upload that `Gate` has let in by a layer."""
         assert self.batcher is not None
-        made: Made | None = None
+        content, upload, start = request.scope[UPLOAD]
         try:
-            content = await read_body(request)
-            upload = decode_upload(content, self.batcher.served.layouts, self.batcher.served.versions)
             made = await self.batcher.layer(content, upload)
-        except UploadRejected as error:
-            return failure(STATUS.get(error.reason, 400), error.reason, error.detail), {"reason": error.reason}
-        except HTTPException as error:
-            return failure(error.status_code, "body", str(error.detail)), {"reason": "body"}
-        finally:
-            if made is None:
-                self.batcher.leave()
+        except DataError as error:
+            return self.refuse(422, "finite", f"{error}: ask for float32")
+        milliseconds = 1000 * (perf_counter() - start)
         kind = upload.layout.kind
+        self.metrics.replies.labels(200).inc()
+        self.metrics.seconds.observe(milliseconds / 1000)
         self.metrics.sent.labels(kind).inc(len(made.layer))
         self.metrics.generating.observe(made.generating)
         self.metrics.batch.observe(made.batch)
+        fields = {"kind": kind, "bytes": len(made.layer), "batch": made.batch}
+        log("layer", status=200, milliseconds=round(milliseconds, 2), **fields)
         timing = f"generate;dur={1000 * made.generating:.3f}, wait;dur={1000 * made.waiting:.3f}"
-        leave = BackgroundTask(self.batcher.sent)
-        reply = Whole(made.layer, 200, {"Server-Timing": timing}, BYTES, leave)
-        return reply, {"kind": kind, "bytes": len(made.layer), "batch": made.batch}
+        return Whole(made.layer, 200, {"Server-Timing": timing}, BYTES)
+
+    def refuse(self, status: int, error: str, detail: str) -> Response:
+        """Return a refusal, which is counted."""
+        self.door.refusals.count(status, error)
+        return failure(status, error, detail)
+
+
+class Refused(Exception):
+    """A request that does not come in.
+
+    Args:
+        status: of the reply.
+        error: the reason in one word.
+        detail: the reason in a sentence.
+    """
+
+    def __init__(self, status: int, error: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.error, self.detail = status, error, detail
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before its upload was complete."""
+
+
+class Gate:
+    """The ASGI application: reads uploads and refuses what does not come in; the rest goes to FastAPI.
+
+    Args:
+        service: the endpoints.
+        api: the FastAPI application.
+    """
+
+    def __init__(self, service: Service, api: FastAPI) -> None:
+        self._service, self._api = service, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http" and (target := ABSOLUTE.fullmatch(scope["path"])):
+            scope["path"] = target[1]  # as a proxy asks
+        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+            await self._api(scope, receive, send)
+            return
+        places, clients = self._service.door.places, [name_network(scope["client"][0])]
+        try:
+            scope[UPLOAD] = await self._read(scope, receive, clients)
+            if not places.take(*clients):
+                raise Refused(503, "full", FULL)
+        except Refused as refused:
+            await self._service.refuse(refused.status, refused.error, refused.detail)(scope, receive, send)
+            return
+        except ClientLeft:
+            return  # `Protocol` counts it
+        try:
+            await self._api(scope, receive, send)
+        finally:
+            places.give_back(*clients)
+
+    async def _read(self, scope: Scope, receive: Receive, clients: list[Hashable]) -> Admitted:
+        """Return the upload of a request, and add the key of its client to the client's names.
+
+        Raises:
+            Refused: a key, the headers or the upload are not what they should be.
+            ClientLeft: the upload is not complete.
+        """
+        start, headers = perf_counter(), scope["headers"]
+        if self._service.keys:
+            key = find_key([value for name, value in headers if name == b"authorization"], self._service.keys)
+            if key is None:
+                raise Refused(401, "key", "no key that is known here: Authorization: Bearer <key>")
+            clients.append(key)
+        check_length(headers)
+        batcher = self._service.batcher
+        if batcher is None:
+            raise Refused(503, "loading", "the weights are being read")
+        content = await read_body(receive)
+        try:
+            return Admitted(content, decode_upload(content, batcher.served.layouts, batcher.served.versions), start)
+        except UploadRejected as error:
+            raise Refused(STATUS.get(error.reason, 400), error.reason, error.detail) from error
 
 
 class Whole(Response):
-    """A reply that ends when the client has read it, but for what its socket holds: until then its place is taken."""
+    """A reply that ends when the client has read it, but for what its socket holds: until then its place is taken.
+
+    It is sent in pieces: TLS takes whatever is written at once, and waits before the next piece.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the body, wait until it is gone, end."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        for start in range(0, len(self.body), PIECE_BYTES):
+            piece = self.body[start : start + PIECE_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-        if self.background is not None:
-            await self.background()
 
 
-def app() -> FastAPI:
-    """The service of a process that `main` started."""
+def app() -> Gate:
+    """Return the service of a process that `main` started."""
     configure_logs()
     service = Service(Settings(**json.loads(os.environ[SETTINGS])))
     api = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=service.lifespan)
-    api.add_api_route("/health", service.health)
-    api.add_api_route("/ready", service.ready)
-    api.add_api_route("/metrics", service.count)
+    for path, endpoint in (("/health", service.health), ("/ready", service.ready), ("/metrics", service.count)):
+        api.add_api_route(path, endpoint, methods=["GET", "HEAD"])
     api.add_api_route(PATH, service.layer, methods=["POST"])
 
     @api.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return failure(error.status_code, "http", str(error.detail))
+    async def refuse(_: Request, error: HTTPException) -> Response:
+        refusal = service.refuse(error.status_code, "http", str(error.detail))
+        refusal.headers.update(error.headers or {})
+        return refusal
 
     @api.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return failure(500, "failed", type(error).__name__)
+    async def fail(_: Request, error: Exception) -> Response:
+        return service.refuse(500, "failed", type(error).__name__)
 
-    return api
+    return Gate(service, api)
 
 
 def described(served: Served) -> dict[str, Any]:
@@ -432,28 +531,41 @@ def described(served: Served) -> dict[str, Any]:
     return {"model": served.name, **versions, "weights": served.weights, "kinds": kinds}
 
 
-async def read_body(request: Request) -> bytes:
-    """As many bytes as an upload has.
+def check_length(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse a request whose headers declare another length than an upload has, before its body is read.
 
     Raises:
-        HTTPException: another number was declared or came, or they came too slowly.
+        Refused: they do, or leave two ways to read the body.
     """
-    declared = request.headers.get("content-length")
-    if declared is not None and int(declared) != UPLOAD_BYTES:
-        raise HTTPException(413 if int(declared) > UPLOAD_BYTES else 400,
-                            f"{declared} bytes declared: an upload has {UPLOAD_BYTES}")  # fmt: skip
+    declared = [int(value) for name, value in headers if name == b"content-length"]
+    if declared and any(name == b"transfer-encoding" for name, _ in headers):
+        raise Refused(400, "http", "both Content-Length and Transfer-Encoding")
+    if declared and declared[0] != UPLOAD_BYTES:
+        raise Refused(413 if declared[0] > UPLOAD_BYTES else 400, "body",
+                      f"{declared[0]} bytes declared: an upload has {UPLOAD_BYTES}")  # fmt: skip
+
+
+async def read_body(receive: Receive) -> bytes:
+    """Return a request's body.
+
+    Raises:
+        Refused: it is longer than an upload, or came too slowly.
+        ClientLeft: the connection closed before its end.
+    """
     content = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                content += chunk
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                content += message["body"]
                 if len(content) > UPLOAD_BYTES:
-                    raise HTTPException(413, f"more than the {UPLOAD_BYTES} bytes of an upload")
-    except ClientDisconnect as error:
-        raise HTTPException(400, f"the client left after {len(content)} of {UPLOAD_BYTES} bytes") from error
+                    raise Refused(413, "body", f"more than the {UPLOAD_BYTES} bytes of an upload")
+                if not message["more_body"]:
+                    return content
     except TimeoutError as error:
-        raise HTTPException(408, f"{len(content)} of {UPLOAD_BYTES} bytes came in {BODY_SECONDS} s") from error
-    return content
+        raise Refused(408, "body", f"{len(content)} of {UPLOAD_BYTES} bytes came in {BODY_SECONDS} s") from error
 
 
 def failure(status: int, error: str, detail: str) -> JSONResponse:
@@ -467,85 +579,34 @@ def failure(status: int, error: str, detail: str) -> JSONResponse:
 
 
 def read_keys(path: str) -> list[bytes]:
-    """The digests of the keys in a file, one a line; none where there is no file to read.
+    """Return the digests of the keys in a file, one a line; none where there is no file to read.
 
     Raises:
-        ConfigError: it is not there, or empty.
+        ConfigError: it is not there or empty, or a line holds what no header can carry.
     """
     if not path:
         return []
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no file of keys ({error}); KEYS= names one, with a key a line") from error
     if not any(lines):
         raise ConfigError(f"{path}: no key in it; write one a line")
+    for number, line in enumerate(lines, 1):
+        if not line.isprintable():
+            raise ConfigError(f"{path}, line {number}: a character that no key can hold; write one key a line")
     return [digest(line.encode()) for line in lines if line]
 
 
-def admitted(authorization: str, keys: Sequence[bytes]) -> bool:
-    """Whether a header brings a key, in a time that does not depend on which or on how much of one."""
-    scheme, _, key = authorization.partition(" ")
-    given = digest(key.strip().encode("latin-1", "replace"))  # the bytes as they came
+def find_key(authorizations: Sequence[bytes], keys: Sequence[bytes]) -> bytes | None:
+    """Return the digest of the key that the only Authorization header brings, or None where it brings none of `keys`.
+
+    The time does not depend on which key it is or on how much of one is right.
+    """
+    scheme, _, key = (authorizations[0] if len(authorizations) == 1 else b"").partition(b" ")
+    given = digest(key.strip())
     same = [hmac.compare_digest(given, own) for own in keys]
-    return any(same) and scheme.lower() == "bearer"
-
-
-class Protocol(H11Protocol):
-    """uvicorn's HTTP with a clock: it has none between a connection and the end of a request's headers."""
-
-    _clock: asyncio.TimerHandle | None = None
-    _idle = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers."""
-        transport.set_write_buffer_limits(1, 0)  # see `Whole`
-        # asyncio does so, but not for the sockets that several processes share: 40 ms between headers and body.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().connection_made(transport)
-        self._wind(HEADER_SECONDS)
-
-    def data_received(self, data: bytes) -> None:
-        """The first bytes of the next request: wait for its headers."""
-        if self._idle:
-            self._idle = False
-            self._wind(HEADER_SECONDS)
-        super().data_received(data)
-
-    def handle_events(self) -> None:
-        """A request came: wait for its reply."""
-        before = self.cycle
-        super().handle_events()
-        if self.cycle is not before and not self.cycle.response_complete:
-            self._wind(REQUEST_SECONDS)
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request."""
-        self._idle = True
-        self._wind(IDLE_SECONDS)
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
-        if self._clock is not None:
-            self._clock.cancel()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is refused as everything else is."""
-        body = json.dumps({"error": "http", "detail": msg}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-                   (b"connection", b"close")]  # fmt: skip
-        events: list[h11.Event] = [h11.Response(status_code=400, headers=headers), h11.Data(data=body)]
-        with suppress(h11.LocalProtocolError):  # in the middle of a reply there is nothing to say
-            for event in [*events, h11.EndOfMessage()]:
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-    def _wind(self, seconds: float) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-        self._clock = self.loop.call_later(seconds, self.transport.abort)
+    return given if any(same) and scheme.lower() == b"bearer" else None
 
 
 class JSONLines(logging.Formatter):
@@ -575,7 +636,7 @@ def configure_logs() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every odd request, which we count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -585,7 +646,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=1, help="processes; with two or more a lost one is replaced")
-    parser.add_argument("--places", type=int, default=256, help="requests inside a process at once")
+    parser.add_argument("--places", type=int, default=PLACES, help="requests inside a process at once")
     parser.add_argument(
         "--keys", default="", help="a file with a key a line; without, everyone on this machine may ask"
     )
@@ -610,49 +671,80 @@ def serve(options: argparse.Namespace) -> None:
             f"{options.host} can be reached from other machines, and without keys everyone may ask: give a file of "
             "them (KEYS=), or serve on 127.0.0.1"
         )
-    if bool(options.certificate) != bool(options.certificate_key):
-        raise ConfigError("https needs both a certificate and its key (CERTIFICATE=, CERTIFICATE_KEY=)")
-    for path in (options.certificate, options.certificate_key):
-        if path and not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
+    check_certificate(options.certificate, options.certificate_key)
     read_keys(options.keys)
     load(options.bundle, options.weights)
-    try:
-        with socket.create_server((options.host, options.port), family=family(options.host)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"{options.host}:{options.port} cannot be had ({error}); PORT= names another") from error
+    listener = listen(options.host, options.port)
     configure_logs()
     if options.keys and not options.certificate and not is_loopback(options.host):
         logger.warning("keys are sent without encryption: end https here (CERTIFICATE=) or in what stands before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 65_536), hard), hard))
-    settings = Settings(str(options.bundle), options.keys, options.places, options.weights)
+    raise_file_limit()
+    supervisor = os.getpid() if options.workers > 1 else 0
+    settings = Settings(str(options.bundle), options.keys, options.places, options.weights, supervisor)
     os.environ[SETTINGS] = json.dumps(settings._asdict())
-    with tempfile.TemporaryDirectory() as counts:
-        if options.workers > 1:
+    config = uvicorn.Config(
+        "cdc_mmpg.cloud:app",
+        factory=True,
+        workers=options.workers,
+        loop="cdc_mmpg.limits:Loop",
+        http="cdc_mmpg.limits:Protocol",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a client's address is whom its bytes come from, not what it says
+        backlog=ACCEPTS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=int(IDLE_SECONDS),
+        timeout_worker_healthcheck=START_SECONDS,
+        h11_max_incomplete_event_size=16_384,
+        ssl_certfile=options.certificate,
+        ssl_keyfile=options.certificate_key,
+    )
+    with listener, tempfile.TemporaryDirectory() as counts:
+        if options.workers == 1:
+            try:
+                uvicorn.Server(config).run([listener])  # leaves by the signal that stops it
+            except KeyboardInterrupt:
+                raise SystemExit(128 + signal.SIGINT) from None
+        else:
             os.environ[COUNTS] = counts
-        uvicorn.run(
-            "cdc_mmpg.cloud:app",
-            factory=True,
-            host=options.host,
-            port=options.port,
-            workers=options.workers,
-            http="cdc_mmpg.cloud:Protocol",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=4096,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            timeout_keep_alive=int(IDLE_SECONDS),
-            timeout_worker_healthcheck=START_SECONDS,
-            h11_max_incomplete_event_size=16_384,
-            ssl_certfile=options.certificate,
-            ssl_keyfile=options.certificate_key,
-        )
-    if options.workers > 1:  # a single process leaves by the signal itself
-        raise SystemExit(128 + signal.SIGTERM)
+            Multiprocess(config, [listener]).run()
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse files that are no certificate with its key.
+
+    Raises:
+        ConfigError: one of two is given, or they are not there, damaged, encrypted or do not belong together.
+    """
+    if not certificate and not key:
+        return
+    if not certificate or not key:
+        raise ConfigError("https needs both a certificate and its key (CERTIFICATE=, CERTIFICATE_KEY=)")
+    for path in (certificate, key):
+        if not Path(path).is_file():
+            raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{certificate} and {key} are not a certificate and its unencrypted key in PEM ({error}); CERTIFICATE= "
+            "and CERTIFICATE_KEY= name them"
+        ) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there.
+
+    Raises:
+        ConfigError: the address does not exist here, or is in use.
+    """
+    try:
+        return socket.create_server((host, port), family=family(host))
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConfigError(f"{host}:{port} cannot be had ({error}); HOST= and PORT= name another") from error
 
 
 def family(host: str) -> socket.AddressFamily:
