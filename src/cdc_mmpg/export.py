@@ -496,7 +496,9 @@ def quantised(content: bytes, scratch: Path) -> bytes:
     instruction that adds pairs of products in 16 bits, which full-range signed weights overflow without a word.
 
     Source: onnxruntime's dynamic quantisation, a scale and a zero point for each output; its documentation advises
-    this, or signed weights of 7 bits, which twice the error was measured for.
+    unsigned weights, or signed ones of 7 bits. Measured with random weights at the paper's size, against full-range
+    signed ones with VNNI: unsigned 0.83 times the error of the features in 1.4 times the time, 7 bits 1.6 times the
+    error in the same time. On ARM, where phones are, unsigned ones have an instruction of their own.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  see `cli`
 
