@@ -209,7 +209,7 @@ class FrameCache:
         """Names of clips with another content than the index has; those with the same are known by their new time."""
         touched = [
             name
-            for name in now.keys() - failures.keys()
+            for name in sorted(now.keys() - failures.keys())
             if (entry := self._entries.get(name)) and entry[:2] != (now[name].st_size, now[name].st_mtime_ns)
         ]
         if not touched:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -42,6 +43,40 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch.save(pl_module.state_dict(), self.path)
+
+
+class Witness(Callback):
+    """Writes down into the run's folder, on every process, what a run came to: `witness.<rank>.pt`.
+
+    The weights after training, before testing loads the best epoch; what was logged after every evaluation; the turns
+    of encoder pretraining; the outcomes by split.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {"weights": {}, "logged": [], "turns": [], "outcomes": {}}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: object) -> None:
+        if (turn := getattr(pl_module, "_turn", None)) is not None:
+            self.found["turns"].append((turn.captions, None if turn.frames is None else turn.frames.tolist()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, "test")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found["weights"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        # Learning rates are logged by the process that has the loggers.
+        logged = [(name, float(value)) for name, value in trainer.callback_metrics.items() if name[:3] != "lr-"]
+        self.found["logged"].append(logged)
+        if split in (outcomes := getattr(pl_module, "outcomes", {})):
+            self.found["outcomes"][split] = outcomes[split]
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.found, folder / f"witness.{trainer.global_rank}.pt")
 
 
 def steps(path: Path) -> int:

@@ -521,6 +521,16 @@ def test_a_method_with_sessions_needs_domains_and_says_so(folders, tmp_path, cap
     assert "'camera44', none of the domains" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "code"), [("categories", 3), ("casts", 0)])
+def test_the_oracle_is_told_casts_that_somebody_knows(kind, code, folders, tmp_path, capsys):
+    given = [f"--data.init_args.domains={kind}"]
+    assert main(command(folders, "qa", "session_oracle", tmp_path, *given)) == code
+    refused = "nobody knows the hue casts of these devices (domains: categories), and the oracle is told them"
+    assert (refused in capsys.readouterr().err) == bool(code)
+    assert (tmp_path / "msrvtt" / "session_oracle" / "seed0" / "results.json").exists() == (not code)
+    assert (tmp_path / "data" / "features").exists() == (not code)  # before anything slow
+
+
 def test_it_trains_and_the_test_tells_unseen_from_seen(folders, tmp_path, capsys):
     given = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera12,camera20]"]
     for method in ("linear", "cdc_mmpg_session"):

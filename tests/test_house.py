@@ -54,7 +54,7 @@ ROOMS = {
     "benchmark_deployment": {"batch", "cli", "cloud", "device", "errors", "export", "hostile_load", "limits", "models",
                              "payloads", "results", "wire", "processors"},
     "features": {"models", "batch", "errors", "files", "weights"},
-    "sessions": {"batch", "errors", "features"},
+    "sessions": {"batch", "errors", "features", "models"},
     "captions": {"batch"},
     "checkpointing": {"errors", "files", "results", "signals", "weights"},
     "dashboard": {"methods", "batch", "files", "metrics"},

@@ -63,6 +63,7 @@ def build(name: str, phase_one: Path, classes: int = 5, **arguments: object) -> 
 
 
 ANSWERING = ("linear", "fine_tuning", "hyper", "cdc_mmpg", "cdc_mmpg_frozen")
+TRAINING_ENCODERS = ("fine_tuning", "cdc_mmpg")
 
 
 @pytest.mark.parametrize("name", ANSWERING)
@@ -213,10 +214,34 @@ def test_polynomial_decay_ends_at_zero(phase_one, tmp_path):
     assert rates == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0])
 
 
-@pytest.mark.parametrize("arguments", [{"learning_rate": 0}, {"learning_rate": float("nan")}, {"weight_decay": -1}])
-def test_impossible_arguments_are_refused(arguments, phase_one):
-    with pytest.raises(ConfigError, match="learning_rate"):
-        build("linear", phase_one, **arguments)
+@pytest.mark.parametrize("value", [0, -1e-4, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, "learning_rate") for name in ANSWERING] + [(name, "encoder_learning_rate") for name in TRAINING_ENCODERS],
+)
+def test_rates_that_are_no_positive_numbers_are_refused(name, argument, value, phase_one):
+    with pytest.raises(ConfigError, match=f"^{argument} {value} must be positive and finite"):
+        build(name, phase_one, **{argument: value})
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_impossible_weight_decay_is_refused(value, phase_one):
+    with pytest.raises(ConfigError, match=f"weight_decay {value}"):
+        build("linear", phase_one, weight_decay=value)
+
+
+@pytest.mark.parametrize("given", [None, 1e-6, 1e-3])
+@pytest.mark.parametrize("name", TRAINING_ENCODERS)
+def test_the_encoder_has_its_own_rate_or_that_of_all(name, given, phase_one, tmp_path):
+    method = build(name, phase_one, learning_rate=1e-3, encoder_learning_rate=given)
+    rates = []
+    method.on_train_batch_start = lambda *_: rates.extend(
+        (group["lr"], len(group["params"])) for group in method.optimizers().param_groups
+    )
+    train(method, batch(), 1, tmp_path)
+    assert {rate for rate, _ in rates} == {1e-3, given or 1e-3}
+    encoders = sum(1 for parameter in method.encoder.parameters() if parameter.requires_grad)
+    assert given != 1e-6 or dict(rates)[1e-6] == encoders
 
 
 def test_phase_two_needs_phase_one():
@@ -299,6 +324,8 @@ def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one
             assert rows[:, 1].tolist() == list(range(6))
         mean = method.fda.average(hidden).argmax(-1)
     assert outcomes["mean_head"][1][:, 0].tolist() == mean.tolist()
+    compared = [name for name in logged if name.endswith("_error")]
+    assert compared == [f"test/{precision}_error" for precision in PRECISIONS]  # in one order on all processes
     assert logged["test/float32_agreement"] == 1
     assert logged["test/float32_error"] == 0
     assert 0 < logged["test/float16_error"] < logged["test/int8_error"]

@@ -15,7 +15,7 @@ from cdc_mmpg.methods.session_concatenated import SessionConcatenated
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
-from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.payloads import PRECISIONS
 from tolerances import assert_agree
 
@@ -48,8 +48,8 @@ def train(method: Method, batch: object, steps: int) -> Method:
     return method
 
 
-def build(name: str, classes: int = 5) -> CDCMMPGSession | SessionConcatenated:
-    parts = (encoder(), OpenEnded(classes))
+def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSession | SessionConcatenated:
+    parts = (encoder(), head or OpenEnded(classes))
     plain = {"axes": None, "learning_rate": 1e-3}
     if name == "concatenated":
         return SessionConcatenated(*parts, **plain)
@@ -168,6 +168,39 @@ def test_the_mean_layer_is_the_mean_of_what_training_generated(name):
     assert torch.equal(fda.average(hidden), before)
 
 
+@pytest.mark.parametrize("task", ["open_ended", "choice"])
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
+def test_the_mean_layer_holds_no_layer_of_a_sample_without_anchors(name, task):
+    """Nothing was uploaded: what the generator would make of nothing says nothing."""
+
+    def mean_after(anchors: list[int]) -> dict[str, torch.Tensor]:
+        method = build(name, head=MultipleChoice() if task == "choice" else None)
+        for parameter in method.fda.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        data = sessions()._replace(anchors=torch.tensor([[number] for number in anchors]))
+        if task == "choice":
+            features = data.samples.frame_features[:, None].expand(-1, 5, -1, -1)
+            data = data._replace(samples=data.samples._replace(frame_features=features))
+        rows = [place for place, number in enumerate(anchors) if number]
+        outputs = method.train().scores(data, "train")["n16"]
+        outputs.sum().backward()
+        assert all(parameter.grad is not None for parameter in method.fda.parameters())  # DDP waits for each
+        with torch.no_grad():
+            shared = method.eval()._answer(data.samples.frame_features, data.uploads[:, 0], torch.zeros(2), "float32")
+        assert [bool(torch.equal(own, other)) for own, other in zip(outputs, shared, strict=True)] == [
+            place not in rows for place in range(2)
+        ]
+        return {key: value for key, value in method.fda.named_buffers() if key.startswith(("mean", "seen"))}
+
+    both, first, second, none = (mean_after(anchors) for anchors in ([16, 16], [16, 0], [0, 16], [0, 0]))
+    (key,) = both.keys() - {"seen"}
+    assert both["seen"] == first["seen"] == 1
+    torch.testing.assert_close((first[key] + second[key]) / 2, both[key])
+    assert not torch.allclose(first[key], both[key])
+    assert none["seen"] == 0
+    assert not none[key].any()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
 def test_what_the_test_answers_with_is_what_the_bytes_say(name, precision):
@@ -199,10 +232,13 @@ def test_without_axes_the_session_feature_is_the_layer_normed_mean():
     assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)  # the norm's epsilon
 
 
-def devices(number: int = 60, clips: int = 8) -> tuple[torch.Tensor, list[list[int]]]:
-    """Anchor features of devices that differ along two known directions, amid content that varies ten times as much."""
-    generator = torch.Generator().manual_seed(0)
-    angles = torch.rand(number, generator=generator) * 2 * torch.pi
+def devices(number: int = 60, clips: int = 8, content: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
+    """Anchor features of devices that differ along two known directions, amid content that varies ten times as much.
+
+    Other `content` is other clips of the same devices.
+    """
+    angles = torch.rand(number, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
+    generator = torch.Generator().manual_seed(1 + content)
     anchors = torch.randn(number * clips, 192, generator=generator) * torch.linspace(0.1, 5, 192)
     anchors[:, 3] += 2 * angles.cos().repeat_interleave(clips)
     anchors[:, 5] += 2 * angles.sin().repeat_interleave(clips)
@@ -220,7 +256,8 @@ def test_the_axes_are_those_in_which_devices_differ():
     assert_agree(feature.norm(dim=-1), torch.full((60,), 192**0.5))
     assert not feature[:, 2:].any()
     # The same directions whatever the content is, and the same from clips it was not fitted on.
-    fresh, _ = devices()
+    fresh, _ = devices(content=1)
+    assert not (fresh == anchors).any()
     again = axes(torch.stack([fresh[pool[:4]].mean(0) for pool in pools]))
     assert torch.nn.functional.cosine_similarity(feature, again).min() > 0.8
     assert sum(p.numel() for p in axes.parameters()) == 3 * 192
@@ -280,6 +317,27 @@ def test_captions_and_questions_are_learned_by_heart():
     metrics = method.trainer.callback_metrics
     assert metrics["val/words_accuracy"] == 1.0
     assert metrics["val/answers_accuracy"] == 1.0
+
+
+def test_validation_does_not_depend_on_what_else_is_in_the_batch():
+    """As many processes, as many ways to share out the captions: the masked words and the means are the same."""
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captions()
+    alone = []
+    with torch.no_grad():
+        together = torch.stack(method.captions_loss(batch, training=False))
+        for row in range(4):
+            length = int(batch.caption_mask[row].sum())  # padded no longer than it is
+            neutral = batch.neutral
+            own = CaptionBatch(*(part if part is neutral else part[row : row + 1] for part in batch))
+            own = own._replace(caption_ids=own.caption_ids[:, :length], caption_mask=own.caption_mask[:, :length])
+            alone.append(torch.stack(method.captions_loss(own, training=False)))
+    torch.testing.assert_close(torch.stack(alone).mean(0), together)
+    masked = method.mask_words(batch, training=False)
+    assert masked.any(1).all()
+    assert 0.2 < masked.float().mean() < 0.9
+    assert not torch.equal(masked[0], masked[1])  # rows draw for themselves
+    other = EncoderPretraining(encoder(), OpenEnded(5), seed=1)
+    assert not torch.equal(other.mask_words(batch, training=False), masked)
 
 
 def test_only_words_are_masked_and_validation_masks_the_same_ones(monkeypatch):

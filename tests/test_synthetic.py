@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 
 from cdc_mmpg.batch import CASES, SPLITS
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.features import FeatureDataset
-from cdc_mmpg.sessions import SessionDataset
+from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.heads import OpenEnded
+from cdc_mmpg.sessions import SessionDataModule, SessionDataset
 from conftest import TINY
 from data_modules import synthetic_clips
 from data_modules.msvd_qa import MSVDQA
@@ -215,6 +220,37 @@ def test_a_device_uploads_the_same_for_all_its_questions(data):
             assert not members or (members <= pool) != case.shuffled
         cast = math.radians(sessions.casts[device])
         assert batch.casts[index].tolist() == pytest.approx([math.cos(cast), math.sin(cast)], abs=1e-6)
+
+
+def test_nothing_is_fitted_on_devices_that_do_not_train(synthetic, tmp_path):
+    """What training may know of anchors is those of the devices that train: the axes, too, are found in them alone."""
+    data = module(synthetic, tmp_path)
+    model = AllInOne(num_frames=3, image_size=64, depth=1, vocab_size=100)
+    view = SessionDataModule(data, model, OpenEnded(17))
+    method = CDCMMPGSession(model, OpenEnded(17), axes=2)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(method, view)
+    anchors, pools = view.history()
+    clips = [sample.clip for sample in data.sessions().anchors.samples]
+    named = [{str(data.devices[clips[anchor]]["device"]) for anchor in pool} for pool in pools]
+    assert all(len(names) == 1 for names in named)
+    assert {name for names in named for name in names} == {origin.device for origin in data.origins("train")}
+    others = {origin.device for split in ("val", "test") for origin in data.origins(split) if origin.group == "unseen"}
+    assert others
+    assert not others & {name for names in named for name in names}
+    known = {anchor for pool in pools for anchor in pool}
+    assert len(known) < len(anchors)
+    assert not {clips[anchor] for anchor in known} & {
+        origin.clip for split in ("val", "test") for origin in data.origins(split)
+    }
+    again = DeviceAxes(2)
+    elsewhere = anchors.clone()
+    elsewhere[[anchor for anchor in range(len(anchors)) if anchor not in known]] = float("nan")
+    again.fit(elsewhere, pools)
+    assert torch.equal(method.axes.axes, again.axes)
 
 
 def test_captions_are_held_out_by_clip(data):

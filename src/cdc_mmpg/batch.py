@@ -54,7 +54,9 @@ class SessionBatch(NamedTuple):
     samples: FeatureBatch
     uploads: Tensor  # (B, C, 192) means of the anchor features of n other clips of a device
     anchors: Tensor  # (B, C) n, 0 where nothing is uploaded
-    casts: Tensor  # (B, 2) cosine and sine of the device's true hue cast, for the oracle; 0 where it is unknown
+    casts: (
+        Tensor  # (B, 2) cosine and sine of the device's true hue cast, for the oracle; not numbers where it is unknown
+    )
 
     @property
     def labels(self) -> Tensor:

@@ -37,12 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
+    rest = arguments
     for _, command in groupby(arguments, lambda argument: argument != "--"):
         if (own := list(command)) != ["--"]:
             leave_on_signals()
-            sys.argv[1:] = own  # what Lightning starts its other processes with
+            # Lightning starts its other processes with these, once: they go on to the later commands, as this one does.
+            sys.argv[1:] = rest
             if code := exit_code(partial(_run, own)):
                 return code
+        rest = rest[len(own) :]
     return 0
 
 

@@ -208,7 +208,7 @@ def answer(served: Served, waiting: Sequence[tuple[bytes, Upload]]) -> list[byte
     with torch.inference_mode():
         parts = served.generator(uploads)
         sent = {}
-        for kind in {upload.layout.kind for _, upload in waiting}:
+        for kind in dict.fromkeys(upload.layout.kind for _, upload in waiting):
             sent[kind] = [part.cpu().numpy() for part in served.generator.matrices(parts, kind)]
     layers: list[bytes | DataError] = []
     for place, (content, upload) in enumerate(waiting):

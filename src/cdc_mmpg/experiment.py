@@ -262,14 +262,12 @@ class Experiment(LightningCLI):
             if isinstance(value := config.get(name), str):
                 config[name] = expand_home(value)
         self._check_pair()
+        trainer = self._get(self.config, "trainer")
+        if str(trainer["precision"]) not in PRECISIONS:
+            raise ConfigError(f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)")
         if self.subcommand == "fit":
-            trainer = self._get(self.config, "trainer")
             if trainer["max_steps"] < 1 and trainer["max_epochs"] is not None and trainer["max_epochs"] < 1:
                 raise ConfigError(f"max_epochs is {trainer['max_epochs']}: max_epochs must be at least 1 (EPOCHS=)")
-            if str(trainer["precision"]) not in PRECISIONS:
-                raise ConfigError(
-                    f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)"
-                )
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
     def _claim(self, trainer: Trainer) -> None:
@@ -320,7 +318,9 @@ class Experiment(LightningCLI):
         if self.model.reads == "captions":
             self.datamodule = CaptionDataModule(self.dataset)
         elif self.model.reads == "sessions":
-            self.datamodule = SessionDataModule(self.dataset, self.model.encoder, self.model.head)
+            self.datamodule = SessionDataModule(
+                self.dataset, self.model.encoder, self.model.head, casts=self.model.oracle
+            )
         elif not self.model.train_encoder:
             self.datamodule = FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
 
@@ -343,8 +343,10 @@ class Experiment(LightningCLI):
             ]
         if config["strategy"] in ("auto", "ddp") and wants_several_processes(config["devices"], config["num_nodes"]):
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
-            # may be part of a forward pass.
-            kwargs["strategy"] = DDPStrategy(forward_sync_buffers=False)
+            # may be part of a forward pass there.
+            kwargs["strategy"] = DDPStrategy(
+                forward_sync_buffers=False, find_unused_parameters=self.model.trains_in_turn
+            )
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # more devices than there are: it names both numbers
@@ -378,6 +380,7 @@ class Experiment(LightningCLI):
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
         if not trainer.is_global_zero:
+            trainer.strategy.barrier("results")  # a later command of this process may build on what the first writes
             return
         step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         model.export(self.folder)
@@ -423,6 +426,7 @@ class Experiment(LightningCLI):
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
         close(trainer.loggers, results)
+        trainer.strategy.barrier("results")
 
 
 def is_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> bool:

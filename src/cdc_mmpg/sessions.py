@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cdc_mmpg.batch import CASES, SessionBatch, Sessions, Split
+from cdc_mmpg.batch import CASES, SessionBatch, Sessions, Split, VideoTextData
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.features import FeatureDataModule, FeatureDataset, Features
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.heads import Head
 
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
 
@@ -34,7 +36,7 @@ class SessionDataset(Dataset[SessionBatch]):
         self.split, self.seed = split, seed
         self.devices = sessions.devices[split]
         casts = torch.deg2rad(torch.tensor(sessions.casts))
-        self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1).nan_to_num()  # (D, 2)
+        self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (D, 2)
         if split == "train":
             self._totals = torch.stack([anchors[pool].sum(0) for pool in sessions.pools])
         else:
@@ -88,13 +90,18 @@ class SessionDataModule(FeatureDataModule):
 
     Args:
         data, encoder, head: see `FeatureDataModule`.
+        casts: refuse a dataset that does not know the true hue casts of its devices.
     """
+
+    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head, casts: bool = False) -> None:
+        super().__init__(data, encoder, head)
+        self.casts = casts
 
     def setup(self, stage: str) -> None:
         """Load or compute the features of samples and anchors.
 
         Raises:
-            DataError: the dataset has no unlabelled clips.
+            DataError: the dataset has no unlabelled clips, or does not know the casts that are asked for.
         """
         if self._splits:
             return
@@ -102,6 +109,12 @@ class SessionDataModule(FeatureDataModule):
         sessions = self.data.sessions()
         if not any(sessions.pools):
             raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
+        if self.casts and np.isnan(sessions.casts).any():
+            raise DataError(
+                f"nobody knows the hue casts of these devices (domains: {self.data.domains}), and the oracle is told "
+                "them: take domains whose casts are known (ARGS=--data.init_args.domains=casts), or another method "
+                "(METHOD=)"
+            )
         self._anchors, self._sessions = self.anchors(sessions), sessions
         super().setup(stage)
 

@@ -62,12 +62,15 @@ class ADRPretraining(Method):
     def _step(self, batch: Batch, split: Split) -> Tensor:
         frame_features = self.head.condition(self.encode(batch).frame_features).flatten(0, -3)
         training = split == "train"
-        anchor = anchor_feature(self.encoder, frame_features, draw=training)
-        losses = self.adr.losses(anchor, self.encoder.pool(frame_features.mean(1)), self.adr(anchor, sample=training))
+        with self.float32():
+            anchor = anchor_feature(self.encoder, frame_features, draw=training)
+            fused = self.encoder.pool(frame_features.mean(1))
+            losses = self.adr.losses(anchor, fused, self.adr(anchor, sample=training))
         if not training:
+            size = float(len(batch.labels))
             for name in ("kl", "reconstruction", "generation"):
-                self.log(f"{split}/{name}", getattr(losses, name), batch_size=float(len(batch.labels)), sync_dist=True)
-            self.log(f"{split}/loss", losses.total, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
+                self.log(f"{split}/{name}", getattr(losses, name), batch_size=size, sync_dist=True)
+            self.log(f"{split}/loss", losses.total, batch_size=size, sync_dist=True, prog_bar=True)
         return losses.total
 
     def parameter_counts(self) -> ParameterCounts:

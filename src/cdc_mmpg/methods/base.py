@@ -60,6 +60,7 @@ class Method(LightningModule):
     """
 
     reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
+    trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
     monitor: str  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
@@ -73,10 +74,9 @@ class Method(LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
-            raise ConfigError(
-                f"learning_rate {learning_rate} must be positive and weight_decay {weight_decay} not negative"
-            )
+        check_rate("learning_rate", learning_rate)
+        if not 0 <= weight_decay < float("inf"):
+            raise ConfigError(f"weight_decay {weight_decay} must not be negative")
         self.encoder = encoder.requires_grad_(train_encoder)
         self.head = head
         self.train_encoder = train_encoder
@@ -95,12 +95,20 @@ class Method(LightningModule):
         return self
 
     def encode(self, batch: Batch) -> Any:
-        """A batch as the encoder sees it: from the encoder, or as it was kept."""
+        """Return a batch as the encoder sees it, in float32: from the encoder, or as it was kept."""
         return self.head.encode(self.encoder, batch) if isinstance(batch, VideoTextBatch) else batch
 
     @abstractmethod
     def _step(self, batch: Batch, split: Split) -> Tensor:
-        """Loss of a batch, a scalar; logs metrics in validation and test."""
+        """Return the loss of a batch, a scalar; log metrics in validation and test.
+
+        The encoder alone computes in the precision of the run. What stands behind it is small, and rounding there
+        would change labels, statistics and answers: it computes in `float32`.
+        """
+
+    def float32(self) -> torch.autocast:
+        """Return a context in which nothing is rounded below float32, whatever the precision of the run."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a training batch.
@@ -114,7 +122,7 @@ class Method(LightningModule):
                 f"the loss is {loss.item()} at epoch {self.current_epoch}, step {self.global_step}, on the training "
                 f"samples {batch.indices.tolist()}: look at them, or lower the learning rate ({self.learning_rate})"
             )
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -127,7 +135,11 @@ class Method(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step."""
-        place = f"{self.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+        self.seed_step(batch_idx, self.global_rank)
+
+    def seed_step(self, batch_idx: int, rank: int) -> None:
+        """Begin the random numbers of a training step as the process `rank` begins them."""
+        place = f"{self.seed} {self.current_epoch} {batch_idx} {rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -258,18 +270,24 @@ class Answering(Method):
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
         encoded = self.encode(batch)
+        with self.float32():
+            return self._evaluate_batch(encoded, split)
+
+    def _evaluate_batch(self, encoded: Any, split: Split) -> Tensor:
+        """Do what `_step` does with a batch as `encode` returns it."""
         cases = self.scores(encoded, split)
         samples = encoded.samples if isinstance(encoded, SessionBatch) else encoded
         loss = self.head.loss(next(iter(cases.values())), samples)
         if split != "train":
             # The loss is the mean of these; whole numbers are cut over processes.
-            known = float((batch.labels != UNKNOWN).sum())
+            known = float((encoded.labels != UNKNOWN).sum())
             self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
             for case, rows in self.head.outcomes(cases, samples).items():
                 self.keep(case, *rows)
-            for case in cases.keys() & self.payloads().keys():
-                for name, value in compare(cases["float32"], cases[case]).items():
-                    self.log(f"{split}/{case}_{name}", value, batch_size=float(len(batch.labels)), sync_dist=True)
+            # In one order on all processes: each of these is a collective.
+            for case in (name for name in self.payloads() if name in cases):
+                for name, value in self.head.compare(cases["float32"], cases[case]).items():
+                    self.log(f"{split}/{case}_{name}", value, batch_size=float(len(encoded.labels)), sync_dist=True)
         return loss
 
     def keep(self, case: str, indices: Tensor, values: Tensor) -> None:
@@ -348,7 +366,7 @@ class Generating(Answering):
             for name in PRECISIONS:
                 cases[name] = self.head(fused, lambda hidden, name=name: self.fda.sent(read, hidden, name))
             self._shape = fused.shape[1:], read.shape[1:]
-            known = batch.labels[:, None].to(fused.dtype)
+            known = batch.labels[:, None].to(fused.dtype)  # float32, which holds every label exactly
             self.keep(READ, batch.indices, torch.cat([known, fused.flatten(1), read.flatten(1)], dim=-1))
         return cases
 
@@ -405,10 +423,14 @@ class Served(NamedTuple):
     offline: Tensor  # (L, D + 1) the layer, its last column the bias, of a device that was sent none
 
 
-def compare(layers: Tensor, sent: Tensor) -> dict[str, Tensor]:
-    """What rounding does to outputs (B, ...), scalars: the same answer (share), and the mean absolute difference."""
-    error = (sent - layers).abs().mean()
-    return {"agreement": (sent.argmax(-1) == layers.argmax(-1)).float().mean(), "error": error}
+def check_rate(name: str, rate: float, remedy: str = "") -> None:
+    """Refuse a learning rate that is not a positive number.
+
+    Raises:
+        ConfigError: it is not; names the argument and says the remedy.
+    """
+    if not 0 < rate < float("inf"):
+        raise ConfigError(f"{name} {rate} must be positive and finite{remedy}")
 
 
 def count(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cdc_mmpg.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
-from cdc_mmpg.methods.base import Generating, Served
+from cdc_mmpg.methods.base import Generating, Served, check_rate
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -50,7 +50,13 @@ class CDCMMPG(Generating):
             raise ConfigError("phase two builds on phase one: give model.init_args.adr, its adr.safetensors")
         fda = FDA(head.inputs, head.outputs, init, project)
         super().__init__(encoder, head, fda, recipe == "paper", learning_rate, weight_decay, seed)
-        self.encoder_learning_rate = encoder_learning_rate or learning_rate
+        if encoder_learning_rate is not None:
+            check_rate(
+                "encoder_learning_rate",
+                encoder_learning_rate,
+                "; to keep the encoder as it is, take METHOD=cdc_mmpg_frozen",
+            )
+            self.encoder_learning_rate = encoder_learning_rate
         self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
 
     def frozen(self) -> list[nn.Module]:

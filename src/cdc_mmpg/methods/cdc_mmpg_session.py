@@ -30,6 +30,7 @@ class Session(Answering):
     """
 
     reads: ClassVar[View] = "sessions"
+    oracle: bool = False  # whether it is told the devices' true hue casts
 
     def __init__(
         self, encoder: AllInOne, head: Head, axes: int | None, learning_rate: float, weight_decay: float, seed: int
@@ -108,14 +109,19 @@ class CDCMMPGSession(Session):
         return self._answer(frame_features, self.axes(upload), anchors, precision)
 
     def _answer(self, frame_features: Tensor, feature: Tensor, anchors: Tensor, precision: Precision) -> Tensor:
-        """Of layers that are made of (B, 192) and sent in that precision."""
+        """Answer with layers that are made of (B, 192) and sent in that precision, or with the shared one.
+
+        Where nothing was uploaded no layer is made: the mean of the layers that training makes must not hold it.
+        """
         fused = self.fused(frame_features)
         several = [1] * (fused.dim() - 2)  # hidden vectors of a sample, which share its layer
-        feature = feature.unflatten(0, (-1, *several))
+        told = anchors > 0
+        feature = feature[told].unflatten(0, (-1, *several))
 
         def layer(hidden: Tensor) -> Tensor:
-            adapted = self.fda(feature, hidden) if precision == "float32" else self.fda.sent(feature, hidden, precision)
-            return torch.where(anchors.view(-1, *several, 1) > 0, adapted, self.shared(hidden))
+            own = hidden[told]
+            adapted = self.fda(feature, own) if precision == "float32" else self.fda.sent(feature, own, precision)
+            return self.shared(hidden).index_put((told,), adapted)
 
         return self.head(fused, layer)
 

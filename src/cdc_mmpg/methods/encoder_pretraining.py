@@ -1,8 +1,9 @@
 """Pretraining of a small encoder on captioned clips: masked words first, then questions about what is to be seen."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import save_safetensors
+
+
+class Turn(NamedTuple):
+    """What a training step does, on all processes alike."""
+
+    captions: bool  # of captions or questions
+    frames: Tensor | None  # (B,) the only frame of each clip that is seen; None is all
 
 
 class EncoderPretraining(Method):
@@ -36,6 +44,7 @@ class EncoderPretraining(Method):
     """
 
     reads: ClassVar[View] = "captions"
+    trains_in_turn: ClassVar[bool] = True
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
@@ -69,28 +78,47 @@ class EncoderPretraining(Method):
         self.anchor_head = nn.Linear(WIDTH, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
 
-    def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the masked words, and how many of them are right; scalars."""
-        # The same words every time in validation.
-        generator = None if training else torch.Generator(batch.labels.device).manual_seed(self.seed)
+    def mask_words(self, batch: CaptionBatch, training: bool) -> Tensor:
+        """Draw which words of the captions are masked, (B, L): half of them, or all; at least one.
 
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, device=batch.labels.device)
-
+        Outside training the draws of a caption follow from its place in the split, so that they are the same in every
+        epoch and whatever else is in the batch.
+        """
         rows, length = batch.caption_ids.shape
-        masked = (draw(rows, length) < self.MASKED) | (draw(rows, 1) < self.WHOLLY_MASKED)
-        cls, mask, *_, sep = batch.neutral.tolist()
+        device = batch.labels.device
+        if training:
+            words, captions = torch.rand(rows, length, device=device), torch.rand(rows, 1, device=device)
+        else:
+            drawn = [np.random.default_rng((self.seed, i)).random(1 + length) for i in batch.indices.tolist()]
+            captions, words = torch.from_numpy(np.stack(drawn)).to(device).split([1, length], dim=1)
+        masked = (words < self.MASKED) | (captions < self.WHOLLY_MASKED)
+        cls, _, *_, sep = batch.neutral.tolist()
         is_word = (batch.caption_mask == 1) & (batch.caption_ids != cls) & (batch.caption_ids != sep)
         masked &= is_word
-        masked[:, 1] |= is_word[:, 1]  # at least one
-        video = normalise(batch.frames)
-        ids = batch.caption_ids.masked_fill(masked, mask)
-        words = self.encoder.encode_words(video, ids, batch.caption_mask)[masked]
-        scores = F.linear(
-            self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
-        ).float()
-        wanted = batch.caption_ids[masked]
-        return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+        masked[:, 1] |= is_word[:, 1]
+        return masked
+
+    def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of the masked words, and how many of them are right; scalars.
+
+        In training the means are over the words; else over the captions, so that they do not depend on the batches.
+        """
+        masked = self.mask_words(batch, training)
+        ids = batch.caption_ids.masked_fill(masked, int(batch.neutral[1]))
+        words = self.encoder.encode_words(normalise(batch.frames), ids, batch.caption_mask)[masked]
+        with self.float32():
+            scores = F.linear(
+                self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
+            )
+            wanted = batch.caption_ids[masked]
+            if training:
+                return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+            found = torch.stack(
+                [F.cross_entropy(scores, wanted, reduction="none"), (scores.argmax(-1) == wanted).float()], dim=-1
+            )
+            of_captions = found.new_zeros(len(masked), 2).index_add(0, masked.nonzero()[:, 0], found)
+            loss, right = (of_captions / masked.sum(1, keepdim=True).clamp(min=1)).mean(0)
+            return loss, right
 
     def anchors_loss(self, batch: CaptionBatch) -> Tensor:
         """Which words the caption has, from the anchor feature of one frame; a scalar."""
@@ -99,24 +127,41 @@ class EncoderPretraining(Method):
         frame = int(torch.randint(batch.frames.shape[1], ()))
         prompt = batch.neutral.expand(len(captions), -1)
         video = normalise(batch.frames[part, frame : frame + 1])
-        scores = self.anchor_head(self.encoder(video, prompt, torch.ones_like(prompt)).fused).float()
+        encoded = self.encoder(video, prompt, torch.ones_like(prompt))
+        with self.float32():
+            scores = self.anchor_head(encoded.fused)
         there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
         there[:, 0] = 0  # padding
         return self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there)
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The head's loss, and the share of right answers; scalars."""
-        fused = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask).fused
-        scores = self.head(fused, self.layer)
-        known = FeatureBatch(fused, batch.labels, batch.indices)
-        return self.head.loss(scores, known), (scores.argmax(-1) == batch.labels).float().mean()
+        encoded = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask)
+        with self.float32():
+            fused = encoded.fused
+            scores = self.head(fused, self.layer)
+            known = FeatureBatch(fused, batch.labels, batch.indices)
+            return self.head.loss(scores, known), (scores.argmax(-1) == batch.labels).float().mean()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw the step's turn with the first process's seed, then go on with this one's.
+
+        Processes that drew turns of their own would wait for gradients of parameters that others leave out.
+        """
+        self.seed_step(batch_idx, rank=0)
+        frames = None
+        if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
+            frames = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
+        captions = self.current_epoch < self.caption_epochs or bool(torch.rand(()) >= self.question_share)
+        self._turn = Turn(captions, frames)
+        if self.global_rank:
+            self.seed_step(batch_idx, self.global_rank)
 
     def _step(self, batch: Any, split: Split) -> Tensor:
         if split == "train":
-            if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
-                each = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
-                batch = batch._replace(frames=batch.frames.take_along_dim(each.view(-1, 1, 1, 1, 1), dim=1))
-            captions = self.current_epoch < self.caption_epochs or torch.rand(()) >= self.question_share
+            captions, frames = self._turn
+            if frames is not None:
+                batch = batch._replace(frames=batch.frames.take_along_dim(frames.view(-1, 1, 1, 1, 1), dim=1))
             loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]
             return loss + self.anchors_loss(batch)
         words, words_accuracy = self.captions_loss(batch, training=False)

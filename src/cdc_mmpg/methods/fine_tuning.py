@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cdc_mmpg.methods.base import check_rate
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
@@ -28,7 +29,11 @@ class FineTuning(Linear):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, learning_rate, weight_decay, seed)
-        self.encoder_learning_rate = encoder_learning_rate or learning_rate
+        if encoder_learning_rate is not None:
+            check_rate(
+                "encoder_learning_rate", encoder_learning_rate, "; to keep the encoder as it is, take METHOD=linear"
+            )
+            self.encoder_learning_rate = encoder_learning_rate
 
     def export(self, folder: Path) -> None:
         """Write the fine-tuned encoder."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.models.processes import sum_over_processes
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
 
@@ -65,8 +66,10 @@ class ADR(nn.Module):
 
     Deviation: eq. 16's "channel-wise" statistics of a single 192-vector are two scalars, so with axis "feature" g is
     a·f + b, which the LayerNorm of eq. 11 undoes but for the sign of a. "group:G" takes G equal parts of the vector;
-    "batch" takes each channel's statistics over the batch (of one process), and running ones when evaluating and for
-    a batch of one, which has no deviation.
+    "batch" takes each channel's statistics over the batch (of one process), and running ones, over the batches of all
+    processes, when evaluating and for a batch of one, which has no deviation.
+
+    Everything is computed in float32, whatever the precision of the run.
 
     Deviation: the sizes. The paper prints none, only totals of the cloud's parameters, which leave 27.75-27.81M for the
     reasoner in question answering and 20.21-20.31M in multiple choice. `paper_qa` and `paper_mc` are sizes that fit
@@ -117,10 +120,12 @@ class ADR(nn.Module):
             sample: draw z from its distribution (training) instead of taking the mean (serving, where the same
                 upload must give the same head).
         """
-        mean, log_variance = self.encoder(anchor).chunk(2, dim=-1)
-        latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean) if sample else mean
-        decoded = self.decoder(latent)
-        return Reasoned(self._renormalise(anchor, decoded), decoded, mean, log_variance)
+        with torch.autocast(anchor.device.type, enabled=False):
+            anchor = anchor.float()
+            mean, log_variance = self.encoder(anchor).chunk(2, dim=-1)
+            latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean) if sample else mean
+            decoded = self.decoder(latent)
+            return Reasoned(self._renormalise(anchor, decoded), decoded, mean, log_variance)
 
     def _renormalise(self, anchor: Tensor, decoded: Tensor) -> Tensor:
         """Eq. 16: the anchor with the mean and deviation of the decoded feature, (B, 192) all."""
@@ -133,8 +138,9 @@ class ADR(nn.Module):
         if self.training and len(anchor) > 1:
             statistics = [torch.std_mean(feature, dim=0, correction=0) for feature in (anchor, decoded)]
             std, mean = (torch.stack(rows) for rows in zip(*statistics, strict=True))  # (2, 192) each
-            self.running_mean.lerp_(mean.detach(), self.MOMENTUM)
-            self.running_std.lerp_(std.detach(), self.MOMENTUM)
+            *sums, processes = sum_over_processes(torch.stack([mean, std, torch.ones_like(mean)]))
+            self.running_mean.lerp_(sums[0] / processes, self.MOMENTUM)
+            self.running_std.lerp_(sums[1] / processes, self.MOMENTUM)
         else:
             mean, std = self.running_mean, self.running_std
         return std[1] * (anchor - mean[0]) / (std[0] + self.EPSILON) + mean[1]

@@ -67,6 +67,8 @@ class AllInOne(nn.Module):
 
     Source: paper section 3.1, eq. 2-4. At T = 3 and the defaults it has 11,431,104 parameters.
 
+    Its blocks compute in the precision of the run (autocast); the features that it returns are float32.
+
     Deviation: the reference draws a new permutation of the patches for every frame and call before it rolls them, in
     evaluation too; here they stay in raster order, because cloud and device must compute the same feature.
 
@@ -83,7 +85,7 @@ class AllInOne(nn.Module):
             "deit_tiny_patch16_224" to fetch DeiT-Tiny through timm. None starts at random.
 
     Raises:
-        ConfigError: a size that is not a multiple of 16, or a count below 1.
+        ConfigError: a size that is not a multiple of 16, a count below 1, or a share that is not in [0, 1).
         CheckpointError: the checkpoint lacks a key of the encoder, or has another shape.
     """
 
@@ -103,6 +105,8 @@ class AllInOne(nn.Module):
             raise ConfigError(f"image_size {image_size} is not a multiple of {PATCH}: use e.g. 224")
         if min(num_frames, depth, vocab_size, text_length) < 1:
             raise ConfigError("num_frames, depth, vocab_size and text_length are at least 1")
+        if not (0 <= dropout < 1 and 0 <= drop_path < 1):
+            raise ConfigError(f"dropout {dropout} and drop_path {drop_path} are at least 0 and below 1")
         self.num_frames = num_frames
         self.text_embeddings = BertEmbeddings(
             BertConfig(
@@ -169,7 +173,7 @@ class AllInOne(nn.Module):
         frames = video.shape[1]
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
         cls = self._transform(tokens, mask, frames=frames, text_tokens=length)
-        return Encoded(cls.view(len(text_ids), frames, WIDTH), self.pool)
+        return Encoded(cls.view(len(text_ids), frames, WIDTH).float(), self.pool)
 
     def one_clip(self, video: Tensor, text_ids: Tensor) -> Tensor:
         """`forward` of one clip (1, T, 3, H, W) and one text (1, L) without padding, for a device: (T, 192).
@@ -191,7 +195,7 @@ class AllInOne(nn.Module):
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
         for block in self.transformer.blocks:
             tokens = block(roll_tokens(tokens, frames, length), attn_mask=mask)
-        words = self.transformer.norm(tokens[:, :length])
+        words = self.transformer.norm(tokens[:, :length]).float()
         return words.view(batch, frames, length, WIDTH).mean(1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -200,12 +204,12 @@ class AllInOne(nn.Module):
         mask = None
         if lengths is not None:
             mask = (torch.arange(text.shape[1], device=text.device) < lengths[:, None])[:, None, None]
-        return self._transform(text, mask)
+        return self._transform(text, mask).float()
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Every frame's visual [CLS] (B, T, 192) of a pass without text or rolling; video (B, T, 3, H, W)."""
         batch, frames = video.shape[:2]
-        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH)
+        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH).float()
 
     def _embed_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, L', 192), trimmed to the longest text, and lengths (B,): None where none is padded."""

@@ -61,6 +61,7 @@ class DeviceAxes(nn.Module):
         self.axes.data.copy_(whiten.T @ directions.flip(1)[:, :number])
 
     def forward(self, uploads: Tensor) -> Tensor:
-        """(..., 192) both."""
-        along = F.normalize((uploads - self.mean) @ self.axes, dim=-1) * WIDTH**0.5
+        """Return the directions of uploads, (..., 192) both, in float32 whatever the precision of the run."""
+        with torch.autocast(uploads.device.type, enabled=False):
+            along = F.normalize((uploads.float() - self.mean) @ self.axes, dim=-1) * WIDTH**0.5
         return F.pad(along, (0, WIDTH - along.shape[-1]))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.models.processes import sum_over_processes
 from cdc_mmpg.payloads import LARGEST, WIDTH, Precision
 
 Init = Literal["printed", "hyperfan_in", "shared_head"]
@@ -64,8 +65,8 @@ class Adaptor(nn.Module):
         """The layers as a device installs them: weight (..., L, D) and bias (..., L)."""
 
     @abstractmethod
-    def average(self, hidden: Tensor) -> Tensor:
-        """Outputs (..., L) of one layer for everyone: the mean of those that training generated."""
+    def apply_mean(self, hidden: Tensor) -> Tensor:
+        """Return what `average` does, for hidden units in float32."""
 
     @abstractmethod
     def cloud_modules(self) -> list[nn.Module]:
@@ -87,13 +88,27 @@ class Adaptor(nn.Module):
 
     def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Every feature's own layer: weight (..., L, D) and bias (..., L)."""
-        return self.install(self.parts(feature))
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.install(self.parts(feature.float()))
 
-    def remember(self, mean: Tensor, own: Tensor) -> None:
-        """Update a running mean, over training's last hundred steps or so."""
+    def average(self, hidden: Tensor) -> Tensor:
+        """Outputs (..., L) of one layer for everyone: the mean of those that training generated."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.apply_mean(hidden.float())
+
+    def remember(self, mean: Tensor, total: Tensor, number: int) -> None:
+        """Update a running mean, over training's last hundred steps or so, with what all processes generated.
+
+        Args:
+            mean: to be changed.
+            total: of what was generated in this step, shaped as the mean.
+            number: how many layers that is of; a step in which no process generates any leaves the mean alone.
+        """
         if self.training:
-            self.seen += 1
-            mean.lerp_(own.detach(), max(0.01, 1 / int(self.seen)))
+            sums = sum_over_processes(torch.cat([total.flatten(), total.new_tensor([number])]))
+            if sums[-1] > 0:
+                self.seen += 1
+                mean.lerp_((sums[:-1] / sums[-1]).view_as(mean), max(0.01, 1 / int(self.seen)))
 
 
 def as_sent(parts: Parts, precision: Precision) -> Parts:
@@ -176,7 +191,8 @@ class FDA(Adaptor):
     def _latent(self, feature: Tensor) -> Tensor:
         """What H reads."""
         latent: Tensor = self.mlp(feature)
-        self.remember(self.mean_latent, latent.flatten(0, -2).mean(0))
+        rows = latent.flatten(0, -2)
+        self.remember(self.mean_latent, rows.sum(0), len(rows))
         return latent
 
     def parts(self, feature: Tensor) -> Parts:
@@ -192,10 +208,10 @@ class FDA(Adaptor):
         """See `Adaptor`."""
         return parts[0][..., :-1], parts[0][..., -1]
 
-    def average(self, hidden: Tensor) -> Tensor:
-        """H is linear: the mean layer is that of the mean latent."""
+    def apply_mean(self, hidden: Tensor) -> Tensor:
+        """See `Adaptor`; H is linear: the mean layer is that of the mean latent."""
         layer = self.hyper(self.mean_latent).view(self.outputs, self.inputs + 1)
-        return F.linear(hidden.float(), layer[:, :-1], layer[:, -1])
+        return F.linear(hidden, layer[:, :-1], layer[:, -1])
 
     def cloud_modules(self) -> list[nn.Module]:
         """MLP and H."""
@@ -239,7 +255,7 @@ class LowRankFDA(Adaptor):
         left, right = left.unflatten(-1, self.shapes[0]), right.unflatten(-1, self.shapes[1])
         if self.training:
             residuals = left.detach().flatten(0, -2).T @ right.detach().flatten(0, -2)
-            self.remember(self.mean_residual, residuals / (left.numel() / self.rank / self.outputs))
+            self.remember(self.mean_residual, residuals, left.numel() // (self.rank * self.outputs))
         return left, right
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
@@ -253,9 +269,9 @@ class LowRankFDA(Adaptor):
         layer = _joined(self.shared) + parts[0].mT @ parts[1]
         return layer[..., :-1], layer[..., -1]
 
-    def average(self, hidden: Tensor) -> Tensor:
+    def apply_mean(self, hidden: Tensor) -> Tensor:
         """See `Adaptor`."""
-        return self.shared(hidden) + F.linear(with_one(hidden.float()), self.mean_residual)
+        return self.shared(hidden) + F.linear(with_one(hidden), self.mean_residual)
 
     def cloud_modules(self) -> list[nn.Module]:
         """MLP and H; the shared layer is the device's."""
@@ -292,7 +308,8 @@ class BasisFDA(Adaptor):
     def parts(self, feature: Tensor) -> Parts:
         """The coefficients (..., 1, k), between -1 and 1."""
         coefficients = torch.tanh(self.mlp(feature))
-        self.remember(self.mean_coefficients, coefficients.flatten(0, -2).mean(0))
+        rows = coefficients.flatten(0, -2)
+        self.remember(self.mean_coefficients, rows.sum(0), len(rows))
         return (coefficients.unsqueeze(-2),)
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
@@ -306,9 +323,9 @@ class BasisFDA(Adaptor):
         layer = _joined(self.shared) + mixed.unflatten(-1, self.basis.shape[1:])
         return layer[..., :-1], layer[..., -1]
 
-    def average(self, hidden: Tensor) -> Tensor:
+    def apply_mean(self, hidden: Tensor) -> Tensor:
         """See `Adaptor`."""
-        return self.apply_parts((self.mean_coefficients[None],), hidden.float())
+        return self.apply_parts((self.mean_coefficients[None],), hidden)
 
     def cloud_modules(self) -> list[nn.Module]:
         """What reads the feature; the layers are the device's."""

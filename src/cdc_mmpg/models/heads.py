@@ -60,6 +60,10 @@ class Head(nn.Module):
     def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
         """A scalar."""
 
+    def compare(self, outputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
+        """Return what rounding a last layer does to outputs (B, ...), scalars by name: the mean absolute difference."""
+        return {"error": (rounded - outputs).abs().mean()}
+
     @abstractmethod
     def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
         """What has to be kept of an evaluated batch, given its outputs by case."""
@@ -80,6 +84,13 @@ class Choosing(Head):
         """Mean cross-entropy over the samples whose answer is known, 0 where none is."""
         total = F.cross_entropy(outputs.float(), batch.labels, ignore_index=UNKNOWN, reduction="sum")
         return total / (batch.labels != UNKNOWN).sum().clamp(min=1)
+
+    def compare(self, outputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
+        """See `Head`; also the share of samples with the same answer."""
+        return {
+            "agreement": (rounded.argmax(-1) == outputs.argmax(-1)).float().mean(),
+            **super().compare(outputs, rounded),
+        }
 
     def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
         """Prediction and label."""
@@ -138,6 +149,8 @@ class MultipleChoice(Choosing):
 
     def __init__(self, candidates: int = 5, per_candidate: bool = False) -> None:
         super().__init__()
+        if candidates < 1:
+            raise ConfigError(f"candidates {candidates}: at least 1")
         self.inputs, self.outputs = WIDTH, 1
         self.layers = candidates if per_candidate else 1
         self.per_candidate = per_candidate
@@ -184,8 +197,8 @@ class Retrieval(Head):
 
     def __init__(self, hidden: int = 256, temperature: float = 0.05) -> None:
         super().__init__()
-        if hidden < 1 or not temperature > 0:
-            raise ConfigError(f"hidden {hidden} is at least 1 and temperature {temperature} positive")
+        if hidden < 1 or not 0 < temperature < float("inf"):
+            raise ConfigError(f"hidden {hidden} is at least 1 and temperature {temperature} positive and finite")
         self.inputs, self.outputs, self.temperature = WIDTH, hidden, temperature
         self.text_projection = StaticLayer(WIDTH, hidden)
 
