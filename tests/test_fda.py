@@ -101,11 +101,11 @@ def test_generated_layers_in_numpy(name):
 def test_the_running_mean_forgets_after_a_hundred_steps():
     adaptor, mean = FDA(6, 5, "printed", project=False).train(), torch.zeros(1)
     for step in range(100):
-        adaptor.remember(mean, torch.tensor([float(step)]))
+        adaptor.remember(mean, torch.tensor([2 * float(step)]), 2)
     assert mean.item() == pytest.approx(49.5, rel=1e-4)  # the mean of all
-    adaptor.remember(mean, torch.tensor([149.5]))
+    adaptor.remember(mean, torch.tensor([2 * 149.5]), 2)
     assert mean.item() == pytest.approx(50.5, rel=1e-4)  # from here on a hundredth of what is new
-    adaptor.remember(mean, torch.tensor([150.5]))
+    adaptor.remember(mean, torch.tensor([2 * 150.5]), 2)
     assert mean.item() == pytest.approx(51.5, rel=1e-4)
 
 

@@ -230,20 +230,6 @@ def test_impossible_weight_decay_is_refused(value, phase_one):
         build("linear", phase_one, weight_decay=value)
 
 
-@pytest.mark.parametrize("given", [None, 1e-6, 1e-3])
-@pytest.mark.parametrize("name", TRAINING_ENCODERS)
-def test_the_encoder_has_its_own_rate_or_that_of_all(name, given, phase_one, tmp_path):
-    method = build(name, phase_one, learning_rate=1e-3, encoder_learning_rate=given)
-    rates = []
-    method.on_train_batch_start = lambda *_: rates.extend(
-        (group["lr"], len(group["params"])) for group in method.optimizers().param_groups
-    )
-    train(method, batch(), 1, tmp_path)
-    assert {rate for rate, _ in rates} == {1e-3, given or 1e-3}
-    encoders = sum(1 for parameter in method.encoder.parameters() if parameter.requires_grad)
-    assert given != 1e-6 or dict(rates)[1e-6] == encoders
-
-
 def test_phase_two_needs_phase_one():
     with pytest.raises(ConfigError, match="phase one"):
         CDCMMPG(encoder(), OpenEnded(5))

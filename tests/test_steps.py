@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
-from cdc_mmpg.methods.base import Method, compare
+from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
@@ -126,8 +126,11 @@ def test_validation_weighs_samples_not_batches(phase_one):
 
 def test_what_rounding_does_by_hand():
     layers, sent = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.5, 1.0, 0.0], [2.0, 0.0, 0.0]])
-    found = compare(layers, sent)
+    found = OpenEnded(3).compare(layers, sent)
     assert found["agreement"].item() == 0.5
+    assert found["error"].item() == pytest.approx(2.5 / 6)
+    found = Retrieval(3).compare(layers, sent)  # coordinates of embeddings are no answers
+    assert list(found) == ["error"]
     assert found["error"].item() == pytest.approx(2.5 / 6)
 
 
@@ -432,12 +435,29 @@ def test_how_often_the_pretraining_asks_and_looks_once(monkeypatch):
     for epoch, asked, single in ((0, 0, 0.95), (3, 0, 0.95), (4, 0.75, 0.95), (6, 0.75, 0.95), (7, 0.75, 0)):
         monkeypatch.setattr(Method, "current_epoch", epoch)
         seen.clear()
-        torch.manual_seed(epoch)
-        for _ in range(1500):
+        for number in range(1500):
+            method.on_train_batch_start(batch, number)
             method._step(batch, "train")
         questions, frames = zip(*seen, strict=True)
         assert np.mean(questions) == pytest.approx(asked, abs=0.04)
         assert np.mean(np.array(frames) == 1) == pytest.approx(single, abs=0.02)
+
+
+def test_all_processes_take_the_same_turn_and_draw_words_of_their_own(monkeypatch):
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, question_share=0.5), captioned(8)
+    method.trainer = trainer(max_epochs=9)
+    turns: list[list[object]] = [[], []]
+    drawn: list[list[float]] = [[], []]
+    for rank in (0, 1):
+        monkeypatch.setattr(Method, "global_rank", rank)
+        for number in range(40):
+            method.on_train_batch_start(batch, number)
+            captions, frames = method._turn
+            turns[rank].append((captions, None if frames is None else frames.tolist()))
+            drawn[rank].append(torch.rand(()).item())
+    assert turns[0] == turns[1]
+    assert {captions for captions, _ in turns[0]} == {True, False}
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 @torch.no_grad()
