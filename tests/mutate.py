@@ -53,7 +53,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "cache": ("data_modules/cache.py", "cache msvd_qa"),
     "video": (SRC + "video.py", "video cache"),
     "frames": (SRC + "frames.py", "video msvd_qa"),
-    "checkpointing": (SRC + "checkpointing.py", "weights interruptions"),
+    "checkpointing": (SRC + "checkpointing.py", "checkpointing interruptions"),
     "batch": (SRC + "batch.py", "features methods msvd_qa"),
     "domains": ("data_modules/domains.py", "domains"),
     "weights": (SRC + "weights.py", "weights adr all_in_one"),

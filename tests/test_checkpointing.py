@@ -1,0 +1,163 @@
+"""Checkpoints and signals piece by piece; `test_interruptions.py` has the real runs and the real kills."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
+from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.files import HOST
+from cdc_mmpg.results import RESUME
+
+
+def save(path: Path, step: int) -> Path:
+    AtomicCheckpointIO().save_checkpoint({"step": step}, path)
+    return path
+
+
+def test_a_checkpoint_is_saved_loaded_and_removed(tmp_path):
+    io, path = AtomicCheckpointIO(), tmp_path / "deep" / "state.ckpt"
+    io.save_checkpoint({"weights": torch.arange(3.0)}, path)
+    assert torch.equal(io.load_checkpoint(path)["weights"], torch.arange(3.0))
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.ckpt"]
+    io.remove_checkpoint(path)
+    io.remove_checkpoint(path)  # gone already
+    assert not path.exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be saved; the checkpoint before it is untouched"):
+        io.save_checkpoint({}, tmp_path / "file" / "state.ckpt")
+
+
+def test_the_newest_state_is_that_of_the_most_steps(tmp_path):
+    assert newest_state(tmp_path) is None
+    folder = tmp_path / RESUME
+    folder.mkdir()
+    assert newest_state(tmp_path) is None
+    for epoch, step in ((0, 8), (1, 9), (2, 10), (3, 100)):
+        save(folder / f"epoch={epoch}-step={step}.ckpt", step)
+    stopped = save(folder / "stopped-step=99.ckpt", 99)
+    save(folder / "last.ckpt", 1000)  # none of ours: no step in its name
+    leftovers = [parent / f".state.ckpt.{HOST}.999999999.tmp" for parent in (tmp_path, folder)]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+    newest = newest_state(tmp_path)
+    assert newest == folder / "epoch=3-step=100.ckpt"
+    assert sorted(folder.iterdir()) == sorted([newest, stopped])  # the last two stay, the rest goes
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_a_damaged_state_is_skipped_and_all_damaged_are_an_error(tmp_path, caplog):
+    folder = tmp_path / RESUME
+    states = [save(folder / f"epoch={n}-step={n}.ckpt", n) for n in range(4)]
+    states[3].write_bytes(states[3].read_bytes()[:-20])
+    assert newest_state(tmp_path) == states[2]
+    assert "epoch=3-step=3.ckpt" in caplog.text
+    assert "going on from the state before it" in caplog.text
+    assert sorted(folder.iterdir()) == states[1:]  # the sound one and the one before it; the damaged one to look at
+    for state in states[1:]:
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{RESUME}: all 3 states are damaged: delete {tmp_path}"):
+        newest_state(tmp_path)
+
+
+def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_path):
+    best, last = checkpoint_callbacks(tmp_path, "val/accuracy", "max")
+    assert (best.dirpath, best.filename, best.monitor, best.mode) == (str(tmp_path), "best", "val/accuracy", "max")
+    assert (best.save_weights_only, best.save_top_k) == (True, 1)
+    assert (last.dirpath, last.filename) == (str(tmp_path / RESUME), "{epoch}-{step}")
+    assert (last.save_weights_only, last.save_top_k, last.monitor, last.mode) == (False, 2, "step", "max")
+    for callback in (best, last):
+        assert callback._save_on_train_epoch_end
+        assert not callback._enable_version_counter
+    assert checkpoint_callbacks(tmp_path, "val/loss", "min")[0].mode == "min"
+
+
+class FakeTrainer:
+    """As much of a trainer as the callback asks: eight batches an epoch, perhaps another process that was told."""
+
+    global_step = 41
+
+    def __init__(self, accumulate: int = 1, told: bool = False) -> None:
+        self.num_training_batches, self.accumulate_grad_batches = 8, accumulate
+        self.saved: list[Path] = []
+        self.strategy = SimpleNamespace(reduce_boolean_decision=self._reduce)
+        self._told = told
+
+    def _reduce(self, decision: bool, all: bool) -> bool:
+        assert not all  # one process that was told is enough
+        return decision or self._told
+
+    def save_checkpoint(self, path: Path) -> None:
+        self.saved.append(path)
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[int, object]]:
+    """The handlers as they were, put back afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.getsignal(number) for number in numbers}
+    yield former
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_end_of_the_step_and_leaves(number, code, handlers, tmp_path):
+    callback, trainer = StopOnSignal(tmp_path), FakeTrainer(accumulate=3)
+    callback.on_train_start(trainer, None)
+    callback.on_train_batch_end(trainer, None, None, None, 2)
+    callback.on_train_epoch_start(trainer, None)
+    assert trainer.saved == []
+    signal.raise_signal(number)
+    for batch in (0, 1, 3, 4, 6):  # within an accumulated step
+        callback.on_train_batch_end(trainer, None, None, None, batch)
+    callback.on_train_batch_end(trainer, None, None, None, 7)  # the epoch's end saves by itself
+    assert trainer.saved == []
+    with pytest.raises(SystemExit) as left:
+        callback.on_train_batch_end(trainer, None, None, None, 2)
+    assert left.value.code == code
+    assert trainer.saved == [tmp_path / RESUME / "stopped-step=41.ckpt"]
+    with pytest.raises(SystemExit) as left:
+        callback.on_train_epoch_start(trainer, None)
+    assert left.value.code == code
+    assert len(trainer.saved) == 1
+    with pytest.raises(SystemExit) as left:  # too late for training: its end leaves, the handlers put back
+        callback.on_train_end(trainer, None)
+    assert left.value.code == code
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_without_a_signal_training_ends_as_it_is(handlers, tmp_path):
+    callback, trainer = StopOnSignal(tmp_path), FakeTrainer()
+    callback.on_train_start(trainer, None)
+    assert all(signal.getsignal(number) not in handlers.values() for number in handlers)
+    callback.on_train_end(trainer, None)
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_process_leaves_with_the_one_that_was_told(handlers, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        StopOnSignal(tmp_path).on_train_epoch_start(FakeTrainer(told=True), None)
+    assert left.value.code == 143
+
+
+def test_a_second_signal_leaves_at_once_unless_it_is_the_same_hand(handlers, tmp_path, monkeypatch):
+    """Ctrl-C reaches a process twice, from the terminal and from make: within a second that is one."""
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("cdc_mmpg.checkpointing.time", clock)
+    callback, now = StopOnSignal(tmp_path), 0.5  # even when the machine has just begun
+    callback.on_train_start(FakeTrainer(), None)
+    signal.raise_signal(signal.SIGINT)
+    for now in (0.6, 1.4):  # noqa: B007
+        signal.raise_signal(signal.SIGTERM)
+    now = 1.6
+    with pytest.raises(SystemExit) as left:
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 143
+    with pytest.raises(SystemExit) as left:
+        callback.on_train_batch_end(FakeTrainer(), None, None, None, 0)
+    assert left.value.code == 130  # the first one counts
