@@ -9,13 +9,15 @@ import torch
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochSampler, Sessions, draw_text
+from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochSampler, Sessions, draw_text, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.features import FeatureDataModule, FeatureDataset, _alike, _join
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.sessions import WITHOUT, SessionDataset
+from cdc_mmpg.sessions import WITHOUT, SessionDataModule, SessionDataset
+from cdc_mmpg.text import vocabulary_size
 from data_modules.msvd_qa import MSVDQA
+from data_modules.synthetic import Synthetic
 
 
 def encoder(seed: int = 0) -> AllInOne:
@@ -281,6 +283,42 @@ def test_a_training_sample_uploads_the_mean_of_the_others_and_a_tenth_nothing():
     zeros = [{epoch for epoch, number in enumerate(row) if number == 0} for row in first]
     assert zeros[0] != zeros[1] != zeros[2]  # each sample draws on its own, anew every epoch
     assert all(0 < len(own) < 20 for own in zeros)
+
+
+@torch.no_grad()
+def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_path, monkeypatch):
+    data = Synthetic(str(synthetic), str(tmp_path), 17, image_size=64, resize=64, batch_size=7, num_workers=0,
+                     vocab=str(synthetic / "vocab.txt"), seed=3)  # fmt: skip
+    data.prepare_data()
+    torch.manual_seed(0)
+    model = AllInOne(image_size=64, depth=1, vocab_size=vocabulary_size(synthetic / "vocab.txt"))
+    module = SessionDataModule(data, model, OpenEnded(17))
+    module.trainer = kept(data, model).trainer
+    module.setup("fit")
+    sessions, dataset = data.sessions(), data.sessions().anchors
+    batch = dataset.__getitems__([(0, index) for index in range(len(dataset))])
+    encoded = model.eval()(normalise(batch.frames[:, 1:2]), batch.text_ids, batch.text_mask)
+    expected = torch.tanh(model.pooler["dense"](encoded.frame_features[:, 0]))
+    anchors, devices = module.history()
+    torch.testing.assert_close(anchors, expected, rtol=1e-4, atol=1e-4)
+    trained = {sessions.devices["train"].index(device): device for device in set(sessions.devices["train"])}
+    assert devices == [sessions.pools[device] for device in sorted(trained.values())]
+    assert 0 < len(devices) < len(sessions.pools)  # none of those that are tested
+    for split, loader in (("train", module.train_dataloader()), ("test", module.test_dataloader())):
+        labels = data.labels(split)
+        for given in loader:
+            assert torch.equal(given.labels, labels[given.indices])
+            assert given.uploads.shape[1:] == ((1 if split == "train" else len(CASES)), 192)
+            alone = SessionDataset(module._splits[split].samples, anchors, sessions, split, 3)
+            again = alone.__getitems__([(0, index) for index in given.indices.tolist()])
+            assert torch.equal(given.uploads, again.uploads)
+            assert torch.equal(given.samples.frame_features, again.samples.frame_features)
+    monkeypatch.setattr(SessionDataModule, "anchors", None)
+    module.setup("test")  # the second time nothing is computed
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "sessions", lambda: sessions._replace(pools=[[] for _ in sessions.pools]))
+    with pytest.raises(DataError, match="no device has an unlabelled clip"):
+        SessionDataModule(data, model, OpenEnded(17)).setup("fit")
 
 
 def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another():
