@@ -5,7 +5,7 @@
 Draws mutants (see `mutants.py`) from all rooms alike and from all kinds alike, runs the room's fast tests on each in a
 copy of the repository, and prints the survivors as diffs. Read each: either a test is missing, or the mutant is
 equivalent (it changes nothing that anybody could notice). First a room's tests run unchanged, and are watched: later
-only those run that reach the changed function, or, where none does or the change is outside of functions, all of them.
+those run first that reach the changed function, and all of them only if these pass.
 Tests run in forks of a process that has imported every library, and so does the server from which they start processes
 of their own: a mutant takes seconds. Linux only.
 """
@@ -30,7 +30,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from mutants import Finder, Mutant, function_at
@@ -208,6 +208,99 @@ def _fork_server(path: bytes, arguments: list[str], kept: list[int]) -> int:
 SPAWN = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 
+class Task(NamedTuple):
+    """A mutant to be tried, or a room to be watched unchanged."""
+
+    number: int  # of the mutant in the draw
+    room: str
+    mutant: Mutant | None
+    attempt: int = 1  # of a mutant the first is with the tests that reach it, the second with all
+
+
+class Trials:
+    """All mutants of a draw, several at a time, each in a copy of the repository."""
+
+    def __init__(self, drawn: list[tuple[str, Mutant]], folders: list[Path]) -> None:
+        self.drawn, self.free = drawn, folders
+        self.reached: dict[str, dict[str, list[str]]] = {}  # by room and function
+        self.survivors: list[int] = []
+        self.waiting = [Task(-1, room, None) for room in dict.fromkeys(room for room, _ in drawn)]
+        self.waiting += [Task(number, room, mutant) for number, (room, mutant) in enumerate(drawn)]
+        for folder in folders:
+            copy_repository(folder)
+
+    def run(self, limit_seconds: float) -> None:
+        """Try all, and print what became of each.
+
+        Raises:
+            SystemExit: a room's tests fail, twice, on unchanged sources: they would kill every mutant.
+        """
+        running: dict[int, tuple[Task, Path, float]] = {}
+        while self.waiting or running:
+            able = [task for task in self.waiting if task.mutant is None or task.room in self.reached]
+            if self.free and able:
+                self.waiting.remove(able[0])
+                folder = self.free.pop()
+                running[self._start(able[0], folder)] = able[0], folder, time.monotonic()
+                continue
+            time.sleep(0.05)
+            for process, (task, folder, since) in list(running.items()):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                seconds = time.monotonic() - since
+                if ended or (task.mutant and seconds > limit_seconds):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process, signal.SIGKILL)
+                    code = os.waitstatus_to_exitcode(status if ended else os.waitpid(process, 0)[1])
+                    del running[process]
+                    self._end(task, folder, code, f"{seconds:.0f} s")
+                    self.free.append(folder)
+
+    def _start(self, task: Task, folder: Path) -> int:
+        tests = [f"tests/test_{name}.py" for name in ROOMS[task.room][1].split()]
+        if task.mutant:
+            source = (ROOT / task.mutant.path).read_bytes()
+            (folder / task.mutant.path).write_bytes(task.mutant.applied(source))
+            if task.attempt == 1:
+                function = f"{task.mutant.path}:{function_at(task.mutant, source)}"
+                tests = self.reached[task.room].get(function, tests)
+        return start_tests(folder, task.room, tests, task.mutant is None)
+
+    def _end(self, task: Task, folder: Path, code: int, seconds: str) -> None:
+        log = (folder / "log").read_text(errors="replace")
+        why = [line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
+        if task.mutant:
+            shutil.copy2(ROOT / task.mutant.path, folder / task.mutant.path)
+        if (task.mutant is None) == (code != 0) and task.attempt == 1:  # again: perhaps it was only the time
+            self.waiting.insert(0, task._replace(attempt=2))
+        elif task.mutant is None and code:
+            raise SystemExit(f"{log}\n{task.room}: the tests fail on unchanged sources")
+        elif task.mutant is None:
+            self.reached[task.room] = json.loads((folder / "reached.json").read_text())
+            print(task.room, "unchanged", seconds, flush=True)
+        elif code:
+            print(task.number, task.room, "killed" if code > 0 else "hangs", seconds, *why, flush=True)
+        else:
+            self.survivors.append(task.number)
+            print(task.number, task.room, "SURVIVED", seconds, show(task.mutant), flush=True)
+
+    def report(self) -> None:
+        """Print how many were killed, by room and in all."""
+        for room in dict.fromkeys(room for room, _ in self.drawn):
+            own = [number for number, (where, _) in enumerate(self.drawn) if where == room]
+            print(f"{room:15}{len(set(own) - set(self.survivors))} of {len(own)} killed")
+        print(
+            f"{len(self.drawn) - len(self.survivors)} of {len(self.drawn)} killed; survivors: {sorted(self.survivors)}"
+        )
+
+
+def show(mutant: Mutant) -> str:
+    """Return a mutant as a diff."""
+    before = (ROOT / mutant.path).read_bytes()
+    old, new = (text.decode().splitlines() for text in (before, mutant.applied(before)))
+    diff = list(difflib.unified_diff(old, new, f"{mutant.path} ({mutant.kind})", lineterm="", n=1))
+    return "\n".join([diff[0], *diff[2:]])
+
+
 def main() -> int:
     """Draw, run, report; the exit code is 1 where a mutant survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,77 +316,12 @@ def main() -> int:
     if asked.list:
         print(*(f"{number} {show(mutant)}" for number, (_, mutant) in enumerate(drawn)), sep="\n")
         return 0
-    return 1 if run(drawn, asked.jobs, asked.seconds) else 0
-
-
-def run(drawn: list[tuple[str, Mutant]], jobs: int, limit_seconds: float) -> list[int]:
-    """Try all mutants and report; return the numbers of those that survived.
-
-    Raises:
-        SystemExit: a room's tests fail, twice, on unchanged sources: they would kill every mutant.
-    """
     import_libraries()
-    results, reached, tried = {}, {}, defaultdict(int)
-    waiting: list[tuple[int, str, Mutant | None]] = [
-        *((-1, room, None) for room in dict.fromkeys(room for room, _ in drawn)),
-        *((number, room, mutant) for number, (room, mutant) in enumerate(drawn)),
-    ]
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        free = [Path(place, str(job)) for job in range(jobs)]
-        for folder in free:
-            copy_repository(folder)
-        running = {}
-        while waiting or running:
-            able = next((task for task in waiting if task[2] is None or task[1] in reached), None)
-            if free and able:
-                waiting.remove(able)
-                _, room, mutant = able
-                tests, folder = [f"tests/test_{name}.py" for name in ROOMS[room][1].split()], free.pop()
-                if mutant:
-                    source = (ROOT / mutant.path).read_bytes()
-                    (folder / mutant.path).write_bytes(mutant.applied(source))
-                    tests = reached[room].get(f"{mutant.path}:{function_at(mutant, source)}", tests)
-                running[start_tests(folder, room, tests, mutant is None)] = able, folder, time.monotonic()
-                continue
-            time.sleep(0.05)
-            for process, ((number, room, mutant), folder, since) in list(running.items()):
-                ended, status = os.waitpid(process, os.WNOHANG)
-                seconds = time.monotonic() - since
-                if not ended and (mutant is None or seconds < limit_seconds):
-                    continue
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(status if ended else os.waitpid(process, 0)[1])
-                del running[process]
-                free.append(folder)
-                log = (folder / "log").read_text(errors="replace")
-                if mutant:
-                    shutil.copy2(ROOT / mutant.path, folder / mutant.path)
-                    results[number] = "SURVIVED" if code == 0 else "killed" if ended else "hangs"
-                elif code == 0:
-                    reached[room] = json.loads((folder / "reached.json").read_text())
-                elif tried[room]:
-                    raise SystemExit(f"{log}\n{room}: the tests fail on unchanged sources")
-                else:
-                    tried[room] += 1
-                    waiting.insert(0, (number, room, None))
-                why = [line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
-                what = [show(mutant)] if mutant and code == 0 else []
-                print(number, room, results.get(number, "unchanged"), f"{seconds:.0f} s", *why, *what, flush=True)
-    survivors = [number for number in results if results[number] == "SURVIVED"]
-    for room in dict.fromkeys(room for room, _ in drawn):
-        own = [number for number, (where, _) in enumerate(drawn) if where == room]
-        print(f"{room:15}{len(own) - len(set(own) & set(survivors))} of {len(own)} killed")
-    print(f"{len(drawn) - len(survivors)} of {len(drawn)} killed; survivors: {sorted(survivors)}")
-    return survivors
-
-
-def show(mutant: Mutant) -> str:
-    """Return a mutant as a diff."""
-    before = (ROOT / mutant.path).read_bytes()
-    old, new = (text.decode().splitlines() for text in (before, mutant.applied(before)))
-    diff = list(difflib.unified_diff(old, new, f"{mutant.path} ({mutant.kind})", lineterm="", n=1))
-    return "\n".join([diff[0], *diff[2:]])
+        trials = Trials(drawn, [Path(place, str(job)) for job in range(asked.jobs)])
+        trials.run(asked.seconds)
+    trials.report()
+    return 1 if trials.survivors else 0
 
 
 if __name__ == "__main__":

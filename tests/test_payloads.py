@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cdc_mmpg.errors import DataError
+from cdc_mmpg.models.fda import as_sent
 from cdc_mmpg.payloads import LARGEST, PRECISIONS, decode, encode, size_bytes
 
 
@@ -48,9 +50,12 @@ def test_the_bytes_by_hand():
 
 def test_vectors_too_small_for_their_scale_become_zero():
     """Below 6e-8 x 127 / 2 the scale itself is zero in float16: nothing is divided by it."""
-    for value, expected in ((1e-7, 0), (1e-30, 0), (5e-6, 5e-6)):
+    # Just above, float16 rounds the scale to the whole multiples of 6e-8: what would be 178 is 127, the largest.
+    for value, expected in ((1e-7, 0), (1e-30, 0), (5e-6, 5e-6), (1.06e-5, 127 * 2.0**-24)):
         (arrived,) = decode(encode([np.full((1, 3), value, np.float32)], "int8"), [(1, 3)], "int8")
-        np.testing.assert_allclose(arrived, expected, rtol=0.6, atol=0)
+        np.testing.assert_allclose(arrived, expected, rtol=0.01, atol=0)
+        (sent,) = as_sent((torch.full((1, 3), value),), "int8")  # in training and tests as on the wire
+        np.testing.assert_array_equal(sent.numpy(), arrived)
     assert encode([np.zeros((2, 0), np.float32)], "int8") == bytes(4)  # vectors of no length
 
 
