@@ -12,6 +12,7 @@ from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import HOST
 from cdc_mmpg.results import RESUME
+from cdc_mmpg.weights import load_checkpoint
 
 
 def save(path: Path, step: int) -> Path:
@@ -48,6 +49,17 @@ def test_the_newest_state_is_that_of_the_most_steps(tmp_path):
     assert newest == folder / "epoch=3-step=100.ckpt"
     assert sorted(folder.iterdir()) == sorted([newest, stopped])  # the last two stay, the rest goes
     assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_an_old_state_may_be_cleared_by_another_process_first(tmp_path, monkeypatch):
+    states = [save(tmp_path / RESUME / f"epoch={n}-step={n}.ckpt", n) for n in range(3)]
+
+    def meanwhile(path: Path) -> object:
+        states[0].unlink()
+        return load_checkpoint(path)
+
+    monkeypatch.setattr("cdc_mmpg.checkpointing.load_checkpoint", meanwhile)
+    assert newest_state(tmp_path) == states[2]
 
 
 def test_a_damaged_state_is_skipped_and_all_damaged_are_an_error(tmp_path, caplog):

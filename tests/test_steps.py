@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
 from cdc_mmpg.methods.base import Method
@@ -21,6 +21,7 @@ from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
+from cdc_mmpg.metrics import CAPTIONS
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import as_sent
@@ -297,6 +298,42 @@ def test_the_axes_are_the_generalised_eigenvectors_of_both_covariances():
     along = (upload - means.mean(0)) @ found
     along = along / np.linalg.norm(along, axis=1, keepdims=True) * 192**0.5
     assert_agree(axes(torch.from_numpy(upload)), np.pad(along, ((0, 0), (0, 189))).astype(np.float32))
+
+
+@torch.no_grad()
+def test_retrieval_reads_clips_and_every_caption_by_itself():
+    """Captions of a batch are padded to the longest, and clips to the most captions."""
+    generator, model, head = torch.Generator().manual_seed(4), encoder().eval(), Retrieval()
+    frames = torch.randint(256, (2, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    ids = torch.randint(5, 50, (2, 2, 6), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[0, 1, 4:], mask[0, 1, 4:], ids[1, 1], mask[1, 1] = 0, 0, 0, 0
+    batch = head.encode(model, VideoTextBatch(frames, ids, mask, torch.zeros(2), torch.arange(2)))
+    assert batch.there.tolist() == [[True, True], [True, False]]
+    for place, length in (((0, 0), 6), ((0, 1), 4), ((1, 0), 6)):
+        alone = model.encode_text(ids[place][None, :length], mask[place][None, :length])
+        assert_agree(batch.texts[place], alone[0])
+    assert not batch.texts[1, 1].any()
+    assert_agree(batch.frame_features, model.encode_video(normalise(frames)))
+    embedded = head.captions(batch.texts)
+    expected = batch.texts @ head.text_projection.weight.T + head.text_projection.bias
+    assert_agree(embedded, expected / expected.norm(dim=-1, keepdim=True))
+    rows = head.outcomes({"own": torch.zeros(2, 256)}, batch)[CAPTIONS]
+    assert rows[0].tolist() == [0, 0, 1]
+    assert_agree(rows[1], embedded[batch.there])
+
+
+def test_the_contrast_of_clips_and_first_captions_in_numpy():
+    generator, head = torch.Generator().manual_seed(5), Retrieval(hidden=7, temperature=0.25)
+    videos = F.normalize(torch.randn(4, 7, generator=generator), dim=-1)
+    texts = torch.randn(4, 2, 192, generator=generator)
+    there = torch.ones(4, 2, dtype=torch.bool)
+    batch = FeatureBatch(torch.empty(0), torch.zeros(4), torch.tensor([3, 1, 3, 0]), texts, there)
+    captions = head.captions(texts[:, 0]).detach().double().numpy()
+    scores = videos.double().numpy() @ captions.T / 0.25
+    scores[0, 2] = scores[2, 0] = -np.inf  # the same clip, which is no negative of itself
+    losses = [np.log(np.exp(row).sum()) - row[i] for table in (scores, scores.T) for i, row in enumerate(table)]
+    assert head.eval().loss(videos, batch).item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.mark.parametrize(
