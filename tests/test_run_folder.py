@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.files import HOST, LOCK, lock_folder
 from cdc_mmpg.finished import IMPORTS, reopen, results_of
 from cdc_mmpg.results import RESUME
+from cdc_mmpg.signals import Stopped
 from conftest import write_clip
 from processes import finish, kill, recording, start, steps, until
 
@@ -351,7 +353,7 @@ def test_no_setting_of_wandb_stops_a_run(variables, fit, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path):
     """Disks of all sizes between too small for the first file and large enough for all."""
-    disk, data, sizes = tmp_path / "disk", tmp_path / "data", [64 * 2**step for step in range(13)]  # KiB
+    disk, data, sizes = tmp_path / "disk", tmp_path / "data", (8, 12, 16, 20, 64, 4_000, 9_000, 60_000)  # KiB
     disk.mkdir()
     command = [*fit("fine_tuning", "--trainer.max_epochs=2", out=disk), f"--data.init_args.cache_dir={data}"]
     folder, failures = disk / "msvd" / "fine_tuning" / "seed0", 0
@@ -372,7 +374,23 @@ def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path
             assert not (folder / "results.json").exists()
         else:
             pytest.fail("it never ended")
-        assert failures > 3
+        assert failures > 2
         assert json.loads((folder / "results.json").read_text())["epochs"] == 2
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_sentence_about_a_signal_is_the_last_thing_said(caplog):
+    """By `exit_code`, after whatever drew a progress bar has ended."""
+
+    def train() -> None:
+        try:
+            raise Stopped(signal.SIGINT)
+        finally:
+            logging.getLogger("cdc_mmpg").warning("the bar is closed")
+
+    assert exit_code(train) == 130
+    assert [record.message for record in caplog.records] == [
+        "the bar is closed",
+        "stopped by SIGINT; type the same command again to go on",
+    ]
