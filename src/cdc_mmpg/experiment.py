@@ -373,7 +373,11 @@ class Experiment(LightningCLI):
             "%s: %s parameters on the device, %s in the cloud, %s train",
             self.folder, *(f"{number:,}" for number in parameters),
         )  # fmt: skip
-        trainer.fit(model, datamodule, ckpt_path=newest_state(self.folder), weights_only=True)
+        try:
+            trainer.fit(model, datamodule, ckpt_path=newest_state(self.folder), weights_only=True)
+        except OSError as error:  # of the CSV logger, whose writes name no file
+            error.filename = error.filename or str(self.folder)
+            raise
         if not (self.folder / "best.ckpt").is_file():
             raise CheckpointError(f"{self.folder}/best.ckpt is gone: delete {self.folder} to train anew")
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
