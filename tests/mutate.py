@@ -47,7 +47,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "features": (SRC + "features.py", "features synthetic"),
     "wire": (SRC + "wire.py", "wire"),
     "payloads": (SRC + "payloads.py", "payloads wire session"),
-    "cloud": (SRC + "cloud.py", "cloud_parts cloud"),
+    "cloud": (f"{SRC}cloud.py {SRC}limits.py", "cloud_parts cloud"),
     "device": (SRC + "device/*.py", "connection state device"),
     "answers": ("data_modules/answers.py", "annotations msvd_qa tgif msrvtt"),
     "cache": ("data_modules/cache.py", "cache msvd_qa"),
@@ -62,6 +62,11 @@ ROOMS: dict[str, tuple[str, str]] = {
 }
 
 
+def sources(room: str) -> list[Path]:
+    """Return the files of a room, from the root of the repository."""
+    return sorted(file.relative_to(ROOT) for pattern in ROOMS[room][0].split() for file in ROOT.glob(pattern))
+
+
 def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
     """Return `number` mutants with their rooms.
 
@@ -71,8 +76,8 @@ def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
     found: dict[str, dict[str, list[Mutant]]] = {}
     for room in rooms:
         found[room] = kinds = defaultdict(list)
-        for file in sorted(ROOT.glob(ROOMS[room][0])):
-            for mutant in Finder(str(file.relative_to(ROOT)), file.read_bytes()).find():
+        for file in sources(room):
+            for mutant in Finder(str(file), (ROOT / file).read_bytes()).find():
                 kinds[mutant.kind].append(mutant)
     turns = [room for room in rooms for _ in range(1 + sum(map(len, found[room].values())) // 300)]
     while len(drawn) < number and any(any(kinds.values()) for kinds in found.values()):
@@ -184,8 +189,7 @@ def start_tests(folder: Path, room: str, tests: list[str], watch: bool) -> int:
                 processes.CONTEXT.Process(target=int).start()
         shutil.rmtree(folder / "temporary", ignore_errors=True)
         options = ["-x", "-m", "not slow", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
-        files = [file.relative_to(ROOT) for file in ROOT.glob(ROOMS[room][0])]
-        plugins = [Watch(folder, files)] if watch else []
+        plugins = [Watch(folder, sources(room))] if watch else []
         code = pytest.main([*options, f"--basetemp={folder}/temporary", *tests], plugins)
         sys.stdout.flush()
     finally:
