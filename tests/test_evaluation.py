@@ -12,7 +12,7 @@ import torch
 
 from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin
 from cdc_mmpg.evaluation import evaluation
-from cdc_mmpg.metrics import CAPTIONS, RECALLS, ranked, ranks, recalls
+from cdc_mmpg.metrics import CAPTIONS, RECALLS, RIGHT, ranked, ranks, recalls
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -48,13 +48,16 @@ def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
     labels = np.array(Questions.LABELS["test"])
     own = np.arange(4), np.stack([[1, 1, 1, 2], labels], 1)
     other = np.arange(4), np.stack([[0, 0, 1, 1], labels], 1)
-    found = evaluation(Questions(), {"own": own, "other": other}, tmp_path / "table.csv")
+    some = np.array([3, 1]), np.array([[2, 2], [2, 0]])  # of two questions
+    cases = {"own": own, "other": other, "some": some}
+    found = evaluation(Questions(), cases, tmp_path / "table.csv")
 
     def values(where: str, case: str, group: str) -> dict[str, tuple[float, int]]:
         return {kind: (cell["value"], cell["questions"]) for kind, cell in found[where][case][group].items()}
 
     assert list(found) == ["accuracy", "floors"]
-    assert list(found["accuracy"]) == ["own", "other"]
+    assert list(found["accuracy"]) == ["own", "other", "some"]
+    assert values("accuracy", "some", "test") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "own", "test") == {"all": (0.5, 4), "color": (1, 1), "shape": (1, 1), "size": (0, 2)}
     assert values("accuracy", "own", "unseen") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "other", "test")["all"] == (0.25, 4)
@@ -69,7 +72,9 @@ def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
     }
     assert values("floors", "majority_per_type", "test") == values("floors", "majority", "test")
     table = rows_of(tmp_path / "table.csv")
-    assert list(table[0]) == [*Origin._fields, "own", "other"]
+    assert list(table[0]) == [*Origin._fields, "own", "other", "some", RIGHT]
+    assert [row["some"] for row in table] == ["", f"test 1: {UNKNOWN_ANSWER}", "", f"test 3: {UNKNOWN_ANSWER}"]
+    assert [row[RIGHT] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, a letter a case
     assert [row["clip"] for row in table] == ["test0", "test1", "test2", "test3"]
     assert [row["question"] for row in table] == ["color, no?", "size, no?", "size, no?", "shape, no?"]
     assert table[3]["own"] == f"test 3: {UNKNOWN_ANSWER}"
