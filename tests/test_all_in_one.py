@@ -1,6 +1,7 @@
 """The encoder against the reference's outputs, its counts, and the shapes it takes."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -166,8 +167,16 @@ def test_import_reports_and_refuses(state, caplog):
     assert "something.else" in caplog.text
     with pytest.raises(CheckpointError, match=r"pooler\.dense\.bias"):
         AllInOne.from_reference({key: value for key, value in state.items() if key != "pooler.dense.bias"})
-    with pytest.raises(CheckpointError, match=r"norm\.weight.*\(7,\).*\(192,\)"):
-        AllInOne.from_reference({**state, "transformer.norm.weight": torch.zeros(7)})
+    for key, shape, own in (
+        ("transformer.norm.weight", (7,), (192,)),
+        ("transformer.temporal_embed", (1, 3, 7), (1, 3, 192)),
+        ("transformer.pos_embed", (1, 197, 7), (1, 197, 192)),
+        ("transformer.pos_embed", (2, 10, 192), (1, 197, 192)),
+        ("text_embeddings.position_embeddings.weight", (40, 7), (40, 192)),
+        ("transformer.cls_token", (1, 2, 192), (1, 1, 192)),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(f"{key!r} is {shape}, this encoder has {own}")):
+            AllInOne.from_reference({**state, key: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model._orig_mod.", "encoder."])
@@ -188,7 +197,11 @@ def test_import_fits_other_sizes(state):
     time = longer.transformer.temporal_embed
     torch.testing.assert_close(time[:, :3], state["transformer.temporal_embed"])
     assert time[:, 3:].abs().sum() == 0
-    assert longer.transformer.pos_embed.shape == (1, 1 + 36, 192)
+    positions = state["transformer.pos_embed"]
+    patches = positions[:, 1:].view(1, 14, 14, 192).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(patches, (6, 6), mode="bicubic", antialias=True).flatten(2).mT
+    expected = torch.cat([positions[:, :1], resized], 1)
+    torch.testing.assert_close(longer.transformer.pos_embed.detach(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         longer.text_embeddings.position_embeddings.weight, state["text_embeddings.position_embeddings.weight"][:20]
     )

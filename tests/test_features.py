@@ -349,5 +349,8 @@ def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another()
     assert sorted(lenders) == [0, 1, 2]  # in a circle
     other = uploads("test", seed=1)
     assert not torch.equal(other.uploads, dataset.uploads)
+    twins = SESSIONS._replace(pools=[list(range(12)), list(range(12, 24)), [24]])  # devices with as many clips
+    drawn = SessionDataset(dataset.samples, torch.eye(25), twins, "test", 0).uploads[:2, names.index("n4")]
+    assert drawn[0, :12].nonzero().tolist() != drawn[1, 12:24].nonzero().tolist()  # draw each on its own
     assert torch.equal(uploads("test").uploads, dataset.uploads)
     assert not uploads("val").uploads[2].any()  # of a device that has no sample there nothing is drawn
