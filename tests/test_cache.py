@@ -1,5 +1,6 @@
 """The frame cache: resumable, never half-written, and refused by name where a clip is no longer what was decoded."""
 
+import hashlib
 import io
 import json
 import logging
@@ -91,6 +92,32 @@ def test_what_it_holds(tmp_path):
     later.load()
     assert later.ready == set(clips)
     np.testing.assert_array_equal(later.read("index", [0, 8]), cache.read("index", [0, 8]))
+
+
+def test_what_becomes_of_one_clip(tmp_path, forbid):
+    """As a decoding process does it, without one."""
+    settings = tmp_path / "frames", 3, 3, 32, 38, "pyav"
+    settings[0].mkdir()
+    for frames, kept in ((40, 9), (10, 9), (9, 9), (8, 8), (2, 2), (1, 1)):
+        path = write_clip(tmp_path / f"{frames}.avi", frames=frames)
+        entry = module._prepare("a clip", path, [], *settings)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert entry == Entry(path.stat().st_size, path.stat().st_mtime_ns, frames, digest)
+        array = np.load(settings[0] / f"a_clip.{digest[:12]}.{frames}.npy")
+        assert array.shape == (kept, 38, 51, 3)
+        greys = ((array.mean((1, 2, 3)) - 4) / 6).round().astype(int).tolist()
+        assert greys == (candidate_indices(frames, 3) if frames > 9 else list(range(frames)))
+    page = tmp_path / "page.avi"
+    page.write_text("<html>")
+    entry = module._prepare("page", page, [], *settings)
+    assert (entry.size, entry.frames, entry.sha256) == (6, 0, hashlib.sha256(b"<html>").hexdigest())
+    assert entry.error.startswith("pyav cannot decode it")
+    assert not list(settings[0].glob("page*"))
+    forbid("read_frames")  # what is there under the clip's name and content is taken
+    others = ["a_clip.000000000000.1.npy", f"a_clip.{digest[:12]}.1.npy"]
+    assert module._prepare("a clip", path, others, *settings).frames == 1
+    with pytest.raises(DataError, match="cannot be read"):
+        module._prepare("absent", tmp_path / "absent.avi", [], *settings)
 
 
 def test_settings_have_folders_of_their_own(tmp_path):
