@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cdc_mmpg.device.connection import printable
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.files import atomic_write, remove_leftovers, sync_folder
@@ -202,4 +203,4 @@ class State:
         except (OSError, ValueError) as error:
             if what not in self._complaints:
                 self._complaints.add(what)
-                logger.warning("the state in %s cannot be %s (%s)", self._folder, what, error)
+                logger.warning("%s", printable(f"the state in {self._folder} cannot be {what} ({error})"))
