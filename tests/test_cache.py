@@ -120,6 +120,13 @@ def test_what_becomes_of_one_clip(tmp_path, forbid):
         module._prepare("absent", tmp_path / "absent.avi", [], *settings)
 
 
+def test_a_decoder_that_is_not_installed_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
+    clips = make_clips(tmp_path, 1)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="decord is not installed here"):
+        FrameCache(tmp_path / "frames", 3, 32, "decord").fill(clips, 1)
+
+
 def test_settings_have_folders_of_their_own(tmp_path):
     clips, one = make_clips(tmp_path, 1, frames=40), make_cache(tmp_path)
     one.fill(clips, 1)

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,12 @@ def test_a_client_without_room_is_told_to_come_again(served):
     assert sent[0]["status"] == 503
     assert dict(sent[0]["headers"])[b"retry-after"] == str(limits.RETRY_SECONDS).encode()
     assert own.door.places.free == 1
+
+
+def test_who_imports_the_service_without_its_libraries_is_told_by_the_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        runpy.run_module("cdc_mmpg.cloud", run_name="imported")
 
 
 def test_ready_alive_and_metrics(served):

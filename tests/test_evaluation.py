@@ -182,6 +182,15 @@ def test_ranks_do_not_depend_on_how_many_similarities_are_held(monkeypatch):
         assert ours.tolist() == theirs.tolist()
 
 
+def test_similarities_within_a_millionth_are_ties():
+    for below, rank in ((1e-6, 2), (3e-6, 1)):
+        near = np.float32(1) - np.float32(below)
+        texts = np.array([[1, 0], [near, (1 - near**2) ** 0.5]], np.float32)
+        by_video, by_text = ranks(np.array([[1, 0], [0, 1]], np.float32), texts, np.array([0, 1]))
+        assert by_video.tolist() == [rank, 1]
+        assert by_text.tolist() == [1, 2]
+
+
 def test_ranked_takes_the_clips_in_any_order_of_samples():
     """The samples of a retrieval split need not be numbered from 0 on, where the split is a share of one."""
     eye = np.eye(4, dtype=np.float32)

@@ -56,6 +56,7 @@ def test_vectors_too_small_for_their_scale_become_zero():
         np.testing.assert_allclose(arrived, expected, rtol=0.01, atol=0)
         (sent,) = as_sent((torch.full((1, 3), value),), "int8")  # in training and tests as on the wire
         np.testing.assert_array_equal(sent.numpy(), arrived)
+    assert encode([np.full((1, 3), 1e-7, np.float32)], "int8") == bytes(5)
     assert encode([np.zeros((2, 0), np.float32)], "int8") == bytes(4)  # vectors of no length
 
 
