@@ -432,6 +432,33 @@ def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deplo
         DeviceModel(bundle)
 
 
+def test_a_choice_that_is_no_text_is_refused(deployed):
+    model = DeviceModel(deployed / "choice" / "device", threads=1)
+    assert len(model.texts("what is it?", ["a man", "red"])) == 2
+    for odd in (3, None, "\udcff"):
+        for question, choices in (("what is it?", ["a man", odd]), ("what is it?", [odd, "red"]), (odd, ["a", "red"])):
+            with pytest.raises(ConfigError, match="is not text"):
+                model.texts(question, choices)
+
+
+def test_sizes_are_positive_and_within_what_any_bundle_needs(deployed, tmp_path):
+    bundle = Path(shutil.copytree(deployed / "choice" / "device", tmp_path / "bundle"))
+    settings = json.loads((bundle / "bundle.json").read_text())
+    del settings["digest"]
+    places = [("frames", name) for name in ("number", "candidates", "size", "side")]
+    for where, name in (*places, ("text", "length"), ("text", "known"), ("layout", 1), ("layout", 2)):
+        limit = 4096 if (where, name) in (*places, ("text", "length")) else 10**6
+        for size, is_right in ((0, False), (-1, False), (1, True), (limit, True), (4097, limit > 4097)):
+            wrong = json.loads(json.dumps(settings))
+            wrong[where][name] = size
+            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": json_digest(wrong)}))
+            if is_right:
+                assert read_bundle(bundle)[where][name] == size
+                continue
+            with pytest.raises(CheckpointError, match="a size is not what an export writes"):
+                read_bundle(bundle)
+
+
 def test_answers_may_hold_line_feeds(tmp_path, deployed):
     bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
     answers = ["red\ngreen", "\u2028", "", "man", "(unknown)"]
