@@ -134,6 +134,29 @@ def test_a_rank_that_is_no_number_is_named(fit, tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"TORCH_DISTRIBUTED_DEBUG": "LOUD"}, "ConfigError: TORCH_DISTRIBUTED_DEBUG='LOUD' in the environment"),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, "--ntasks-per-node=4"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_words_of_the_environment_end_in_a_sentence(variables, said, fit, tmp_path):
+    process = start(tmp_path / "log", with_surroundings, fit("linear"), variables)
+    assert finish(process) == 2, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert said in log
+    assert "Traceback" not in log
+
+
+def test_no_plotting_backend_is_looked_for(monkeypatch):
+    """torchmetrics imports matplotlib, which fails on one that it does not know."""
+    monkeypatch.setenv("MPLBACKEND", "no such backend")
+    assert exit_code(lambda: None) == 0
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
 EVIL = "import pathlib; pathlib.Path({path!r}).touch()\nclass Head: pass\n"
 
 

@@ -60,11 +60,14 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def check_environment() -> None:
-    """Refuse ranks and ports in the environment that are no numbers: Lightning reads them when it is imported.
+    """Refuse words of the environment on which torch or Lightning fails when it is imported.
 
     Raises:
-        ConfigError: names the variable.
+        ConfigError: a rank or a port is no number, or a level of debugging is unknown; names the variable.
     """
+    level = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    if level.upper() not in ("OFF", "INFO", "DETAIL"):
+        raise ConfigError(f"TORCH_DISTRIBUTED_DEBUG={level!r} in the environment: OFF, INFO or DETAIL, or unset it")
     for name in RANKS:
         if (value := os.environ.get(name, "0")) and not value.strip().isdigit():
             raise ConfigError(f"{name}={value!r} in the environment is no number: unset it (unset {name})")
@@ -79,6 +82,7 @@ def exit_code(function: Callable[[], None]) -> int:
     reader that leaves (`| head`) ends it quietly, with 141.
     """
     protect_output()
+    os.environ["MPLBACKEND"] = "agg"  # figures are files, and a backend that is not there stops every import of it
     try:
         function()
     except Stopped as error:  # said last, when no progress bar draws any more

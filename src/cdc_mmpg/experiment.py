@@ -349,8 +349,11 @@ class Experiment(LightningCLI):
             )
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:  # more devices than there are: it names both numbers
-            raise ConfigError(str(error)) from error
+        except (MisconfigurationException, RuntimeError) as error:
+            # More devices than there are: it names both numbers. Or SLURM's tasks are set as Lightning refuses them.
+            if isinstance(error, MisconfigurationException) or "SLURM" in str(error):
+                raise ConfigError(str(error)) from error
+            raise
         rank_zero_only.rank = trainer.global_rank
         for name in OUR_LOGGERS:
             logging.getLogger(name).setLevel(logging.INFO if trainer.is_global_zero else logging.ERROR)

@@ -579,6 +579,8 @@ def tried(source: Source, data: "VideoTextData", run: Path, out: Path) -> dict[s
         right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise CheckpointError(f"{predictions}: not what a test leaves ({error}): train anew") from error
+    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415  see `cli`
+
     generator = Generator.load(out / "cloud" / GENERATOR)
     found: dict[str, Any] = {"questions": len(drawn),
                              "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
