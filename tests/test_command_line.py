@@ -314,6 +314,7 @@ def test_wandb_stays_below_each_run_of_a_command_and_logs_examples_and_results(f
         assert any(row[1] == "t_0_1" for table in logged for row in table["data"])
 
 
+@pytest.mark.slow
 def test_a_silent_wandb_server_costs_seconds_and_nothing_else(fit, tmp_path):
     """It accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -338,6 +339,7 @@ def test_examples_come_from_all_over_the_split(finished):
     assert all(row["prediction"] in {"red", "green", "blue", "man", "(unknown)"} for row in rows)
 
 
+@pytest.mark.slow
 def test_the_real_clips_at_the_papers_size(real, tmp_path):
     """One clip of each split of MSVD-QA, 1,001 classes, and the counts and bytes of the full-sized model."""
     root = tmp_path / "one_of_each"

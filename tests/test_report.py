@@ -360,6 +360,7 @@ def test_names_are_no_markup(tmp_path):
     assert all(page.figures)
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_page_and_its_figures(runs, tmp_path):
     """Offline, in a process of its own: the client keeps threads."""
     root = tmp_path / "synthetic"

@@ -385,6 +385,7 @@ def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
     assert "environment variables will be ignored" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_costs_seconds_and_nothing_else(fit, tmp_path):
     with served(silent=True) as server:
         process = start(tmp_path / "log", online, fit("linear"), server.url)
@@ -416,6 +417,7 @@ def run_below(command: list[str], url: str, agents: dict[str, str]) -> int:
     return online(command, url, **agents)
 
 
+@pytest.mark.slow
 def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     """Registered, handed out and logged by W&B's own client, through make."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
