@@ -250,12 +250,12 @@ checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and l
 benchmark: .venv/.ready ## speed at the paper's size, of training, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark$(if $(OF),_$(OF)) $(ARGS)
 
-PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4
+PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
-	$(PYTEST) --dist loadfile -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: .venv/.ready ## run the slow tests (fresh interpreters, many processes): ARGS= for pytest
-	$(PYTEST) --dist worksteal -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: .venv/.ready ## ruff and mypy
 	.venv/bin/ruff check .

@@ -572,12 +572,15 @@ class VideoTextDataModule(EpochDataModule):
                 f"{self.root}: {first} and {second} share {len(names)} clips, and a split must not be tested on what "
                 f"another was trained on:{write_listing(names, self.cache_dir / 'shared.txt')}"
             )
-        for row in self.published():
-            if not row["same"]:
-                logger.warning(
-                    "%s: %s %s of split %s, but %s were published: its figures do not compare with published ones",
-                    self.root, f"{row['here']:,}", row["what"], row["split"], f"{row['published']:,}",
-                )  # fmt: skip
+        differing = [
+            f"{row['split']} {row['here']:,} of {row['published']:,} {row['what']}"
+            for row in self.published() if not row["same"]
+        ]  # fmt: skip
+        if differing:
+            logger.warning(
+                "%s: not the annotations that were published, so its figures do not compare with published ones: %s",
+                self.root, "; ".join(differing),
+            )  # fmt: skip
         self.read_vocabulary()
         for split in SPLITS:
             self.check_answers(split, self.kept(split))
