@@ -3,14 +3,18 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 import pytest
 
 from data_modules.synthetic_clips import Counts, make
+
+if TYPE_CHECKING:
+    from deployments import FakeCloud
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # products are tiny here: a second thread costs more than it gives
 os.environ["WANDB_MODE"] = "disabled"  # tests that are about W&B set their own
@@ -130,6 +134,16 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             deployment(root / "choice", task="multiple_choice", kind="basis")
             (root / "done").touch()
     return root
+
+
+@pytest.fixture
+def fake(deployed: Path) -> Iterator["FakeCloud"]:
+    """A cloud in this process that a test tells what to answer."""
+    from deployments import FakeCloud
+
+    server = FakeCloud(deployed / "session" / "cloud")
+    yield server
+    server.close()
 
 
 Command = Callable[..., list[str]]

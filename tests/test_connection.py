@@ -18,7 +18,7 @@ from cdc_mmpg.device import Device, client
 from cdc_mmpg.device.connection import check_url, find_proxy, is_loopback
 from cdc_mmpg.errors import ConfigError
 from conftest import write_clip
-from deployments import FakeCloud, open_device
+from deployments import open_device
 
 QUESTION = "what is the man doing?"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -29,13 +29,6 @@ def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper() in PROXIES or name.startswith("SSL_CERT"):
             monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def fake(deployed: Path) -> Iterator[FakeCloud]:
-    server = FakeCloud(deployed / "session" / "cloud")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,10 @@ from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest, json_digest
 from cdc_mmpg.wire import FRAMING_BYTES, HEADER, decode_layer, signed
 from conftest import write_clip
-from deployments import Cloud, FakeCloud, Reply, open_device
+from deployments import Cloud, Reply, open_device
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "what is the man doing?"
-
-
-@pytest.fixture
-def fake(deployed: Path) -> Iterator[FakeCloud]:
-    server = FakeCloud(deployed / "session" / "cloud")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,9 @@ from cdc_mmpg.device import Device
 from cdc_mmpg.device.state import COUNT, SESSION, State
 from cdc_mmpg.payloads import WIDTH
 from conftest import write_clip
-from deployments import FakeCloud, open_device
+from deployments import open_device
 
 QUESTION = "what is the man doing?"
-
-
-@pytest.fixture
-def fake(deployed: Path) -> Iterator[FakeCloud]:
-    server = FakeCloud(deployed / "session" / "cloud")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
