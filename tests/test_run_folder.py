@@ -71,9 +71,9 @@ def test_a_run_folder_is_for_one_command_at_a_time(fit, tmp_path):
 
 def hold(folder: Path, ready: Path) -> int:
     with lock_folder(folder):
-        if os.fork() == 0:  # a helper that outlives it, as a loader process may
+        if (child := os.fork()) == 0:  # outlives it, as a loader process may
             signal.pause()
-        ready.touch()
+        ready.write_text(str(child))
         signal.pause()
     return 0
 
@@ -81,7 +81,7 @@ def hold(folder: Path, ready: Path) -> int:
 def test_a_lock_ends_with_its_process_and_clears_what_was_left(tmp_path):
     folder, ready = tmp_path / "run", tmp_path / "ready"
     process = start(tmp_path / "log", hold, folder, ready)
-    until(ready.exists, process)
+    until(lambda: ready.exists() and bool(ready.read_text()), process)
 
     def write() -> None:
         with lock_folder(folder):
@@ -95,6 +95,7 @@ def test_a_lock_ends_with_its_process_and_clears_what_was_left(tmp_path):
     kill(process)
     finish(process)
     write()
+    os.kill(int(ready.read_text()), signal.SIGKILL)
     assert {path.name for path in folder.iterdir()} == {LOCK, ".kept"}
 
 
