@@ -144,6 +144,10 @@ def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
     assert "adr_pretraining answers no questions" in capsys.readouterr().err
     assert predict.main([f"--run={run}", f"--video={clip}", "--question= "]) == 2
     assert "the question is empty" in capsys.readouterr().err
+    assert predict.main([f"--run={run}", f"--video={clip}", "--question=what?", "--choices=red | blue"]) == 2
+    assert "give no choices" in capsys.readouterr().err
+    assert predict.main([f"--run={run}", f"--video={tmp_path}", "--question=what?"]) == 3
+    assert "a folder, not a clip" in capsys.readouterr().err
 
 
 def test_prediction_is_what_the_test_split_saw(finished, msvd):

@@ -249,7 +249,9 @@ def test_what_cannot_be_served_is_refused(method, message):
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
-    assert export.main([str(tmp_path / "nothing")]) == 4
+    for name, target in (("circle", "circle"), ("long", "x" * 4000)):  # beside it, and no runs
+        (tmp_path / name).symlink_to(target)
+    assert export.main([str(tmp_path / "linear" / "seed0")]) == 4
     assert "not a finished run" in capsys.readouterr().err
 
 

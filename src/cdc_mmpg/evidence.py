@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.metrics import RECALLS, RIGHT, accuracies
 from cdc_mmpg.paper import ERRATA, PRINTED, Erratum
-from cdc_mmpg.results import RESULTS, read_results
+from cdc_mmpg.results import RESULTS, find_results, read_results
 from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.wire import FRAMING_BYTES, HEADER
 
@@ -340,7 +340,7 @@ class Evidence:
         self.folder = folder
         self.dataset = folder.absolute().name
         self.runs: dict[str, list[Run]] = {}
-        for path in sorted(folder.glob(f"*/seed*/{RESULTS}")):
+        for path in find_results(folder, "*/seed*"):
             seed, name = path.parent.name.removeprefix("seed"), path.parents[1].name
             if not seed.isdecimal() or not (results := read_results(path.parent)):
                 continue

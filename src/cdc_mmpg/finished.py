@@ -16,6 +16,7 @@ from cdc_mmpg.results import (
     CONFIG,
     RESULTS,
     annotations_digest,
+    find_results,
     provenance,
     read_inputs,
     read_results,
@@ -55,9 +56,9 @@ def results_of(run: Path) -> dict[str, Any]:
 
 def _finished_beside(run: Path) -> list[Path]:
     """Return the finished runs of the same dataset that have weights and answer questions, the newest first."""
-    runs = [path.parent for path in run.absolute().parents[1].glob(f"*/seed*/{RESULTS}")]
     found = []
-    for other in runs:
+    for path in find_results(run.absolute().parents[1], "*/seed*"):
+        other = path.parent
         results = read_results(other)
         if results and "accuracy" in results and (other / "best.ckpt").is_file():
             found.append((str(results.get("finished")), other))

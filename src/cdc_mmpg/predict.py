@@ -99,13 +99,16 @@ def predict(
 def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
     """Of the run, once it is clear that everything it needs was given."""
     if not video.is_file():
-        raise DataError(f"{video}: no such clip (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
+        what = "a folder, not a clip" if video.is_dir() else "no such clip"
+        raise DataError(f"{video}: {what} (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
     results = results_of(run)
     if "accuracy" not in results:
         raise ConfigError(
             f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"
         )
     task = str(results["task"])
+    if task == "open_ended" and choices:
+        raise ConfigError(f"{run} answers open-ended questions: ask one (QUESTION=), and give no choices (CHOICES=)")
     if task == "open_ended" and not question.strip():
         raise ConfigError("the question is empty: ask one (QUESTION=)")
     if task != "open_ended" and len(choices) < 2:

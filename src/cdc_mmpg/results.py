@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def annotations_digest(root: Path) -> str:
             except OSError as error:
                 raise DataError(f"{path}: may not be read ({error.strerror}): mend that") from error
     return digest.hexdigest()
+
+
+def find_results(folder: Path, pattern: str) -> list[Path]:
+    """Return the results.json of the runs in a folder, in the order of their paths.
+
+    Path.glob fails on the first entry that cannot be looked into, such as a link in a circle; here it is no run.
+
+    Args:
+        folder: where to look.
+        pattern: of the runs below it, such as "*/seed*".
+    """
+    return sorted(folder / name for name in glob(f"{pattern}/{RESULTS}", root_dir=folder))
 
 
 def read_results(run: Path) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.findings import AXES, TARGETS, payloads, told
 from cdc_mmpg.metrics import RECALLS
 from cdc_mmpg.paper import Erratum
-from cdc_mmpg.results import RESULTS
+from cdc_mmpg.results import find_results
 from cdc_mmpg.terminal import escape_controls
 from cdc_mmpg.wire import FRAMING_BYTES
 
@@ -852,8 +852,8 @@ def _methods_alone(folder: Path) -> None:
 
 def _all(folder: Path) -> None:
     """Of a dataset, or of all that lie in a folder; of a known dataset without runs, what is missing."""
-    datasets = sorted({path.parents[2] for path in folder.glob(f"*/*/seed*/{RESULTS}")})
-    if any(folder.glob(f"*/seed*/{RESULTS}")) or not datasets:
+    datasets = sorted({path.parents[2] for path in find_results(folder, "*/*/seed*")})
+    if find_results(folder, "*/seed*") or not datasets:
         datasets = [folder]
     for dataset in datasets:
         known = Path("experiments", "datasets", f"{dataset.absolute().name}.yaml").is_file()
