@@ -189,11 +189,14 @@ def _leave(number: int, frame: object) -> None:
 
 def _is_finished(arguments: Sequence[str]) -> bool:
     folder = option(arguments, "trainer.default_root_dir")
-    results = read_results(Path(expand_home(folder))) if folder else None
+    if not folder:
+        return False
+    run = Path(expand_home(folder))
+    results = read_results(run)
     if results is None or results.get("fingerprint") != fingerprint(arguments):
         return False
     # Where a kill came right after the results.
-    shutil.rmtree(Path(expand_home(str(folder))) / RESUME, ignore_errors=True)
+    shutil.rmtree(run / RESUME, ignore_errors=True)
     print(f"{folder}: finished on {results.get('finished')}; delete the folder to train anew")
     return True
 

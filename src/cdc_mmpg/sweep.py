@@ -23,7 +23,7 @@ import yaml
 from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.results import read_results
+from cdc_mmpg.results import find_results, read_results
 
 FOLDER = "checkpoints/sweeps"
 PARAMETERS = "${args_no_hyphens}"  # W&B's name for NAME=value of every parameter
@@ -268,7 +268,7 @@ def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
         combination: of the run; METHOD tells it from those that it builds on.
         folder: below which `<dataset>/<method>/seed<N>` lies.
     """
-    found = [own for path in sorted(folder.glob("*/*/seed*")) if (own := read_results(path)) is not None]
+    found = [own for path in find_results(folder, "*/*/seed*") if (own := read_results(path.parent)) is not None]
     named = {word.partition("=")[0]: word.partition("=")[2] for word in sweep.command} | combination
     if "METHOD" in named:
         found = [own for own in found if own.get("method") == named["METHOD"]]
