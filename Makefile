@@ -33,6 +33,8 @@ $(call demand,SEEDS,$(WHOLE),1,how many seeds from 0 on: a whole number from 1)
 $(call demand,NODES,$(WHOLE),1,how many machines train together: a whole number from 1)
 $(call demand,EPOCHS,$(WHOLE)|[1-9][0-9]{3},1,a whole number from 1)
 $(call demand,DEVICES,auto|-1|$(WHOLE)|[0-9]+$(comma)|\[?[0-9]+($(comma)[0-9]+)+\]?,1,how many processes or GPUs train together: a whole number from 1$(comma) "auto" (all GPUs)$(comma) or their numbers ("0$(comma)1"))
+$(call demand,MATMUL,highest|high,1,"highest" (float32) or "high" (TensorFloat-32 on a GPU): how float32 is multiplied)
+$(call demand,COMPILE,0|1,1,0 or 1: whether the encoder is compiled)
 $(call demand,SIZE,full|toy,1,"full" or "toy": of the embedded dataset)
 
 SYNTHETIC := $(filter synthetic,$(DATASET))
@@ -104,7 +106,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
 # seed's pretraining comes first and has all of them.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
-train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= PRECISION= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
+train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= PRECISION= MATMUL= COMPILE=1 EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
 	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
@@ -137,6 +139,7 @@ OPTIONS = $(PLACES) \
 	$(if $(DEVICES),--trainer.devices=$(DEVICES)) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
 	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
+	$(if $(MATMUL),--matmul=$(MATMUL)) $(if $(filter-out 0,$(COMPILE)),--compile=true) \
 	$(if $(filter-out 1,$(JOBS)),$(if $(ALONE),,--trainer.enable_progress_bar=false))
 # ARGS reaches every run, ARGS_<method> that one alone.
 FIT     = fit $(CONFIGS) --trainer.default_root_dir="$(call folder,$1)" --seed_everything=$(call seed,$1) $(OPTIONS) \

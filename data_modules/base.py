@@ -148,7 +148,8 @@ class VideoTextDataModule(EpochDataModule):
         image_size: pixels of a side of what it sees.
         resize: pixels to which the shorter side of a frame is resized before the crop; None is 268/224 of image_size.
         candidates: frames that the cache keeps of each of the T segments of a clip; training takes any of them.
-        batch_size: samples a step on each device, before gradient accumulation.
+        batch_size: samples of an optimizer step, over all devices and accumulated batches.
+        per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
         num_workers: processes that load batches; None is one a processor, at most 4.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
         text_length: most tokens in a text.
@@ -183,6 +184,7 @@ class VideoTextDataModule(EpochDataModule):
         resize: int | None = None,
         candidates: int = CANDIDATES,
         batch_size: int = 256,
+        per_device: int | None = None,
         num_workers: int | None = None,
         vocab: str | None = None,
         text_length: int = 40,
@@ -193,13 +195,14 @@ class VideoTextDataModule(EpochDataModule):
         held_out: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, per_device)
         if resize is not None and resize < image_size:
             raise ConfigError(
                 f"data.init_args.resize is {resize}, less than image_size ({image_size}), which is cut out"
             )
         for name, value, least in (
             ("num_frames", num_frames, 1), ("batch_size", batch_size, 1), ("candidates", candidates, 1),
+            ("per_device", 1 if per_device is None else per_device, 1),
             ("num_workers", num_workers or 0, 0), ("max_missing", max_missing, 0), ("text_length", text_length, 3),
             ("num_classes", 2 if num_classes is None else num_classes, 2),
         ):  # fmt: skip

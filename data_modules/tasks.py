@@ -133,6 +133,7 @@ class RetrievalDataModule(VideoTextDataModule):
     """
 
     task: ClassVar[Task] = "retrieval"
+    even = True  # its loss compares all clips of a step
 
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
         """See `VideoTextDataModule`."""

@@ -91,7 +91,7 @@ def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_pa
 class FakeTrainer:
     """As much of a trainer as the callback asks: eight batches an epoch, perhaps another process that was told."""
 
-    global_step = 41
+    global_step, current_epoch, world_size = 41, 0, 1
 
     def __init__(self, accumulate: int = 1, told: bool = False) -> None:
         self.num_training_batches, self.accumulate_grad_batches = 8, accumulate
@@ -105,6 +105,11 @@ class FakeTrainer:
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(path)
+
+
+def end_batch(callback: StopOnSignal, trainer: FakeTrainer, batch_idx: int) -> None:
+    outputs, batch = {"loss": torch.tensor(0.5)}, SimpleNamespace(indices=torch.arange(2))
+    callback.on_train_batch_end(trainer, SimpleNamespace(log=lambda *_, **__: None), outputs, batch, batch_idx)
 
 
 @pytest.fixture
@@ -121,16 +126,16 @@ def handlers() -> Iterator[dict[int, object]]:
 def test_a_signal_saves_at_the_end_of_the_step_and_leaves(number, code, handlers, tmp_path):
     callback, trainer = StopOnSignal(tmp_path), FakeTrainer(accumulate=3)
     callback.on_train_start(trainer, None)
-    callback.on_train_batch_end(trainer, None, None, None, 2)
+    end_batch(callback, trainer, 2)
     callback.on_train_epoch_start(trainer, None)
     assert trainer.saved == []
     signal.raise_signal(number)
     for batch in (0, 1, 3, 4, 6):  # within an accumulated step
-        callback.on_train_batch_end(trainer, None, None, None, batch)
-    callback.on_train_batch_end(trainer, None, None, None, 7)  # the epoch's end saves by itself
+        end_batch(callback, trainer, batch)
+    end_batch(callback, trainer, 7)  # the epoch's end saves by itself
     assert trainer.saved == []
     with pytest.raises(SystemExit) as left:
-        callback.on_train_batch_end(trainer, None, None, None, 2)
+        end_batch(callback, trainer, 2)
     assert left.value.code == code
     assert trainer.saved == [tmp_path / RESUME / "stopped-step=41.ckpt"]
     with pytest.raises(SystemExit) as left:
@@ -171,5 +176,5 @@ def test_a_second_signal_leaves_at_once_unless_it_is_the_same_hand(handlers, tmp
         signal.raise_signal(signal.SIGTERM)
     assert left.value.code == 143
     with pytest.raises(SystemExit) as left:
-        callback.on_train_batch_end(FakeTrainer(), None, None, None, 0)
+        end_batch(callback, FakeTrainer(), 0)
     assert left.value.code == 130  # the first one counts

@@ -89,6 +89,7 @@ def test_generated_layers_in_numpy(name):
     inputs = np.concatenate([hidden.double().numpy(), np.ones((4, 1))], 1)
     for feature, layer in zip(features, layers, strict=True):
         outputs = adaptor(feature, hidden).detach().numpy()
+        adaptor.settle()
         assert_agree(outputs, np.einsum("bld,bd->bl", layer, inputs).astype(np.float32))
     mean = layers.reshape(-1, *layers.shape[2:]).mean(0)  # over three steps, each as heavy
     assert_agree(adaptor.average(hidden), (inputs @ mean.T).astype(np.float32))
@@ -99,14 +100,23 @@ def test_generated_layers_in_numpy(name):
 
 
 def test_the_running_mean_forgets_after_a_hundred_steps():
-    adaptor, mean = FDA(6, 5, "printed", project=False).train(), torch.zeros(1)
+    adaptor = FDA(6, 5, "printed", project=False).train()
+
+    def mean_after(*batches: float, counted: torch.Tensor | None = None) -> float:
+        for value in batches:
+            adaptor.remember(torch.full((2, 192), value), counted)
+        adaptor.settle()
+        return adaptor.mean_latent.mean().item()
+
     for step in range(100):
-        adaptor.remember(mean, torch.tensor([2 * float(step)]), 2)
-    assert mean.item() == pytest.approx(49.5, rel=1e-4)  # the mean of all
-    adaptor.remember(mean, torch.tensor([2 * 149.5]), 2)
-    assert mean.item() == pytest.approx(50.5, rel=1e-4)  # from here on a hundredth of what is new
-    adaptor.remember(mean, torch.tensor([2 * 150.5]), 2)
-    assert mean.item() == pytest.approx(51.5, rel=1e-4)
+        mean = mean_after(step)
+    assert mean == pytest.approx(49.5, rel=1e-4)  # the mean of all
+    assert mean_after(148.5, 150.5) == pytest.approx(50.5, rel=1e-4)  # from here on a hundredth of what is new
+    assert adaptor.seen == 101  # two batches of one step
+    assert mean_after(150.5, counted=torch.tensor([True, False])) == pytest.approx(51.5, rel=1e-4)
+    for nothing in ((), (7.0,)):
+        assert mean_after(*nothing, counted=torch.zeros(2, dtype=torch.bool)) == pytest.approx(51.5, rel=1e-4)
+    assert adaptor.seen == 102
 
 
 def test_what_arrives_in_int8_is_the_nearest_of_255_multiples_of_the_scale():

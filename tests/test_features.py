@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochSampler, Sessions, draw_text, normalise
+from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochOrder, Sessions, draw_text, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.features import FeatureDataModule, FeatureDataset, _alike, _join
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -60,8 +60,8 @@ def test_kept_features_are_those_of_every_sample_in_its_place(data):
         assert (seen == sorted(seen)) == (split != "train")
         assert module.origins(split) == data.origins(split)
         assert module.fingerprint(split, True) == data.fingerprint(split, True)
-    order = [list(loaders["train"].sampler) for _ in range(2)]
-    assert order[0] == order[1] == list(EpochSampler(12, 3, True))  # the dataset's seed
+    order = [list(loaders["train"].batch_sampler.sampler) for _ in range(2)]
+    assert order[0] == order[1] == list(EpochOrder(12, 3, True))  # the dataset's seed
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_features_that_only_another_machine_has_are_an_error(data):
 
 def test_shares_of_processes_are_joined_in_the_samples_order():
     whole = torch.arange(7 * 2).view(7, 2)
-    shares = [whole[[index for _, index in EpochSampler(7, 0, False, rank, 3)]] for rank in range(3)]
+    shares = [whole[rank::3] for rank in range(3)]
     assert torch.equal(_join(shares), whole)
     captions = [torch.ones(2, 3, 4), torch.ones(1, 1, 4)]  # of samples with three captions, with one
     joined = _join(captions)
@@ -166,30 +166,6 @@ def test_what_is_drawn_follows_from_seed_epoch_and_index_and_is_even():
     assert len(counts) == 5
 
 
-def test_every_process_goes_through_one_common_order():
-    for size, world in ((10, 3), (9, 3), (5, 1), (4, 4)):
-        for epoch in (0, 1):
-            samplers = [EpochSampler(size, 5, True, rank, world) for rank in range(world)]
-            for sampler in samplers:
-                sampler.set_epoch(epoch)
-            (order,) = {
-                tuple(index for turn in zip(*map(list, samplers), strict=True) for _, index in turn) for _ in range(2)
-            }
-            assert sorted(order[:size]) == list(range(size))
-            assert order[size:] == order[: len(order) - size]  # padded by samples from the start
-            assert len(order) == -(-size // world) * world
-            assert {own for sampler in samplers for own, _ in sampler} == {epoch}
-    orders = set()
-    for seed in (0, 1):
-        for epoch in (0, 1):
-            sampler = EpochSampler(20, seed, True)
-            sampler.set_epoch(epoch)
-            orders.add(tuple(index for _, index in sampler))
-    assert len(orders) == 4
-    evaluation = EpochSampler(7, 0, False, rank=1, world=3)
-    assert (list(evaluation), len(evaluation)) == ([(0, 1), (0, 4)], 2)
-
-
 class Samples(EpochDataModule):
     """Numbers as samples, in batches of two."""
 
@@ -203,6 +179,9 @@ class Samples(EpochDataModule):
     def __getitems__(self, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return items
 
+    def labels(self, split: str) -> torch.Tensor:
+        return torch.zeros(11)
+
     def fingerprint(self, split: str, frames: bool) -> str:
         assert not frames
         return split + (self.suffix if split == "val" else "")
@@ -215,21 +194,21 @@ def test_training_goes_on_behind_the_batches_that_it_has_seen():
         progress = SimpleNamespace(current=SimpleNamespace(processed=processed))
         return SimpleNamespace(
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
-            current_epoch=epoch, num_training_batches=6.0, state=SimpleNamespace(fn=stage),
+            current_epoch=epoch, num_training_batches=6.0, state=SimpleNamespace(fn=stage), world_size=1, global_rank=0,
         )  # fmt: skip
 
     module.trainer = trainer(3, 4)
     state = module.state_dict()
-    assert (state["epoch"], state["seen_batches"]) == (3, 4)
+    assert (state["epoch"], state["seen_steps"]) == (3, 4)
     module.trainer = trainer(3, 6)  # the epoch is over, and the next not begun
-    assert (module.state_dict()["epoch"], module.state_dict()["seen_batches"]) == (4, 0)
+    assert (module.state_dict()["epoch"], module.state_dict()["seen_steps"]) == (4, 0)
     assert set(state["fingerprints"]) == set(SPLITS)
     fresh.trainer = trainer(0, 0, "test")
     fresh.load_state_dict(state)
-    assert fresh._seen_batches == 0  # only training goes on
+    assert fresh._seen_steps == 0  # only training goes on
     fresh.trainer = trainer(0, 0)
     fresh.load_state_dict(state)
-    whole = EpochSampler(11, 7, True)
+    whole = EpochOrder(11, 7, True)
     whole.set_epoch(3)
     loader = fresh.batches(fresh, shuffle=True)
     assert [item for batch in loader for item in batch] == list(whole)[8:]

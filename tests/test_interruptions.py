@@ -111,7 +111,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_ends_the_same(method, run, expec
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_loses_nothing(number, code, accumulate, run, expected, tmp_path):
-    more = [f"--trainer.accumulate_grad_batches={accumulate}"]
+    more = [f"--data.init_args.per_device={2 // accumulate}"]
     command, folder, last = run("fine_tuning", *more)
     process = start(tmp_path / "log", main, command)
     until(lambda: steps(last) >= 9, process)  # in the second epoch of six steps

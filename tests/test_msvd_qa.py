@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.batch import UNKNOWN, EpochSampler, normalise
+from cdc_mmpg.batch import UNKNOWN, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import HOST
 from conftest import write_clip
@@ -75,7 +75,7 @@ def test_training_order_and_augmentation_follow_from_seed_epoch_and_index(msvd, 
         loader = ready(msvd, tmp_path, seed=seed).train_dataloader()
         batches = []
         for epoch in range(2):
-            loader.sampler.set_epoch(epoch)
+            loader.batch_sampler.sampler.set_epoch(epoch)
             batches += [torch.cat([batch.frames.flatten(), batch.indices]) for batch in loader]
         return batches
 
@@ -83,24 +83,6 @@ def test_training_order_and_augmentation_follow_from_seed_epoch_and_index(msvd, 
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[3])
     assert not torch.equal(first[0], other[0])
-
-
-def test_processes_share_out_without_counting_twice():
-    for size in (7, 8, 1):
-        evaluated = [list(EpochSampler(size, 0, False, rank, 3)) for rank in range(3)]
-        assert sorted(index for share in evaluated for _, index in share) == list(range(size))
-        trained = [list(EpochSampler(size, 0, True, rank, 3)) for rank in range(3)]
-        assert len({len(share) for share in trained}) == 1
-        assert {index for share in trained for _, index in share} == set(range(size))
-        assert all(len(EpochSampler(size, 0, shuffle, 1, 3)) == len(list(EpochSampler(size, 0, shuffle, 1, 3)))
-                   for shuffle in (True, False))  # fmt: skip
-
-
-def test_an_order_can_be_entered_in_the_middle():
-    sampler, whole = EpochSampler(10, 3, True, skip=4), list(EpochSampler(10, 3, True))
-    assert list(sampler) == whole[4:]
-    assert list(sampler) == whole
-    assert len(sampler) == 10
 
 
 def test_after_the_preparation_nothing_is_decoded(own_msvd, tmp_path):
@@ -112,7 +94,7 @@ def test_after_the_preparation_nothing_is_decoded(own_msvd, tmp_path):
         os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     loader = ready(own_msvd, tmp_path).train_dataloader()
     for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.sampler.set_epoch(epoch)
         assert sum(len(batch.labels) for batch in loader) == 12
 
 

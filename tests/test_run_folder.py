@@ -291,7 +291,7 @@ def test_memory_that_does_not_do_is_one_sentence(capsys):
         )
 
     assert exit_code(of_the_gpu) == 2
-    assert "batch_size=64" in (said := capsys.readouterr().err)
+    assert "per_device=64" in (said := capsys.readouterr().err)
     assert "Tried to allocate 20.00 MiB" in said
     assert exit_code(lambda: torch.empty(2**58)) == 2
     assert "the machine's memory does not do: take a smaller batch" in capsys.readouterr().err

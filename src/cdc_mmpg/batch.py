@@ -1,21 +1,26 @@
 """The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
 
+import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.distributed
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.frames import MEAN, STD, Frames
 from cdc_mmpg.signals import ignore_stop_signals
+
+logger = logging.getLogger(__name__)
 
 Task = Literal["open_ended", "multiple_choice", "retrieval"]
 View = Literal["samples", "sessions", "captions"]  # how a method reads a dataset
@@ -82,30 +87,32 @@ class CaptionBatch(NamedTuple):
     indices: Tensor  # (B,)
 
 
+LEVELS = torch.tensor([MEAN, STD]) * 255  # (2, 3) mean and deviation of ImageNet's levels, from 0 to 255
+
+
 def normalise(frames: Tensor) -> Tensor:
     """uint8 frames (B, T, H, W, 3) as the encoder takes them: (B, T, 3, H, W) floats, ImageNet mean and deviation."""
-    mean = torch.tensor(MEAN, device=frames.device) * 255
-    std = torch.tensor(STD, device=frames.device) * 255
+    mean, std = LEVELS if frames.device.type == "cpu" else _levels(frames.device)
     return ((frames - mean) / std).movedim(-1, 2)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs of one process: an order that depends on seed and epoch alone.
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """Return `LEVELS` on a GPU, where they are copied once: a copy waits for all that is computed there."""
+    return LEVELS.to(device)
 
-    Training pads the last round by samples from the start, so that all processes take as many steps; evaluation does
-    not, so that every sample counts once.
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs of all samples, in an order that depends on seed and epoch alone.
 
     Args:
         size: samples in the split.
         seed: of the order.
-        shuffle: draw a new order every epoch (training).
-        rank, world: this process among all.
-        skip: samples of this process to leave out in the first epoch that is drawn: those that a run has seen
-            before it was stopped in the middle of an epoch.
+        shuffle: draw a new order every epoch (training); else as annotated.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1, skip: int = 0) -> None:
-        self.size, self.seed, self.shuffle, self.rank, self.world, self.skip = size, seed, shuffle, rank, world, skip
+    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,18 +120,114 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        if self.shuffle:
-            return (self.size + self.world - 1) // self.world
-        return len(range(self.rank, self.size, self.world))
+        return self.size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, index) for index in self.draw(self.epoch).tolist()])
+
+    def draw(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of an epoch, (size,)."""
         order = np.arange(self.size)
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-            order = np.resize(order, len(self) * self.world)
-        own = order[self.rank :: self.world][self.skip :]
-        self.skip = 0
-        return iter([(self.epoch, int(index)) for index in own])
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        return order
+
+
+class BatchPlan(NamedTuple):
+    """How the samples of an optimizer step are shared out to processes, and accumulated on each of them."""
+
+    step: int  # samples of an optimizer step
+    at_once: int  # most samples of a batch, on each process
+    world: int  # processes
+
+    @property
+    def accumulated(self) -> int:
+        """Batches of a process in a whole step."""
+        return ceil(self.step / (self.world * self.at_once))
+
+    def share(self, samples: NDArray[np.int64], rank: int) -> list[NDArray[np.int64]]:
+        """Return the batches of a process, of the samples of a step; as many on all processes, some perhaps empty."""
+        own, longest = samples[rank :: self.world], ceil(len(samples) / self.world)
+        return [own[start : start + self.at_once] for start in range(0, longest, self.at_once)]
+
+    def count(self, size: int) -> int:
+        """Return how many training batches each process has of an epoch of `size` samples."""
+        rest = ceil(size % self.step / self.world)
+        return size // self.step * self.accumulated + ceil(rest / self.at_once)
+
+
+def plan_batches(step: int, per_device: int | None, world: int) -> BatchPlan:
+    """Return how optimizer steps of so many samples are shared out to `world` processes.
+
+    Args:
+        step: samples of an optimizer step, over all processes.
+        per_device: most samples that a device holds at once; None is its whole share of a step.
+        world: processes, one a device.
+
+    Raises:
+        ConfigError: the numbers do not divide; names some that do.
+    """
+    if step % world:
+        raise ConfigError(
+            f"a step of {step} questions (data.init_args.batch_size) cannot be shared out evenly to {world} devices: "
+            f"take {_nearest_divisors(step, world)} devices (DEVICES=), or another batch_size"
+        )
+    share = step // world
+    at_once = min(per_device or share, share)
+    if share % at_once:
+        raise ConfigError(
+            f"a device's share of a step, {share} of {step} questions, does not divide into batches of {at_once} "
+            f"(data.init_args.per_device): take {_nearest_divisors(share, at_once)}"
+        )
+    return BatchPlan(step, at_once, world)
+
+
+def _nearest_divisors(number: int, to: int) -> str:
+    """Return the divisors of a number around another one, as "2 or 4"."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below, above = [d for d in divisors if d < to], [d for d in divisors if d > to]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) pairs of one process.
+
+    In training every optimizer step is made of the same samples, however many processes there are and however much each
+    of them holds at once. Where the last step of an epoch leaves a process without a sample for a batch, the step's
+    first sample stands in, so that all processes take as many batches; `EpochDataModule.weigh` counts it as nothing. In
+    evaluation every sample is in exactly one batch of one process.
+
+    Args:
+        sampler: the order of all samples; under this name Lightning tells it the epoch.
+        plan: of training; of evaluation, which has no steps, its `at_once` and `world`.
+        rank: this process among all.
+        even: stand in for every sample that another process has more, for a loss that needs as many of all.
+        skip: steps to leave out in the first epoch that is drawn: those that a run has taken before it was stopped in
+            the middle of an epoch.
+    """
+
+    def __init__(self, sampler: EpochOrder, plan: BatchPlan, rank: int, even: bool = False, skip: int = 0) -> None:
+        self.sampler, self.plan, self.rank, self.even, self.skip = sampler, plan, rank, even, skip
+
+    def __len__(self) -> int:
+        if self.sampler.shuffle:
+            return self.plan.count(self.sampler.size)
+        return ceil(len(range(self.rank, self.sampler.size, self.plan.world)) / self.plan.at_once)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, training = self.sampler.epoch, self.sampler.shuffle
+        order = self.sampler.draw(epoch)
+        step = self.plan.step if training else len(order)
+        first, self.skip = self.skip * step, 0
+        for start in range(first, len(order), step):
+            samples = order[start : start + step]
+            longest = self.plan.share(samples, 0)  # the first process has as many as any
+            for part, most in zip(self.plan.share(samples, self.rank), longest, strict=True):
+                indices = part.tolist()
+                if training and (not indices or (self.even and len(indices) < len(most))):
+                    indices.append(int(samples[0]))
+                if indices:
+                    yield [(epoch, index) for index in indices]
 
 
 def draw_text(seed: int, epoch: int, index: int, number: int) -> int:
@@ -138,34 +241,50 @@ class EpochDataModule(LightningDataModule):
     Its datasets fetch whole batches: `__getitems__` takes (epoch, index) pairs.
 
     Args:
-        batch_size: samples a step on each device, before gradient accumulation.
+        batch_size: samples of an optimizer step, over all devices and accumulated batches.
         seed: of the order.
+        per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
     """
 
     TIMEOUT_SECONDS = 30  # for a batch; a worker that hangs longer is reported
+    even: bool = False  # see `EpochBatches`
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(self, batch_size: int, seed: int, per_device: int | None = None) -> None:
         super().__init__()
-        self.batch_size, self.seed = batch_size, seed
-        self._epoch = self._seen_batches = 0
+        self.batch_size, self.seed, self.per_device = batch_size, seed, per_device
+        self._epoch = self._seen_steps = 0
+        self._training: EpochBatches | None = None
+        self._step_weights: tuple[int, dict[bool, list[float]]] = (-1, {})  # of an epoch, see `weigh`
 
-    def batches(self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0) -> DataLoader[Any]:
-        """This process's share of a dataset as batches."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        world = torch.distributed.get_world_size() if distributed else 1
-        size = len(dataset)  # type: ignore[arg-type]
-        if size < world:
+    @property
+    def plan(self) -> BatchPlan:
+        """How an optimizer step is shared out to the processes of the run.
+
+        Raises:
+            ConfigError: see `plan_batches`.
+        """
+        return plan_batches(self.batch_size, self.per_device, self.trainer.world_size if self.trainer else 1)
+
+    def batches(
+        self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0, at_once: int | None = None
+    ) -> DataLoader[Any]:
+        """Return this process's share of a dataset as batches; in evaluation, of `at_once` samples at most."""
+        size, plan = len(dataset), self.plan  # type: ignore[arg-type]
+        if at_once is not None:
+            plan = plan._replace(at_once=min(at_once, plan.at_once))
+        if size < plan.world:
             raise ConfigError(
-                f"a split of {size} samples cannot be shared out to {world} processes: take fewer devices"
+                f"a split of {size} samples cannot be shared out to {plan.world} processes: take fewer devices"
             )
-        skip = self._seen_batches * self.batch_size if shuffle else 0
-        sampler = EpochSampler(size, self.seed, shuffle, rank, world, skip)
-        sampler.set_epoch(self._epoch)  # Lightning does so too, but after worker processes have begun to fetch
+        order = EpochOrder(size, self.seed, shuffle)
+        order.set_epoch(self._epoch)  # Lightning does so too, but after worker processes have begun to fetch
+        rank = self.trainer.global_rank if self.trainer else 0
+        sampler = EpochBatches(order, plan, rank, self.even, self._seen_steps if shuffle else 0)
+        if shuffle:
+            self._training, self._step_weights = sampler, (-1, {})
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            batch_sampler=sampler,
             collate_fn=_as_it_is,
             worker_init_fn=ignore_stop_signals,
             num_workers=num_workers,
@@ -174,12 +293,55 @@ class EpochDataModule(LightningDataModule):
             timeout=self.TIMEOUT_SECONDS if num_workers else 0,
         )
 
+    def weigh(self, batch_idx: int, known: bool) -> float:
+        """Return what the mean over a training batch is multiplied by, for the mean over its whole optimizer step.
+
+        Lightning divides by the number of accumulated batches and takes the mean over the processes. What is left is
+        how many of the step's samples this batch has: 1 where all batches have as many.
+
+        Args:
+            batch_idx: of this process in this epoch.
+            known: count the samples with a known answer only.
+        """
+        assert self.trainer is not None
+        if self._step_weights[0] != (epoch := self.trainer.current_epoch):
+            self._step_weights = epoch, self._weigh_epoch(epoch)
+        return self._step_weights[1][known][batch_idx]
+
+    def _weigh_epoch(self, epoch: int) -> dict[bool, list[float]]:
+        """Return what `weigh` says of all batches of an epoch, by `known`."""
+        assert self._training is not None
+        plan, order = self._training.plan, self._training.sampler.draw(epoch)
+        is_known = (self.labels("train") != UNKNOWN).numpy()
+        weights: dict[bool, list[float]] = {False: [], True: []}
+        for start in range(0, len(order), plan.step):
+            samples = order[start : start + plan.step]
+            for part in plan.share(samples, self._training.rank):
+                for known, counts in ((False, np.ones_like(is_known)), (True, is_known)):
+                    own, whole = int(counts[part].sum()), int(counts[samples].sum())
+                    weights[known].append(own * plan.world * plan.accumulated / max(1, whole))
+        return weights
+
+    def count_taken(self, processed: int) -> int:
+        """Return how many batches the steps are that were taken in the epoch to go on with.
+
+        Args:
+            processed: how many they were when the state was saved, perhaps on another number of devices.
+        """
+        if processed and not self._seen_steps:  # the whole epoch
+            return self.plan.count(len(self.labels("train")))
+        return self._seen_steps * self.plan.accumulated
+
+    @abstractmethod
+    def labels(self, split: Split) -> Tensor:
+        """Return the label of every sample of a split, (N,)."""
+
     @abstractmethod
     def fingerprint(self, split: Split, frames: bool) -> str:
         """A digest of a split's clips, questions and labels, and of what decides its frames."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch to go on with, its batches that were trained on, and which data they were of."""
+        """Return the epoch to go on with, its steps that were taken, and of which data and to whom they were."""
         trainer = self.trainer
         assert trainer is not None
         finished, seen = divmod(
@@ -187,15 +349,18 @@ class EpochDataModule(LightningDataModule):
         )
         return {
             "epoch": trainer.current_epoch + finished,
-            "seen_batches": seen,
+            "seen_steps": seen // self.plan.accumulated,
+            "plan": self.plan._asdict(),
             "fingerprints": {split: self.fingerprint(split, frames=False) for split in SPLITS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """When training goes on: begin with that epoch, after these batches.
+        """Begin with that epoch, after these steps, when training goes on.
+
+        The run may have been shared out to another number of devices: its steps are of the same samples.
 
         Raises:
-            ConfigError: the run was of other data; names the splits.
+            ConfigError: the run was of other data; names the splits. Or its steps were of another number of samples.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
@@ -206,7 +371,16 @@ class EpochDataModule(LightningDataModule):
                 f"this run began on other data: {', '.join(changed)} differ (questions, labels, vocabulary or clips). "
                 "Give it the data it began with, or delete or rename its folder"
             )
-        self._epoch, self._seen_batches = state_dict["epoch"], state_dict["seen_batches"]
+        before, now = BatchPlan(**state_dict["plan"]), self.plan
+        if before.step != now.step:
+            raise ConfigError(f"this run began with steps of {before.step} questions, not {now.step}: type its command")
+        if before != now:
+            logger.info(
+                "begun as %d x %d x %d (devices, accumulated batches, questions at once), goes on as %d x %d x %d: the "
+                "same questions in every step and the same schedule, but not the same to the last bit",
+                *(part for plan in (before, now) for part in (plan.world, plan.accumulated, plan.at_once)),
+            )
+        self._epoch, self._seen_steps = state_dict["epoch"], state_dict["seen_steps"]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -337,6 +511,8 @@ class VideoTextData(Protocol):
     notes: dict[Split, str]  # where a split comes from, where that has to be said
     cache_dir: Path
     batch_size: int
+    per_device: int | None
+    even: bool
     num_workers: int
     seed: int
 

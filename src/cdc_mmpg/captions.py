@@ -1,5 +1,7 @@
 """A dataset's captioned clips as encoder pretraining reads them."""
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cdc_mmpg.batch import CaptionBatch, EpochDataModule, Split, VideoTextData
@@ -13,7 +15,7 @@ class CaptionDataModule(EpochDataModule):
     """
 
     def __init__(self, data: VideoTextData) -> None:
-        super().__init__(data.batch_size, data.seed)
+        super().__init__(data.batch_size, data.seed, data.per_device)
         self.data = data
 
     def prepare_data(self) -> None:
@@ -41,6 +43,11 @@ class CaptionDataModule(EpochDataModule):
     def test_dataloader(self) -> DataLoader[CaptionBatch]:
         """The same held-out clips."""
         return self._loader("val")
+
+    def labels(self, split: Split) -> Tensor:
+        """Return the label of every sample of a split, (N,): a word."""
+        captions = self.captions.train if split == "train" else self.captions.val
+        return torch.zeros(len(captions), dtype=torch.long)  # type: ignore[arg-type]  # all known: any does
 
     def fingerprint(self, split: Split, frames: bool) -> str:
         """A digest of clips, captions, questions and labels."""

@@ -17,6 +17,7 @@ from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.signals import Stopped, drop_terminal, stop_signals
+from cdc_mmpg.step_check import StepCheck, ends_step
 from cdc_mmpg.weights import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _step(state: Path) -> tuple[int, str]:
     return (int(match[1]) if match else -1, state.name)
 
 
-class StopOnSignal(Callback):
+class StopOnSignal(StepCheck):
     """SIGTERM, SIGINT and SIGHUP end the step, save the state, and leave with 143, 130 or 129.
 
     While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once. All
@@ -112,9 +113,17 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self, run: Path) -> None:
+        super().__init__()
         self.run = run
         self._received, self._when = 0, 0.0
         self._former: dict[int, Any] = {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the batches of the epoch as this run shares them out: before, there may have been other devices."""
+        if trainer.state.fn == "fit":
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            more = trainer.datamodule.count_taken(counts["processed"]) - counts["processed"]
+            counts.update({name: count + more for name, count in counts.items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over."""
@@ -123,6 +132,7 @@ class StopOnSignal(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back, and leave if one came too late for training."""
+        super().on_train_end(trainer, pl_module)
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if self._is_asked_to_stop(trainer):
@@ -133,16 +143,15 @@ class StopOnSignal(Callback):
         if self._received and time.monotonic() > self._when + 1:  # a second signal, not the same one to a whole group
             raise Stopped(number)
         if not self._received:
-            self._received, self._when = number, time.monotonic()
+            self.told, self._received, self._when = True, number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, unless the epoch or an accumulated step is about to end by itself."""
-        if not self._is_asked_to_stop(trainer):
-            return
+        """Save and leave at the end of a step, unless the epoch is about to end, too."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         last = batch_idx + 1 >= trainer.num_training_batches
-        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not self.stops or last or not ends_step(trainer, batch_idx):
             return
         trainer.save_checkpoint(self.run / RESUME / f"stopped-step={trainer.global_step}.ckpt")
         self._leave()
@@ -154,7 +163,7 @@ class StopOnSignal(Callback):
 
     def _is_asked_to_stop(self, trainer: Trainer) -> bool:
         """The same answer on every process."""
-        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+        return trainer.strategy.reduce_boolean_decision(self.told, all=False)
 
     def _leave(self) -> None:
         raise Stopped(self._received or signal.SIGTERM)

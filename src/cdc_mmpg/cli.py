@@ -137,13 +137,13 @@ def _explain_machine(error: BaseException) -> CDCError | None:
         reason = str(error).strip().partition("\n")[0].partition(" Of the allocated")[0]
         return ConfigError(
             f"the GPU's memory does not do: {reason} Take a smaller batch and as many more for a step "
-            "(ARGS='--data.init_args.batch_size=64 --trainer.accumulate_grad_batches=4'), PRECISION=bf16-mixed, or end "
+            "(ARGS=--data.init_args.per_device=64), PRECISION=bf16-mixed, or end "
             "what else runs there"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return ConfigError(
             "the machine's memory does not do: take a smaller batch and as many more for a step "
-            "(ARGS='--data.init_args.batch_size=64 --trainer.accumulate_grad_batches=4'), fewer loader processes "
+            "(ARGS=--data.init_args.per_device=64), fewer loader processes "
             "(--data.init_args.num_workers=1), or end what else runs here"
         )
     if isinstance(error, OSError) and error.errno in REFUSED_WRITES:

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from cdc_mmpg.batch import EpochDataModule
+from cdc_mmpg.batch import EpochDataModule, plan_batches
 from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.dashboard import ExampleTable, close, loggers
@@ -33,6 +33,7 @@ from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
 from cdc_mmpg.files import atomic_write, expand_home, file_digest, lock_folder, remove_leftovers
+from cdc_mmpg.matmul import Matmul, set_matmul
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
@@ -70,11 +71,12 @@ LINKED = {  # what is written once and handed on
 # Paths in which ~ stands for the home folder.
 PATHS = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
          "model.init_args.encoder.checkpoint", "model.init_args.adr")  # fmt: skip
-PARTS = ("seed_everything", "trainer", "model", "data")
+PARTS = ("seed_everything", "matmul", "compile", "trainer", "model", "data")
 
 # Where and how fast a run computes, not what: these may change between a run and its resumption.
 SURROUNDINGS = (
     "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
+    "data.init_args.per_device", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.enable_progress_bar", "trainer.log_every_n_steps",
 )  # fmt: skip
 
@@ -161,7 +163,7 @@ def _known_paths() -> list[str]:
         for name in inspect.signature(cls).parameters
     }
     paths -= {*LINKED, "model.init_args.encoder.vocab_size"}
-    return sorted(paths | {"config", "seed_everything", "data.class_path", "model.class_path",
+    return sorted(paths | {"config", "seed_everything", "matmul", "compile", "data.class_path", "model.class_path",
                            "model.init_args.head.class_path"})  # fmt: skip
 
 
@@ -215,6 +217,11 @@ class Experiment(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What the dataset and the seed fix is written once and handed on; what never varies is set."""
+        parser.add_argument(
+            "--matmul", type=Matmul, default="highest",
+            help="how a GPU multiplies float32: exactly (highest), or faster in TensorFloat-32 (high)",
+        )  # fmt: skip
+        parser.add_argument("--compile", type=bool, default=False, help="compile the encoder's blocks (torch.compile)")
         parser.set_defaults(
             {
                 "trainer.use_distributed_sampler": False,  # `batch.EpochSampler` shares out
@@ -262,7 +269,13 @@ class Experiment(LightningCLI):
             if isinstance(value := config.get(name), str):
                 config[name] = expand_home(value)
         self._check_pair()
+        set_matmul(self._get(self.config, "matmul"))
         trainer = self._get(self.config, "trainer")
+        if trainer["accumulate_grad_batches"] != 1:
+            raise ConfigError(
+                f"accumulate_grad_batches is {trainer['accumulate_grad_batches']}: how many batches are accumulated "
+                "follows from data.init_args.batch_size, of a whole step, and data.init_args.per_device, at once"
+            )
         if str(trainer["precision"]) not in PRECISIONS:
             raise ConfigError(f"precision {trainer['precision']!r}: use 32-true, bf16-mixed or 16-mixed (PRECISION=)")
         if self.subcommand == "fit":
@@ -312,25 +325,26 @@ class Experiment(LightningCLI):
                 "embedded dataset (DATASET=synthetic)"
             )
 
-    def instantiate_classes(self) -> None:
-        """Also: the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
-        super().instantiate_classes()
+    def _view(self) -> EpochDataModule:
+        """Return the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
         if self.model.reads == "captions":
-            self.datamodule = CaptionDataModule(self.dataset)
-        elif self.model.reads == "sessions":
-            self.datamodule = SessionDataModule(
-                self.dataset, self.model.encoder, self.model.head, casts=self.model.oracle
-            )
-        elif not self.model.train_encoder:
-            self.datamodule = FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
+            return CaptionDataModule(self.dataset)
+        if self.model.reads == "sessions":
+            return SessionDataModule(self.dataset, self.model.encoder, self.model.head, casts=self.model.oracle)
+        if not self.model.train_encoder:
+            return FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
+        return self.dataset
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's trainer with our checkpoints, logs and signals.
+        """Choose the view of the dataset; build Lightning's trainer with our checkpoints, logs and signals.
 
         Which process logs is for the trainer to say: the environment may name a rank (RANK, SLURM_PROCID) that has
         nothing to do with this run.
         """
         self.dataset: Any = self.datamodule  # itself, not a view of it
+        self.datamodule: EpochDataModule = self._view()
+        if self._get(self.config_init, "compile"):
+            self.model.encoder.compile_blocks()
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
@@ -345,7 +359,9 @@ class Experiment(LightningCLI):
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
             # may be part of a forward pass there.
             kwargs["strategy"] = DDPStrategy(
-                forward_sync_buffers=False, find_unused_parameters=self.model.trains_in_turn
+                forward_sync_buffers=False,
+                find_unused_parameters=self.model.trains_in_turn,
+                gradient_as_bucket_view=True,
             )
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -354,6 +370,10 @@ class Experiment(LightningCLI):
             if isinstance(error, MisconfigurationException) or "SLURM" in str(error):
                 raise ConfigError(str(error)) from error
             raise
+        trainer.accumulate_grad_batches = self._count_accumulated(trainer.world_size)
+        # Lightning asks before every batch whether the first process was told to stop, and waits for the answer:
+        # `StepCheck` asks all of them, without waiting.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         rank_zero_only.rank = trainer.global_rank
         for name in OUR_LOGGERS:
             logging.getLogger(name).setLevel(logging.INFO if trainer.is_global_zero else logging.ERROR)
@@ -363,6 +383,33 @@ class Experiment(LightningCLI):
                 trainer.loggers = loggers(self.folder, self.settings)
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
+
+    def _describe_computing(self) -> dict[str, Any]:
+        """Return in which precision a run is computed, on which card, and with which libraries."""
+        found = {name: self.settings[name] for name in ("matmul", "compile")}
+        found |= {"precision": str(self.settings["trainer"]["precision"]), "torch": torch.__version__}
+        if self.trainer.strategy.root_device.type == "cuda":
+            found |= {
+                "card": torch.cuda.get_device_name(self.trainer.strategy.root_device),
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),
+            }
+        return found
+
+    def _count_accumulated(self, processes: int) -> int:
+        """Return how many batches a process accumulates to an optimizer step.
+
+        Raises:
+            ConfigError: the step cannot be shared out, see `plan_batches`, or the method needs all of it at once.
+        """
+        accumulated = plan_batches(self.datamodule.batch_size, self.datamodule.per_device, processes).accumulated
+        if accumulated > 1 and (reason := self.model.needs_whole_step):
+            raise ConfigError(
+                f"per_device is {self.datamodule.per_device}, so that {accumulated} batches are accumulated to a step "
+                f"of {self.datamodule.batch_size} questions, but {reason}: leave out data.init_args.per_device, take "
+                "more devices (DEVICES=), or PRECISION=bf16-mixed, which takes less memory"
+            )
+        return accumulated
 
     def fit(self, model: Method, datamodule: EpochDataModule) -> None:
         """Train, or go on; test the best epoch; write what later runs need; write the results, last."""
@@ -389,7 +436,6 @@ class Experiment(LightningCLI):
         if not trainer.is_global_zero:
             trainer.strategy.barrier("results")  # a later command of this process may build on what the first writes
             return
-        step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         model.export(self.folder)
         with atomic_write(self.folder / ANSWERS) as file:
             file.write("\n".join(self.dataset.answers()).encode())
@@ -408,7 +454,7 @@ class Experiment(LightningCLI):
             "monitor": best.monitor,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
             "epochs": trainer.current_epoch,
-            "questions_per_step": step,
+            "questions_per_step": datamodule.batch_size,
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
@@ -426,6 +472,7 @@ class Experiment(LightningCLI):
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
             "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+            "computed": self._describe_computing(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": self.arguments,
             **self.identity,

@@ -27,6 +27,7 @@ from cdc_mmpg.batch import (
 )
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
+from cdc_mmpg.matmul import exact_matmul
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.weights import save_safetensors
@@ -74,7 +75,8 @@ class FeatureDataModule(EpochDataModule):
     paper does not say whether its frozen baselines do.
 
     The features lie below the dataset's `cache_dir`, under a digest of the encoder's weights and of the samples, so
-    that runs with the same encoder share them. They are computed in float32.
+    that runs with the same encoder share them. They are computed in float32, without TensorFloat-32, so that a CPU
+    and a GPU share them, too.
 
     Args:
         data: the dataset.
@@ -83,8 +85,9 @@ class FeatureDataModule(EpochDataModule):
     """
 
     def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head) -> None:
-        super().__init__(data.batch_size, data.seed)
+        super().__init__(data.batch_size, data.seed)  # kept features are small: a device holds its whole share at once
         self.data, self.encoder, self.head = data, encoder, head
+        self.even = data.even
         self._splits: dict[Split, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
@@ -167,12 +170,13 @@ class FeatureDataModule(EpochDataModule):
         trainer.strategy.barrier("whole")
 
     @torch.no_grad()
+    @exact_matmul()
     def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> Features:
         """Of this process's share of a dataset, in order."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         encoder = self.encoder.to(device).eval()
-        batches = self.batches(dataset, shuffle=False, num_workers=self.data.num_workers)
+        batches = self.batches(dataset, False, self.data.num_workers, self.data.per_device)
         found: dict[str, list[Tensor]] = {}
         for batch in track(batches, description=f"features of {name}"):
             frames = batch.frames if frame is None else batch.frames[:, frame : frame + 1]
@@ -194,13 +198,17 @@ class FeatureDataModule(EpochDataModule):
         """As annotated."""
         return self.batches(self._splits["test"], shuffle=False)
 
+    def labels(self, split: Split) -> Tensor:
+        """The dataset's own."""
+        return self.data.labels(split)
+
     def fingerprint(self, split: Split, frames: bool) -> str:
         """The dataset's own."""
         return self.data.fingerprint(split, frames)
 
 
 def _join(shares: Sequence[Tensor]) -> Tensor:
-    """The processes' shares in the samples' order: as `EpochSampler` shares out."""
+    """The processes' shares in the samples' order: as `EpochBatches` shares out."""
     shares = _alike(shares)
     whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
     for rank, share in enumerate(shares):

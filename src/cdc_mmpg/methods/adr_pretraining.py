@@ -58,6 +58,8 @@ class ADRPretraining(Method):
     ) -> None:
         super().__init__(encoder, head.requires_grad_(False), False, learning_rate, weight_decay, seed)
         self.adr = ADR(preset or paper_preset(head.task), axis, target)
+        if axis == "batch":
+            self.needs_whole_step = "the reasoner's statistics (axis: batch) are over all samples of a step"
 
     def _step(self, batch: Batch, split: Split) -> Tensor:
         frame_features = self.head.condition(self.encode(batch).frame_features).flatten(0, -3)

@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, Split, VideoTextBatch, View, others
-from cdc_mmpg.errors import ConfigError, DivergedError
+from cdc_mmpg.batch import UNKNOWN, EpochDataModule, FeatureBatch, SessionBatch, Split, VideoTextBatch, View, others
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import Outcomes
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.fda import FDA
+from cdc_mmpg.models.fda import FDA, Adaptor
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
 from cdc_mmpg.payloads import PRECISIONS, WIDTH, Precision, size_bytes
+from cdc_mmpg.step_check import StepCheck
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
+# The samples, those with a known answer, or what the method itself averages over the whole step.
+Averages = Literal["samples", "known", "step"]
 
 ANCHOR_BYTES = 4 * WIDTH  # of the upload: 192 float32
 READ = "read"  # rows that hold what head and hypernetwork read
@@ -61,6 +64,8 @@ class Method(LightningModule):
 
     reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
     trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
+    averages: Averages = "samples"  # over what the loss of a step is the mean
+    needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can
     monitor: str  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
@@ -111,19 +116,26 @@ class Method(LightningModule):
         return torch.autocast(self.device.type, enabled=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a training batch.
+        """Return the weighted loss of a batch: the mean over processes and accumulated batches is the step's."""
+        return self._step(batch, "train") * self.weigh(batch_idx)
 
-        Raises:
-            DivergedError: it is not finite, here or on another process; names the samples.
-        """
-        loss = self._step(batch, "train")
-        if not self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss))):  # on every process the same
-            raise DivergedError(
-                f"the loss is {loss.item()} at epoch {self.current_epoch}, step {self.global_step}, on the training "
-                f"samples {batch.indices.tolist()}: look at them, or lower the learning rate ({self.learning_rate})"
-            )
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+    def weigh(self, batch_idx: int) -> float:
+        """Return the weight of a training batch in its optimizer step, see `EpochDataModule.weigh`."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.averages == "step" or not isinstance(data, EpochDataModule):
+            return 1.0
+        return data.weigh(batch_idx, known=self.averages == "known")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the check of the losses, where nothing that is one is there."""
+        present = any(isinstance(callback, StepCheck) for callback in self.trainer.callbacks)
+        return [] if present else [StepCheck()]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Update what adaptors remember of the layers that they generated, once a step."""
+        for module in self.modules():
+            if isinstance(module, Adaptor):
+                module.settle()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Metrics of a validation batch."""
@@ -229,6 +241,16 @@ class Answering(Method):
         """See `Head`."""
         return self.head.monitor
 
+    @property
+    def averages(self) -> Averages:  # type: ignore[override]
+        """Over what the task's loss is the mean."""
+        return "known" if self.head.adds_up else "step"
+
+    @property
+    def needs_whole_step(self) -> str:  # type: ignore[override]
+        """See `Head`."""
+        return "" if self.head.adds_up else "every clip of a step is a negative of all others of the step"
+
     @abstractmethod
     def last_layer(self, frame_features: Tensor) -> LastLayer:
         """The last layer that belongs to clips with these features (B, T, 192)."""
@@ -279,9 +301,10 @@ class Answering(Method):
         samples = encoded.samples if isinstance(encoded, SessionBatch) else encoded
         loss = self.head.loss(next(iter(cases.values())), samples)
         if split != "train":
-            # The loss is the mean of these; whole numbers are cut over processes.
-            known = float((encoded.labels != UNKNOWN).sum())
-            self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
+            if self.head.adds_up:
+                # The loss is the mean of these; whole numbers are cut over processes.
+                known = float((encoded.labels != UNKNOWN).sum())
+                self.log(f"{split}/loss", loss, batch_size=known, sync_dist=True)
             for case, rows in self.head.outcomes(cases, samples).items():
                 self.keep(case, *rows)
             # In one order on all processes: each of these is a collective.

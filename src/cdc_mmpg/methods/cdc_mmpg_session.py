@@ -111,17 +111,19 @@ class CDCMMPGSession(Session):
     def _answer(self, frame_features: Tensor, feature: Tensor, anchors: Tensor, precision: Precision) -> Tensor:
         """Answer with layers that are made of (B, 192) and sent in that precision, or with the shared one.
 
-        Where nothing was uploaded no layer is made: the mean of the layers that training makes must not hold it.
+        Where nothing was uploaded the layer is not used, and the mean of the layers that training makes does not hold
+        it.
         """
         fused = self.fused(frame_features)
         several = [1] * (fused.dim() - 2)  # hidden vectors of a sample, which share its layer
-        told = anchors > 0
-        feature = feature[told].unflatten(0, (-1, *several))
+        feature, told = (part.unflatten(0, (-1, *several)) for part in (feature, anchors > 0))
 
         def layer(hidden: Tensor) -> Tensor:
-            own = hidden[told]
-            adapted = self.fda(feature, own) if precision == "float32" else self.fda.sent(feature, own, precision)
-            return self.shared(hidden).index_put((told,), adapted)
+            if precision == "float32":
+                adapted = self.fda(feature, hidden, told)
+            else:
+                adapted = self.fda.sent(feature, hidden, precision)
+            return torch.where(told.unsqueeze(-1), adapted, self.shared(hidden))
 
         return self.head(fused, layer)
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import CaptionBatch, FeatureBatch, Split, View, normalise
+from cdc_mmpg.batch import CaptionBatch, EpochDataModule, FeatureBatch, Split, View, normalise
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.methods.base import Method, ParameterCounts, Traffic, count
+from cdc_mmpg.methods.base import Averages, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
+from cdc_mmpg.models.processes import average_over_processes
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import save_safetensors
 
@@ -23,6 +24,7 @@ class Turn(NamedTuple):
 
     captions: bool  # of captions or questions
     frames: Tensor | None  # (B,) the only frame of each clip that is seen; None is all
+    counts: bool  # whether the batch has samples of its own, see `EpochBatches`
 
 
 class EncoderPretraining(Method):
@@ -45,6 +47,8 @@ class EncoderPretraining(Method):
 
     reads: ClassVar[View] = "captions"
     trains_in_turn: ClassVar[bool] = True
+    averages: Averages = "step"
+    needs_whole_step = "the words of a step are averaged over all that are masked in it"
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
@@ -73,6 +77,7 @@ class EncoderPretraining(Method):
                 f"question_share {question_share} be in [0, 1]"
             )
         self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
+        self._turn = Turn(captions=True, frames=None, counts=True)
         self.layer = StaticLayer(head.inputs, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
         self.anchor_head = nn.Linear(WIDTH, encoder.text_embeddings.word_embeddings.num_embeddings)
@@ -92,7 +97,7 @@ class EncoderPretraining(Method):
             drawn = [np.random.default_rng((self.seed, i)).random(1 + length) for i in batch.indices.tolist()]
             captions, words = torch.from_numpy(np.stack(drawn)).to(device).split([1, length], dim=1)
         masked = (words < self.MASKED) | (captions < self.WHOLLY_MASKED)
-        cls, _, *_, sep = batch.neutral.tolist()
+        cls, sep = batch.neutral[0], batch.neutral[-1]
         is_word = (batch.caption_mask == 1) & (batch.caption_ids != cls) & (batch.caption_ids != sep)
         masked &= is_word
         masked[:, 1] |= is_word[:, 1]
@@ -104,19 +109,22 @@ class EncoderPretraining(Method):
         In training the means are over the words; else over the captions, so that they do not depend on the batches.
         """
         masked = self.mask_words(batch, training)
-        ids = batch.caption_ids.masked_fill(masked, int(batch.neutral[1]))
-        words = self.encoder.encode_words(normalise(batch.frames), ids, batch.caption_mask)[masked]
+        places = masked.flatten().nonzero().squeeze(1)  # waits for the device: how many decides all shapes
+        ids = batch.caption_ids.masked_fill(masked, batch.neutral[1])
+        words = self.encoder.encode_words(normalise(batch.frames), ids, batch.caption_mask)
+        words = words.flatten(0, 1).index_select(0, places)
         with self.float32():
             scores = F.linear(
                 self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
             )
-            wanted = batch.caption_ids[masked]
+            wanted = batch.caption_ids.flatten()[places]
             if training:
-                return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+                loss = self._average(F.cross_entropy(scores, wanted), len(wanted))
+                return loss, (scores.argmax(-1) == wanted).float().mean()
             found = torch.stack(
                 [F.cross_entropy(scores, wanted, reduction="none"), (scores.argmax(-1) == wanted).float()], dim=-1
             )
-            of_captions = found.new_zeros(len(masked), 2).index_add(0, masked.nonzero()[:, 0], found)
+            of_captions = found.new_zeros(len(masked), 2).index_add(0, places // masked.shape[1], found)
             loss, right = (of_captions / masked.sum(1, keepdim=True).clamp(min=1)).mean(0)
             return loss, right
 
@@ -127,12 +135,12 @@ class EncoderPretraining(Method):
         frame = int(torch.randint(batch.frames.shape[1], ()))
         prompt = batch.neutral.expand(len(captions), -1)
         video = normalise(batch.frames[part, frame : frame + 1])
-        encoded = self.encoder(video, prompt, torch.ones_like(prompt))
+        encoded = self.encoder(video, prompt, None)
         with self.float32():
             scores = self.anchor_head(encoded.fused)
         there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
         there[:, 0] = 0  # padding
-        return self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there)
+        return self._average(self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there), len(captions))
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The head's loss, and the share of right answers; scalars."""
@@ -140,8 +148,14 @@ class EncoderPretraining(Method):
         with self.float32():
             fused = encoded.fused
             scores = self.head(fused, self.layer)
-            known = FeatureBatch(fused, batch.labels, batch.indices)
-            return self.head.loss(scores, known), (scores.argmax(-1) == batch.labels).float().mean()
+            loss = self.head.loss(scores, FeatureBatch(fused, batch.labels, batch.indices))
+            if self.training:
+                loss = self._average(loss, len(scores))
+            return loss, (scores.argmax(-1) == batch.labels).float().mean()
+
+    def _average(self, mean: Tensor, number: int) -> Tensor:
+        """Return the mean over so many of this process as `average_over_processes` weighs it."""
+        return average_over_processes(mean, mean.new_full((), number * self._turn.counts))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw the step's turn with the first process's seed, then go on with this one's.
@@ -153,13 +167,15 @@ class EncoderPretraining(Method):
         if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
             frames = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
         captions = self.current_epoch < self.caption_epochs or bool(torch.rand(()) >= self.question_share)
-        self._turn = Turn(captions, frames)
+        data = getattr(self.trainer, "datamodule", None)
+        counts = not isinstance(data, EpochDataModule) or data.weigh(batch_idx, known=False) > 0
+        self._turn = Turn(captions, frames, counts)
         if self.global_rank:
             self.seed_step(batch_idx, self.global_rank)
 
     def _step(self, batch: Any, split: Split) -> Tensor:
         if split == "train":
-            captions, frames = self._turn
+            captions, frames, _ = self._turn
             if frames is not None:
                 batch = batch._replace(frames=batch.frames.take_along_dim(frames.view(-1, 1, 1, 1, 1), dim=1))
             loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]

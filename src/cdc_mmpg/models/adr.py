@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.models.processes import sum_over_processes
+from cdc_mmpg.models.processes import is_distributed, moments_over_processes
 from cdc_mmpg.payloads import WIDTH
 from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
 
@@ -66,8 +66,8 @@ class ADR(nn.Module):
 
     Deviation: eq. 16's "channel-wise" statistics of a single 192-vector are two scalars, so with axis "feature" g is
     a·f + b, which the LayerNorm of eq. 11 undoes but for the sign of a. "group:G" takes G equal parts of the vector;
-    "batch" takes each channel's statistics over the batch (of one process), and running ones, over the batches of all
-    processes, when evaluating and for a batch of one, which has no deviation.
+    "batch" takes each channel's statistics over the batch, of all processes together, and running ones when evaluating
+    and for a batch of one, which has no deviation.
 
     Everything is computed in float32, whatever the precision of the run.
 
@@ -135,12 +135,14 @@ class ADR(nn.Module):
                 torch.std_mean(part, dim=-1, correction=0, keepdim=True) for part in parts
             )
             return (new_std * (parts[0] - mean) / (std + self.EPSILON) + new_mean).flatten(-2)
-        if self.training and len(anchor) > 1:
-            statistics = [torch.std_mean(feature, dim=0, correction=0) for feature in (anchor, decoded)]
-            std, mean = (torch.stack(rows) for rows in zip(*statistics, strict=True))  # (2, 192) each
-            *sums, processes = sum_over_processes(torch.stack([mean, std, torch.ones_like(mean)]))
-            self.running_mean.lerp_(sums[0] / processes, self.MOMENTUM)
-            self.running_std.lerp_(sums[1] / processes, self.MOMENTUM)
+        if self.training and (len(anchor) > 1 or is_distributed()):
+            both = torch.stack([anchor, decoded])  # (2, B, 192)
+            if is_distributed():
+                mean, std = moments_over_processes(both)
+            else:
+                std, mean = torch.std_mean(both, dim=1, correction=0)  # (2, 192) each
+            self.running_mean.lerp_(mean.detach(), self.MOMENTUM)
+            self.running_std.lerp_(std.detach(), self.MOMENTUM)
         else:
             mean, std = self.running_mean, self.running_std
         return std[1] * (anchor - mean[0]) / (std[0] + self.EPSILON) + mean[1]

@@ -154,18 +154,23 @@ class AllInOne(nn.Module):
         nn.init.zeros_(projection.bias)
         nn.init.normal_(self.transformer.pos_embed, std=0.5)
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks (torch.compile): minutes at first, fewer and larger kernels afterwards."""
+        for block in self.transformer.blocks:
+            block.compile(dynamic=True)
+
     def pool(self, cls: Tensor) -> Tensor:
         """tanh(pooler(x)): the fused feature of a mean [CLS], the anchor feature of one frame's. (..., 192) both."""
         return torch.tanh(self.pooler["dense"](cls))
 
-    def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Encoded:
+    def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> Encoded:
         """Fuse clips with their texts: frame features (N, T, 192).
 
         Args:
             video: (B, T, 3, H, W) normalised frames, 1 <= T <= num_frames.
             text_ids: (N, L) WordPiece ids, padded at the end; N is B, or K B for K consecutive texts about each clip,
                 whose patches are embedded once.
-            text_mask: (N, L) 1 where there is a token, 0 where there is padding.
+            text_mask: (N, L) 1 where there is a token, 0 where there is padding; each has a token. None: no padding.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -186,8 +191,8 @@ class AllInOne(nn.Module):
         tokens = torch.cat([text.expand(visual.shape[0], -1, -1), visual], dim=1)
         return self._transform(tokens, None, frames=frames, text_tokens=text_ids.shape[1])
 
-    def encode_words(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Every text token, the mean over the frames, after the final norm: (B, L', 192), L' the longest text's length.
+    def encode_words(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
+        """Return every text token, the mean over the frames, after the final norm: (B, L, 192).
 
         What masked words are predicted from in pretraining; arguments as `forward`'s.
         """
@@ -198,12 +203,10 @@ class AllInOne(nn.Module):
         words = self.transformer.norm(tokens[:, :length]).float()
         return words.view(batch, frames, length, WIDTH).mean(1)
 
-    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
         """The text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
-        text, lengths = self._embed_text(text_ids, text_mask)
-        mask = None
-        if lengths is not None:
-            mask = (torch.arange(text.shape[1], device=text.device) < lengths[:, None])[:, None, None]
+        text = self._embed_text(text_ids, text_mask)
+        mask = None if text_mask is None else text_mask.bool()[:, None, None]
         return self._transform(text, mask).float()
 
     def encode_video(self, video: Tensor) -> Tensor:
@@ -211,17 +214,13 @@ class AllInOne(nn.Module):
         batch, frames = video.shape[:2]
         return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH).float()
 
-    def _embed_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Text tokens (B, L', 192), trimmed to the longest text, and lengths (B,): None where none is padded."""
+    def _embed_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Text tokens (B, L, 192)."""
         most = self.text_embeddings.position_embeddings.num_embeddings
-        if ids.shape != mask.shape or ids.dim() != 2 or ids.shape[1] > most:
-            raise ValueError(f"text ids {tuple(ids.shape)} and mask {tuple(mask.shape)}: both (B, L) with L <= {most}")
-        lengths = mask.sum(1)
-        shortest, longest = torch.stack(torch.aminmax(lengths)).tolist()
-        if shortest < 1:
-            raise ValueError("a text without any token: even an empty question is [CLS] [SEP]")
-        text = self.text_embeddings(ids[:, :longest]) + self.token_type_embeddings.weight[0]
-        return text, lengths if shortest < longest else None
+        if ids.dim() != 2 or ids.shape[1] > most or (mask is not None and ids.shape != mask.shape):
+            shape = None if mask is None else tuple(mask.shape)
+            raise ValueError(f"text ids {tuple(ids.shape)} and mask {shape}: both (B, L) with L <= {most}")
+        return self.text_embeddings(ids) + self.token_type_embeddings.weight[0]
 
     def _embed_video(self, video: Tensor) -> Tensor:
         """Visual tokens (B*T, V, 192): [CLS], then the patches in raster order."""
@@ -253,10 +252,10 @@ class AllInOne(nn.Module):
         cls = block_of_first_token(last, roll_tokens(tokens, frames, text_tokens), mask)
         return self.transformer.norm(cls)
 
-    def _fuse(self, video: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    def _fuse(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """[text; frame] for every text and frame: tokens (N*T, ., 192), which to attend to, the text's length."""
         frames = video.shape[1]
-        text, lengths = self._embed_text(text_ids, text_mask)  # (B, L', 192)
+        text = self._embed_text(text_ids, text_mask)  # (B, L, 192)
         if len(text_ids) % len(video):
             raise ValueError(f"{len(text_ids)} texts for {len(video)} clips: as many for each")
         visual = self._embed_video(video)  # (B*T, V, 192)
@@ -264,9 +263,8 @@ class AllInOne(nn.Module):
             visual = visual.unflatten(0, (-1, frames)).repeat_interleave(several + 1, dim=0).flatten(0, 1)
         tokens = torch.cat([text.repeat_interleave(frames, dim=0), visual], dim=1)
         mask = None
-        if lengths is not None:
-            text_keys = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # (B, L')
-            keys = F.pad(text_keys, (0, visual.shape[1]), value=True).repeat_interleave(frames, dim=0)
+        if text_mask is not None:
+            keys = F.pad(text_mask.bool(), (0, visual.shape[1]), value=True).repeat_interleave(frames, dim=0)
             mask = keys[:, None, None]  # (B*T, 1, 1, N)
         return tokens, mask, text.shape[1]
 

@@ -40,21 +40,32 @@ class Adaptor(nn.Module):
         shapes: of the matrices that are sent: vectors, and their length.
     """
 
-    seen: Tensor  # steps of training that `remember` has seen
+    seen: Tensor  # steps of training in which layers were generated
 
     def __init__(self, inputs: int, outputs: int, shapes: tuple[tuple[int, int], ...]) -> None:
         super().__init__()
         self.inputs, self.outputs, self.shapes = inputs, outputs, shapes
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self._step: list[tuple[Tensor, Tensor]] = []  # totals and numbers of this step's batches, see `remember`
 
     @property
     def numbers(self) -> int:
         """How many numbers the cloud sends for a layer."""
         return sum(vectors * length for vectors, length in self.shapes)
 
+    @property
     @abstractmethod
-    def parts(self, feature: Tensor) -> Parts:
-        """What the cloud sends for features (..., 192), one matrix for each of `shapes`."""
+    def mean(self) -> Tensor:
+        """The running mean of what training generated; `apply_mean` makes a layer of it."""
+
+    @abstractmethod
+    def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
+        """What the cloud sends for features (..., 192), one matrix for each of `shapes`.
+
+        Args:
+            feature: see above.
+            counted: (...) which of the layers are used, and so remembered in training; None is all.
+        """
 
     @abstractmethod
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
@@ -76,10 +87,10 @@ class Adaptor(nn.Module):
         """Parameters that the device keeps to make a layer of what is sent, beside that layer."""
         return 0
 
-    def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
-        """Outputs (..., L) of every feature's own layer on hidden units (..., D)."""
+    def forward(self, feature: Tensor, hidden: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Outputs (..., L) of every feature's own layer on hidden units (..., D); see `parts` for `counted`."""
         with torch.autocast(feature.device.type, enabled=False):
-            return self.apply_parts(self.parts(feature.float()), hidden.float())
+            return self.apply_parts(self.parts(feature.float(), counted), hidden.float())
 
     def sent(self, feature: Tensor, hidden: Tensor, precision: Precision) -> Tensor:
         """The same outputs after the layers were sent in that precision."""
@@ -96,19 +107,26 @@ class Adaptor(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.apply_mean(hidden.float())
 
-    def remember(self, mean: Tensor, total: Tensor, number: int) -> None:
-        """Update a running mean, over training's last hundred steps or so, with what all processes generated.
-
-        Args:
-            mean: to be changed.
-            total: of what was generated in this step, shaped as the mean.
-            number: how many layers that is of; a step in which no process generates any leaves the mean alone.
-        """
+    def remember(self, rows: Tensor, counted: Tensor | None) -> None:
+        """Note what a training batch generated, (..., X) rows of which some count, until `settle`."""
         if self.training:
-            sums = sum_over_processes(torch.cat([total.flatten(), total.new_tensor([number])]))
-            if sums[-1] > 0:
-                self.seen += 1
-                mean.lerp_((sums[:-1] / sums[-1]).view_as(mean), max(0.01, 1 / int(self.seen)))
+            rows = rows.detach().flatten(0, -2)
+            weights = rows.new_ones(len(rows)) if counted is None else counted.flatten().to(rows.dtype)
+            self._step.append((weights @ rows, weights.sum()))
+
+    def settle(self) -> None:
+        """Update the running mean, over a hundred steps or so, with what this step's batches and processes generated.
+
+        A step in which nothing was generated leaves it alone. Nothing waits for the device.
+        """
+        if not self._step:
+            return
+        totals, numbers = zip(*self._step, strict=True)
+        self._step = []
+        *total, number = sum_over_processes(torch.cat([sum(totals), sum(numbers).view(1)])).split(self.mean.numel())
+        self.seen += number.squeeze() > 0
+        weight = torch.where(number > 0, (1 / self.seen.clamp(min=1)).clamp(min=0.01), 0.0)
+        self.mean.lerp_((total[0] / number.clamp(min=1)).view_as(self.mean), weight)
 
 
 def as_sent(parts: Parts, precision: Precision) -> Parts:
@@ -169,16 +187,21 @@ class FDA(Adaptor):
                 bias[:, :-1] = shared.weight
                 bias[:, -1] = shared.bias
 
-    def forward(self, feature: Tensor, hidden: Tensor) -> Tensor:
+    @property
+    def mean(self) -> Tensor:
+        """Of what H reads: H is linear."""
+        return self.mean_latent
+
+    def forward(self, feature: Tensor, hidden: Tensor, counted: Tensor | None = None) -> Tensor:
         """See `Adaptor`: the same as `generate`, then the layer, without holding B layers.
 
         H is linear, so the product over D and over H's 192 inputs can be taken at once (B x 192 D numbers in place of
         B x (D + 1) L). Few answers make the layers the smaller of the two.
         """
         if self.outputs <= WIDTH:
-            return super().forward(feature, hidden)
+            return super().forward(feature, hidden, counted)
         with torch.autocast(feature.device.type, enabled=False):
-            return self._contract(self._latent(feature.float()), hidden.float())
+            return self._contract(self._latent(feature.float(), counted), hidden.float())
 
     def _contract(self, latent: Tensor, hidden: Tensor) -> Tensor:
         """Outputs (..., L) for latents (..., 192)."""
@@ -188,16 +211,15 @@ class FDA(Adaptor):
             rows, self.hyper.bias.view(self.outputs, -1)
         )
 
-    def _latent(self, feature: Tensor) -> Tensor:
+    def _latent(self, feature: Tensor, counted: Tensor | None) -> Tensor:
         """What H reads."""
         latent: Tensor = self.mlp(feature)
-        rows = latent.flatten(0, -2)
-        self.remember(self.mean_latent, rows.sum(0), len(rows))
+        self.remember(latent, counted)
         return latent
 
-    def parts(self, feature: Tensor) -> Parts:
+    def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
         """The layer with its bias as the last column."""
-        return (self.hyper(self._latent(feature)).unflatten(-1, (self.outputs, self.inputs + 1)),)
+        return (self.hyper(self._latent(feature, counted)).unflatten(-1, (self.outputs, self.inputs + 1)),)
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
         """See `Adaptor`."""
@@ -249,14 +271,24 @@ class LowRankFDA(Adaptor):
             nn.init.normal_(self.hyper.weight[outputs * rank :], std=(inputs * WIDTH) ** -0.5)
             nn.init.zeros_(self.hyper.bias)
 
-    def parts(self, feature: Tensor) -> Parts:
+    @property
+    def mean(self) -> Tensor:
+        """Of the residuals."""
+        return self.mean_residual
+
+    def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
         """U transposed (..., r, L), and V (..., r, D + 1)."""
         left, right = self.hyper(self.mlp(feature)).split([length * self.rank for _, length in self.shapes], dim=-1)
         left, right = left.unflatten(-1, self.shapes[0]), right.unflatten(-1, self.shapes[1])
         if self.training:
-            residuals = left.detach().flatten(0, -2).T @ right.detach().flatten(0, -2)
-            self.remember(self.mean_residual, residuals, left.numel() // (self.rank * self.outputs))
+            self._remember_residuals(left.detach().flatten(0, -3), right.detach().flatten(0, -3), counted)
         return left, right
+
+    def _remember_residuals(self, left: Tensor, right: Tensor, counted: Tensor | None) -> None:
+        """Do what `remember` does, without making the residuals (B, L, D + 1) of (B, r, L) and (B, r, D + 1)."""
+        weights = left.new_ones(len(left)) if counted is None else counted.flatten().to(left.dtype)
+        total = (left * weights[:, None, None]).flatten(0, 1).T @ right.flatten(0, 1)
+        self._step.append((total.flatten(), weights.sum()))
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
         """See `Adaptor`."""
@@ -305,11 +337,15 @@ class BasisFDA(Adaptor):
         nn.init.zeros_(last.bias)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), last)
 
-    def parts(self, feature: Tensor) -> Parts:
+    @property
+    def mean(self) -> Tensor:
+        """Of the coefficients."""
+        return self.mean_coefficients
+
+    def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
         """The coefficients (..., 1, k), between -1 and 1."""
         coefficients = torch.tanh(self.mlp(feature))
-        rows = coefficients.flatten(0, -2)
-        self.remember(self.mean_coefficients, rows.sum(0), len(rows))
+        self.remember(coefficients, counted)
         return (coefficients.unsqueeze(-2),)
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.metrics import CAPTIONS, Outcomes, recalls
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.models.processes import count_processes, gather_rows
 from cdc_mmpg.payloads import WIDTH
 
 Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
@@ -32,10 +32,12 @@ class Head(nn.Module):
         inputs: D, values that the last layer reads.
         outputs: L, values that it gives.
         layers: how many last layers a sample has.
+        adds_up: whether the loss of a batch is the mean over its samples with a known answer, whatever they are beside.
     """
 
     task: ClassVar[Task]
     monitor: ClassVar[str] = "val/accuracy"  # the best epoch is where this is highest
+    adds_up: ClassVar[bool] = True
     pooled: ClassVar[bool] = True  # whether it reads m̄, or the mean [CLS] itself
     inputs: int
     outputs: int
@@ -182,7 +184,8 @@ class Retrieval(Head):
 
     Source: section 4.2 and the reference's contrastive recipe. The clip's projection is the last layer, static or
     generated from that clip alone, so that clips can be stored before anyone asks; the text's is always static.
-    Training contrasts a batch's clips and captions in both directions, of all processes together.
+    Training contrasts the clips and captions of a step, of all processes together, in both directions; the loss of an
+    evaluation is that over its whole split, each clip with its first caption.
 
     Deviation: the paper does not say which layer is generated for retrieval; "256" is the only size that it prints.
 
@@ -193,6 +196,7 @@ class Retrieval(Head):
 
     task: ClassVar[Task] = "retrieval"
     monitor: ClassVar[str] = "val/recall"
+    adds_up: ClassVar[bool] = False
     pooled: ClassVar[bool] = False  # as the reference: token 0 after the final norm
 
     def __init__(self, hidden: int = 256, temperature: float = 0.05) -> None:
@@ -205,9 +209,12 @@ class Retrieval(Head):
     def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
         """Clips and captions apart from each other."""
         there = batch.text_mask.any(-1)  # (B, K)
-        encoded = encoder.encode_text(batch.text_ids[there], batch.text_mask[there])
-        texts = encoded.new_zeros(*there.shape, WIDTH)
-        texts[there] = encoded
+        if there.shape[1] == 1:  # in training: every clip has one, and nothing has to be picked out
+            texts = encoder.encode_text(batch.text_ids[:, 0], batch.text_mask[:, 0])[:, None]
+        else:
+            encoded = encoder.encode_text(batch.text_ids[there], batch.text_mask[there])
+            texts = encoded.new_zeros(*there.shape, WIDTH)
+            texts[there] = encoded
         return FeatureBatch(
             encoder.encode_video(normalise(batch.frames)), batch.labels, batch.indices, texts, there
         )  # fmt: skip
@@ -224,20 +231,17 @@ class Retrieval(Head):
         """Mean of the cross-entropies in both directions, every clip with its first caption.
 
         Every process computes the loss over all processes' embeddings, with the gradient of its own: multiplied by
-        their number, DDP's mean over processes is the gradient of one process with the whole batch. A clip that is
-        twice in it is no negative of itself.
+        their number, DDP's mean over processes is the gradient of one process with the whole step. A clip that comes
+        again (see `EpochBatches`) is left out.
         """
         assert batch.texts is not None
         videos, texts, clips = outputs, self.captions(batch.texts[:, 0]), batch.indices
-        world = 1
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            videos, texts, clips = (_everyone(part) for part in (videos, texts, clips))
+        world = count_processes() if self.training else 1
+        if world > 1:
+            videos, texts, clips = (gather_rows(part) for part in (videos, texts, clips))
         with torch.autocast(videos.device.type, enabled=False):  # cosines near each other differ in later digits
             scores = videos.float() @ texts.float().T / self.temperature
-        own = torch.arange(len(clips), device=clips.device)
-        scores = scores.masked_fill((clips[:, None] == clips) & (own[:, None] != own), float("-inf"))
-        loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        loss = contrast(scores, clips)
         return loss + (world - 1) * (loss - loss.detach())
 
     def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
@@ -254,13 +258,24 @@ class Retrieval(Head):
         return outputs
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
-        """See `metrics.recalls`."""
-        return recalls(outcomes)
+        """Return `metrics.recalls`, and the loss over the whole split."""
+        (clips, videos), (owners, texts) = next(iter(outcomes.values())), outcomes[CAPTIONS]
+        _, first = np.unique(owners, return_index=True)
+        scores = torch.from_numpy(videos @ texts[first].T) / self.temperature
+        return {"loss": float(contrast(scores, torch.from_numpy(clips))), **recalls(outcomes)}
 
 
-def _everyone(own: Tensor) -> Tensor:
-    """The rows of all processes, with a gradient for this one's; each has as many."""
-    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, own.detach().contiguous())
-    parts[torch.distributed.get_rank()] = own
-    return torch.cat(parts)
+def contrast(scores: Tensor, clips: Tensor) -> Tensor:
+    """Return the mean cross-entropy in both directions of scores (N, N) of clips and their captions, a scalar.
+
+    Args:
+        scores: row i and column i belong together.
+        clips: (N,) which clip each is; one that comes again counts once.
+    """
+    places = torch.arange(len(clips), device=clips.device)
+    again = ((clips[:, None] == clips) & (places[:, None] > places)).any(1)  # (N,)
+    scores = scores.masked_fill(again[:, None] ^ again, float("-inf"))
+    places = places.masked_fill(again, UNKNOWN)
+    number = (~again).sum()
+    losses = (F.cross_entropy(part, places, ignore_index=UNKNOWN, reduction="sum") for part in (scores, scores.T))
+    return sum(losses, torch.zeros_like(number, dtype=scores.dtype)) / (2 * number)

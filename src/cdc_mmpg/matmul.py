@@ -1,0 +1,27 @@
+"""In which precision float32 is multiplied on a GPU: exactly, or faster in TensorFloat-32 (10 of 23 binary digits)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Matmul = Literal["highest", "high"]
+
+
+def set_matmul(precision: Matmul) -> None:
+    """Set how matrices are multiplied and convolved in float32: "highest" is float32, "high" TensorFloat-32."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision == "high"
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Compute in float32, whatever is set: what is kept must be the same on every machine."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_matmul("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,165 @@
+"""An optimizer step is made of the same samples, and is their mean, on any number of devices."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cdc_mmpg.batch import (
+    UNKNOWN,
+    BatchPlan,
+    EpochBatches,
+    EpochDataModule,
+    EpochOrder,
+    plan_batches,
+)
+from cdc_mmpg.errors import ConfigError
+
+PLANS = [BatchPlan(8, *rest) for rest in ((8, 1), (2, 1), (4, 2), (1, 2), (2, 4), (1, 8))]
+
+
+class Samples(EpochDataModule):
+    """As many samples as labels."""
+
+    def __init__(self, labels: list[int], plan: BatchPlan, rank: int = 0, even: bool = False) -> None:
+        super().__init__(plan.step, 3, plan.at_once)
+        self._labels, self.even = torch.tensor(labels), even
+        self.trainer = SimpleNamespace(world_size=plan.world, global_rank=rank, current_epoch=2)
+        self._epoch = 2
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return items
+
+    def labels(self, split: str) -> torch.Tensor:
+        return self._labels
+
+    def fingerprint(self, split: str, frames: bool) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("size", [8, 16, 19, 21, 23, 24])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
+    labels = np.random.default_rng(size).integers(3, size=size) - 1
+    labels[labels < 0] = UNKNOWN
+    values = np.random.default_rng(0).standard_normal(size)
+    order = EpochOrder(size, 3, True).draw(2)
+    modules = [Samples(labels.tolist(), plan, rank) for rank in range(plan.world)]
+    loaders = [list(module.batches(module, shuffle=True)) for module in modules]
+    assert {len(batches) for batches in loaders} == {plan.count(size)}
+    assert all(epoch == 2 for batches in loaders for batch in batches for epoch, _ in batch)
+    starts = range(0, size, plan.step)
+    for number, start in enumerate(starts):
+        step = order[start : start + plan.step]
+        part = slice(number * plan.accumulated, (number + 1) * plan.accumulated)
+        drawn, means = [], {False: 0.0, True: 0.0}
+        for module, batches in zip(modules, loaders, strict=True):
+            assert len(batches) == len(modules[0].batches(modules[0], shuffle=True))
+            for place, batch in enumerate(batches[part], number * plan.accumulated):
+                own = np.array([index for _, index in batch])
+                assert 1 <= len(own) <= plan.at_once
+                if module.weigh(place, known=False):
+                    drawn += own.tolist()
+                else:
+                    assert own.tolist() == [step[0]]  # the stand-in
+                for known in (False, True):
+                    used = own[labels[own] != UNKNOWN] if known else own
+                    mean = values[used].mean() if len(used) else 0.0
+                    # What Lightning and DDP do with the losses of a step.
+                    means[known] += module.weigh(place, known) * mean / plan.accumulated / plan.world
+        assert sorted(drawn) == sorted(step)
+        assert means[False] == pytest.approx(values[step].mean())
+        known = step[labels[step] != UNKNOWN]
+        assert means[True] == pytest.approx(values[known].mean() if len(known) else 0.0)
+
+
+def test_weights_are_exactly_one_where_a_device_has_all_of_a_step():
+    module = Samples([0, UNKNOWN, 1, 1, UNKNOWN, 2, 0], BatchPlan(4, 4, 1))
+    list(module.batches(module, shuffle=True))
+    assert [module.weigh(place, known) for place in range(2) for known in (False, True)] == [1.0] * 4
+
+
+def test_a_step_in_which_no_answer_is_known_weighs_nothing():
+    module = Samples([UNKNOWN] * 4, BatchPlan(4, 1, 2))
+    list(module.batches(module, shuffle=True))
+    assert [module.weigh(place, known=True) for place in range(2)] == [0.0, 0.0]
+
+
+def test_for_a_loss_over_a_whole_step_all_processes_have_as_many_samples():
+    plan = BatchPlan(8, 2, 4)
+    modules = [Samples([0] * 19, plan, rank, even=True) for rank in range(4)]
+    drawn = [list(module.batches(module, shuffle=True)) for module in modules]
+    for batches in zip(*drawn, strict=True):
+        assert len({len(batch) for batch in batches}) == 1
+    last = [index for batches in drawn for _, index in batches[-1]]
+    order = EpochOrder(19, 3, True).draw(2)
+    assert sorted(last) == sorted([*order[16:], order[16]])
+
+
+def test_evaluation_counts_every_sample_once():
+    for size in (7, 8, 13):
+        for plan in PLANS[:4]:
+            modules = [Samples([0] * size, plan, rank) for rank in range(plan.world)]
+            loaders = [module.batches(module, shuffle=False) for module in modules]
+            drawn = [list(loader) for loader in loaders]
+            assert [len(loader) for loader in loaders] == [len(batches) for batches in drawn]
+            assert sorted(index for batches in drawn for batch in batches for _, index in batch) == list(range(size))
+            assert [[i for batch in batches for _, i in batch] for batches in drawn] == [
+                list(range(rank, size, plan.world)) for rank in range(plan.world)
+            ]
+            assert all(len(batch) <= plan.at_once for batches in drawn for batch in batches)
+    module = Samples([0] * 7, BatchPlan(8, 8, 1))
+    assert [len(batch) for batch in module.batches(module, shuffle=False, at_once=3)] == [3, 3, 1]
+    module = Samples([0, 0], BatchPlan(4, 1, 4))
+    with pytest.raises(ConfigError, match="2 samples cannot be shared out to 4 processes"):
+        module.batches(module, shuffle=False)
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    orders = {tuple(EpochOrder(20, seed, True).draw(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    order = EpochOrder(5, 0, False)
+    order.set_epoch(3)
+    assert (list(order), len(order)) == ([(3, index) for index in range(5)], 5)
+
+
+def test_an_epoch_can_be_entered_behind_any_step_of_it():
+    whole = list(EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1))
+    behind = EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1, skip=1)
+    assert list(behind) == whole[2:]
+    assert list(behind) == whole
+    assert len(behind) == len(whole) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plan", "accumulated"),
+    [
+        ((256, None, 1), (256, 256, 1), 1),
+        ((256, 64, 1), (256, 64, 1), 4),
+        ((256, 64, 8), (256, 32, 8), 1),
+        ((256, None, 8), (256, 32, 8), 1),
+        ((32, 4, 2), (32, 4, 2), 4),
+    ],
+)
+def test_what_a_device_holds_follows_from_the_step_and_the_devices(arguments, plan, accumulated):
+    assert plan_batches(*arguments) == plan
+    assert plan_batches(*arguments).accumulated == accumulated
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((256, None, 3), "256 questions.*to 3 devices: take 2 or 4 devices"),
+        ((32, None, 64), "32 questions.*to 64 devices: take 32 devices"),
+        ((256, 48, 1), "256 of 256 questions, does not divide into batches of 48.*take 32 or 64"),
+        ((256, 100, 2), "128 of 256 questions, does not divide into batches of 100.*take 64 or 128"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_numbers_that_do(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_batches(*arguments)
