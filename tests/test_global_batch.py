@@ -1,10 +1,14 @@
 """An optimizer step is made of the same samples, and is their mean, on any number of devices."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 
 from cdc_mmpg.batch import (
     UNKNOWN,
@@ -14,7 +18,12 @@ from cdc_mmpg.batch import (
     EpochOrder,
     plan_batches,
 )
+from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
+from communities import write_msrvtt_retrieval
+from processes import finish, start, start_ranks
+from tolerances import assert_agree
 
 PLANS = [BatchPlan(8, *rest) for rest in ((8, 1), (2, 1), (4, 2), (1, 2), (2, 4), (1, 8))]
 
@@ -52,9 +61,8 @@ def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
     loaders = [list(module.batches(module, shuffle=True)) for module in modules]
     assert {len(batches) for batches in loaders} == {plan.count(size)}
     assert all(epoch == 2 for batches in loaders for batch in batches for epoch, _ in batch)
-    starts = range(0, size, plan.step)
-    for number, start in enumerate(starts):
-        step = order[start : start + plan.step]
+    for number in range(-(-size // plan.step)):
+        step = order[number * plan.step : (number + 1) * plan.step]
         part = slice(number * plan.accumulated, (number + 1) * plan.accumulated)
         drawn, means = [], {False: 0.0, True: 0.0}
         for module, batches in zip(modules, loaders, strict=True):
@@ -163,3 +171,100 @@ def test_what_a_device_holds_follows_from_the_step_and_the_devices(arguments, pl
 def test_what_does_not_divide_is_refused_with_the_numbers_that_do(arguments, said):
     with pytest.raises(ConfigError, match=said):
         plan_batches(*arguments)
+
+
+FIXED = ["--model.init_args.encoder.dropout=0", "--model.init_args.encoder.drop_path=0", "--trainer.max_epochs=2",
+         "--trainer.callbacks+=processes.Witness"]  # fmt: skip
+
+
+def train(command: list[str], devices: int, folder: Path) -> dict[str, Any]:
+    """Return what the first of so many processes writes down of a run."""
+    (out,) = (part.partition("=")[2] for part in command if part.startswith("--trainer.default_root_dir"))
+    if devices == 1:
+        folder.mkdir()
+        running = [start(folder / "log0", main, command)]
+    else:
+        running = start_ranks(folder, main, [*command, f"--trainer.devices={devices}"], world=devices)
+    for rank, process in enumerate(running):
+        assert finish(process) == 0, (folder / f"log{rank}").read_text()
+    found: dict[str, Any] = torch.load(Path(out) / "witness.0.pt", weights_only=False)
+    return found
+
+
+def assert_same_run(ours: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert ours["weights"].keys() == alone["weights"].keys()
+    for name, value in alone["weights"].items():
+        both = ours["weights"][name], value
+        if name.endswith("attn.qkv.bias"):  # of the keys, which change nothing: their gradients are rounding errors
+            both = tuple(torch.cat([part[:192], part[384:]]) for part in both)
+        torch.testing.assert_close(*both, rtol=1e-3, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert [[name for name, _ in logged] for logged in ours["logged"]] == [
+        [name for name, _ in logged] for logged in alone["logged"]
+    ]
+    for logged, expected in zip(ours["logged"], alone["logged"], strict=True):
+        assert dict(logged) == pytest.approx(dict(expected), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_on_one_two_and_four_devices(fit, tmp_path):
+    """Steps of eight and of four of twelve questions, in batches of eight, four, two and one."""
+    found = {
+        (devices, at_once): train(
+            fit("fine_tuning", *FIXED, "--data.init_args.batch_size=8", f"--data.init_args.per_device={at_once}",
+                out=tmp_path / f"{devices}-{at_once}"),
+            devices, tmp_path / f"log{devices}-{at_once}",
+        )
+        for devices, at_once in ((1, 8), (1, 2), (2, 4), (2, 1), (4, 2))
+    }  # fmt: skip
+    alone = found.pop((1, 8))
+    for ours in found.values():
+        assert_same_run(ours, alone)
+
+
+@pytest.mark.slow
+def test_negatives_are_those_of_the_whole_step(tmp_path):
+    root = write_msrvtt_retrieval(tmp_path / "clips")
+    found = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        command = [
+            "fit", "--config=experiments/methods/fine_tuning.yaml",
+            "--config=experiments/datasets/msrvtt_retrieval.yaml",
+            f"--trainer.default_root_dir={out / 'msrvtt_retrieval' / 'fine_tuning' / 'seed0'}",
+            f"--data.init_args.root={root}", f"--data.init_args.cache_dir={tmp_path / 'data'}",
+            f"--data.init_args.vocab={root / 'vocab.txt'}", "--data.init_args.image_size=32",
+            "--data.init_args.num_workers=0", "--data.init_args.batch_size=4", "--model.init_args.encoder.depth=1",
+            "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", *FIXED,
+        ]  # fmt: skip
+        found.append(train(command, devices, tmp_path / f"log{devices}"))
+    assert_same_run(found[1], found[0])
+
+
+def moments(path: str) -> int:
+    """Write this process's mean, deviation and gradient of moments over two processes."""
+    torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    rank = torch.distributed.get_rank()
+    rows = torch.load(path)
+    own = (rows[:2] if rank == 0 else rows[2:]).clone().requires_grad_()  # two rows, and three
+    mean, std = moments_over_processes(own)
+    (mean.square() * std).sum().backward()
+    number = average_over_processes(own.detach().mean(), torch.tensor(float(own.numel())))
+    torch.save((mean.detach(), std.detach(), own.grad / 2, number), f"{path}.{rank}")
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def test_statistics_over_processes_are_those_of_all_rows(tmp_path):
+    path = tmp_path / "rows"
+    torch.save(torch.randn(5, 7), path)
+    for process in start_ranks(tmp_path / "logs", moments, str(path)):
+        assert finish(process) == 0, (tmp_path / "logs" / "log0").read_text()
+    rows = torch.load(path).requires_grad_()
+    std, mean = torch.std_mean(rows, dim=0, correction=0)
+    (mean.square() * std).sum().backward()
+    parts = [torch.load(f"{path}.{rank}") for rank in range(2)]
+    for part in parts:
+        assert_agree(part[0], mean.detach())
+        assert_agree(part[1], std.detach())
+    assert_agree(torch.cat([part[2] for part in parts]), rows.grad)
+    assert float(sum(part[3] for part in parts)) / 2 == pytest.approx(float(rows.mean()), abs=1e-6)

@@ -114,15 +114,15 @@ def test_a_signal_ends_the_step_saves_and_loses_nothing(number, code, accumulate
     more = [f"--data.init_args.per_device={2 // accumulate}"]
     command, folder, last = run("fine_tuning", *more)
     process = start(tmp_path / "log", main, command)
-    until(lambda: steps(last) >= 9, process)  # in the second epoch of six steps
+    until(lambda: steps(last) >= 9 * accumulate, process)  # in the second epoch of six steps
     kill(process, number)
     assert finish(process) == code, (tmp_path / "log").read_text()
     taken = steps(last)
-    assert 9 <= taken < 12
+    assert 9 * accumulate <= taken < 12 * accumulate
     assert list(folder.glob(f"{RESUME}/stopped-step=*.ckpt"))
     process = start(tmp_path / "log", main, command)
     assert finish(process) == 0, (tmp_path / "log").read_text()
-    assert steps(last) == 18, "a step was lost or taken twice"
+    assert steps(last) == 18 * accumulate, "a step was lost or taken twice"
     assert_ends_as_uninterrupted(expected, ("fine_tuning", *more), folder, last)
 
 

@@ -56,7 +56,7 @@ def command(root: Path, out: Path, dataset: str, method: str) -> list[str]:
         "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",
         f"--trainer.default_root_dir={folder}", f"--data.init_args.root={root}",
         f"--data.init_args.cache_dir={out / dataset / 'data'}", f"--data.init_args.vocab={root / 'vocab.txt'}",
-        "--data.init_args.image_size=32", "--data.init_args.num_workers=0", "--data.init_args.batch_size=3",
+        "--data.init_args.image_size=32", "--data.init_args.num_workers=0", "--data.init_args.batch_size=6",
         *([] if others else ["--data.init_args.resize=32"]),
         "--model.init_args.encoder.depth=1", "--model.init_args.learning_rate=0.003",
         "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
