@@ -1,6 +1,8 @@
 """An optimizer step is made of the same samples, and is their mean, on any number of devices."""
 
 import os
+import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,9 @@ from cdc_mmpg.batch import (
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
+from cdc_mmpg.results import RESUME
 from communities import write_msrvtt_retrieval
-from processes import finish, start, start_ranks
+from processes import finish, kill, recording, start, start_ranks, steps, until
 from tolerances import assert_agree
 
 PLANS = [BatchPlan(8, *rest) for rest in ((8, 1), (2, 1), (4, 2), (1, 2), (2, 4), (1, 8))]
@@ -191,17 +194,17 @@ def train(command: list[str], devices: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def assert_same_run(ours: dict[str, Any], alone: dict[str, Any]) -> None:
+def assert_same_run(ours: dict[str, Any], alone: dict[str, Any], last: bool = False) -> None:
+    """Compare weights and all that was logged, or the `last` of it: its test alone."""
     assert ours["weights"].keys() == alone["weights"].keys()
     for name, value in alone["weights"].items():
         both = ours["weights"][name], value
         if name.endswith("attn.qkv.bias"):  # of the keys, which change nothing: their gradients are rounding errors
             both = tuple(torch.cat([part[:192], part[384:]]) for part in both)
         torch.testing.assert_close(*both, rtol=1e-3, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
-    assert [[name for name, _ in logged] for logged in ours["logged"]] == [
-        [name for name, _ in logged] for logged in alone["logged"]
-    ]
-    for logged, expected in zip(ours["logged"], alone["logged"], strict=True):
+    part = slice(-1 if last else 0, None)
+    for logged, expected in zip(ours["logged"][part], alone["logged"][part], strict=True):
+        assert [name for name, _ in logged] == [name for name, _ in expected]
         assert dict(logged) == pytest.approx(dict(expected), rel=1e-3, abs=1e-4)
 
 
@@ -219,6 +222,33 @@ def test_a_run_is_the_same_on_one_two_and_four_devices(fit, tmp_path):
     alone = found.pop((1, 8))
     for ours in found.values():
         assert_same_run(ours, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (1, 4)), ((1, 4), (2, 2))])
+def test_a_run_goes_on_on_another_number_of_devices(before, after, fit, tmp_path):
+    """It is stopped in the middle of an epoch of six steps, and ends as one that was not."""
+    sizes = [*FIXED, "--data.init_args.batch_size=4", "--trainer.max_epochs=3"]
+    alone = train(fit("fine_tuning", *sizes, out=tmp_path / "alone"), 1, tmp_path / "logs-alone")
+    command = [*fit("fine_tuning", *sizes, out=tmp_path), *recording(tmp_path / "last.pt", pause=0.3)]
+    slow = [*command, f"--data.init_args.per_device={before[1]}"]
+    logs, folder = tmp_path / "logs", tmp_path / "msvd" / "fine_tuning" / "seed0"
+    logs.mkdir()
+    if before[0] == 1:
+        running = [start(logs / "log0", main, slow)]
+    else:
+        running = start_ranks(logs, main, [*slow, f"--trainer.devices={before[0]}"], world=before[0])
+    batches = 4 // before[0] // before[1] * before[0]  # of all processes, in a step
+    until(lambda: steps(tmp_path / "last.pt") >= 4 * batches, running[0])  # the first of the second epoch
+    kill(running[0], signal.SIGTERM)
+    assert [finish(process) for process in running] == [143] * before[0], (logs / "log0").read_text()
+    (state,) = (folder / RESUME).glob("stopped-step=*.ckpt")
+    assert int(re.search(r"step=(\d+)", state.name)[1]) in (4, 5)
+    more = [*command, f"--data.init_args.per_device={after[1]}"]
+    assert_same_run(train(more, after[0], tmp_path / "logs-after"), alone, last=True)
+    said = (tmp_path / "logs-after" / "log0").read_text()
+    assert f"goes on as {after[0]} x {4 // after[0] // after[1]} x {after[1]}" in said
+    assert "not the same to the last bit" in said
 
 
 @pytest.mark.slow
