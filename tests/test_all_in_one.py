@@ -384,3 +384,22 @@ def test_a_checkpoint_is_inspected_key_by_key(state, tmp_path, capsys):
     assert "lacks" in said.err
     assert checkpoint.main([""]) == 4
     assert "FILE=" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_the_encoder_is_the_same_and_is_compiled_once():
+    encoder, compiled = small(depth=3).eval(), small(depth=3).eval()
+    compiled.load_state_dict(encoder.state_dict())
+    compiled.compile_blocks()
+    graphs = torch._dynamo.utils.counters["stats"]
+    for length in (7, 9):
+        video, ids, mask = inputs(length=length)
+        mask[0, 5:] = 0
+        ours, expected = (model(video, ids, mask).frame_features for model in (compiled, encoder))
+        assert (ours - expected).abs().max() <= 1e-5
+        for features in (ours, expected):
+            features.sum().backward()
+        for (name, own), other in zip(compiled.named_parameters(), encoder.parameters(), strict=True):
+            if other.grad is not None:
+                torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3, msg=name)
+        assert graphs["unique_graphs"] == 1

@@ -343,7 +343,7 @@ class Experiment(LightningCLI):
         """
         self.dataset: Any = self.datamodule  # itself, not a view of it
         self.datamodule: EpochDataModule = self._view()
-        if self._get(self.config_init, "compile"):
+        if self.subcommand and self._get(self.config_init, "compile"):
             self.model.encoder.compile_blocks()
         config = self._get(self.config_init, "trainer")
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}

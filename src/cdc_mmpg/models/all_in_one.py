@@ -132,6 +132,7 @@ class AllInOne(nn.Module):
         )
         self.transformer.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, WIDTH))
         self.pooler = nn.ModuleDict({"dense": nn.Linear(WIDTH, WIDTH)})
+        self._but_last = self._run_but_last  # or that compiled
         self._initialise()
         if checkpoint is not None:
             self.load_reference(checkpoint)
@@ -155,9 +156,11 @@ class AllInOne(nn.Module):
         nn.init.normal_(self.transformer.pos_embed, std=0.5)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks (torch.compile): minutes at first, fewer and larger kernels afterwards."""
-        for block in self.transformer.blocks:
-            block.compile(dynamic=True)
+        """Compile all blocks but the last, together (torch.compile), for any number and length of texts.
+
+        One by one they would be compiled anew for every drop path's share.
+        """
+        self._but_last = torch.compile(self._run_but_last, dynamic=True)
 
     def pool(self, cls: Tensor) -> Tensor:
         """tanh(pooler(x)): the fused feature of a mean [CLS], the anchor feature of one frame's. (..., 192) both."""
@@ -198,8 +201,7 @@ class AllInOne(nn.Module):
         """
         batch, frames = video.shape[:2]
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
-        for block in self.transformer.blocks:
-            tokens = block(roll_tokens(tokens, frames, length), attn_mask=mask)
+        tokens = self.transformer.blocks[-1](self._but_last(tokens, mask, frames, length), attn_mask=mask)
         words = self.transformer.norm(tokens[:, :length]).float()
         return words.view(batch, frames, length, WIDTH).mean(1)
 
@@ -246,11 +248,14 @@ class AllInOne(nn.Module):
         The last block computes keys and values for every token but the rest of itself for token 0 alone, since
         nothing reads the other tokens.
         """
-        *blocks, last = self.transformer.blocks
-        for block in blocks:
+        tokens = self._but_last(tokens, mask, frames, text_tokens)
+        return self.transformer.norm(block_of_first_token(self.transformer.blocks[-1], tokens, mask))
+
+    def _run_but_last(self, tokens: Tensor, mask: Tensor | None, frames: int, text_tokens: int) -> Tensor:
+        """What the last block reads: tokens after the other blocks, each of which reads them rolled; (B*T, N, 192)."""
+        for block in self.transformer.blocks[:-1]:
             tokens = block(roll_tokens(tokens, frames, text_tokens), attn_mask=mask)
-        cls = block_of_first_token(last, roll_tokens(tokens, frames, text_tokens), mask)
-        return self.transformer.norm(cls)
+        return roll_tokens(tokens, frames, text_tokens)
 
     def _fuse(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """[text; frame] for every text and frame: tokens (N*T, ., 192), which to attend to, the text's length."""
