@@ -94,7 +94,7 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *others: Any) -> None:
         """Read the time when the device has finished; wait for it at the beginning and at the end only."""
-        self._losses.append(outputs["loss"].detach())
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # as Lightning has divided it
         if len(self._losses) in (self.warm_up, self.warm_up + self.steps):
             self._losses[-1].item()
             self._times.append(time.perf_counter())

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Ask a machine with a GPU, in about six minutes, all that a CPU cannot show: bash tests/gpu/gpu_check.sh
+# Every part has a limit of its own and none stops the others. The last line printed is GPU_CHECK_JSON {...}; $OUT has the files.
+#   SMALL=1: every part in small, on a CPU. PY: the Python. TOTAL: seconds for everything; later parts are left out.
+#   ONLY="train runs": these parts alone. PARTS, WORK, OUT: folders for results, for what is trained, for what is kept.
+#   A folder whl beside this script: packages to install first, for a machine without a network.
+here=$(cd "$(dirname "$0")" && pwd)
+export PARTS=${PARTS:-/tmp/gpu_parts} WORK=${WORK:-/tmp/gpu_work} OUT=${OUT:-/tmp/gpu_out}
+export WANDB_MODE=disabled PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+PY=${PY:-python3}
+end=$(($(date +%s) + ${TOTAL:-380}))
+rm -rf "$PARTS" "$WORK"
+mkdir -p "$PARTS" "$WORK" "$OUT"
+if ls "$here"/whl/*.whl >/dev/null 2>&1; then
+  $PY -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "$here"/whl/*.whl
+  export PYTHONPATH=/tmp/site:$PYTHONPATH
+fi
+export PYTHONPATH=$PWD/src:$PWD:$PYTHONPATH
+
+part() { # part NAME SECONDS [COMMAND ...]
+  name=$1 limit=$2
+  shift 2
+  [ -n "$SMALL" ] && limit=$((10 * limit))
+  [ -n "$ONLY" ] && [[ " $ONLY " != *" $name "* ]] && return
+  left=$((end - $(date +%s)))
+  [ "$left" -lt "$limit" ] && limit=$left
+  if [ "$limit" -lt 8 ]; then
+    echo '{"skipped": "no time"}' >"$PARTS/$name.json"
+    return
+  fi
+  [ $# -eq 0 ] && set -- $PY "$here/gpu_check.py" "$name"
+  begin=$(date +%s)
+  UNTIL=$((begin + limit - 5)) timeout -k 5 "$limit" "$@" >"$PARTS/$name.log" 2>&1
+  code=$?
+  [ -s "$PARTS/$name.json" ] || printf '{"exit": %s, "limit": %s, "last": "%s"}' "$code" "$limit" \
+    "$(tail -1 "$PARTS/$name.log" | tr -d '"\\' | cut -c1-200)" >"$PARTS/$name.json"
+  echo "-- $name: exit $code, $(($(date +%s) - begin)) s"
+  [ $code -ne 0 ] && tail -3 "$PARTS/$name.log"
+}
+
+if [ -n "$SMALL" ]; then
+  sizes="--batch-size 8 --steps 2 --image-size 32 --depth 1 --classes 250 --modes float32"
+  loading="--batch-size 8 --steps 2 --image-size 32 --processes 0"
+else
+  sizes="" compiled="--modes bf16" loading="--steps 16 --processes 4 15"
+fi
+part machine 30
+part pytest 60 $PY -m pytest -q -p no:cacheprovider tests/test_gpu.py
+part train 125 $PY -m cdc_mmpg.benchmark $sizes --json "$PARTS/train.json"
+part compiled 70 $PY -m cdc_mmpg.benchmark $sizes --compile $compiled --rows fine_tuning.open_ended --json "$PARTS/compiled.json"
+part clips 30
+part runs 150
+part syncs 40
+part loading 50 $PY -m cdc_mmpg.benchmark_loading $loading --json "$PARTS/loading.json"
+part numerics 30
+part profile 40
+part deployment 30
+$PY "$here/gpu_check.py" merge
