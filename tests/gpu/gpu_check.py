@@ -153,11 +153,11 @@ def runs() -> dict[str, Any]:
     write_msrvtt_retrieval(root)
     retrieval = [
         *command("fine_tuning", "r", bf16, "--data.init_args.only_present=true"),
-        "--config=experiments/datasets/msrvtt_retrieval.yaml", f"--data.init_args.root={root}",
+        f"--data.init_args.root={root}",
         f"--data.init_args.cache_dir={WORK / 'msrvtt-data'}", f"--data.init_args.vocab={root / 'vocab.txt'}",
         f"--trainer.default_root_dir={WORK / 'r' / 'msrvtt_retrieval' / 'fine_tuning' / 'seed0'}",
     ]  # fmt: skip
-    retrieval = [part for part in retrieval if "datasets/synthetic" not in part]
+    retrieval = [part.replace("datasets/synthetic.yaml", "datasets/msrvtt_retrieval.yaml") for part in retrieval]
     jobs = [
         partial(note, "phase_two", "cdc_mmpg", command("cdc_mmpg", "a", adr, epochs=3)),
         disturbed,
