@@ -18,7 +18,9 @@ SEEDS      ?=
 # SIZE=toy makes the embedded dataset small, to try the chain in minutes; its runs have a folder of their own.
 OUT        ?= checkpoints$(if $(SIZE),/$(SIZE))
 PYTHON     ?= python3
-JOBS       ?= $(if $(SYNTHETIC),2,1)
+# What starts a run's processes instead of Lightning: LAUNCH=srun, LAUNCH='.venv/bin/torchrun --nproc-per-node=8 --no-python'.
+LAUNCH     ?=
+JOBS       ?= $(if $(LAUNCH),1,$(if $(SYNTHETIC),2,1))
 
 # "~" as the shell's, which expands it in some shells only.
 home         = $(if $(filter ~ ~/%,$(firstword $1)),$(HOME)$(patsubst ~%,%,$1),$1)
@@ -106,7 +108,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
 # seed's pretraining comes first and has all of them.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
-train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= PRECISION= MATMUL= COMPILE=1 EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
+train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
 	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
@@ -165,7 +167,7 @@ RUNS    := $(foreach method,$(filter-out $(CONTROLS),$(METHODS)) $(VARIANTS),$(N
 
 .SECONDEXPANSION:
 $(RUNS): run/%: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) $$(call NEEDS,$$*)
-	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(call FIT,$*)
+	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.cli $(call FIT,$*)
 
 $(NUMBERS:%=run/on_device/%): run/on_device/%: .venv/.ready $$(call NEEDS,on_device/$$*)
 	exec env $(SHARE) $(PY) -m cdc_mmpg.on_device "$(call folder,fine_tuning/$*)"
@@ -194,7 +196,7 @@ tables: .venv/.ready ## every table of the paper, ours beside it: DATASET= DATA=
 EVIDENCE = $(foreach seed,$(call upto,$(SEEDS)),$(foreach method,$(if $(FULL),$(REST),$(MAIN)),run/$(method)/$(seed))) $(REST:%=run/%/0) $(STUDY)
 
 $(STUDY): study/%: run/fine_tuning/0
-	exec env $(SHARE) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))
+	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))
 $(STUDY): ENCODER_SEED = 0
 
 report: .venv/.ready ## one page with every figure, and where each comes from: DATASET= DATA= OUT=

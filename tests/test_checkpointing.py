@@ -93,15 +93,21 @@ class FakeTrainer:
 
     global_step, current_epoch, world_size = 41, 0, 1
 
-    def __init__(self, accumulate: int = 1, told: bool = False) -> None:
+    def __init__(self, accumulate: int = 1, told: int = 0) -> None:
         self.num_training_batches, self.accumulate_grad_batches = 8, accumulate
         self.saved: list[Path] = []
-        self.strategy = SimpleNamespace(reduce_boolean_decision=self._reduce)
+        self.strategy = SimpleNamespace(
+            reduce_boolean_decision=self._reduce, reduce=self._highest, root_device=torch.device("cpu")
+        )
         self._told = told
 
     def _reduce(self, decision: bool, all: bool) -> bool:
         assert not all  # one process that was told is enough
-        return decision or self._told
+        return decision or bool(self._told)
+
+    def _highest(self, number: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        return number.clamp(min=self._told)
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(path)
@@ -156,10 +162,11 @@ def test_without_a_signal_training_ends_as_it_is(handlers, tmp_path):
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_a_process_leaves_with_the_one_that_was_told(handlers, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_process_leaves_with_the_one_that_was_told(number, code, handlers, tmp_path):
     with pytest.raises(SystemExit) as left:
-        StopOnSignal(tmp_path).on_train_epoch_start(FakeTrainer(told=True), None)
-    assert left.value.code == 143
+        StopOnSignal(tmp_path).on_train_epoch_start(FakeTrainer(told=number), None)
+    assert left.value.code == code
 
 
 def test_a_second_signal_leaves_at_once_unless_it_is_the_same_hand(handlers, tmp_path, monkeypatch):

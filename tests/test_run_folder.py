@@ -115,7 +115,14 @@ def with_surroundings(command: list[str], variables: dict[str, str]) -> int:
 
 @pytest.mark.parametrize(
     "variables",
-    [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "3"}, {"NODE_RANK": "2"}, {"JSM_NAMESPACE_RANK": "1"}],
+    [
+        {"RANK": "1"},
+        {"LOCAL_RANK": "1"},
+        {"SLURM_PROCID": "3"},
+        {"NODE_RANK": "2"},
+        {"JSM_NAMESPACE_RANK": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"},
+    ],
     ids=lambda variables: next(iter(variables)),
 )
 def test_a_stray_rank_takes_no_logs_from_a_run(variables, fit, tmp_path):
@@ -139,7 +146,7 @@ def test_a_rank_that_is_no_number_is_named(fit, tmp_path, monkeypatch, capsys):
     ("variables", "said"),
     [
         ({"TORCH_DISTRIBUTED_DEBUG": "LOUD"}, "ConfigError: TORCH_DISTRIBUTED_DEBUG='LOUD' in the environment"),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, "--ntasks-per-node=4"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "train"}, "--ntasks-per-node=4"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.signals import Stopped, drop_terminal, stop_signals
+from cdc_mmpg.signals import REQUEUE, Stopped, drop_terminal, ignore_stop_signals, stop_signals
 from cdc_mmpg.step_check import StepCheck, ends_step
 from cdc_mmpg.weights import load_checkpoint
 
@@ -103,10 +103,10 @@ def _step(state: Path) -> tuple[int, str]:
 
 
 class StopOnSignal(StepCheck):
-    """SIGTERM, SIGINT and SIGHUP end the step, save the state, and leave with 143, 130 or 129.
+    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 end the step, save the state, and leave with 128 + their number.
 
-    While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once. All
-    processes of a run stop together.
+    While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once, but
+    not after SIGUSR1: SLURM sends more of them by itself. All processes of a run stop together.
 
     Args:
         run: the run's folder.
@@ -136,11 +136,12 @@ class StopOnSignal(StepCheck):
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if self._is_asked_to_stop(trainer):
-            self._leave()
+            self._leave(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         drop_terminal(number)
-        if self._received and time.monotonic() > self._when + 1:  # a second signal, not the same one to a whole group
+        # A second signal, and not the same one to a whole group.
+        if self._received not in (0, REQUEUE) and time.monotonic() > self._when + 1:
             raise Stopped(number)
         if not self._received:
             self.told, self._received, self._when = True, number, time.monotonic()
@@ -154,16 +155,20 @@ class StopOnSignal(StepCheck):
         if not self.stops or last or not ends_step(trainer, batch_idx):
             return
         trainer.save_checkpoint(self.run / RESUME / f"stopped-step={trainer.global_step}.ckpt")
-        self._leave()
+        self._leave(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave; the end of the epoch before has saved."""
         if self._is_asked_to_stop(trainer):
-            self._leave()
+            self._leave(trainer)
 
     def _is_asked_to_stop(self, trainer: Trainer) -> bool:
         """The same answer on every process."""
         return trainer.strategy.reduce_boolean_decision(self.told, all=False)
 
-    def _leave(self) -> None:
-        raise Stopped(self._received or signal.SIGTERM)
+    def _leave(self, trainer: Trainer) -> None:
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # of whichever process was told
+        if number == REQUEUE:
+            ignore_stop_signals()  # see `cli`
+        raise Stopped(number)

@@ -21,31 +21,26 @@ from pathlib import Path
 
 from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import expand_home
+from cdc_mmpg.launchers import check_environment, find_launch, requeue
 from cdc_mmpg.results import RESUME, fingerprint, read_results
-from cdc_mmpg.signals import Stopped, drop_terminal, stop_signals
+from cdc_mmpg.signals import REQUEUE, Stopped, drop_terminal, ignore_stop_signals, stop_signals
 from cdc_mmpg.terminal import end_without_output, escape_controls, find_lost_output, print_error, protect_output
 
 # What a full disk, a quota or a read-only place says, and what else a system refuses, wherever in a run.
 REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
                   errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)  # fmt: skip
 
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID",
-         "SLURM_NODEID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK")  # fmt: skip
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
-    rest = arguments
     for _, command in groupby(arguments, lambda argument: argument != "--"):
         if (own := list(command)) != ["--"]:
             leave_on_signals()
-            # Lightning starts its other processes with these, once: they go on to the later commands, as this one does.
-            sys.argv[1:] = rest
+            sys.argv[1:] = own  # Lightning starts its other processes with these: they end with the command
             if code := exit_code(partial(_run, own)):
                 return code
-        rest = rest[len(own) :]
     return 0
 
 
@@ -54,25 +49,10 @@ def _run(arguments: Sequence[str]) -> None:
     if not _is_finished(arguments):
         check_paths(arguments)
         check_environment()
+        find_launch().check_arguments({name: option(arguments, f"trainer.{name}") for name in ("devices", "num_nodes")})
         from cdc_mmpg.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
         Experiment(arguments)
-
-
-def check_environment() -> None:
-    """Refuse words of the environment on which torch or Lightning fails when it is imported.
-
-    Raises:
-        ConfigError: a rank or a port is no number, or a level of debugging is unknown; names the variable.
-    """
-    level = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
-    if level.upper() not in ("OFF", "INFO", "DETAIL"):
-        raise ConfigError(f"TORCH_DISTRIBUTED_DEBUG={level!r} in the environment: OFF, INFO or DETAIL, or unset it")
-    for name in RANKS:
-        if (value := os.environ.get(name, "0")) and not value.strip().isdigit():
-            raise ConfigError(f"{name}={value!r} in the environment is no number: unset it (unset {name})")
-        if not value:
-            del os.environ[name]
 
 
 def exit_code(function: Callable[[], None]) -> int:
@@ -86,9 +66,11 @@ def exit_code(function: Callable[[], None]) -> int:
     try:
         function()
     except Stopped as error:  # said last, when no progress bar draws any more
-        logging.getLogger("cdc_mmpg").warning(
-            "stopped by %s; type the same command again to go on", signal.Signals(error.number).name
-        )
+        how = "type the same command again to go on"
+        if error.number == REQUEUE:
+            leads = find_launch().rank == 0 if error.leads is None else error.leads
+            how = requeue() if leads else "the first process asks SLURM to start the job again"
+        logging.getLogger("cdc_mmpg").warning("stopped by %s; %s", signal.Signals(error.number).name, how)
         return 128 + error.number
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -184,6 +166,8 @@ def leave_on_signals() -> None:
 
 def _leave(number: int, frame: object) -> None:
     drop_terminal(number)
+    if number == REQUEUE:  # srun ends all tasks when one has left: that does not stop the requeue
+        ignore_stop_signals()
     raise Stopped(number)
 
 

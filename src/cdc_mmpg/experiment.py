@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 import platform
 import re
 import shutil
@@ -22,7 +23,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
 from cdc_mmpg.batch import EpochDataModule, plan_batches
@@ -33,6 +34,8 @@ from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.evaluation import evaluation
 from cdc_mmpg.features import FeatureDataModule
 from cdc_mmpg.files import atomic_write, expand_home, file_digest, lock_folder, remove_leftovers
+from cdc_mmpg.group import GROUPS, GroupStrategy, cluster_environment, parting
+from cdc_mmpg.launchers import find_launch
 from cdc_mmpg.matmul import Matmul, set_matmul
 from cdc_mmpg.methods.base import Answering, Method
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -93,8 +96,11 @@ for advice in (
     "`isinstance\\(treespec, LeafSpec\\)`",
     "You're resuming from a checkpoint that ended before the epoch",
     "Experiment logs directory",
+    "The `srun` command is available",
 ):
     warnings.filterwarnings("ignore", message=f".*{advice}")
+
+_CheckpointConnector._hpc_resume_path = None  # what Lightning's own requeue left in the folder is never read
 
 
 class Parser(LightningArgumentParser):
@@ -345,7 +351,9 @@ class Experiment(LightningCLI):
         self.datamodule: EpochDataModule = self._view()
         if self.subcommand and self._get(self.config_init, "compile"):
             self.model.encoder.compile_blocks()
-        config = self._get(self.config_init, "trainer")
+        config, launch = self._get(self.config_init, "trainer"), find_launch()
+        kwargs["devices"], kwargs["num_nodes"] = devices, nodes = launch.share(config["devices"], config["num_nodes"])
+        several = wants_several_processes(devices, nodes)
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         if self.subcommand == "fit":
             kwargs["callbacks"] = [
@@ -355,21 +363,26 @@ class Experiment(LightningCLI):
                 ExampleTable(self.folder, self.dataset),
                 *checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
             ]
-        if config["strategy"] in ("auto", "ddp") and wants_several_processes(config["devices"], config["num_nodes"]):
+        if config["strategy"] in ("auto", "ddp") and several:
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
             # may be part of a forward pass there.
-            kwargs["strategy"] = DDPStrategy(
+            kwargs["strategy"] = GroupStrategy(
                 forward_sync_buffers=False,
                 find_unused_parameters=self.model.trains_in_turn,
                 gradient_as_bucket_view=True,
             )
         try:
+            if environment := cluster_environment(launch, several):
+                kwargs["plugins"].append(environment)
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
             # More devices than there are: it names both numbers. Or SLURM's tasks are set as Lightning refuses them.
             if isinstance(error, MisconfigurationException) or "SLURM" in str(error):
                 raise ConfigError(str(error)) from error
             raise
+        if self.subcommand:
+            launch.check_processes(trainer.world_size, trainer.num_nodes, alone=GROUPS not in os.environ)
+            self.until_end.enter_context(parting(trainer))
         trainer.accumulate_grad_batches = self._count_accumulated(trainer.world_size)
         # Lightning asks before every batch whether the first process was told to stop, and waits for the answer:
         # `StepCheck` asks all of them, without waiting.

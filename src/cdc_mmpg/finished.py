@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdc_mmpg.cli import check_environment
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest
+from cdc_mmpg.launchers import check_environment
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import (
     ANNOTATED,

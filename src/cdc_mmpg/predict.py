@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import check_environment, exit_code, log_to_terminal
+from cdc_mmpg.cli import exit_code, log_to_terminal
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.finished import reopen, results_of
+from cdc_mmpg.launchers import check_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a check; returns its exit code (see `errors`): 3 where training would refuse the dataset."""
     folder, *options = list(sys.argv[1:] if arguments is None else arguments)
+    # What is said to a run about its training is nothing to its data: both take the same variables of make.
+    options = [option for option in options if not option.startswith(("--model.", "--trainer."))]
     log_to_terminal()
     leave_on_signals()
 

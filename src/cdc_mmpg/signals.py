@@ -1,8 +1,11 @@
-"""Signals that end a command, and what they leave: SIGTERM, SIGINT, and SIGHUP, which a closed terminal sends."""
+"""Signals that end a command, and what they leave: SIGTERM, SIGINT, SIGHUP of a closed terminal, SLURM's SIGUSR1."""
 
 import os
 import signal
 import stat
+
+# What SLURM sends before the time limit (#SBATCH --signal=SIGUSR1@90): the job is to be started again.
+REQUEUE = signal.SIGUSR1
 
 
 class Stopped(SystemExit):
@@ -15,12 +18,14 @@ class Stopped(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+        self.leads: bool | None = None  # whether this process speaks for the run; None before the run knows
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals to handle; SIGHUP is left alone where it is ignored (nohup)."""
+    """Return the signals to handle: SIGHUP unless it is ignored (nohup), SIGUSR1 in a job of SLURM alone."""
     numbers = [signal.SIGTERM, signal.SIGINT]
-    return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
+    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [*numbers, REQUEUE] if os.environ.get("SLURM_JOB_ID") else numbers
 
 
 def drop_terminal(number: int) -> None:
@@ -34,6 +39,6 @@ def drop_terminal(number: int) -> None:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Leave stopping to the process that started this helper: Ctrl-C and a closed terminal reach them all."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    """Leave stopping to the process that started this helper: Ctrl-C, a closed terminal and SLURM reach them all."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, REQUEUE):
         signal.signal(number, signal.SIG_IGN)
