@@ -25,6 +25,8 @@ from processes import Witness, finish, recording, start, steps, until
 SLOW = 0.07  # seconds a step: time to be interrupted in, on a busy machine too
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+# The tests may run under make themselves, with variables of their own.
+OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
 
 
 def free_port() -> int:
@@ -283,7 +285,7 @@ def test_the_launcher_goes_before_the_very_same_command():
             key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MFLAGS"
         }
         done = subprocess.run(["make", "-n", "train", "DATASET=msvd", "DEVICES=8", *arguments], cwd=ROOT, text=True,
-                              capture_output=True, check=True, env=environment)  # fmt: skip
+                              capture_output=True, check=True, env=OUTSIDE)  # fmt: skip
         return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if "cdc_mmpg.cli" in line]
 
     plain, launched = planned(), planned("LAUNCH=srun --kill-on-bad-exit=1")
@@ -299,7 +301,7 @@ def test_the_launcher_goes_before_the_very_same_command():
 def run_program(log: Path, command: list[str], seconds: float = 300, **environment: str) -> int:
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
+                                   env=OUTSIDE | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
         try:
             return process.wait(seconds)
         finally:
