@@ -281,9 +281,6 @@ def test_steps_of_a_job_meet_at_places_of_their_own(monkeypatch):
 
 def test_the_launcher_goes_before_the_very_same_command():
     def planned(*arguments: str) -> list[list[str]]:
-        environment = {
-            key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MFLAGS"
-        }
         done = subprocess.run(["make", "-n", "train", "DATASET=msvd", "DEVICES=8", *arguments], cwd=ROOT, text=True,
                               capture_output=True, check=True, env=OUTSIDE)  # fmt: skip
         return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if "cdc_mmpg.cli" in line]

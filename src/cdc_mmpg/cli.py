@@ -114,7 +114,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def _explain_machine(error: BaseException) -> CDCError | None:
-    """Return what the machine has run out of, or refuses, as an error of ours; None where the error is another."""
+    """Return what the machine has run out of, refuses or has ended, as an error of ours; None of another error."""
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):  # torch's, which need not be here
         reason = str(error).strip().partition("\n")[0].partition(" Of the allocated")[0]
         return ConfigError(
@@ -122,6 +122,8 @@ def _explain_machine(error: BaseException) -> CDCError | None:
             "(ARGS=--data.init_args.per_device=64), PRECISION=bf16-mixed, or end "
             "what else runs there"
         )
+    if type(error).__name__ == "DistBackendError" or "Connection closed by peer" in str(error):
+        return CDCError("another process of this run has ended: its own message says why")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return ConfigError(
             "the machine's memory does not do: take a smaller batch and as many more for a step "
