@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 ARRAY = re.compile(r"[A-Za-z0-9_-]*\.[0-9a-f]{12}\.\d+\.npy")  # see `_array`
 AT_ONCE = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
-STOPPED = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)  # exit codes of who is ended from outside, as for memory
+# Exit codes of who is ended from outside, as for memory, or by SLURM, which signals all processes of a job.
+STOPPED = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGUSR1)
 
 
 class Entry(NamedTuple):

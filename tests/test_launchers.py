@@ -401,10 +401,11 @@ def test_the_job_trains_as_make_does(msvd, tools, tmp_path):
     for name in ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
         del environment[name]
     small = ("data.init_args.num_classes=5", "data.init_args.image_size=32", "data.init_args.batch_size=4",
-             "data.init_args.num_workers=0", "model.init_args.encoder.depth=1", "trainer.accelerator=cpu")  # fmt: skip
-    job = ["bash", "experiments/train.sbatch", "DATASET=msvd", "METHOD=linear", f"DATA={msvd}", "EPOCHS=1",
+             "data.init_args.num_workers=0", "model.init_args.encoder.depth=1", "model.init_args.preset=small",
+             "trainer.accelerator=cpu")  # fmt: skip
+    job = ["bash", "experiments/train.sbatch", "DATASET=msvd", "METHOD=adr_pretraining", f"DATA={msvd}", "EPOCHS=1",
            f"VOCAB={msvd / 'vocab.txt'}", f"OUT={tmp_path / 'out'}",
            "ARGS=" + " ".join(f"--{option}" for option in small)]  # fmt: skip
     assert run_program(tmp_path / "log", job, **environment) == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "out" / "msvd" / "data.json").exists()
-    assert result(tmp_path / "out" / "msvd" / "linear" / "seed0")["devices"] == "2 x cpu"
+    assert result(tmp_path / "out" / "msvd" / "adr_pretraining" / "seed0")["devices"] == "2 x cpu"
