@@ -37,6 +37,7 @@ $(call demand,EPOCHS,$(WHOLE)|[1-9][0-9]{3},1,a whole number from 1)
 $(call demand,DEVICES,auto|-1|$(WHOLE)|[0-9]+$(comma)|\[?[0-9]+($(comma)[0-9]+)+\]?,1,how many processes or GPUs train together: a whole number from 1$(comma) "auto" (all GPUs)$(comma) or their numbers ("0$(comma)1"))
 $(call demand,MATMUL,highest|high,1,"highest" (float32) or "high" (TensorFloat-32 on a GPU): how float32 is multiplied)
 $(call demand,COMPILE,0|1,1,0 or 1: whether the encoder is compiled)
+$(call demand,FRAME_CACHE,disk|device,1,where batches are read from: "disk"$(comma) or "device" for the memory of the GPU (or CPU) that computes)
 $(call demand,SIZE,full|toy,1,"full" or "toy": of the embedded dataset)
 
 SYNTHETIC := $(filter synthetic,$(DATASET))
@@ -108,7 +109,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
 # seed's pretraining comes first and has all of them.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
-train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
+train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
 	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
 
@@ -142,6 +143,7 @@ OPTIONS = $(PLACES) \
 	$(if $(NODES),--trainer.num_nodes=$(NODES)) \
 	$(if $(PRECISION),--trainer.precision=$(PRECISION)) \
 	$(if $(MATMUL),--matmul=$(MATMUL)) $(if $(filter-out 0,$(COMPILE)),--compile=true) \
+	$(if $(FRAME_CACHE),--data.init_args.frame_cache=$(FRAME_CACHE)) \
 	$(if $(filter-out 1,$(JOBS)),$(if $(ALONE),,--trainer.enable_progress_bar=false))
 # ARGS reaches every run, ARGS_<method> that one alone.
 FIT     = fit $(CONFIGS) --trainer.default_root_dir="$(call folder,$1)" --seed_everything=$(call seed,$1) $(OPTIONS) \
@@ -252,7 +254,7 @@ figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= 
 checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
 	@$(PY) -m cdc_mmpg.checkpoint "$(FILE)"
 
-benchmark: .venv/.ready ## speed at the paper's size, of training, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
+benchmark: .venv/.ready ## speed at the paper's size, of training, with OF=loading of what brings it samples, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m cdc_mmpg.benchmark$(if $(OF),_$(OF)) $(ARGS)
 
 PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +31,13 @@ from cdc_mmpg.batch import (
 )
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import write_listing
-from cdc_mmpg.frames import CANDIDATES, crop, middle_candidates
+from cdc_mmpg.frames import CANDIDATES, Frames, crop_place, middle_candidates
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.text import TextEncoder, pad
 from cdc_mmpg.video import Decoder
 from data_modules.annotations import Published, leads_out
 from data_modules.cache import FrameCache
+from data_modules.device_cache import DeviceCache, empty_frames
 from data_modules.domains import Kind, Shift, unseen_domains
 
 logger = logging.getLogger(__name__)
@@ -92,17 +93,51 @@ class ClipDataset(Dataset[VideoTextBatch]):
 
     def frames(self, epoch: int, index: int) -> Tensor:
         """(T, S, S, 3) uint8."""
+        size = self.cache.image_size
+        frames = empty_frames(self.cache.num_frames, size, size, 3)
+        self._read(epoch, index, frames.numpy())
+        return frames
+
+    def _read(self, epoch: int, index: int, frames: Frames) -> None:
+        """Read a sample's frames into their place (T, S, S, 3) in a batch: no more than is seen of them."""
+        clip, size = self.samples[index].clip, self.cache.image_size
+        kept = self.cache.array(clip)
+        chosen, top, left = self._draw(epoch, index, kept.shape)
+        if self.shift is not None and self.shift.effect(clip):
+            frames[:] = self.shift.changed(clip, kept[chosen])[:, top : top + size, left : left + size]
+            return
+        for place, number in enumerate(chosen):
+            frames[place] = kept[number, top : top + size, left : left + size]
+
+    def _draw(self, epoch: int, index: int, shape: Sequence[int]) -> tuple[list[int], int, int]:
+        """Draw which of a clip's kept frames (K, H, W, 3) a sample has, and row and column where its square begins."""
         generator, each = None, self.cache.candidates
         chosen = middle_candidates(self.cache.num_frames, each)
         if self.augment:
             generator = np.random.default_rng((self.seed, epoch, index))
-            starts = np.arange(self.cache.num_frames) * each
-            chosen = list(starts + generator.integers(each, size=len(starts)))
-        clip = self.samples[index].clip
-        frames = self.cache.read(clip, chosen)
-        if self.shift is not None:
-            frames = self.shift.changed(clip, frames)
-        return torch.from_numpy(crop(frames, self.cache.image_size, generator))
+            starts = range(0, self.cache.num_frames * each, each)
+            drawn = generator.integers(each, size=len(starts)).tolist()
+            chosen = [start + place for start, place in zip(starts, drawn, strict=True)]
+        top, left = crop_place(shape[1], shape[2], self.cache.image_size, generator)
+        return self.cache.indices(shape[0], chosen), top, left
+
+    def _batch(self, items: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the samples' frames, (B, T, S, S, 3), or where they lie on the device; see `DeviceCache.gather`."""
+        number, size = self.cache.num_frames, self.cache.image_size
+        if isinstance(self.cache, DeviceCache):
+            return torch.tensor([self._crops(self.cache, epoch, index) for epoch, index in items])
+        frames = empty_frames(len(items), number, size, size, 3)
+        for (epoch, index), place in zip(items, frames.numpy(), strict=True):
+            self._read(epoch, index, place)
+        return frames
+
+    def _crops(self, cache: DeviceCache, epoch: int, index: int) -> list[tuple[int, int]]:
+        """Return where a sample's frames lie, (T, 2)."""
+        offset, shape = cache.places[self.samples[index].clip]
+        chosen, top, left = self._draw(epoch, index, shape)
+        _, height, width, channels = shape
+        row = width * channels
+        return [(offset + (number * height + top) * row + left * channels, row) for number in chosen]
 
     def drawn(self, epoch: int, index: int) -> Texts:
         """A sample's texts, or in training the one that is this epoch's."""
@@ -120,8 +155,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> VideoTextBatch:
         where = torch.tensor([index for _, index in items])
         ids, mask = self.collate([self.drawn(epoch, i) for epoch, i in items])
-        frames = torch.stack([self.frames(epoch, i) for epoch, i in items])
-        return VideoTextBatch(frames, ids, mask, self.labels[where], where)
+        return VideoTextBatch(self._batch(items), ids, mask, self.labels[where], where)
 
 
 class QADataset(ClipDataset):
@@ -150,7 +184,10 @@ class VideoTextDataModule(EpochDataModule):
         candidates: frames that the cache keeps of each of the T segments of a clip; training takes any of them.
         batch_size: samples of an optimizer step, over all devices and accumulated batches.
         per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
-        num_workers: processes that load batches; None is one a processor, at most 4.
+        num_workers: processes that load batches; None is `EpochDataModule.loading_processes`.
+        frame_cache: where batches are read from. "device" keeps the frames of all clips in the memory of the device
+            that computes (a GPU's, or the machine's), where they fit, and needs no processes that load: the same
+            frames, see `device_cache`.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
         text_length: most tokens in a text.
         decoder: see `cdc_mmpg.video`.
@@ -186,6 +223,7 @@ class VideoTextDataModule(EpochDataModule):
         batch_size: int = 256,
         per_device: int | None = None,
         num_workers: int | None = None,
+        frame_cache: Literal["disk", "device"] = "disk",
         vocab: str | None = None,
         text_length: int = 40,
         decoder: Decoder = "pyav",
@@ -221,13 +259,20 @@ class VideoTextDataModule(EpochDataModule):
             )
         if domains is None and held_out is not None:
             raise ConfigError("data.init_args.held_out names domains, but data.init_args.domains gives none")
+        if frame_cache == "device" and domains not in (None, "categories"):
+            raise ConfigError(
+                f"data.init_args.domains is {domains}, which change frames when they are read from the disk, and "
+                "data.init_args.frame_cache is device, where nothing is read any more: leave them on the disk "
+                "(FRAME_CACHE=disk)"
+            )
         self.domains, self.held_out = domains, unseen_domains(domains, held_out) if domains else []
         self.root, self.cache_dir = Path(root).expanduser(), Path(cache_dir).expanduser()
         self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
-        self.num_workers = min(4, count_processors()) if num_workers is None else num_workers
+        self.num_workers = 0 if frame_cache == "device" else num_workers
         self.vocab, self.text_length = vocab, text_length
         self.max_missing, self.only_present = max_missing, only_present
-        self.cache = FrameCache(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
+        kind = DeviceCache if frame_cache == "device" else FrameCache
+        self.cache = kind(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
         self.notes: dict[Split, str] = {}  # where a split comes from, where that has to be said; `read_split` fills it
         self._annotated: dict[Split, list[Sample]] = {}
         self._kept: dict[Split, list[Sample]] = {}
@@ -675,6 +720,8 @@ class VideoTextDataModule(EpochDataModule):
             self._check_split(split, samples, paths)
             self._left_out[split] = self.questions(kept) - self.questions(samples)
             self._splits[split] = self.build(samples)
+        if isinstance(self.cache, DeviceCache):
+            self.cache.clips = [name for name in named if self.is_ready(name)]
 
     def is_ready(self, clip: str) -> bool:
         """Whether a clip's frames are in the cache."""
@@ -695,6 +742,11 @@ class VideoTextDataModule(EpochDataModule):
     def test_dataloader(self) -> DataLoader[VideoTextBatch]:
         """As annotated."""
         return self.batches(self.dataset("test", augment=False), shuffle=False, num_workers=self.num_workers)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, as Lightning does; frames that are kept on the device are gathered there."""
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch._replace(frames=self.cache.gather(batch.frames)) if isinstance(self.cache, DeviceCache) else batch
 
     def labels(self, split: Split) -> Tensor:
         """(N,) the class of every sample, or the place of its right candidate."""

@@ -9,9 +9,11 @@ Arrays appear whole or not at all. The index is only appended to, a line a clip,
 that no line tells of is found by its name: who loses the index has the clips hashed, not decoded again.
 """
 
+import ctypes
 import importlib.util
 import json
 import logging
+import mmap
 import multiprocessing
 import os
 import re
@@ -19,11 +21,13 @@ import shutil
 import signal
 import stat
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -43,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 ARRAY = re.compile(r"[A-Za-z0-9_-]*\.[0-9a-f]{12}\.\d+\.npy")  # see `_array`
 AT_ONCE = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
+MAPS = 32_768  # arrays that a process keeps mapped; Linux lets it have 65,530 maps
 # Exit codes of who is ended from outside, as for memory, or by SLURM, which signals all processes of a job.
 STOPPED = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGUSR1)
 
@@ -116,25 +121,34 @@ class FrameCache:
         return clips * self.num_frames * self.candidates * self.side * round(self.side * 4 / 3) * 3
 
     def read(self, name: str, candidates: Sequence[int]) -> Frames:
-        """Some of the candidate frames of a clip, (T, H, W, 3).
+        """Some of the candidate frames of a clip, (T, H, W, 3); see `array`."""
+        kept = self.array(name)
+        return kept[self.indices(len(kept), candidates)]
+
+    def array(self, name: str) -> Frames:
+        """Return all kept frames of a clip, (K, H, W, 3): mapped, so that only what is used of them is read.
 
         Raises:
             DataError: not prepared, or the file was damaged from outside.
         """
         if not (entry := self.entry(name)).frames:
             raise DataError(f"{name}: no frames ({entry.error})")
-        path = self.folder / self._file(name)
+        path = f"{self.folder}/{self._file(name)}"
         try:
-            kept = np.load(path, mmap_mode="r", allow_pickle=False)  # only the frames that are used are read
+            kept = _map(path)
             expected = min(entry.frames, self.num_frames * self.candidates)
-            if kept.dtype != np.uint8 or kept.ndim != 4 or len(kept) != expected:
-                raise ValueError(f"{kept.dtype} {kept.shape} for {expected} frames")
-            places = candidate_indices(len(kept), self.num_frames, self.candidates)
-            return kept[[places[candidate] for candidate in candidates]]
+            if len(kept) != expected:
+                raise ValueError(f"{kept.shape} for {expected} frames")
+            return kept
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"{path}: the cached frames of {name} cannot be read ({error}): delete the file and run `make data`"
             ) from error
+
+    def indices(self, kept: int, candidates: Sequence[int]) -> list[int]:
+        """Return which of so many kept frames candidates are."""
+        every = candidate_indices(kept, self.num_frames, self.candidates)
+        return [every[candidate] for candidate in candidates]
 
     def fill(self, clips: Mapping[str, Path], workers: int, renew: bool = False) -> dict[str, str]:
         """Decode what is not there yet, in `workers` processes; what was done stays if this is killed.
@@ -360,6 +374,36 @@ class FrameCache:
     def _set_ready(self) -> None:
         files = self._files()
         self.ready = frozenset(n for n, entry in self._entries.items() if entry.frames and self._file(n) in files)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+@lru_cache(MAPS)
+def _map(path: str) -> Frames:
+    """Return a file's array, mapped once by a process: to map it takes longer than to read three frames of it.
+
+    By the system's own call: Python's maps hold a file descriptor each, of which a process often has 1,024.
+
+    Raises:
+        OSError, ValueError, EOFError: it is no whole array of uint8 frames.
+    """
+    kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    if kept.dtype != np.uint8 or kept.ndim != 4:
+        raise ValueError(f"{kept.dtype} {kept.shape}")
+    size = kept.offset + kept.nbytes
+    with open(path, "rb") as file:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    content = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(content, _libc.munmap, address, size).atexit = False
+    frames = np.frombuffer(content, np.uint8, offset=kept.offset).reshape(kept.shape)
+    frames.flags.writeable = False
+    return frames
 
 
 def _look_at(clips: Mapping[str, Path]) -> tuple[dict[str, os.stat_result], dict[str, str]]:

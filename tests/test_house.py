@@ -34,7 +34,7 @@ ROOMS = {
     "frames": set(),
     "video": {"errors", "frames"},
     "text": {"errors"},
-    "batch": {"errors", "frames", "signals"},
+    "batch": {"errors", "frames", "processors", "signals"},
     "weights": {"errors", "files"},
     "metrics": set(),
     "payloads": {"errors"},
@@ -78,6 +78,7 @@ ROOMS = {
     "sweep": {"cli", "errors", "files", "results"},
     "checkpoint": {"cli", "errors", "models"},
     "cli": {"errors", "experiment", "files", "launchers", "results", "signals", "terminal"},
+    "benchmark_loading": {"data_modules", "batch", "terminal"},  # the only one: what loads is the datasets' own
     "benchmark": {"batch", "files", "matmul", "methods", "models", "payloads", "terminal"},
     "predict": {"batch", "cli", "errors", "experiment", "files", "finished", "frames", "launchers", "text", "video",
                 "weights"},
@@ -394,7 +395,8 @@ def test_datasets_go_by_the_names_that_people_type():
         ("JOBS=0", "side by side"), ("JOBS=many", "side by side"), ("JOBS=-1", "side by side"),
         ("SEEDS=0", "how many seeds"), ("SEEDS=x", "how many seeds"), ("SEED=abc", "from 0"), ("EPOCHS=0", "from 1"),
         ("NODES=0", "machines"), ("OUT=", "the folder where runs go"), ("OUT=README.md", "is a file"),
-        ("OUT=-x", "begin"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("JOBS=1;touch x", "side by side"),
+        ("OUT=-x", "begin"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("FRAME_CACHE=gpu", "read"),
+        ("JOBS=1;touch x", "side by side"),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_at_once(wrong, said):
@@ -446,11 +448,13 @@ def test_the_recipes_order_is_makes():
 
 def test_the_variables_reach_lightning():
     command, _ = make("train", "DATASET=msvd", "METHOD=linear", "SEED=3", "DEVICES=2", "NODES=4",
-                      "PRECISION=bf16-mixed", "EPOCHS=7", "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d",
+                      "PRECISION=bf16-mixed", "FRAME_CACHE=device", "EPOCHS=7",
+                      "CHECKPOINT=c.ckpt", "VOCAB=v.txt", "DATA=d",
                       "ARGS=--data.init_args.batch_size=4",
                       "ARGS_linear=--model.init_args.weight_decay=0")  # fmt: skip
     assert {
         "--seed_everything=3", "--trainer.devices=2", "--trainer.num_nodes=4", "--trainer.precision=bf16-mixed",
+        "--data.init_args.frame_cache=device",
         "--trainer.max_epochs=7", "--model.init_args.encoder.checkpoint=c.ckpt", "--data.init_args.vocab=v.txt",
         "--data.init_args.root=d", "--data.init_args.batch_size=4", "--model.init_args.weight_decay=0",
         "--trainer.default_root_dir=checkpoints/msvd/linear/seed3",

@@ -14,6 +14,7 @@ import torch
 from lightning import Trainer
 
 from cdc_mmpg.batch import CASES, SPLITS
+from cdc_mmpg.captions import CaptionDataModule
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.features import FeatureDataset
@@ -342,3 +343,15 @@ def test_a_toy_is_made_and_never_taken_for_the_whole(tmp_path, monkeypatch, caps
     assert synthetic_clips.main([str(tmp_path / "clips"), "--size", "toy"]) == 0  # checked
     assert synthetic_clips.main([str(tmp_path / "clips")]) == 3
     assert "delete or rename the folder" in capsys.readouterr().err
+
+
+def test_captioned_clips_are_the_same_from_the_device(data, synthetic):
+    batches = []
+    for own in (data, module(synthetic, data.cache_dir, frame_cache="device")):
+        view = CaptionDataModule(own)
+        view.setup("fit")
+        loaded = [next(iter(loader)) for loader in (view.train_dataloader(), view.val_dataloader())]
+        batches.append([view.transfer_batch_to_device(batch, torch.device("cpu"), 0) for batch in loaded])
+    assert batches[0][0].frames.shape == (4, 3, 64, 64, 3)
+    for one, another in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, another, strict=True))

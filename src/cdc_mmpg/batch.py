@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.frames import MEAN, STD, Frames
+from cdc_mmpg.processors import count_processors
 from cdc_mmpg.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
@@ -265,10 +267,26 @@ class EpochDataModule(LightningDataModule):
         """
         return plan_batches(self.batch_size, self.per_device, self.trainer.world_size if self.trainer else 1)
 
+    def loading_processes(self) -> int:
+        """Return how many processes load batches unless told: as many as this one has processors, from 1 to 16.
+
+        The processes of a run share a machine's processors; under SLURM, with a task for each, a task is given its own.
+        """
+        sharing = 1
+        if self.trainer is not None:
+            environment = getattr(self.trainer.strategy, "cluster_environment", None)
+            sharing = 1 if isinstance(environment, SLURMEnvironment) else self.trainer.num_devices
+        return min(16, max(1, count_processors() // sharing))
+
     def batches(
-        self, dataset: Dataset[Any], shuffle: bool, num_workers: int = 0, at_once: int | None = None
+        self, dataset: Dataset[Any], shuffle: bool, num_workers: int | None = 0, at_once: int | None = None
     ) -> DataLoader[Any]:
-        """Return this process's share of a dataset as batches; in evaluation, of `at_once` samples at most."""
+        """Return this process's share of a dataset as batches; in evaluation, of `at_once` samples at most.
+
+        So many processes load them, None is `loading_processes`.
+        """
+        if num_workers is None:
+            num_workers = self.loading_processes()
         size, plan = len(dataset), self.plan  # type: ignore[arg-type]
         if at_once is not None:
             plan = plan._replace(at_once=min(at_once, plan.at_once))
@@ -513,7 +531,7 @@ class VideoTextData(Protocol):
     batch_size: int
     per_device: int | None
     even: bool
-    num_workers: int
+    num_workers: int | None
     seed: int
 
     def check(self) -> dict[str, Any]:
@@ -527,6 +545,9 @@ class VideoTextData(Protocol):
 
     def dataset(self, split: Split, augment: bool) -> Dataset[VideoTextBatch]:
         """A split, its frames drawn anew for every epoch or always the same."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return a batch of its datasets on a device, with its frames."""
 
     def labels(self, split: Split) -> Tensor:
         """(N,) the class of every sample."""

@@ -1,5 +1,7 @@
 """A dataset's captioned clips as encoder pretraining reads them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -48,6 +50,10 @@ class CaptionDataModule(EpochDataModule):
         """Return the label of every sample of a split, (N,): a word."""
         captions = self.captions.train if split == "train" else self.captions.val
         return torch.zeros(len(captions), dtype=torch.long)  # type: ignore[arg-type]  # all known: any does
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch as the dataset does."""
+        return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def fingerprint(self, split: Split, frames: bool) -> str:
         """A digest of clips, captions, questions and labels."""

@@ -79,8 +79,8 @@ PARTS = ("seed_everything", "matmul", "compile", "trainer", "model", "data")
 # Where and how fast a run computes, not what: these may change between a run and its resumption.
 SURROUNDINGS = (
     "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
-    "data.init_args.per_device", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+    "data.init_args.per_device", "data.init_args.frame_cache", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
 )  # fmt: skip
 
 # Weights stay float32: the generated layer and the loss are computed in it.

@@ -179,8 +179,8 @@ class FeatureDataModule(EpochDataModule):
         batches = self.batches(dataset, False, self.data.num_workers, self.data.per_device)
         found: dict[str, list[Tensor]] = {}
         for batch in track(batches, description=f"features of {name}"):
-            frames = batch.frames if frame is None else batch.frames[:, frame : frame + 1]
-            encoded = self.head.encode(encoder, VideoTextBatch(*(part.to(device) for part in (frames, *batch[1:]))))
+            seen = batch if frame is None else batch._replace(frames=batch.frames[:, frame : frame + 1])
+            encoded = self.head.encode(encoder, self.data.transfer_batch_to_device(seen, device, 0))
             for part in ("frame_features", "texts", "there"):
                 if (values := getattr(encoded, part)) is not None:
                     found.setdefault(part, []).append(values.cpu())

@@ -108,6 +108,8 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
             part["class_path"]
         model["encoder"]["checkpoint"] = None  # the run has all weights
         root = Path(data["root"])
+        if "frame_cache" in data:
+            data["frame_cache"] = "disk"  # for what reads batches by itself, once
         if "adr" in model:
             model["adr"] = str(run / "adr.safetensors")
         if vocab:

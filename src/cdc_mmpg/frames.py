@@ -65,8 +65,17 @@ def _middle_part(frame: av.VideoFrame) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(part, dtype=np.uint8), format="rgb24")
 
 
+def crop_place(
+    height: int, width: int, image_size: int, generator: np.random.Generator | None = None
+) -> tuple[int, int]:
+    """Return row and column where the square begins that a frame is cropped to: the centre's, or drawn ones."""
+    spare = height - image_size, width - image_size
+    if generator is None:
+        return spare[0] // 2, spare[1] // 2
+    return int(generator.integers(spare[0] + 1)), int(generator.integers(spare[1] + 1))
+
+
 def crop(frames: Frames, image_size: int, generator: np.random.Generator | None = None) -> Frames:
-    """The same square of all frames: the centre, or a place drawn from `generator`. (T, H, W, 3) -> (T, S, S, 3)."""
-    spare = np.array(frames.shape[1:3]) - image_size
-    top, left = spare // 2 if generator is None else generator.integers(spare + 1)
+    """The same square of all frames, see `crop_place`. (T, H, W, 3) -> (T, S, S, 3)."""
+    top, left = crop_place(frames.shape[1], frames.shape[2], image_size, generator)
     return frames[:, top : top + image_size, left : left + image_size]

@@ -1,9 +1,11 @@
-"""How many processors this process may use."""
+"""What this process may use of the machine: processors and memory."""
 
 import os
+import re
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")  # of Linux, version 2
+MEMORY = Path("/proc/meminfo")
 
 
 def count_processors() -> int:
@@ -16,15 +18,37 @@ def count_processors() -> int:
     return max(1, min([allowed, *_group_limits()]))
 
 
-def _group_limits() -> list[int]:
-    """Return the limits of this process's control group and of all that hold it, in processors."""
+def free_memory() -> int:
+    """Return how many bytes of memory this process may still have; the machine's whole where nothing tells."""
+    try:
+        available = re.search(r"^MemAvailable: *(\d+) kB$", MEMORY.read_text(encoding="ascii"), re.MULTILINE)
+        free = int(available[1]) * 1024 if available else 0
+    except OSError:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for folder in _groups():
+        try:
+            limit, used = (int((folder / f"memory.{what}").read_text(encoding="ascii")) for what in ("max", "current"))
+            cached = re.search(r"^file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+            free = min(free, limit - used + int(cached[1] if cached else 0))  # what files are cached in can be had
+        except (OSError, ValueError):  # no such file, or "max": unlimited
+            continue
+    return free
+
+
+def _groups() -> list[Path]:
+    """Return the folders of this process's control group and of all that hold it."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").split("\n")
         group = CGROUPS / next(line[4:] for line in lines if line.startswith("0::/"))
     except (OSError, StopIteration, UnicodeDecodeError):
         return []
+    return [group, *group.parents]
+
+
+def _group_limits() -> list[int]:
+    """Return the groups' limits in processors."""
     limits = []
-    for folder in (group, *group.parents):
+    for folder in _groups():
         try:
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             limits.append(int(quota) // int(period))
