@@ -44,7 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_clip(root / "YouTubeClips" / f"{name}.avi", frames, size)
     for number, path in enumerate(sorted(module(root).cache.folder.glob("*.npy"))):
         shape = np.load(path).shape
-        path.unlink()  # who has it open keeps what it was
         np.save(path, np.random.default_rng(number).integers(256, size=shape, dtype=np.uint8))
     return root
 
