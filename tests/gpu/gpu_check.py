@@ -329,8 +329,9 @@ def merge() -> None:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(PARTS.glob("*.json"))}
     out = Path(os.environ.get("OUT", PARTS))
     (out / "gpu_check.json").write_text(json.dumps(found, indent=1))
-    if (PARTS / "profile.txt").is_file():
-        (out / "profile.txt").write_text((PARTS / "profile.txt").read_text())
+    for name in ("profile.txt", "loading.log"):
+        if (PARTS / name).is_file():
+            (out / name).write_text((PARTS / name).read_text())
     print("GPU_CHECK_JSON", json.dumps(found, separators=(",", ":"))[:11000])
 
 

@@ -51,7 +51,8 @@ part compiled 70 $PY -m cdc_mmpg.benchmark $sizes --compile $compiled --rows fin
 part clips 30
 part runs 150
 part syncs 40
-part loading 50 $PY -m cdc_mmpg.benchmark_loading $loading --json "$PARTS/loading.json"
+part loading 50 $PY -m cdc_mmpg.benchmark_loading $loading
+grep "│" "$PARTS/loading.log"
 part numerics 30
 part profile 40
 part deployment 30
