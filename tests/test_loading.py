@@ -185,9 +185,9 @@ def test_processes_that_load_are_a_ranks_share_of_the_processors(
     monkeypatch.setattr(contract, "count_processors", lambda: processors)
     data = module(folder, num_workers=None)
     data.trainer = SimpleNamespace(
-        num_devices=devices,
+        num_devices=devices, world_size=1, global_rank=0,
         strategy=SimpleNamespace(**{"cluster_environment": environment.__new__(environment)} if environment else {}),
-    )
+    )  # fmt: skip
     assert data.train_dataloader().num_workers == expected
     assert data.batches(data.dataset("val", False), shuffle=False).num_workers == 0
 

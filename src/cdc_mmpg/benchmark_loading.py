@@ -7,7 +7,6 @@ that they lie in the system's memory, as a dataset does that was read once and f
 import argparse
 import hashlib
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -114,7 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     protect_output()
-    logging.getLogger("data_modules").setLevel(logging.ERROR)
 
     cuda = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else "CPU"
