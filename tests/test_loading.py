@@ -3,12 +3,14 @@
 import json
 import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cuda_double import CudaDouble
 from lightning import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -32,6 +34,7 @@ from data_modules.msrvtt_qa import MSRVTTQA
 from data_modules.msvd_qa import MSVDQA
 
 CPU = torch.device("cpu")
+HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = {"-aB_0_5": (40, (64, 48)), "c d_1_2": (12, (48, 96)), "e_3_4": (2, (50, 50)), "v_0_1": (5, (48, 64)),
           "t_0_1": (1, (120, 40))}  # frames and size; brief, square, portrait, wide  # fmt: skip
 
@@ -170,6 +173,29 @@ def test_an_array_is_opened_once_and_holds_no_descriptor(folder, monkeypatch):
     del arrays
     cache_module._map.cache_clear()
     assert str(data.cache.folder) not in Path("/proc/self/maps").read_text(), "what is let go is unmapped"
+
+
+@pytest.mark.parametrize("place", ["double", pytest.param("gpu", marks=[pytest.mark.gpu, HAS_GPU])])
+def test_a_gpu_gathers_frames_and_the_host_does_not_wait(place, folder, monkeypatch):
+    disk, kept, device = module(folder), module(folder, frame_cache="device"), torch.device("cuda", 0)
+    items = [[(epoch, index) for index in range(12)] for epoch in range(3)]
+    batches = [kept.dataset("train", augment=True).__getitems__(own) for own in items]
+    with CudaDouble() if place == "double" else nullcontext() as card:
+        if card:
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 2_000_000))
+        kept.transfer_batch_to_device(batches[0], device, 0)  # takes the frames there
+        pinned = [pin_memory(batch) for batch in batches]  # as a loader does
+        waits = len(card.syncs) if card else torch.cuda.set_sync_debug_mode("error")
+        try:
+            there = [kept.transfer_batch_to_device(batch, device, 0) for batch in pinned]
+        finally:
+            if not card:
+                torch.cuda.set_sync_debug_mode("default")
+        assert waits == (len(card.syncs) if card else None)
+        assert {part.device for batch in there for part in batch} == {device}
+        found = [batch.frames.cpu() for batch in there]
+    expected = [disk.dataset("train", augment=True).__getitems__(own).frames for own in items]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
