@@ -117,6 +117,7 @@ class CudaDouble(TorchFunctionMode):
         stream = mock.Mock(is_capturing=lambda: False)
         for name, value in (
             ("cuda.is_available", lambda: True), ("cuda.is_bf16_supported", lambda: True), ("cuda.Event", Event),
+            ("cuda.get_device_name", lambda device=None: "a double"), ("backends.cudnn.version", lambda: None),
             ("cuda.get_rng_state_all", list), ("cuda.synchronize", lambda device=None: _wait("synchronize")),
             ("accelerator.is_available", lambda: True), ("accelerator.current_stream", lambda device=None: stream),
         ):  # fmt: skip
