@@ -413,7 +413,7 @@ def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
                             ("msrvtt_retrieval", "linear")):  # fmt: skip
         folder = tmp_path / f"{dataset}-{method}"
         command = run(dataset, method, uneven[dataset], folder, phase_one, "--trainer.devices=2",
-                      "--data.init_args.batch_size=3", "--data.init_args.max_missing=1")  # fmt: skip
+                      "--data.init_args.batch_size=6", "--data.init_args.max_missing=1")  # fmt: skip
         running[dataset, method, folder] = start_ranks(folder, main, command)
     for (dataset, method, folder), ranks in running.items():
         for rank, process in enumerate(ranks):
