@@ -41,6 +41,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 # By the names of functions, methods and operators.
 ELSEWHERE = {"device", "_parse_to", "_set_grad_enabled"}  # of no tensor
+SIZES = {"dim", "size", "numel", "__len__", "stride", "is_contiguous"}
 SAYS = {"device": CUDA, "is_cuda": True, "is_cpu": False}
 MOVING = {"to", "cuda", "cpu", "type_as"}
 FROM_DATA = {"tensor", "as_tensor", "asarray", "new_tensor"}
@@ -48,6 +49,7 @@ EITHER = FROM_DATA | {
     "copy_", "data.__set__", "view_as", "expand_as", "reshape_as", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
 INDEXING = {"__getitem__", "__setitem__", "index_put", "index_put_"}
+AUGMENTED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 NO_SCALAR = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "index_select", "gather", "embedding"}
 WAITING = {
     "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "__contains__", "__repr__",
@@ -170,7 +172,7 @@ def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = f"{func.__self__.__name__}.__set__"  # type: ignore[attr-defined]
     tensors = [*_tensors(args), *_tensors(kwargs)]
     doubles = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
-    if early := [tensor for tensor in tensors if getattr(tensor, "arriving", False)]:
+    if (early := [tensor for tensor in tensors if getattr(tensor, "arriving", False)]) and name not in SIZES:
         raise DeviceError(f"{name} of {tuple(early[0].shape)}, still on its way to the host, at {_place().line}")
     device = next((value for value in args if isinstance(value, torch.device)), kwargs.get("device"))
     if name in MOVING or (name in ("as_tensor", "asarray") and isinstance(own, Tensor) and device is not None):
@@ -238,14 +240,15 @@ def _move(name: str, own: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args = (other.device, other.dtype, *args[1:])
     copy = kwargs.pop("copy", False)
     if name in ("cuda", "cpu"):
+        kwargs.pop("device", None)
         args = (CUDA if name == "cuda" else CPU, None, *args[1:])
     device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
     here = isinstance(own, CudaTensor)
     there = here if device is None else device.type == "cuda"
     with torch._C.DisableTorchFunctionSubclass():
-        moved = own.to(
-            CPU, dtype or own.dtype, copy=copy or here != there, memory_format=layout or torch.preserve_format
-        )
+        place = CPU if here or there else device or own.device
+        layout = layout or torch.preserve_format
+        moved = own.to(place, dtype or own.dtype, copy=copy or here != there, memory_format=layout)
     _carry(own, here, moved, there, non_blocking)
     return _on_cuda(moved) if there else moved
 
@@ -369,7 +372,7 @@ def _is_mask(part: Any) -> bool:
 
 
 def _is_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+    return name.endswith("_") and (not name.endswith("__") or name in AUGMENTED)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -195,6 +195,7 @@ def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp
         folder = tmp_path / "msvd" / method / "seed0"
         results = json.loads((folder / "results.json").read_text())
         assert (results["devices"], results["questions_per_step"]) == ("2 x cpu", 2)
+        assert results["recipe_questions_per_step"] == 256
         accuracy, loss = (results["metrics"][f"test/{name}"] for name in ("accuracy", "loss"))
         assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-5)
         (tmp_path / f"{method}-alone").mkdir()

@@ -5,6 +5,7 @@ The double itself is held to what it says, here and, where there is a GPU, by th
 
 import copy
 import json
+import operator
 import shutil
 import warnings
 from collections import Counter
@@ -334,6 +335,7 @@ REFUSED = {
     "a vector of one": lambda x, mask, rows: x + torch.ones(1),
     "a scalar among parts": lambda x, mask, rows: torch.stack([x.sum(), torch.tensor(1.0)]),
     "in place on the host": lambda x, mask, rows: torch.tensor(1.0).add_(x.sum()),
+    "+= on the host": lambda x, mask, rows: operator.iadd(torch.tensor(1.0), x.sum()),
     "equal": lambda x, mask, rows: torch.equal(x, HOST),
     "where": lambda x, mask, rows: torch.where(mask.cpu(), x, x),
     "tensors of the host by a mask": lambda x, mask, rows: assign(x, mask, torch.ones(3)),
@@ -370,7 +372,13 @@ def test_what_cuda_allows_is_allowed(place):
         x, mask, _ = values()
         one = torch.tensor(1.0)
         there = [x + one, one * x, torch.where(mask, x, one), x.masked_fill(mask, one), x.view_as(HOST), HOST.to(x)]
-        there += [x[torch.tensor([0])], HOST.type_as(x), torch.as_tensor(HOST, device="cuda")]
+        there += [
+            x.cuda(),
+            HOST.cuda(device=0),
+            x[torch.tensor([0])],
+            HOST.type_as(x),
+            torch.as_tensor(HOST, device="cuda"),
+        ]
         for result in there:
             assert (result.device, result.is_cuda, result.get_device()) == (torch.device("cuda", 0), True, 0)
             assert result.type() == "torch.cuda.FloatTensor"
@@ -438,11 +446,8 @@ def test_batches_that_are_not_pinned_are_waited_for(pinned):
         for part in DataLoader(torch.ones(2, 3), pin_memory=pinned):
             assert part.is_pinned() == pinned
             part.to("cuda", non_blocking=True)
-    assert (
-        [sync.operation for sync in card.syncs] == []
-        if pinned
-        else 2 * ["a copy to the device from memory that is not pinned"]
-    )
+    expected = [] if pinned else 2 * ["a copy to the device from memory that is not pinned"]
+    assert [sync.operation for sync in card.syncs] == expected
 
 
 def test_a_whole_command_computes_there_what_it_computes_on_the_cpu(fit, tmp_path, monkeypatch):

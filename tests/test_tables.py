@@ -391,6 +391,9 @@ def test_the_caption(synthetic):
     assert "Machine" not in caption
     write_run(synthetic, "linear", machine="8 cores, 16 GB")
     assert "Machine: 8 cores, 16 GB. " in tables.caption(synthetic)
+    for step, said in ((32, False), (8, True)):
+        write_run(synthetic, "linear", questions_per_step=step, recipe_questions_per_step=32)
+        assert ("Questions of a step: 8, where the recipe has 32. " in tables.caption(synthetic)) == said
 
 
 def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypatch):

@@ -409,6 +409,16 @@ class Experiment(LightningCLI):
             }
         return found
 
+    def _recipe_step(self) -> int:
+        """Return how many questions a step has in the dataset's configuration, whatever the command line says."""
+        for name in self.arguments:
+            path = Path(name.removeprefix("--config="))
+            if path.parent.name == "datasets" and path.is_file():
+                given = yaml.safe_load(path.read_text(encoding="utf-8"))["data"].get("init_args") or {}
+                if "batch_size" in given:
+                    return int(given["batch_size"])
+        return int(inspect.signature(type(self.dataset)).parameters["batch_size"].default)
+
     def _count_accumulated(self, processes: int) -> int:
         """Return how many batches a process accumulates to an optimizer step.
 
@@ -468,6 +478,7 @@ class Experiment(LightningCLI):
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
             "epochs": trainer.current_epoch,
             "questions_per_step": datamodule.batch_size,
+            "recipe_questions_per_step": self._recipe_step(),
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,

@@ -707,6 +707,11 @@ def _caption(evidence: Evidence) -> str:
     splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in (run.find("splits") or {}).items())
     machines = [machine for run in runs if (machine := run.find("machine"))]
     commits = [shorten(commit) for run in runs if (commit := run.find("commit"))]
+    steps = [
+        f"{step}, where the recipe has {recipe}"
+        for run in runs
+        if (recipe := run.find("recipe_questions_per_step")) and (step := run.find("questions_per_step")) != recipe
+    ]
     monitors = [monitor.replace("val/", "validation ") for run in runs if (monitor := run.find("monitor"))]
     sentences = [
         f"{evidence.dataset}: {each([_asked(run, EVERYTHING) for run in runs])} test {asked}, "
@@ -727,6 +732,7 @@ def _caption(evidence: Evidence) -> str:
         f"Encoder from: {each([_inside(evidence.folder, r) or r.find('encoder') or 'random weights' for r in runs])}.",
         _pretraining(evidence, runs),
         f"Best epoch by {each(monitors)}, tested once." if monitors else "",
+        f"Questions of a step: {each(steps)}." if steps else "",
         f"Machine: {each(machines)}." if machines else "",
         f"Commit {each(commits)}." if commits else "",
     ]
