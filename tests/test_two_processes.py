@@ -150,10 +150,10 @@ def test_two_processes_test_as_one_does(witnessed):
     for run, (_, (both, _), alone) in witnessed.items():
         ours, expected = dict(both["logged"][-1]), dict(alone["logged"][-1])
         assert ours.keys() == expected.keys(), run
-        if run.startswith("msrvtt_retrieval") and "adr" not in run:
-            ours.pop("test/loss"), expected.pop("test/loss")  # depends on what else is in the batch
         for name, value in expected.items():
-            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), f"{run}: {name}"
+            # A value between two steps of int8 goes to either of them, by the last digit.
+            rel = 1e-2 if name.endswith("_error") else 1e-3
+            assert ours[name] == pytest.approx(value, rel=rel, abs=1e-5), f"{run}: {name}"
         cases = both["outcomes"].get("test", {})
         assert list(cases) == list(alone["outcomes"].get("test", {})), run
         for case, (where, rows) in cases.items():
