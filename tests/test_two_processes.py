@@ -151,8 +151,8 @@ def test_two_processes_test_as_one_does(witnessed):
         ours, expected = dict(both["logged"][-1]), dict(alone["logged"][-1])
         assert ours.keys() == expected.keys(), run
         for name, value in expected.items():
-            # A value between two steps of int8 goes to either of them, by the last digit.
-            rel = 1e-2 if name.endswith("_error") else 1e-3
+            # A value between two that int8 or float16 has goes to either of them, by its last digit.
+            rel = 0.05 if name.endswith("_error") else 1e-3
             assert ours[name] == pytest.approx(value, rel=rel, abs=1e-5), f"{run}: {name}"
         cases = both["outcomes"].get("test", {})
         assert list(cases) == list(alone["outcomes"].get("test", {})), run
