@@ -400,7 +400,7 @@ class Experiment(LightningCLI):
     def _describe_computing(self) -> dict[str, Any]:
         """Return in which precision a run is computed, on which card, and with which libraries."""
         found = {name: self.settings[name] for name in ("matmul", "compile")}
-        found |= {"precision": str(self.settings["trainer"]["precision"]), "torch": torch.__version__}
+        found |= {"precision": str(self.trainer.precision), "torch": torch.__version__}
         if self.trainer.strategy.root_device.type == "cuda":
             found |= {
                 "card": torch.cuda.get_device_name(self.trainer.strategy.root_device),
