@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.slow
 def test_every_part_runs_in_small(tmp_path):
     environment = os.environ | {
-        "SMALL": "1", "PY": sys.executable, "TOTAL": "1500", "OUT": str(tmp_path), "PARTS": str(tmp_path / "parts"),
+        "SMALL": "1", "OMP_NUM_THREADS": "1", "PY": sys.executable, "TOTAL": "1500", "OUT": str(tmp_path), "PARTS": str(tmp_path / "parts"),
         "WORK": str(tmp_path / "work"),
     }  # fmt: skip
     process = subprocess.run(
