@@ -11,8 +11,8 @@ import pytest
 @pytest.mark.slow
 def test_every_part_runs_in_small(tmp_path):
     environment = os.environ | {
-        "SMALL": "1", "OMP_NUM_THREADS": "1", "PY": sys.executable, "TOTAL": "1500", "OUT": str(tmp_path), "PARTS": str(tmp_path / "parts"),
-        "WORK": str(tmp_path / "work"),
+        "SMALL": "1", "OMP_NUM_THREADS": "1", "PY": sys.executable, "TOTAL": "1500", "OUT": str(tmp_path),
+        "PARTS": str(tmp_path / "parts"), "WORK": str(tmp_path / "work"),
     }  # fmt: skip
     process = subprocess.run(
         ["bash", "tests/gpu/gpu_check.sh"], capture_output=True, text=True, check=False, timeout=1600, env=environment
