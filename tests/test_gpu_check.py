@@ -27,6 +27,6 @@ def test_every_part_runs_in_small(tmp_path):
     exits = {name: run["exit"] for name, run in found["runs"].items() if isinstance(run, dict) and "exit" in run}
     assert exits.pop("killed") == -9
     assert set(exits.values()) == {0}
-    assert len(exits) == 12
+    assert len(exits) == 13
     assert len(found["train"]["rows"]) == 9
     assert process.stdout.splitlines()[-1].startswith("GPU_CHECK_JSON {")
