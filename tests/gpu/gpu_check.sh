@@ -33,7 +33,7 @@ part() { # part NAME SECONDS [COMMAND ...]
   UNTIL=$((begin + limit - 5)) timeout -k 5 "$limit" "$@" >"$PARTS/$name.log" 2>&1
   code=$?
   [ -s "$PARTS/$name.json" ] || printf '{"exit": %s, "limit": %s, "last": "%s"}' "$code" "$limit" \
-    "$(tail -1 "$PARTS/$name.log" | tr -d '"\\' | cut -c1-200)" >"$PARTS/$name.json"
+    "$(tail -1 "$PARTS/$name.log" | LC_ALL=C tr -cd ' -~' | tr -d '"\\' | cut -c1-200)" >"$PARTS/$name.json"
   echo "-- $name: exit $code, $(($(date +%s) - begin)) s"
   [ $code -ne 0 ] && tail -3 "$PARTS/$name.log"
 }
