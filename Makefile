@@ -255,7 +255,7 @@ checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and l
 	@$(PY) -m cdc_mmpg.checkpoint "$(FILE)"
 
 benchmark: .venv/.ready ## speed at the paper's size, of training, with OF=loading of what brings it samples, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
-	@$(PY) -m cdc_mmpg.benchmark$(if $(OF),_$(OF)) $(ARGS)
+	@$(PY) -m $(if $(filter loading,$(OF)),data_modules,cdc_mmpg).benchmark$(if $(OF),_$(OF)) $(ARGS)
 
 PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest

@@ -78,14 +78,13 @@ ROOMS = {
     "sweep": {"cli", "errors", "files", "results"},
     "checkpoint": {"cli", "errors", "models"},
     "cli": {"errors", "experiment", "files", "launchers", "results", "signals", "terminal"},
-    "benchmark_loading": {"data_modules", "batch", "terminal"},  # the only one: what loads is the datasets' own
     "benchmark": {"batch", "files", "matmul", "methods", "models", "payloads", "terminal"},
     "predict": {"batch", "cli", "errors", "experiment", "files", "finished", "frames", "launchers", "text", "video",
                 "weights"},
     "finished": {"errors", "experiment", "files", "launchers", "results", "processors"},
     "on_device": {"batch", "cli", "errors", "evaluation", "files", "finished", "methods", "results", "weights"},
     "privacy": {"batch", "cli", "errors", "files", "finished", "results", "sessions", "weights"},
-    "data_modules": {"data_modules", "batch", "errors", "files", "frames", "text", "video", "processors"},
+    "data_modules": {"data_modules", "batch", "errors", "files", "frames", "terminal", "text", "video", "processors"},
 }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from cdc_mmpg import batch as contract
-from cdc_mmpg import benchmark_loading
 from cdc_mmpg.batch import SPLITS, FeatureBatch, SessionBatch, VideoTextBatch
 from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
@@ -26,8 +25,8 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.weights import load_checkpoint
 from conftest import write_clip, write_msvd
+from data_modules import benchmark_loading, device_cache
 from data_modules import cache as cache_module
-from data_modules import device_cache
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache
 from data_modules.msrvtt_qa import MSRVTTQA

@@ -334,10 +334,10 @@ class EpochDataModule(LightningDataModule):
         weights: dict[bool, list[float]] = {False: [], True: []}
         for start in range(0, len(order), plan.step):
             samples = order[start : start + plan.step]
+            number, number_known = len(samples), max(1, int(is_known[samples].sum()))
             for part in plan.share(samples, self._training.rank):
-                for known, counts in ((False, np.ones_like(is_known)), (True, is_known)):
-                    own, whole = int(counts[part].sum()), int(counts[samples].sum())
-                    weights[known].append(own * plan.world * plan.accumulated / max(1, whole))
+                weights[False].append(len(part) * plan.world * plan.accumulated / number)
+                weights[True].append(int(is_known[part].sum()) * plan.world * plan.accumulated / number_known)
         return weights
 
     def count_taken(self, processed: int) -> int:

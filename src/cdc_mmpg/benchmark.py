@@ -1,7 +1,7 @@
 """How fast each method trains at the paper's size, on one device: samples a second, and the share of its arithmetic.
 
 A step is measured as a run takes it, through Lightning, from a batch in pinned memory, with questions as long as
-MSVD-QA's and MSRVTT-QA's. What brings the batches is measured apart (`benchmark_loading`).
+MSVD-QA's and MSRVTT-QA's. What brings the batches is measured apart (`data_modules.benchmark_loading`).
 """
 
 import argparse

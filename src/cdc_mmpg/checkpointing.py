@@ -115,7 +115,7 @@ class StopOnSignal(StepCheck):
     def __init__(self, run: Path) -> None:
         super().__init__()
         self.run = run
-        self._received, self._when = 0, 0.0
+        self._when = 0.0
         self._former: dict[int, Any] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -141,10 +141,10 @@ class StopOnSignal(StepCheck):
     def _note(self, number: int, frame: FrameType | None) -> None:
         drop_terminal(number)
         # A second signal, and not the same one to a whole group.
-        if self._received not in (0, REQUEUE) and time.monotonic() > self._when + 1:
+        if self.told not in (0, REQUEUE) and time.monotonic() > self._when + 1:
             raise Stopped(number)
-        if not self._received:
-            self.told, self._received, self._when = True, number, time.monotonic()
+        if not self.told:
+            self.told, self._when = number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -164,11 +164,11 @@ class StopOnSignal(StepCheck):
 
     def _is_asked_to_stop(self, trainer: Trainer) -> bool:
         """The same answer on every process."""
-        return trainer.strategy.reduce_boolean_decision(self.told, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
 
     def _leave(self, trainer: Trainer) -> None:
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # of whichever process was told
+        told = torch.tensor(self.told, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(told, reduce_op="max"))  # of whichever process was told
         if number == REQUEUE:
             ignore_stop_signals()  # see `cli`
         raise Stopped(number)

@@ -22,7 +22,7 @@ from pathlib import Path
 from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment, find_launch, requeue
-from cdc_mmpg.results import RESUME, fingerprint, read_results
+from cdc_mmpg.results import RESUME, find_dataset_config, fingerprint, read_results
 from cdc_mmpg.signals import REQUEUE, Stopped, drop_terminal, ignore_stop_signals, stop_signals
 from cdc_mmpg.terminal import end_without_output, escape_controls, find_lost_output, print_error, protect_output
 
@@ -222,12 +222,9 @@ def _examine(name: str) -> str:
 
 def _source_of_dataset(arguments: Sequence[str]) -> str:
     """What the dataset's configuration says at its top about where the data comes from."""
-    for name in arguments:
-        path = Path(name.removeprefix("--config="))
-        if path.parent.name == "datasets" and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return "\n".join(line[2:] for line in lines if line.startswith("#"))
-    return ""
+    path = find_dataset_config(arguments)
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
+    return "\n".join(line[2:] for line in lines if line.startswith("#"))
 
 
 if __name__ == "__main__":

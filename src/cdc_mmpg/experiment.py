@@ -17,7 +17,6 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -48,6 +47,7 @@ from cdc_mmpg.results import (
     RESULTS,
     RESUME,
     annotations_digest,
+    find_dataset_config,
     fingerprint,
     provenance,
     read_inputs,
@@ -230,7 +230,7 @@ class Experiment(LightningCLI):
         parser.add_argument("--compile", type=bool, default=False, help="compile the encoder's blocks (torch.compile)")
         parser.set_defaults(
             {
-                "trainer.use_distributed_sampler": False,  # `batch.EpochSampler` shares out
+                "trainer.use_distributed_sampler": False,  # `batch.EpochBatches` shares out
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.enable_model_summary": False,
                 "trainer.log_every_n_steps": 10,
@@ -384,9 +384,6 @@ class Experiment(LightningCLI):
             launch.check_processes(trainer.world_size, trainer.num_nodes, alone=GROUPS not in os.environ)
             self.until_end.enter_context(parting(trainer))
         trainer.accumulate_grad_batches = self._count_accumulated(trainer.world_size)
-        # Lightning asks before every batch whether the first process was told to stop, and waits for the answer:
-        # `StepCheck` asks all of them, without waiting.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         rank_zero_only.rank = trainer.global_rank
         for name in OUR_LOGGERS:
             logging.getLogger(name).setLevel(logging.INFO if trainer.is_global_zero else logging.ERROR)
@@ -411,13 +408,10 @@ class Experiment(LightningCLI):
 
     def _recipe_step(self) -> int:
         """Return how many questions a step has in the dataset's configuration, whatever the command line says."""
-        for name in self.arguments:
-            path = Path(name.removeprefix("--config="))
-            if path.parent.name == "datasets" and path.is_file():
-                given = yaml.safe_load(path.read_text(encoding="utf-8"))["data"].get("init_args") or {}
-                if "batch_size" in given:
-                    return int(given["batch_size"])
-        return int(inspect.signature(type(self.dataset)).parameters["batch_size"].default)
+        path = find_dataset_config(self.arguments)
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))["data"].get("init_args") or {} if path else {}
+        default = inspect.signature(type(self.dataset)).parameters["batch_size"].default
+        return int(given.get("batch_size", default))
 
     def _count_accumulated(self, processes: int) -> int:
         """Return how many batches a process accumulates to an optimizer step.
@@ -456,8 +450,7 @@ class Experiment(LightningCLI):
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
-        if not trainer.is_global_zero:
-            trainer.strategy.barrier("results")  # a later command of this process may build on what the first writes
+        if not trainer.is_global_zero:  # `parting` waits for what the first process writes
             return
         model.export(self.folder)
         with atomic_write(self.folder / ANSWERS) as file:
@@ -504,7 +497,6 @@ class Experiment(LightningCLI):
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
         close(trainer.loggers, results)
-        trainer.strategy.barrier("results")
 
 
 def is_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> bool:

@@ -130,9 +130,11 @@ def end_started(strategy: Strategy, seconds: float, terminate: bool = False) -> 
 def parting(trainer: Trainer) -> Iterator[None]:
     """After a run, leave its group, end what Lightning started for it, and take back what it set for it.
 
-    While it runs, signals are ours alone: Lightning's handler of SIGTERM waits for the other processes.
+    While it runs, signals are ours alone: Lightning's handler of SIGTERM waits for the other processes, and before each
+    batch its loop waits to hear whether the first one had it. `StepCheck` asks all of them, without waiting.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     before, threads = {name: os.environ.get(name) for name in OF_A_RUN}, torch.get_num_threads()
     try:
         yield

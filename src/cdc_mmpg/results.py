@@ -80,6 +80,12 @@ def fingerprint(arguments: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def find_dataset_config(arguments: Sequence[str]) -> Path | None:
+    """Return the file with the dataset's configuration that a command line names, None where it names none."""
+    paths = (Path(name.removeprefix("--config=")) for name in arguments)
+    return next((path for path in paths if path.parent.name == "datasets" and path.is_file()), None)
+
+
 def annotations_digest(root: Path) -> str:
     """Of the content of a dataset's annotation files, in its folder and in those just below."""
     digest, root = hashlib.sha256(), root.expanduser()

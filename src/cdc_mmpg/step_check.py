@@ -8,12 +8,11 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cdc_mmpg.errors import DivergedError
-from cdc_mmpg.models.processes import gather_from_processes, is_distributed
+from cdc_mmpg.models.processes import gather_from_processes, is_distributed, sum_over_processes
 
 
 class Posted(NamedTuple):
@@ -22,7 +21,7 @@ class Posted(NamedTuple):
     epoch: int
     step: int
     batches: list[tuple[Tensor, Tensor]]  # of this process: loss, and the samples' indices (B,)
-    values: Tensor  # (2,) sums over the processes: of the losses, and how many were told to stop
+    values: Tensor  # (2,) sums over the processes: of the losses, and of the signals by which they were told to stop
     copied: torch.cuda.Event | None  # when the values are on the host; None where they are now
 
 
@@ -30,12 +29,12 @@ class StepCheck(Callback):
     """Ends a run whose loss is not finite, on all processes together; logs `train/loss`, a step late.
 
     Attributes:
-        told: whether this process was told to stop.
+        told: the signal by which this process was told to stop, 0 where it was not.
         stops: whether any process was, as all of them know it: a step late where there are several.
     """
 
     def __init__(self) -> None:
-        self.told = self.stops = False
+        self.told, self.stops = 0, False
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._posted: Posted | None = None
 
@@ -52,7 +51,7 @@ class StepCheck(Callback):
             return
         before, self._posted = self._posted, self._post(trainer)
         if not is_distributed():
-            self.stops = self.told
+            self.stops = bool(self.told)
         if before is not None:
             loss = self._examine(before, trainer)
             pl_module.log("train/loss", torch.tensor(loss), prog_bar=True)
@@ -83,9 +82,7 @@ class StepCheck(Callback):
         """Add up the step's losses over the processes, and begin to copy the sum to the host."""
         batches, self._batches = self._batches, []
         loss = torch.stack([loss for loss, _ in batches]).sum().float()
-        values = torch.stack([loss, torch.full_like(loss, float(self.told))])
-        if is_distributed():
-            torch.distributed.all_reduce(values)
+        values = sum_over_processes(torch.stack([loss, torch.full_like(loss, float(self.told))]))
         copied = None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)

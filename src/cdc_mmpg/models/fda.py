@@ -111,7 +111,7 @@ class Adaptor(nn.Module):
         """Note what a training batch generated, (..., X) rows of which some count, until `settle`."""
         if self.training:
             rows = rows.detach().flatten(0, -2)
-            weights = rows.new_ones(len(rows)) if counted is None else counted.flatten().to(rows.dtype)
+            weights = count_rows(rows, counted)
             self._step.append((weights @ rows, weights.sum()))
 
     def settle(self) -> None:
@@ -286,7 +286,7 @@ class LowRankFDA(Adaptor):
 
     def _remember_residuals(self, left: Tensor, right: Tensor, counted: Tensor | None) -> None:
         """Do what `remember` does, without making the residuals (B, L, D + 1) of (B, r, L) and (B, r, D + 1)."""
-        weights = left.new_ones(len(left)) if counted is None else counted.flatten().to(left.dtype)
+        weights = count_rows(left, counted)
         total = (left * weights[:, None, None]).flatten(0, 1).T @ right.flatten(0, 1)
         self._step.append((total.flatten(), weights.sum()))
 
@@ -375,6 +375,11 @@ class BasisFDA(Adaptor):
 def projection() -> nn.Sequential:
     """The MLP of eq. 5 and 11: two linears, then a LayerNorm."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
+
+
+def count_rows(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """Return 1 for each of the rows (B, ...) that counts, else 0, (B,); None is all."""
+    return rows.new_ones(len(rows)) if counted is None else counted.flatten().to(rows.dtype)
 
 
 def with_one(hidden: Tensor) -> Tensor:

@@ -276,6 +276,5 @@ def contrast(scores: Tensor, clips: Tensor) -> Tensor:
     again = ((clips[:, None] == clips) & (places[:, None] > places)).any(1)  # (N,)
     scores = scores.masked_fill(again[:, None] ^ again, float("-inf"))
     places = places.masked_fill(again, UNKNOWN)
-    number = (~again).sum()
-    losses = (F.cross_entropy(part, places, ignore_index=UNKNOWN, reduction="sum") for part in (scores, scores.T))
-    return sum(losses, torch.zeros_like(number, dtype=scores.dtype)) / (2 * number)
+    rows, columns = (F.cross_entropy(part, places, ignore_index=UNKNOWN) for part in (scores, scores.T))
+    return (rows + columns) / 2
