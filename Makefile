@@ -103,7 +103,7 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 
 # The linear head stands for all methods: what is prepared is the same.
 data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset and decode its clips, for training to find: DATASET= DATA= ARGS= OUT=
-	@$(PY) -m cdc_mmpg.prepare "$(ROOT)" --config experiments/methods/linear.yaml --config experiments/datasets/$(DATASET).yaml \
+	@$(PY) -m cdc_mmpg.commands.prepare "$(ROOT)" --config experiments/methods/linear.yaml --config experiments/datasets/$(DATASET).yaml \
 		$(PLACES) $(ARGS)
 
 # Runs that do not build on each other go side by side, JOBS at a time, each with its share of the processors; a single
@@ -111,7 +111,7 @@ data: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) ## check a dataset an
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--jobs=$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target))
 train: .venv/.ready $(if $(PRETRAIN),$(if $(SEEDS),,run/$(PRETRAIN)/$(or $(ENCODER_SEED),$(SEED)))) ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 	@$(MAKE) --no-print-directory $(PARALLEL) $(WANTED)
-	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.tables "$(ROOT)")
+	$(if $(filter-out $(PHASES) $(CONTROLS),$(METHOD)),@$(PY) -m cdc_mmpg.report.tables "$(ROOT)")
 
 # A run's target is run/<method>[.<variant>]/<seed>, its folder <dataset>/<method>[.<variant>]/seed<seed>.
 method  = $(firstword $(subst ., ,$(firstword $(subst /, ,$1))))
@@ -169,13 +169,13 @@ RUNS    := $(foreach method,$(filter-out $(CONTROLS),$(METHODS)) $(VARIANTS),$(N
 
 .SECONDEXPANSION:
 $(RUNS): run/%: .venv/.ready $(if $(SYNTHETIC),$(DATA)/digests.json) $$(call NEEDS,$$*)
-	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.cli $(call FIT,$*)
+	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.training.cli $(call FIT,$*)
 
 $(NUMBERS:%=run/on_device/%): run/on_device/%: .venv/.ready $$(call NEEDS,on_device/$$*)
-	exec env $(SHARE) $(PY) -m cdc_mmpg.on_device "$(call folder,fine_tuning/$*)"
+	exec env $(SHARE) $(PY) -m cdc_mmpg.controls.on_device "$(call folder,fine_tuning/$*)"
 
 $(NUMBERS:%=run/privacy/%): run/privacy/%: .venv/.ready $$(addprefix run/,$$(addsuffix /$$*,$$(PRETRAIN)))
-	exec env $(SHARE) $(PY) -m cdc_mmpg.privacy "$(call folder,encoder_pretraining/$*)"
+	exec env $(SHARE) $(PY) -m cdc_mmpg.controls.privacy "$(call folder,encoder_pretraining/$*)"
 
 ifneq ($(SYNTHETIC),)
 $(DATA)/digests.json: $(if $(SIZE),check-size) | .venv/.ready
@@ -193,26 +193,26 @@ REST  := $(ALL) $(SESSIONS) $(CONTROLS) $(FRAMES:%=fine_tuning.%)
 tables: SEEDS = $(if $(FULL),5,3)
 tables: .venv/.ready ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
 	$(if $(SYNTHETIC),@$(MAKE) --no-print-directory METHOD=all SEEDS=$(SEEDS) $(PARALLEL) $(EVIDENCE))
-	@$(PY) -m cdc_mmpg.tables --paper "$(ROOT)"
+	@$(PY) -m cdc_mmpg.report.tables --paper "$(ROOT)"
 
 EVIDENCE = $(foreach seed,$(call upto,$(SEEDS)),$(foreach method,$(if $(FULL),$(REST),$(MAIN)),run/$(method)/$(seed))) $(REST:%=run/%/0) $(STUDY)
 
 $(STUDY): study/%: run/fine_tuning/0
-	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))
+	exec env $(SHARE) $(LAUNCH) $(PY) -m cdc_mmpg.training.cli $(foreach seed,0 1 2 3 4,$(foreach method,adr_pretraining_frozen cdc_mmpg_frozen,$(call FIT,$(method).$*/$(seed)) --))
 $(STUDY): ENCODER_SEED = 0
 
 report: .venv/.ready ## one page with every figure, and where each comes from: DATASET= DATA= OUT=
-	@$(PY) -m cdc_mmpg.report "$(ROOT)" --data "$(DATA)"
+	@$(PY) -m cdc_mmpg.report.page "$(ROOT)" --data "$(DATA)"
 
 sweep: .venv/.ready $(if $(PRETRAIN),run/$(PRETRAIN)/0) ## learning rates, by W&B's agent or, without a server, one after another: experiments/sweep.yaml
-	@$(PY) -m cdc_mmpg.sweep experiments/sweep.yaml
+	@$(PY) -m cdc_mmpg.commands.sweep experiments/sweep.yaml
 
 # Through the environment, verbatim: neither make nor the shell may read into a question.
 predict: export CLIP := $(value VIDEO)
 predict: export ASKED := $(value QUESTION)
 predict: export OFFERED := $(value CHOICES)
 predict: .venv/.ready ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
-	@$(PY) -m cdc_mmpg.predict --run="$(RUN)" --video="$$CLIP" --question="$$ASKED" --choices="$$OFFERED" \
+	@$(PY) -m cdc_mmpg.commands.predict --run="$(RUN)" --video="$$CLIP" --question="$$ASKED" --choices="$$OFFERED" \
 		$(if $(VOCAB),--vocab="$(VOCAB)")
 
 # What predicts and is deployed: the session's run, unless METHOD= names another. Only the demo trains what is not there.
@@ -225,7 +225,7 @@ CLOUD   ?= http://127.0.0.1:$(PORT)
 
 TRAINED = $(if $(SYNTHETIC),$(if $(wildcard $(RUN)/results.json),,run/$(SERVED)/$(SEED)))
 export: .venv/.ready ## bundles for a device and for the cloud: METHOD= DATASET= SEED= ARGS= OUT=
-	@$(PY) -m cdc_mmpg.export "$(RUN)" $(ARGS)
+	@$(PY) -m cdc_mmpg.deployment.export "$(RUN)" $(ARGS)
 
 serve: .venv/.ready ## the cloud's service, of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
 	@exec $(PY) -m cdc_mmpg.cloud "$(DEPLOYMENT)/cloud" --host "$(HOST)" --port "$(PORT)" $(if $(WORKERS),--workers "$(WORKERS)") \
@@ -240,19 +240,19 @@ device: .venv/.ready ## ask the device's client, with an export and the service:
 		--cloud="$(CLOUD)" --state "$(DEPLOYMENT)/state" $(ARGS)
 
 demo: .venv/.ready $$(TRAINED) $$(if $$(wildcard $$(DEPLOYMENT)/export.json),,export) ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
-	@$(PY) -m cdc_mmpg.demo "$(RUN)" --data "$(DATA)" $(ARGS)
+	@$(PY) -m cdc_mmpg.deployment.demo "$(RUN)" --data "$(DATA)" $(ARGS)
 
 delay: .venv/.ready ## Table 6 by measurement, on a shaped link: DATASET= ARGS= OUT=
-	@$(PY) -m cdc_mmpg.delay "$(ROOT)" $(ARGS)
+	@$(PY) -m cdc_mmpg.benchmarks.delay "$(ROOT)" $(ARGS)
 
 table: .venv/.ready ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
-	@$(PY) -m cdc_mmpg.tables "$(ROOT)"
+	@$(PY) -m cdc_mmpg.report.tables "$(ROOT)"
 
 figures: .venv/.ready ## the README's pictures, from a dataset's runs: DATASET= DATA= OUT=
-	@$(PY) -m cdc_mmpg.figures "$(ROOT)" --data "$(DATA)"
+	@$(PY) -m cdc_mmpg.report.figures "$(ROOT)" --data "$(DATA)"
 
 checkpoint: .venv/.ready ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
-	@$(PY) -m cdc_mmpg.checkpoint "$(FILE)"
+	@$(PY) -m cdc_mmpg.commands.checkpoint "$(FILE)"
 
 benchmark: .venv/.ready ## speed at the paper's size, of training, with OF=loading of what brings it samples, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
 	@$(PY) -m $(if $(filter loading,$(OF)),data_modules,cdc_mmpg).benchmark$(if $(OF),_$(OF)) $(ARGS)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from cdc_mmpg.batch import UNKNOWN
+from cdc_mmpg.data.batch import UNKNOWN
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import CONTROL, Row, another_convention, is_file, read_json, read_text
 

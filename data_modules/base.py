@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cdc_mmpg.batch import (
+from cdc_mmpg.data.batch import (
     SPLITS,
     UNKNOWN,
     Captions,
@@ -31,10 +31,10 @@ from cdc_mmpg.batch import (
 )
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import write_listing
-from cdc_mmpg.frames import CANDIDATES, Frames, crop_place, middle_candidates
+from cdc_mmpg.media.frames import CANDIDATES, Frames, crop_place, middle_candidates
+from cdc_mmpg.media.text import TextEncoder, pad
+from cdc_mmpg.media.video import Decoder
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.text import TextEncoder, pad
-from cdc_mmpg.video import Decoder
 from data_modules.annotations import Published, leads_out
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache, empty_frames
@@ -190,7 +190,7 @@ class VideoTextDataModule(EpochDataModule):
             frames, see `device_cache`.
         vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
         text_length: most tokens in a text.
-        decoder: see `cdc_mmpg.video`.
+        decoder: see `cdc_mmpg.media.video`.
         max_missing: how many clips may be absent or unreadable; their samples are left out, and counted. More
             refuse the run, all named.
         only_present: take the samples whose clips are there and leave out the others: for partial copies.

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cdc_mmpg.batch import Split, Task
-from cdc_mmpg.terminal import protect_output
+from cdc_mmpg.data.batch import Split, Task
+from cdc_mmpg.program import protect_output
 from data_modules.base import QADataset, Sample, VideoTextDataModule
 from data_modules.cache import Entry, FrameCache
 from data_modules.device_cache import DeviceCache

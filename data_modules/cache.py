@@ -40,8 +40,8 @@ from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write, file_digest, remove_leftovers, write_listing
-from cdc_mmpg.frames import CANDIDATES, Frames, candidate_indices, shorter_side
-from cdc_mmpg.video import Decoder, read_frames
+from cdc_mmpg.media.frames import CANDIDATES, Frames, candidate_indices, shorter_side
+from cdc_mmpg.media.video import Decoder, read_frames
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.frames import Frames
+from cdc_mmpg.media.frames import Frames
 
 Kind = Literal["categories", "casts", "corruptions"]
 

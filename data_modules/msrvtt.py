@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import write_listing
 from data_modules.annotations import Row, as_rows, choose_file, clips_in, find_file, is_file, read_json

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import ClassVar
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import Published, choose_file, read_json_lines
 from data_modules.base import Sample

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import ClassVar
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from data_modules.annotations import Published, choose_file, find_file, question_type, read_json_lines, read_json_list
 from data_modules.answers import Answers
 from data_modules.base import Sample

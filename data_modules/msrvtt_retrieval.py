@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import Published, Row, choose_file, find_file, read_table
 from data_modules.base import Sample

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import (
     Published,

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch.utils.data import Dataset
 
-from cdc_mmpg.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
+from cdc_mmpg.data.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.text import pad
+from cdc_mmpg.media.text import pad
 from data_modules.annotations import Published, as_rows
 from data_modules.base import ClipDataset, Sample
 from data_modules.domains import Kind

@@ -28,7 +28,7 @@ from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[at
 
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.frames import Frames
+from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.processors import count_processors
 
 logger = logging.getLogger(__name__)

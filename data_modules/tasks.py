@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from cdc_mmpg.batch import UNKNOWN_ANSWER, Split, Task
+from cdc_mmpg.data.batch import UNKNOWN_ANSWER, Split, Task
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import CONTROL
 from data_modules.answers import Answers

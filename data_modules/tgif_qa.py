@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import Published, Row, choose_file, clips_in, find_file, read_json_lines, read_table
 from data_modules.answers import Answers

@@ -18,14 +18,14 @@ from typing import Literal
 
 import torch
 
-from cdc_mmpg import cloud
+from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.deployment.export import SPECIAL, Source, write_bundles, write_cloud
 from cdc_mmpg.device import Device
-from cdc_mmpg.export import SPECIAL, Source, write_bundles, write_cloud
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.wire import Versions, decode_upload
+from cdc_mmpg.wire.messages import Versions, decode_upload
 
 Kind = Literal["full", "low_rank", "basis"]
 OUTPUTS, INPUTS, NUMBER = 17, 96, 4

@@ -20,9 +20,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes"])
 
-import cdc_mmpg.experiment  # noqa: E402, F401  preloaded
+import cdc_mmpg.training.experiment  # noqa: E402, F401  preloaded
 import data_modules.msvd_qa  # noqa: E402, F401  preloaded
-from cdc_mmpg.cli import main  # noqa: E402
+from cdc_mmpg.training.cli import main  # noqa: E402
 
 
 class Recorder(Callback):

@@ -143,7 +143,7 @@ def test_save_and_load(axis, tmp_path, anchor):
 
 
 def test_other_files_are_refused(tmp_path):
-    from cdc_mmpg.weights import save_safetensors
+    from cdc_mmpg.models.weights import save_safetensors
 
     save_safetensors(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"phase one's adr\.safetensors"):

@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cdc_mmpg import checkpoint
+from cdc_mmpg.commands import checkpoint
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.all_in_one import AllInOne, roll_tokens
 from cdc_mmpg.models.heads import OpenEnded

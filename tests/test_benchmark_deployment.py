@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cdc_mmpg import benchmark_deployment
-from cdc_mmpg.benchmark_deployment import Expected, load, main
+from cdc_mmpg.benchmarks import deployment as benchmark_deployment
+from cdc_mmpg.benchmarks.deployment import Expected, load, main
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.wire import Layout, Versions
+from cdc_mmpg.wire.messages import Layout, Versions
 
 
 def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, monkeypatch, capsys):
@@ -61,7 +61,7 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
 
 
 def test_a_signal_ends_the_servers_too(deployed):
-    command = [sys.executable, "-m", "cdc_mmpg.benchmark_deployment", "--bundles", str(deployed / "sample")]
+    command = [sys.executable, "-m", "cdc_mmpg.benchmarks.deployment", "--bundles", str(deployed / "sample")]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 60

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cdc_mmpg.commands.prepare import prepare
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import HOST
-from cdc_mmpg.frames import candidate_indices, middle_candidates
-from cdc_mmpg.prepare import prepare
-from cdc_mmpg.video import read_frames
+from cdc_mmpg.media.frames import candidate_indices, middle_candidates
+from cdc_mmpg.media.video import read_frames
 from conftest import TINY, write_clip
 from data_modules import cache as module
 from data_modules import synthetic_clips
@@ -384,8 +384,8 @@ def test_a_clip_that_hangs_or_kills_its_decoder_is_the_only_one_to_fail(tmp_path
 
 BAD_DECODER = """
 import os, signal, time
-import cdc_mmpg.video
-def read_frames(path, *arguments, read=cdc_mmpg.video.read_frames):
+import cdc_mmpg.media.video
+def read_frames(path, *arguments, read=cdc_mmpg.media.video.read_frames):
     if path.stem == "hangs":
         path.parent.with_name("hanging").write_text(str(os.getpid()))
         time.sleep(1000)
@@ -394,7 +394,7 @@ def read_frames(path, *arguments, read=cdc_mmpg.video.read_frames):
     if path.stem in ("dies", "ended"):
         os.kill(os.getpid(), signal.SIGSEGV if path.stem == "dies" else signal.SIGKILL)
     return read(path, *arguments)
-cdc_mmpg.video.read_frames = read_frames
+cdc_mmpg.media.video.read_frames = read_frames
 """
 
 

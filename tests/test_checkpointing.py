@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cdc_mmpg.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import HOST
+from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.weights import load_checkpoint
+from cdc_mmpg.training.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
 
 
 def save(path: Path, step: int) -> Path:
@@ -58,7 +58,7 @@ def test_an_old_state_may_be_cleared_by_another_process_first(tmp_path, monkeypa
         states[0].unlink()
         return load_checkpoint(path)
 
-    monkeypatch.setattr("cdc_mmpg.checkpointing.load_checkpoint", meanwhile)
+    monkeypatch.setattr("cdc_mmpg.training.checkpointing.load_checkpoint", meanwhile)
     assert newest_state(tmp_path) == states[2]
 
 
@@ -172,7 +172,7 @@ def test_a_process_leaves_with_the_one_that_was_told(number, code, handlers, tmp
 def test_a_second_signal_leaves_at_once_unless_it_is_the_same_hand(handlers, tmp_path, monkeypatch):
     """Ctrl-C reaches a process twice, from the terminal and from make: within a second that is one."""
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr("cdc_mmpg.checkpointing.time", clock)
+    monkeypatch.setattr("cdc_mmpg.training.checkpointing.time", clock)
     callback, now = StopOnSignal(tmp_path), 0.5  # even when the machine has just begun
     callback.on_train_start(FakeTrainer(), None)
     signal.raise_signal(signal.SIGINT)

@@ -34,14 +34,14 @@ from cryptography.x509.oid import NameOID
 from prometheus_client import CollectorRegistry, Counter
 from test_wire import ENCODER, GENERATOR, KIND, MAGIC, MESSAGE, OTHER, SHAPE, VERSION, mutated, patched
 
-from cdc_mmpg import cloud as service
-from cdc_mmpg import limits
+from cdc_mmpg.cloud import app as service
+from cdc_mmpg.cloud import limits
+from cdc_mmpg.deployment.export import write_cloud
 from cdc_mmpg.errors import CheckpointError, DataError
-from cdc_mmpg.export import write_cloud
 from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.payloads import LARGEST, WIDTH, decode, encode
-from cdc_mmpg.wire import HEADER, UPLOAD_BYTES, Layout, Versions, decode_layer, decode_upload, encode_upload
+from cdc_mmpg.wire.messages import HEADER, UPLOAD_BYTES, Layout, Versions, decode_layer, decode_upload, encode_upload
+from cdc_mmpg.wire.payloads import LARGEST, WIDTH, decode, encode
 from deployments import Cloud, Kind, cloud_bundle, generator
 
 LARGE = 501  # outputs, so that a layer is more than the socket takes at once
@@ -1188,7 +1188,7 @@ def test_a_generator_whose_numbers_are_not_finite_is_refused(tmp_path, not_start
 
 
 def test_without_torch_the_command_says_what_to_install():
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('cdc_mmpg.cloud', run_name='__main__')"
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('cdc_mmpg.cloud.app', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, "bundle"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: ")
@@ -1226,7 +1226,7 @@ def test_a_layer_that_its_precision_cannot_hold_is_the_fault_of_its_own_request(
 
 def test_the_service_imports_nothing_of_training_and_refuses_without_a_traceback(tmp_path):
     code = (
-        "import sys; from cdc_mmpg.cloud import main; code = main(sys.argv[1:]); "
+        "import sys; from cdc_mmpg.cloud.app import main; code = main(sys.argv[1:]); "
         "print({'lightning', 'timm', 'transformers', 'torchmetrics', 'wandb', 'data_modules'} & set(sys.modules)); "
         "sys.exit(code)"
     )

@@ -15,10 +15,11 @@ import torch
 from starlette.responses import PlainTextResponse
 from test_wire import FEATURE
 
-from cdc_mmpg import cloud, limits
-from cdc_mmpg.cloud import ClientLeft, Gate, Made, Refused, Service, Settings
+from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.cloud import limits
+from cdc_mmpg.cloud.app import ClientLeft, Gate, Made, Refused, Service, Settings
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.wire import PATH, decode_layer, encode_upload
+from cdc_mmpg.wire.messages import PATH, decode_layer, encode_upload
 from deployments import cloud_bundle
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 import yaml
 
-from cdc_mmpg import dashboard, predict, tables
-from cdc_mmpg.cli import main
+from cdc_mmpg.commands import predict
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.weights import load_checkpoint
+from cdc_mmpg.models.weights import load_checkpoint
+from cdc_mmpg.report import tables
+from cdc_mmpg.training import loggers as dashboard
+from cdc_mmpg.training.cli import main
 from conftest import write_clip
 from processes import finish, result_of_testing_alone, start
 
@@ -154,7 +156,7 @@ def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
 def test_prediction_is_what_the_test_split_saw(finished, msvd):
     """The same clip and question through files and explicit layers, and through the loader and the contraction."""
     run = finished / "msvd" / "cdc_mmpg" / "seed0"
-    from cdc_mmpg.experiment import Experiment
+    from cdc_mmpg.training.experiment import Experiment
 
     experiment = Experiment(["--config", str(run / "config.yaml")], run=False)
     data, model = experiment.dataset, experiment.model.eval()
@@ -187,7 +189,8 @@ def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp
     encoder = tmp_path / "msvd" / "fine_tuning" / "seed0" / "encoder.safetensors"
     second.append(f"--model.init_args.encoder.checkpoint={encoder}")
     process = subprocess.run(
-        [sys.executable, "-m", "cdc_mmpg.cli", *first, "--", *second], stderr=subprocess.PIPE, text=True, timeout=600,
+        [sys.executable, "-m", "cdc_mmpg.training.cli", *first, "--", *second], stderr=subprocess.PIPE, text=True,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -256,7 +259,7 @@ def test_a_bad_root_is_refused_before_anything_slow_is_imported(tmp_path):
     (tmp_path / "file").touch()
     for name, reason in (("empty", "an empty folder"), ("file", "a file"), ("absent", "no such folder")):
         code = (
-            "import sys; from cdc_mmpg.cli import main; "
+            "import sys; from cdc_mmpg.training.cli import main; "
             "code = main(['fit', '--config=experiments/datasets/msvd.yaml', "
             f"'--data.init_args.root={tmp_path / name}']); "
             "assert 'torch' not in sys.modules; sys.exit(code)"

@@ -24,14 +24,14 @@ from test_session import captions, encoder, sessions
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, SessionBatch, VideoTextBatch
-from cdc_mmpg.experiment import Experiment
+from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, SessionBatch, VideoTextBatch
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+from cdc_mmpg.training.experiment import Experiment
 from tolerances import assert_agree
 
 ON_FRAMES = ("fine_tuning", "cdc_mmpg")

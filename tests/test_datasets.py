@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdc_mmpg import predict, prepare, tables
-from cdc_mmpg.batch import FeatureBatch
-from cdc_mmpg.cli import main
+from cdc_mmpg.commands import predict, prepare
+from cdc_mmpg.data.batch import FeatureBatch
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.heads import Retrieval
+from cdc_mmpg.report import tables
+from cdc_mmpg.training.cli import main
 from communities import (
     CLIPS,
     small,

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from cdc_mmpg import delay, links
-from cdc_mmpg.delay import Case
+from cdc_mmpg.benchmarks import delay, links
+from cdc_mmpg.benchmarks.delay import Case
+from cdc_mmpg.benchmarks.links import Counts, Line, Loopback, Namespaces
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.links import Counts, Line, Loopback, Namespaces
-from cdc_mmpg.wire import FRAMING_BYTES, UPLOAD_BYTES
+from cdc_mmpg.wire.messages import FRAMING_BYTES, UPLOAD_BYTES
 from conftest import write_clip
 
 TINY = (Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
@@ -174,8 +174,8 @@ def left() -> list[str]:
 
 WATCHED = """
 import json, shutil, sys
-from cdc_mmpg import delay
-from cdc_mmpg.wire import Versions
+from cdc_mmpg.benchmarks import delay
+from cdc_mmpg.wire.messages import Versions
 bundle, generator, public_key, folder = sys.argv[1:]
 series, found = delay.series, []
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg import cloud
+from cdc_mmpg.cloud import app as cloud
 from cdc_mmpg.device import Answer
 from cdc_mmpg.device.__main__ import main
 from cdc_mmpg.device.model import DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest, json_digest
-from cdc_mmpg.wire import FRAMING_BYTES, HEADER, decode_layer, signed
+from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed
 from conftest import write_clip
 from deployments import Cloud, Reply, open_device
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import communities
-from cdc_mmpg import prepare, tables
-from cdc_mmpg.batch import SPLITS
-from cdc_mmpg.cli import main
+from cdc_mmpg.commands import prepare
+from cdc_mmpg.data.batch import SPLITS
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.frames import crop, middle_candidates
+from cdc_mmpg.media.frames import crop, middle_candidates
+from cdc_mmpg.report import tables
+from cdc_mmpg.training.cli import main
 from communities import (
     small,
     write_captions,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.batch import UNKNOWN, UNKNOWN_ANSWER, Origin
-from cdc_mmpg.evaluation import evaluation
-from cdc_mmpg.metrics import CAPTIONS, RECALLS, RIGHT, ranked, ranks, recalls
+from cdc_mmpg.data.batch import UNKNOWN, UNKNOWN_ANSWER, Origin
+from cdc_mmpg.evaluation.evaluate import evaluation
+from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, ranked, ranks, recalls
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -178,7 +178,7 @@ def test_ranks_do_not_depend_on_how_many_similarities_are_held(monkeypatch):
     videos, texts = (generator.normal(size=(size, 4)).astype(np.float32) for size in (7, 10))
     whole = ranks(videos, texts, owners)
     for held in (5, 15):  # one row at a time whatever it takes; one row, or two
-        monkeypatch.setattr("cdc_mmpg.metrics.SCORES", held)
+        monkeypatch.setattr("cdc_mmpg.evaluation.metrics.SCORES", held)
         for ours, theirs in zip(ranks(videos, texts, owners), whole, strict=True):
             assert ours.tolist() == theirs.tolist()
 

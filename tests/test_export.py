@@ -11,9 +11,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cdc_mmpg import cloud, export
-from cdc_mmpg.batch import VideoTextBatch
-from cdc_mmpg.cli import exit_code
+from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.data.batch import VideoTextBatch
+from cdc_mmpg.deployment import export
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -24,6 +24,7 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
+from cdc_mmpg.program import exit_code
 from deployments import ENCODER, WORDS, deployment, generator, write_cloud
 from tolerances import assert_agree
 
@@ -55,7 +56,7 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
         assert_agree(features, encoded)
         sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
         parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
-    from cdc_mmpg.payloads import decode, encode
+    from cdc_mmpg.wire.payloads import decode, encode
 
     arrived = decode(encode(parts, "int8"), model.layout.shapes, "int8")
     scores = model.scores(features, model.install(arrived, model.layout))
@@ -212,7 +213,7 @@ def test_rounded_weights_make_nearly_the_same_layers():
 
 
 def test_what_is_no_generator_is_refused(tmp_path):
-    from cdc_mmpg.weights import save_safetensors
+    from cdc_mmpg.models.weights import save_safetensors
 
     save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     ADR().save(tmp_path / "adr.safetensors")

@@ -14,7 +14,7 @@ from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer, as_sent
 from cdc_mmpg.models.generator import METADATA, Generator
-from cdc_mmpg.weights import save_safetensors
+from cdc_mmpg.models.weights import save_safetensors
 from tolerances import assert_agree
 
 

@@ -9,13 +9,13 @@ import torch
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from cdc_mmpg.batch import CASES, SPLITS, EpochDataModule, EpochOrder, Sessions, draw_text, normalise
+from cdc_mmpg.data.batch import CASES, SPLITS, EpochDataModule, EpochOrder, Sessions, draw_text, normalise
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.features import FeatureDataModule, FeatureDataset, _alike, _join
+from cdc_mmpg.media.text import vocabulary_size
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.sessions import WITHOUT, SessionDataModule, SessionDataset
-from cdc_mmpg.text import vocabulary_size
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, _alike, _join
+from cdc_mmpg.training.sessions import WITHOUT, SessionDataModule, SessionDataset
 from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
 

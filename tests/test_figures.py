@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.evidence import Evidence
-from cdc_mmpg.figures import Score, accuracy, choose, main, spread
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.report.figures import Score, accuracy, choose, main, spread
 
 CASTS = {"unseen000": 170.0, "unseen001": 5.0, "unseen002": -95.0, "unseen003": 80.0, "unseen004": 20.0}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed
 
-from cdc_mmpg.batch import (
+from cdc_mmpg.data.batch import (
     UNKNOWN,
     BatchPlan,
     EpochBatches,
@@ -20,10 +20,10 @@ from cdc_mmpg.batch import (
     EpochOrder,
     plan_batches,
 )
-from cdc_mmpg.cli import main
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
 from cdc_mmpg.results import RESUME
+from cdc_mmpg.training.cli import main
 from communities import write_msrvtt_retrieval
 from processes import finish, kill, recording, start, start_ranks, steps, until
 from tolerances import assert_agree

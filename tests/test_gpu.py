@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cdc_mmpg.benchmark import MODES, Sizes, measure
+from cdc_mmpg.benchmarks.training import MODES, Sizes, measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdc_mmpg.batch import EpochDataModule
-from cdc_mmpg.checkpointing import AtomicCheckpointIO, newest_state
-from cdc_mmpg.cli import main
+from cdc_mmpg.data.batch import EpochDataModule
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import LOCK
 from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.weights import load_checkpoint
+from cdc_mmpg.training.checkpointing import AtomicCheckpointIO, newest_state
+from cdc_mmpg.training.cli import main
 from conftest import write_clip, write_msvd
 from data_modules.base import QADataset
 from processes import finish, kill, recording, start, steps, until

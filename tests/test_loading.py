@@ -15,15 +15,15 @@ from lightning import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from cdc_mmpg import batch as contract
-from cdc_mmpg.batch import SPLITS, FeatureBatch, SessionBatch, VideoTextBatch
-from cdc_mmpg.cli import main
+from cdc_mmpg.data import batch as contract
+from cdc_mmpg.data.batch import SPLITS, FeatureBatch, SessionBatch, VideoTextBatch
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.features import FeatureDataModule
-from cdc_mmpg.finished import reopen
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.weights import load_checkpoint
+from cdc_mmpg.models.weights import load_checkpoint
+from cdc_mmpg.training.cli import main
+from cdc_mmpg.training.features import FeatureDataModule
+from cdc_mmpg.training.reopen import reopen
 from conftest import write_clip, write_msvd
 from data_modules import benchmark_loading, device_cache
 from data_modules import cache as cache_module

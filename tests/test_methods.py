@@ -7,7 +7,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Origin, VideoTextBatch, normalise, others
+from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, Origin, VideoTextBatch, normalise, others
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Answering, Method
@@ -18,8 +18,8 @@ from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.payloads import PRECISIONS
-from cdc_mmpg.weights import save_safetensors
+from cdc_mmpg.models.weights import save_safetensors
+from cdc_mmpg.wire.payloads import PRECISIONS
 from tolerances import assert_agree
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.batch import UNKNOWN, normalise
+from cdc_mmpg.data.batch import UNKNOWN, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import HOST
 from conftest import write_clip

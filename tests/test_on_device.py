@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg import on_device
-from cdc_mmpg.batch import Controls, Origin, VideoTextBatch
-from cdc_mmpg.cli import main as train
-from cdc_mmpg.evaluation import evaluation
+from cdc_mmpg.controls import on_device
+from cdc_mmpg.controls.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
+from cdc_mmpg.data.batch import Controls, Origin, VideoTextBatch
+from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
+from cdc_mmpg.training.cli import main as train
 from data_modules.synthetic import Synthetic
 
 

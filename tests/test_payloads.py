@@ -6,7 +6,7 @@ import torch
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.fda import as_sent
-from cdc_mmpg.payloads import LARGEST, PRECISIONS, decode, encode, size_bytes
+from cdc_mmpg.wire.payloads import LARGEST, PRECISIONS, decode, encode, size_bytes
 
 
 @pytest.mark.parametrize(

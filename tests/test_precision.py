@@ -8,8 +8,8 @@ from test_methods import encoder, origin
 from test_session import captions, sessions
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import FeatureBatch, Origin, SessionBatch, VideoTextBatch
-from cdc_mmpg.cli import main
+from cdc_mmpg.data.batch import FeatureBatch, Origin, SessionBatch, VideoTextBatch
+from cdc_mmpg.evaluation.metrics import CAPTIONS
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import READ, Answering, Method
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
@@ -19,12 +19,12 @@ from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
-from cdc_mmpg.metrics import CAPTIONS
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, BasisFDA, LowRankFDA
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
-from cdc_mmpg.payloads import PRECISIONS
+from cdc_mmpg.training.cli import main
+from cdc_mmpg.wire.payloads import PRECISIONS
 
 CLASSES = 321  # bfloat16 has 8 binary digits: above 256 it knows every other whole number, or fewer
 HEADS = {"open_ended": lambda: OpenEnded(CLASSES), "choice": MultipleChoice, "retrieval": lambda: Retrieval(64)}

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg import privacy
-from cdc_mmpg.batch import Content
-from cdc_mmpg.cli import main as train
-from cdc_mmpg.privacy import Target, area_under_curve, constant, fit, interval, probe_all, score, uploads
+from cdc_mmpg.controls import privacy
+from cdc_mmpg.controls.privacy import Target, area_under_curve, constant, fit, interval, probe_all, score, uploads
+from cdc_mmpg.data.batch import Content
+from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import annotations, plan

@@ -17,9 +17,9 @@ import pytest
 from test_figures import write_video
 from test_tables import answered_run, questions, ranked_run
 
-from cdc_mmpg import report
-from cdc_mmpg.evidence import Evidence, Side
-from cdc_mmpg.metrics import accuracies
+from cdc_mmpg.evaluation.metrics import accuracies
+from cdc_mmpg.evidence.comparisons import Evidence, Side
+from cdc_mmpg.report import page as report
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 SESSION_CASES = {"n16": 0.9, "n8": 0.8, "n1": 0.6, "n0": 0.5, "shuffled_n16": 0.5, "float32": 0.9, "int8": 0.9}
@@ -366,7 +366,7 @@ def test_wandb_gets_the_page_and_its_figures(runs, tmp_path):
     root = tmp_path / "synthetic"
     shutil.copytree(runs, root)
     environment = os.environ | {"WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "cdc_mmpg.report", str(root)]
+    command = [sys.executable, "-m", "cdc_mmpg.report.page", str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (media,) = (root / "report").rglob("*.html")

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from test_tables import cell, write_run
 
-from cdc_mmpg import report, results
-from cdc_mmpg.batch import Origin
+from cdc_mmpg import results
+from cdc_mmpg.data.batch import Origin
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.evaluation import evaluation
-from cdc_mmpg.evidence import Evidence, Side
+from cdc_mmpg.evaluation.evaluate import evaluation
+from cdc_mmpg.evidence.comparisons import Evidence, Side
+from cdc_mmpg.report import page as report
 
 CANDIDATES = ["a dog", "a cat", "a dog", "a bird", ""]
 

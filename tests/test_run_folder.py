@@ -13,13 +13,16 @@ import pytest
 import torch
 import yaml
 
-from cdc_mmpg import dashboard, export, on_device, predict
-from cdc_mmpg.cli import exit_code, main
+from cdc_mmpg.commands import predict
+from cdc_mmpg.controls import on_device
+from cdc_mmpg.deployment import export
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.files import HOST, LOCK, lock_folder
-from cdc_mmpg.finished import IMPORTS, reopen, results_of
+from cdc_mmpg.program import Stopped, exit_code
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.signals import Stopped
+from cdc_mmpg.training import loggers as dashboard
+from cdc_mmpg.training.cli import main
+from cdc_mmpg.training.reopen import IMPORTS, reopen, results_of
 from conftest import write_clip
 from processes import finish, kill, recording, start, steps, until
 

@@ -5,8 +5,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg import payloads
-from cdc_mmpg.batch import CASES, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.data.batch import CASES, CaptionBatch, FeatureBatch, SessionBatch
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -16,7 +15,8 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
-from cdc_mmpg.payloads import PRECISIONS
+from cdc_mmpg.wire import payloads
+from cdc_mmpg.wire.payloads import PRECISIONS
 from tolerances import assert_agree
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from cdc_mmpg.device import Device
 from cdc_mmpg.device.state import COUNT, SESSION, State
-from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.wire.payloads import WIDTH
 from conftest import write_clip
 from deployments import open_device
 

@@ -8,9 +8,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import FeatureBatch
+from cdc_mmpg.data.batch import FeatureBatch
 from cdc_mmpg.errors import DivergedError
-from cdc_mmpg.step_check import StepCheck
+from cdc_mmpg.methods.step_check import StepCheck
 
 STEPS = 6
 

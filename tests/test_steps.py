@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch, VideoTextBatch, normalise
+from cdc_mmpg.data.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.evaluation.metrics import CAPTIONS
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
@@ -21,7 +22,6 @@ from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
-from cdc_mmpg.metrics import CAPTIONS
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import as_sent

@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cdc_mmpg import dashboard, sweep
-from cdc_mmpg.cli import main
+from cdc_mmpg.commands import sweep
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.training import loggers as dashboard
+from cdc_mmpg.training.cli import main
 from processes import finish, start
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +143,9 @@ def test_a_run_without_the_metric_or_without_results_fails(place, capfd):
 def test_a_signal_ends_the_run_at_work(place, number):
     path = write(place, parameters={"METHOD": {"values": ["a"]}, "RATE": {"values": ["slow", 0.1]}})
     (place / "run.py").write_text("import signal\nsignal.signal(15, lambda *_: exit(1))\n" + RUN)
-    process = subprocess.Popen([sys.executable, "-m", "cdc_mmpg.sweep", str(path)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cdc_mmpg.commands.sweep", str(path)], stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 60
     while not (place / "ran").exists():
         assert time.monotonic() < end
@@ -207,9 +210,9 @@ def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
     assert (own.metric, own.maximises, own.config["method"]) == ("val/accuracy", True, "grid")
     assert len({sweep.name_of(combination) for combination in combinations}) == len(combinations) >= 6
     assert len({combination["METHOD"] for combination in combinations}) >= 2
-    from cdc_mmpg.experiment import Experiment
     from cdc_mmpg.models.all_in_one import AllInOne
-    from cdc_mmpg.weights import save_safetensors
+    from cdc_mmpg.models.weights import save_safetensors
+    from cdc_mmpg.training.experiment import Experiment
 
     encoder = tmp_path / "encoder.safetensors"
     folders = set()
@@ -218,7 +221,7 @@ def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
         command = [*own.command[:2], "-n", *words, *own.command[3:]]
         environment = OUTSIDE | {"WANDB_SWEEP_ID": "sw", "WANDB_RUN_ID": sweep.name_of(combination)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        lines = [shlex.split(line) for line in done.stdout.splitlines() if "-m cdc_mmpg.cli" in line]
+        lines = [shlex.split(line) for line in done.stdout.splitlines() if "-m cdc_mmpg.training.cli" in line]
         (arguments,) = [line[line.index("fit") + 1 :] for line in lines]  # no other run goes before it
         named = dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
         folders.add(named["--trainer.default_root_dir"])
@@ -424,7 +427,9 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
     line = " ".join(shlex.quote(word) for word in words)
     folder = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
-    (tmp_path / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg.cli {line} {folder} $(ARGS)\n")
+    (tmp_path / "Makefile").write_text(
+        f"train:\n\texec {sys.executable} -m cdc_mmpg.training.cli {line} {folder} $(ARGS)\n"
+    )
     rate = "--model.init_args.learning_rate=0.5"
     config = {"name": "own", "method": "random", "metric": {"name": "val/accuracy", "goal": "maximize"},
               "project": "cdc-mmpg", "parameters": {"METHOD": {"value": "linear"}, "ARGS": {"values": [rate]}},
@@ -434,7 +439,7 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     with served(commands={"run1": {"METHOD": "linear", "ARGS": rate}}) as server:
         environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
         environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "MAKEFLAGS": " -- ARGS=--wrong"}
-        done = subprocess.run([sys.executable, "-m", "cdc_mmpg.sweep", "own.yaml"], cwd=tmp_path, env=environment,
+        done = subprocess.run([sys.executable, "-m", "cdc_mmpg.commands.sweep", "own.yaml"], cwd=tmp_path, env=environment,  # noqa: E501
                               capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert server.sweeps == [config]
@@ -451,7 +456,7 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
 def test_a_sweep_that_the_server_refuses_says_what_to_do(place):
     with served(known=False) as server:
         environment = os.environ | {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
-        done = subprocess.run([sys.executable, "-m", "cdc_mmpg.sweep", str(write(place))], env=environment,
+        done = subprocess.run([sys.executable, "-m", "cdc_mmpg.commands.sweep", str(write(place))], env=environment,
                               capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "WANDB_MODE=offline runs the grid without it" in done.stderr

@@ -13,16 +13,16 @@ import pytest
 import torch
 from lightning import Trainer
 
-from cdc_mmpg.batch import CASES, SPLITS
-from cdc_mmpg.captions import CaptionDataModule
-from cdc_mmpg.cli import main
+from cdc_mmpg.data.batch import CASES, SPLITS
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.features import FeatureDataset
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.sessions import SessionDataModule, SessionDataset
+from cdc_mmpg.training.captions import CaptionDataModule
+from cdc_mmpg.training.cli import main
+from cdc_mmpg.training.features import FeatureDataset
+from cdc_mmpg.training.sessions import SessionDataModule, SessionDataset
 from conftest import TINY
 from data_modules import synthetic_clips
 from data_modules.msvd_qa import MSVDQA

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg import tables
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.evidence import Evidence, Side
-from cdc_mmpg.findings import claims, equal_accuracy, told
-from cdc_mmpg.metrics import accuracies, majorities
+from cdc_mmpg.evaluation.metrics import accuracies, majorities
+from cdc_mmpg.evidence.comparisons import Evidence, Side
+from cdc_mmpg.evidence.findings import claims, equal_accuracy, told
+from cdc_mmpg.report import tables
 
 
 def of_devices(generator, devices=12, clips=5, questions=3):

@@ -8,19 +8,19 @@ import torch
 from test_methods import ANSWERING, encoder, train
 from torchmetrics.retrieval import RetrievalRecall
 
-from cdc_mmpg.batch import FeatureBatch, VideoTextBatch, normalise
+from cdc_mmpg.data.batch import FeatureBatch, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, TIE, accuracies, ranks, recalls
+from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Answering, Rows
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
-from cdc_mmpg.metrics import CAPTIONS, RECALLS, TIE, accuracies, ranks, recalls
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
-from cdc_mmpg.payloads import PRECISIONS
-from cdc_mmpg.text import TextEncoder
+from cdc_mmpg.wire.payloads import PRECISIONS
 from conftest import WORDS
 from tolerances import assert_agree
 
@@ -180,7 +180,7 @@ def random_scores(videos: int, texts: int, seed: int) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("seed", range(3))
 def test_recalls_equal_torchmetrics_on_random_scores(seed, monkeypatch):
-    monkeypatch.setattr("cdc_mmpg.metrics.SCORES", 500)  # several parts
+    monkeypatch.setattr("cdc_mmpg.evaluation.metrics.SCORES", 500)  # several parts
     videos, texts, owners = random_scores(40, 90, seed)
     scores, relevant = torch.from_numpy(texts @ videos.T), torch.from_numpy(owners[:, None] == np.arange(40))
     by_video, by_text = ranks(videos, texts, owners)

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from test_tables import write_run
 
-from cdc_mmpg.cli import PlainFormatter, exit_code
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.terminal import escape_controls
+from cdc_mmpg.program import PlainFormatter, escape_controls, exit_code
 
-TABLE = [sys.executable, "-m", "cdc_mmpg.tables"]
+TABLE = [sys.executable, "-m", "cdc_mmpg.report.tables"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.text import TextEncoder, pad, vocabulary_size
+from cdc_mmpg.media.text import TextEncoder, pad, vocabulary_size
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijkl", "word", "##s"]
 

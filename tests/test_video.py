@@ -11,10 +11,10 @@ import pytest
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from cdc_mmpg import video
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.frames import MAX_RATIO, candidate_indices, crop, middle_candidates, resize, shorter_side
-from cdc_mmpg.video import Decoder, read_frames
+from cdc_mmpg.media import video
+from cdc_mmpg.media.frames import MAX_RATIO, candidate_indices, crop, middle_candidates, resize, shorter_side
+from cdc_mmpg.media.video import Decoder, read_frames
 from conftest import write_clip
 
 

@@ -13,7 +13,7 @@ import torch
 
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import HOST, atomic_write, remove_leftovers
-from cdc_mmpg.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors, strip_prefix
+from cdc_mmpg.models.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors, strip_prefix
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 

@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
     """Versions, the matrix product's speed by precision, and how long a batch of frames takes to the GPU."""
     import torch
 
-    from cdc_mmpg.benchmark import MODES, matrix_peak
+    from cdc_mmpg.benchmarks.training import MODES, matrix_peak
 
     found: dict[str, Any] = {"python": platform.python_version(), "processors": os.cpu_count()}
     for name in PACKAGES:
@@ -75,7 +75,7 @@ def command(method: str, out: str, *more: str, epochs: int = 2) -> list[str]:
     """Return a real command, at the paper's sizes of model and frames; runs of `out` lie together."""
     data = WORK / "clips"
     return [
-        sys.executable, "-m", "cdc_mmpg.cli", "fit", f"--config=experiments/methods/{method}.yaml",
+        sys.executable, "-m", "cdc_mmpg.training.cli", "fit", f"--config=experiments/methods/{method}.yaml",
         "--config=experiments/datasets/synthetic.yaml",
         f"--trainer.default_root_dir={WORK / out / 'synthetic' / method / 'seed0'}",
         f"--data.init_args.root={data}", f"--data.init_args.cache_dir={WORK / 'data'}",
@@ -90,7 +90,7 @@ def go(arguments: list[str], seconds: float, until: Callable[[], bool] | None = 
     """Return exit code, end of the output and seconds of a command; kill it when `until` or the limit says so."""
     started, log = time.perf_counter(), WORK / f"log{time.time_ns()}"
     if SMALL and until is None:  # in this process, where everything is imported
-        from cdc_mmpg.cli import main as run
+        from cdc_mmpg.training.cli import main as run
 
         return run(arguments[3:]), "", round(time.perf_counter() - started, 1)
     with log.open("wb") as file:
@@ -211,7 +211,7 @@ def syncs() -> dict[str, Any]:
     from lightning import Callback, Trainer
     from torch.utils.data import DataLoader
 
-    from cdc_mmpg.benchmark import ROWS, Sizes, build, draw_batch
+    from cdc_mmpg.benchmarks.training import ROWS, Sizes, build, draw_batch
 
     if not torch.cuda.is_available():
         return {"skipped": "no GPU"}
@@ -246,9 +246,9 @@ def numerics() -> dict[str, Any]:
     """How far frame features are from float64: on the CPU, and on the GPU in every precision."""
     import torch
 
-    from cdc_mmpg.benchmark import MODES
-    from cdc_mmpg.matmul import set_matmul
+    from cdc_mmpg.benchmarks.training import MODES
     from cdc_mmpg.models.all_in_one import AllInOne
+    from cdc_mmpg.training.matmul import set_matmul
 
     torch.manual_seed(0)
     encoder = AllInOne(image_size=IMAGE, depth=DEPTH).eval()
@@ -281,7 +281,7 @@ def profile() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from cdc_mmpg.benchmark import Sizes, build, draw_batch
+    from cdc_mmpg.benchmarks.training import Sizes, build, draw_batch
 
     sizes = Sizes(BATCH, 3, image=IMAGE, depth=DEPTH)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -319,7 +319,7 @@ def profile() -> dict[str, Any]:
 
 def deployment() -> dict[str, Any]:
     """The generator of `make benchmark OF=deployment` on the GPU."""
-    from cdc_mmpg.benchmark_deployment import generator_on_gpu
+    from cdc_mmpg.benchmarks.deployment import generator_on_gpu
 
     return generator_on_gpu(0.6) or {"skipped": "no GPU"}
 

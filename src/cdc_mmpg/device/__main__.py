@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.cli import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.device.client import Answer, Device
 from cdc_mmpg.device.connection import printable
 from cdc_mmpg.errors import DataError
+from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 
 KEY = "CDC_MMPG_KEY"
 

@@ -17,7 +17,7 @@ from cdc_mmpg.device.connection import Connection, Unreachable
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.device.state import SESSION, Layer, Origin, Receipt, State, encode_counted_upload
 from cdc_mmpg.errors import CDCError, ConfigError
-from cdc_mmpg.wire import PATH, WeightsRejected, decode_layer
+from cdc_mmpg.wire.messages import PATH, WeightsRejected, decode_layer
 
 logger = logging.getLogger(__name__)
 

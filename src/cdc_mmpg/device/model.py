@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.files import file_digest, json_digest
-from cdc_mmpg.frames import Frames, candidate_indices, crop, middle_candidates
-from cdc_mmpg.payloads import Matrix
+from cdc_mmpg.media.frames import Frames, candidate_indices, crop, middle_candidates
+from cdc_mmpg.media.text import TextEncoder
+from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.text import TextEncoder
-from cdc_mmpg.video import read_frames
-from cdc_mmpg.wire import KINDS, Layout, Versions, WeightsRejected
+from cdc_mmpg.wire.messages import KINDS, Layout, Versions, WeightsRejected
+from cdc_mmpg.wire.payloads import Matrix
 
 BUNDLE = "bundle.json"
 ENCODER, HEAD, SHARED, BASIS, VOCABULARY, ANSWERS = (

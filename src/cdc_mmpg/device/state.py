@@ -18,8 +18,16 @@ from cdc_mmpg.device.connection import printable
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.files import atomic_write, remove_leftovers, sync_folder
-from cdc_mmpg.payloads import WIDTH, Matrix
-from cdc_mmpg.wire import DIGEST_BYTES, HEADER, UPLOAD_BYTES, WeightsRejected, decode_layer, digest, encode_upload
+from cdc_mmpg.wire.messages import (
+    DIGEST_BYTES,
+    HEADER,
+    UPLOAD_BYTES,
+    WeightsRejected,
+    decode_layer,
+    digest,
+    encode_upload,
+)
+from cdc_mmpg.wire.payloads import WIDTH, Matrix
 
 if sys.platform != "win32":  # where a device works, too, and keeps nothing
     import fcntl

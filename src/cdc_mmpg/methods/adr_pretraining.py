@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.methods.base import Batch, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.adr import ADR, Preset, paper_preset
 from cdc_mmpg.models.all_in_one import AllInOne

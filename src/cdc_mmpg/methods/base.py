@@ -13,15 +13,24 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from cdc_mmpg.batch import UNKNOWN, EpochDataModule, FeatureBatch, SessionBatch, Split, VideoTextBatch, View, others
+from cdc_mmpg.data.batch import (
+    UNKNOWN,
+    EpochDataModule,
+    FeatureBatch,
+    SessionBatch,
+    Split,
+    VideoTextBatch,
+    View,
+    others,
+)
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.metrics import Outcomes
+from cdc_mmpg.evaluation.metrics import Outcomes
+from cdc_mmpg.methods.step_check import StepCheck
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Adaptor
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.payloads import PRECISIONS, WIDTH, Precision, size_bytes
-from cdc_mmpg.step_check import StepCheck
+from cdc_mmpg.wire.payloads import PRECISIONS, WIDTH, Precision, size_bytes
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 # The samples, those with a known answer, or what the method itself averages over the whole step.

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import Split
+from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
 from cdc_mmpg.methods.base import Generating, Served, check_rate

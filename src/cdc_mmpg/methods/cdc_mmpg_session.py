@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import CASES, Split, View
+from cdc_mmpg.data.batch import CASES, Split, View
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Served, Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -15,7 +15,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.payloads import PRECISIONS, WIDTH, Precision, size_bytes
+from cdc_mmpg.wire.payloads import PRECISIONS, WIDTH, Precision, size_bytes
 
 Generated = Literal["full", "low_rank", "basis"]
 

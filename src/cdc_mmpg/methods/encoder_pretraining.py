@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import CaptionBatch, EpochDataModule, FeatureBatch, Split, View, normalise
+from cdc_mmpg.data.batch import CaptionBatch, EpochDataModule, FeatureBatch, Split, View, normalise
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Averages, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.models.processes import average_over_processes
-from cdc_mmpg.payloads import WIDTH
-from cdc_mmpg.weights import save_safetensors
+from cdc_mmpg.models.weights import save_safetensors
+from cdc_mmpg.wire.payloads import WIDTH
 
 
 class Turn(NamedTuple):

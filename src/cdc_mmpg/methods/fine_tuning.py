@@ -6,7 +6,7 @@ from cdc_mmpg.methods.base import check_rate
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.weights import save_safetensors
+from cdc_mmpg.models.weights import save_safetensors
 
 
 class FineTuning(Linear):

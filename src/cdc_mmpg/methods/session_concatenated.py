@@ -8,7 +8,7 @@ from cdc_mmpg.methods.cdc_mmpg_session import Session
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.wire.payloads import WIDTH
 
 
 class SessionConcatenated(Session):

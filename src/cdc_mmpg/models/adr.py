@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.processes import is_distributed, moments_over_processes
-from cdc_mmpg.payloads import WIDTH
-from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
+from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
+from cdc_mmpg.wire.payloads import WIDTH
 
 if TYPE_CHECKING:  # it imports Lightning, which the cloud's service has not
-    from cdc_mmpg.batch import Task
+    from cdc_mmpg.data.batch import Task
 
 Preset = Literal["small", "paper_qa", "paper_mc"]
 

@@ -19,8 +19,8 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.payloads import WIDTH
-from cdc_mmpg.weights import read_state_dict, strip_prefix
+from cdc_mmpg.models.weights import read_state_dict, strip_prefix
+from cdc_mmpg.wire.payloads import WIDTH
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.wire.payloads import WIDTH
 
 
 class DeviceAxes(nn.Module):

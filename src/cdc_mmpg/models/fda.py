@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.processes import sum_over_processes
-from cdc_mmpg.payloads import LARGEST, WIDTH, Precision
+from cdc_mmpg.wire.payloads import LARGEST, WIDTH, Precision
 
 Init = Literal["printed", "hyperfan_in", "shared_head"]
 Parts = tuple[Tensor, ...]  # what the cloud sends: matrices (..., vectors, length)

@@ -11,9 +11,9 @@ from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, Parts
-from cdc_mmpg.payloads import WIDTH
-from cdc_mmpg.weights import read_metadata, read_state_dict, save_safetensors
-from cdc_mmpg.wire import Kind, Layout
+from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
+from cdc_mmpg.wire.messages import Kind, Layout
+from cdc_mmpg.wire.payloads import WIDTH
 
 METADATA = "generator"  # where a file says how it is built
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
+from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.metrics import CAPTIONS, Outcomes, recalls
+from cdc_mmpg.evaluation.metrics import CAPTIONS, Outcomes, recalls
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.processes import count_processes, gather_rows
-from cdc_mmpg.payloads import WIDTH
+from cdc_mmpg.wire.payloads import WIDTH
 
 Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
 

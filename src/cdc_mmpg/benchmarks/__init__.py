@@ -1,0 +1,1 @@
+"""Speed: of training, of service and device, over a network."""

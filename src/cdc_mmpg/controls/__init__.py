@@ -1,0 +1,1 @@
+"""Controls that train on the device or read out of what is uploaded."""

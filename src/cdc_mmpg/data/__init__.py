@@ -1,0 +1,1 @@
+"""Batches, and what a DataModule offers."""

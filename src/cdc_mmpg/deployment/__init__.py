@@ -1,0 +1,1 @@
+"""Export, and a deployment on this machine."""

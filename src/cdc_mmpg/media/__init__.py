@@ -1,0 +1,1 @@
+"""Frames, video and text: no torch, the same on the device."""

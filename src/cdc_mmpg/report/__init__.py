@@ -1,0 +1,1 @@
+"""Tables, plots, pictures and the page."""

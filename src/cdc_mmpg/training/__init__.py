@@ -1,0 +1,1 @@
+"""How a run trains: command line, experiment, views of a dataset, checkpoints, loggers, processes."""

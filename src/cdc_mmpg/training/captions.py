@@ -1,0 +1,65 @@
+"""A dataset's captioned clips as encoder pretraining reads them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cdc_mmpg.data.batch import CaptionBatch, EpochDataModule, Split, VideoTextData
+
+
+class CaptionDataModule(EpochDataModule):
+    """Captions and questions for training, and held-out ones for validation, which serve as the test, too.
+
+    Args:
+        data: the dataset.
+    """
+
+    def __init__(self, data: VideoTextData) -> None:
+        super().__init__(data.batch_size, data.seed, data.per_device)
+        self.data = data
+
+    def prepare_data(self) -> None:
+        """The dataset's own."""
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Build the splits."""
+        self.data.setup(stage)
+        self.captions = self.data.captions()
+
+    def _loader(self, split: Split) -> DataLoader[CaptionBatch]:
+        training = split == "train"
+        dataset = self.captions.train if training else self.captions.val
+        return self.batches(dataset, shuffle=training, num_workers=self.data.num_workers)
+
+    def train_dataloader(self) -> DataLoader[CaptionBatch]:
+        """Augmented, in a new order every epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[CaptionBatch]:
+        """Held-out clips."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[CaptionBatch]:
+        """The same held-out clips."""
+        return self._loader("val")
+
+    def labels(self, split: Split) -> Tensor:
+        """Return the label of every sample of a split, (N,): a word."""
+        captions = self.captions.train if split == "train" else self.captions.val
+        return torch.zeros(len(captions), dtype=torch.long)  # type: ignore[arg-type]  # all known: any does
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch as the dataset does."""
+        return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def fingerprint(self, split: Split, frames: bool) -> str:
+        """A digest of clips, captions, questions and labels."""
+        return self.captions.fingerprint
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """What the encoder was taught with."""
+        return {"train": {"clips": self.captions.clips, "captions": self.captions.clips,
+                          "questions": self.captions.questions}}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What device and cloud exchange, as bytes; no torch."""
