@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from cdc_mmpg import catalogue
 from cdc_mmpg.commands import predict
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.weights import load_checkpoint
@@ -94,9 +95,11 @@ def test_the_table_puts_the_methods_side_by_side(finished, capsys):
     table = (finished / "msvd" / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     by_label = {row[0].strip("| "): row for row in rows[2:]}
-    assert [label for label in by_label if label in tables.NAMES.values()] == [tables.NAMES[name] for name in METHODS]
+    assert [label for label in by_label if label in catalogue.NAMES.values()] == [
+        catalogue.NAMES[name] for name in METHODS
+    ]
     for method in METHODS:
-        row = by_label[tables.NAMES[method]]
+        row = by_label[catalogue.NAMES[method]]
         results = json.loads((finished / "msvd" / method / "seed0" / "results.json").read_text())
         assert row[1].startswith(f"{100 * results['metrics']['test/accuracy']:.1f} [")
         assert row[rows[0].index("D-Param")] == f"{results['parameters']['device']:,}"

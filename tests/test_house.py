@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from cdc_mmpg import catalogue
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.report import tables
 from cdc_mmpg.training.cli import main
 from conftest import write_clip, write_msvd
 from processes import finish, start
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [*ROOT.glob("src/cdc_mmpg/**/*.py"), *ROOT.glob("data_modules/*.py")]
 
 # From the ground up: a room imports from lower layers and from itself, not from the room beside it.
-GROUND = {"errors", "files", "launchers", "processors", "program", "results"}
+GROUND = {"catalogue", "errors", "files", "launchers", "processors", "program", "results"}
 LAYERS = (
     GROUND,
     {"media", "wire"},
@@ -71,7 +71,7 @@ def test_imports_flow_one_way(path):
 
 
 LIGHT = (
-    *("errors", "files", "launchers", "processors", "program", "results", "training/cli"),
+    *("catalogue", "errors", "files", "launchers", "processors", "program", "results", "training/cli"),
     *("media", "wire", "device", "evidence", "report", "commands", "evaluation/metrics", "deployment/demo",
       "deployment/export"),
 )  # fmt: skip
@@ -92,6 +92,15 @@ def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
 
 DATASETS = sorted(path.stem for path in ROOT.glob("experiments/datasets/*.yaml"))
 METHODS = sorted(path.stem for path in ROOT.glob("experiments/methods/*.yaml"))
+
+
+def test_every_method_has_a_configuration_and_an_entry_in_the_catalogue():
+    assert sorted(name for name, method in catalogue.BY_NAME.items() if method.program == "fit") == METHODS
+    assert len(catalogue.BY_NAME) == len(catalogue.METHODS)
+    turns = [method.turn for method in catalogue.METHODS if method.turn]
+    assert len(set(turns)) == len(turns)
+    for method in catalogue.METHODS:
+        assert {method.encoder, method.adr} - {""} <= catalogue.BY_NAME.keys(), method.name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -233,9 +242,9 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining", "privacy"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}
-        sessions = {name for name in tables.NAMES if "session" in name}
+        sessions = {name for name in catalogue.NAMES if "session" in name}
         absent = {*sessions, "on_device"} if dataset == "msvd" else {"cdc_mmpg_frozen"}
-        assert methods == ({*tables.NAMES} - absent) | others | {"adr_pretraining"}
+        assert methods == ({*catalogue.NAMES} - absent) | others | {"adr_pretraining"}
     assert (out / "msvd" / "table.md").exists()
     pictures = {path.name for path in (out / "synthetic" / "figures").iterdir()}
     assert pictures == {"method.png", "data.png", "anchors.png"}

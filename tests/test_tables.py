@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cdc_mmpg import catalogue
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import accuracies, majorities
 from cdc_mmpg.evidence.comparisons import Evidence, Side
@@ -246,7 +247,7 @@ def test_runs_on_different_splits_are_not_set_side_by_side(tmp_path):
 def synthetic(tmp_path):
     """One seed of every method on a dataset with devices."""
     root = tmp_path / "synthetic"
-    for number, method in enumerate(tables.NAMES):
+    for number, method in enumerate(catalogue.NAMES):
         write_run(root, method, value=0.7 + 0.01 * number)
     return root
 
@@ -258,13 +259,13 @@ def by_label(folder):
 
 
 def test_the_methods_that_answer():
-    assert list(tables.NAMES) == [
+    assert list(catalogue.NAMES) == [
         "linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen", "cdc_mmpg_session",
         "cdc_mmpg_session_basis", "cdc_mmpg_session_full", "cdc_mmpg_session_plain", "session_concatenated",
         "session_oracle", "on_device",
     ]  # fmt: skip
-    assert tables.NAMES["cdc_mmpg"] == "CDC-MMPG"
-    assert tables.NAMES["cdc_mmpg_session"] == "Session, n = 16"
+    assert catalogue.NAMES["cdc_mmpg"] == "CDC-MMPG"
+    assert catalogue.NAMES["cdc_mmpg_session"] == "Session, n = 16"
 
 
 def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
@@ -398,7 +399,7 @@ def test_the_caption(synthetic):
 
 def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypatch):
     encoder = synthetic / "encoder_pretraining" / "seed0" / "encoder.safetensors"
-    for method in tables.NAMES:
+    for method in catalogue.NAMES:
         write_run(synthetic, method, encoder=str(encoder))
     assert "Encoder from: encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
     labels = {"clips": 5760, "captions": 5760, "questions": 17280}
@@ -408,16 +409,16 @@ def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypa
     sentence = "Encoder pretrained in this run on 5,760 captions and 17,280 questions of 5,760 other clips (95 s)."
     assert sentence in tables.caption(synthetic)
     monkeypatch.chdir(synthetic.parent)
-    for method in tables.NAMES:
+    for method in catalogue.NAMES:
         write_run(synthetic, method, encoder="synthetic/encoder_pretraining/seed0/encoder.safetensors")
     assert sentence in tables.caption(Path("synthetic"))
     assert sentence in tables.caption(synthetic)
     monkeypatch.chdir(synthetic)
-    for method in tables.NAMES:
+    for method in catalogue.NAMES:
         write_run(synthetic, method)  # without a checkpoint
     assert tables.caption(Path()).startswith("synthetic: ")
     assert "Encoder from: random weights. Best" in tables.caption(Path())
-    for method in tables.NAMES:
+    for method in catalogue.NAMES:
         write_run(synthetic, method, encoder="../other/encoder_pretraining/seed0/encoder.safetensors")
     assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
 
@@ -442,7 +443,7 @@ def test_it_is_printed_and_written(synthetic, capsys):
 
 
 def test_three_seeds_fit_two_hundred_columns(synthetic, capsys):
-    for method in tables.NAMES:
+    for method in catalogue.NAMES:
         for seed in range(3):
             write_run(synthetic, method, seed, 0.7 + 0.1 * seed, seconds={"train": 12345.6})
     assert tables.main([str(synthetic)]) == 0

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cdc_mmpg.catalogue import BASELINE, NAMES, ROWS, Row
 from cdc_mmpg.evaluation.metrics import RECALLS, RIGHT, accuracies
 from cdc_mmpg.evidence.paper import ERRATA, PRINTED, Erratum
 from cdc_mmpg.program import escape_controls
@@ -44,8 +45,6 @@ Results = dict[str, Any]
 PREDICTIONS = "predictions.test.csv"
 ORIGIN = ["clip", "device", "group", "type", "question", "answer"]  # of a question, the first columns of PREDICTIONS
 GUESSES = ("majority", "chance")  # floors: a row that is no better has learnt nothing
-BASELINE = "fine_tuning"
-SESSION = "cdc_mmpg_session"
 EVERYTHING, ALL_TYPES = "test", "all"  # group and type that hold every question
 
 # What `wire` adds to an upload, where a layer has FRAMING_BYTES; what HTTP, TCP and IP add is measured by `make delay`.
@@ -56,60 +55,6 @@ FEATURE_BYTES = 768  # 192 float32: what is uploaded
 NOTHING_BYTES = 0
 
 MIB = 2**20
-
-
-class Row(NamedTuple):
-    """A line of the table of methods: a method as it is, or under another condition."""
-
-    label: str  # "· ..." for a control of the row above
-    method: str
-    condition: str | None = None  # None: the first of its results, with which it was trained and is compared
-
-
-_PER_SAMPLE = {
-    "shuffled": "another sample's anchor",
-    "shuffled_device": "another device's anchor",
-    "mean_head": "one mean head for all",
-    "bypassed": "ADR bypassed",
-}
-_PER_SESSION = {"shuffled_n16": "another device's 16 anchors", "mean_head": "one mean head for all"}
-
-
-def _rows(label: str, method: str, controls: Mapping[str, str]) -> list[Row]:
-    return [Row(label, method), *(Row(f"· {name}", method, case) for case, name in controls.items())]
-
-
-# In the order of the paper's tables, then what is not in them; phase one answers nothing and has no row.
-ROWS = (
-    Row("F-linear", "linear"),
-    Row("Fine-tuning", BASELINE),
-    *_rows("F-hyper", "hyper", _PER_SAMPLE),
-    *_rows("F-hyper, hyperfan-in", "hyper_fan_in", _PER_SAMPLE),
-    *_rows("CDC-MMPG", "cdc_mmpg", _PER_SAMPLE),
-    *_rows("CDC-MMPG, frozen", "cdc_mmpg_frozen", _PER_SAMPLE),
-    Row("Session, n = 1", SESSION, "n1"),
-    Row("Session, n = 4", SESSION, "n4"),
-    Row("Session, n = 8", SESSION, "n8"),
-    Row("Session, n = 16", SESSION),
-    Row("· no anchors: the static head", SESSION, "n0"),
-    Row("· another device's 8 anchors", SESSION, "shuffled_n8"),
-    *(Row(f"· {name}", SESSION, case) for case, name in _PER_SESSION.items()),
-    *_rows("Session, basis", f"{SESSION}_basis", _PER_SESSION),
-    *_rows("Session, full layer", f"{SESSION}_full", _PER_SESSION),
-    *_rows("Session, plain mean", f"{SESSION}_plain", _PER_SESSION),
-    Row("Concatenated, n = 16", "session_concatenated"),
-    Row("· another device's 16 anchors", "session_concatenated", "shuffled_n16"),
-    Row("Oracle: the true cast", "session_oracle"),
-    Row("On the device: before", "on_device"),
-    Row("On the device: TENT", "on_device", "tent"),
-    Row("On the device: 2 labels", "on_device", "labels_2"),
-    Row("On the device: 5 labels", "on_device", "labels_5"),
-    Row("On the device: 15 labels", "on_device", "labels_15"),
-)
-NAMES = {row.method: row.label for row in ROWS if row.condition is None}
-PAPERS = ("linear", BASELINE, "hyper", "cdc_mmpg")  # the methods in the paper's tables
-PER_SAMPLE = ("hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen")
-SESSIONS = (SESSION, f"{SESSION}_basis", f"{SESSION}_full", f"{SESSION}_plain")
 
 
 class Fact(NamedTuple):

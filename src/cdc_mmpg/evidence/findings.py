@@ -2,24 +2,10 @@
 
 from typing import NamedTuple
 
-from cdc_mmpg.evidence.comparisons import (
-    BASELINE,
-    NAMES,
-    PER_SAMPLE,
-    SESSION,
-    SESSIONS,
-    Cell,
-    Evidence,
-    Fact,
-    Gain,
-    Side,
-    cell,
-    join,
-    literal,
-)
+from cdc_mmpg.catalogue import BASELINE, CONCATENATED, NAMES, PER_SAMPLE, SESSION, SESSIONS, STUDY
+from cdc_mmpg.evidence.comparisons import Cell, Evidence, Fact, Gain, Side, cell, join, literal
 
 EQUAL_POINTS = 0.2  # accuracies that lie no further apart count as equal where bytes are compared
-AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the study of the reasoner
 
 # Controls of the adaptive methods: the case, what is given instead, and what it means where that costs nothing.
 CONTROLS = (
@@ -28,7 +14,7 @@ CONTROLS = (
     ("shuffled_n16", "the mean of another device's anchors", "the adaptation is unused"),
     ("mean_head", "the mean of all heads, for everyone,", "one head for all would do"),
 )
-OTHERS = {BASELINE: "fine-tuning", "session_concatenated": "concatenation, which generates nothing"}
+OTHERS = {BASELINE: "fine-tuning", CONCATENATED: "concatenation, which generates nothing"}
 
 
 class Payload(NamedTuple):
@@ -60,7 +46,7 @@ def claims(evidence: Evidence) -> list[Cell]:
     found = [
         *(_against(evidence, method, Side(BASELINE)) for method in PER_SAMPLE if method.startswith("cdc")),
         *(_against(evidence, method, Side(BASELINE)) for method in SESSIONS),
-        _against(evidence, SESSION, Side("session_concatenated")),
+        _against(evidence, SESSION, Side(CONCATENATED)),
         *_on_device(evidence),
         _bytes(evidence),
         _reasoner(evidence, "cdc_mmpg"),
@@ -110,8 +96,7 @@ def _reasoner(evidence: Evidence, method: str) -> Cell:
 
 def _study(evidence: Evidence) -> Cell:
     """Over every reading of the reasoner that was trained."""
-    names = [f"cdc_mmpg_frozen.{axis}_{target}" for axis in AXES for target in TARGETS]
-    names = [name for name in names if name in evidence.runs and evidence.beats_guessing(Side(name))]
+    names = [name for name in STUDY if name in evidence.runs and evidence.beats_guessing(Side(name))]
     gains = [gain for gain in evidence.gains([(Side(name), Side(name, "bypassed")) for name in names]) if gain]
     if not gains:
         return Cell("")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cdc_mmpg.catalogue import BASELINE, CONCATENATED, SESSION, color_of
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.files import atomic_write
@@ -27,16 +28,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SESSION = "cdc_mmpg_session"
-# Lines beside the session's: method, condition (none: the run's first), label, colour.
+# Lines beside the session's: method, condition (none: the run's first), label, color.
 REFERENCES = (
-    ("fine_tuning", None, "Fine-tuning", "#6b7280"),
-    ("cdc_mmpg", None, "CDC-MMPG per sample", "#9a6700"),
+    (BASELINE, None, "Fine-tuning", color_of(BASELINE)),
+    ("cdc_mmpg", None, "CDC-MMPG per sample", color_of("cdc_mmpg")),
     (SESSION, "shuffled_n16", "another device's 16 anchors", "#8250df"),
-    ("session_concatenated", None, "concatenated", "#0f766e"),
-    ("session_oracle", None, "oracle: the true cast", "#1f2328"),
+    (CONCATENATED, None, "concatenated", color_of(CONCATENATED)),
+    ("session_oracle", None, "oracle: the true cast", color_of("session_oracle")),
 )
-LINES = (("all", "session, all questions", "#0b5cad"), ("color", "session, color questions", "#cf3f2e"))
+LINES = (("all", "session, all questions", color_of(SESSION)), ("color", "session, color questions", "#cf3f2e"))
 
 INK, MUTED = "#1f2328", "#59636e"
 DEVICE, CLOUD, BOTH = ("#eaf3fc", "#0b5cad"), ("#fdf1e3", "#b45309"), ("#f6f8fa", "#59636e")  # face and edge

@@ -19,23 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSION, SESSIONS, color_of, with_frames
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.evidence.comparisons import (
-    BASELINE,
-    EVERYTHING,
-    NAMES,
-    PER_SAMPLE,
-    PREDICTIONS,
-    SESSION,
-    SESSIONS,
-    Cell,
-    Evidence,
-    Fact,
-    Run,
-    Side,
-    Table,
-    cell,
-)
+from cdc_mmpg.evidence.comparisons import EVERYTHING, PREDICTIONS, Cell, Evidence, Fact, Run, Side, Table, cell
 from cdc_mmpg.evidence.findings import claims, compare, controls, equal_accuracy, payloads
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.media.video import read_frames
@@ -43,23 +29,15 @@ from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
 from cdc_mmpg.report.figures import LINES, REFERENCES
 from cdc_mmpg.report.plots import Point, Series, bars, lines, pairs, scatter, stacked
 from cdc_mmpg.report.tables import (
-    FRAMES,
     answering,
     command,
     everything,
     missing,
     seeds_of_frames,
     shorten,
-    with_frames,
 )
 from cdc_mmpg.results import write_json
 
-COLORS = {name: color for name, condition, _, color in REFERENCES if condition is None} | {
-    SESSION: LINES[0][2], f"{SESSION}_basis": "#3b82c4", f"{SESSION}_full": "#7aa7d9",
-    f"{SESSION}_plain": "#5b7083", "linear": "#94a3b8",
-    "hyper": "#c2715a", "hyper_fan_in": "#b5488a", "cdc_mmpg_frozen": "#c9a227", "on_device": "#4d7c0f",
-}  # fmt: skip
-OTHER = "#8b949e"
 GOOD, BAD = "#0b5cad", "#cf3f2e"
 
 CLIPS = (".mp4", ".avi", ".gif", ".webm", ".mkv", ".mov")
@@ -296,12 +274,12 @@ def _bytes(page: Page, evidence: Evidence) -> None:
         if down and accuracy and own and not evidence.ranks:
             label = evidence.names[method]
             point = _point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
-            series.append(Series(label, COLORS.get(method, OTHER), [point], square=method in PER_SAMPLE))
+            series.append(Series(label, color_of(method), [point], square=method in PER_SAMPLE))
     for each in payloads(evidence):
         a_sample = each.side.name in PER_SAMPLE
         accuracy, per = evidence.accuracy(each.side), "a question" if a_sample else "a session"
         point = _point(page, f"plots/bytes/{each.label}", each.bytes, accuracy, each.label, per)
-        series.append(Series(each.label, COLORS.get(each.side.name, OTHER), [point], square=a_sample))
+        series.append(Series(each.label, color_of(each.side.name), [point], square=a_sample))
     if not series:
         page.add("<p>No run has both.</p>")
         return
@@ -377,7 +355,7 @@ def _frames(page: Page, evidence: Evidence) -> None:
                 title = f"{NAMES[method]}, {number} frames: {found.text} %"
                 points.append(Point(number, found.facts[0].amount, title, *_ends(found)))
         if len(points) > 1:
-            series.append(Series(NAMES[method], COLORS[method], points))
+            series.append(Series(NAMES[method], color_of(method), points))
     if series:
         page.section("frames", "Accuracy and frames")
         page.plot(
@@ -433,7 +411,7 @@ def _devices(page: Page, evidence: Evidence) -> None:
                 for device in order
             ],
             f"{evidence.group} devices, in the same order", "% right",
-            (NAMES[second.name], NAMES[first.name]), (COLORS.get(second.name, OTHER), COLORS.get(first.name, OTHER)),
+            (NAMES[second.name], NAMES[first.name]), (color_of(second.name), color_of(first.name)),
         ),
         "The same devices: what both answer rightly, in %.",
     )  # fmt: skip
@@ -463,7 +441,7 @@ def _curves(page: Page, evidence: Evidence) -> None:
         page.keep(f"plots/curves/{name}", Fact(shown, "", "column", sources, {"times": 100, "epochs": list(values)}))
         points = [Point(epoch + 1, y, f"{label}, epoch {epoch + 1}: {y:.1f} %")
                   for epoch, y in zip(values, shown, strict=True)]  # fmt: skip
-        series.append(Series(label, COLORS.get(name, OTHER), points))
+        series.append(Series(label, color_of(name), points))
     if series:
         page.section("training", "Training")
         page.plot(

@@ -18,27 +18,37 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from cdc_mmpg.catalogue import (
+    BASELINE,
+    BY_NAME,
+    FRAMES,
+    NAMES,
+    PAPERS,
+    PRETRAINING,
+    RECIPE_FRAMES,
+    SESSION,
+    SESSIONS,
+    STUDY,
+    STUDY_SEEDS,
+    Row,
+    runs_of_all,
+    with_frames,
+)
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.evidence.comparisons import (
     ALL_TYPES,
     ANSWER_BYTES,
-    BASELINE,
     EMPTY,
     EVERYTHING,
     FEATURE_BYTES,
     HEADER_BYTES,
-    NAMES,
     NOTHING_BYTES,
-    PAPERS,
     PREDICTIONS,
-    SESSION,
-    SESSIONS,
     Cell,
     Evidence,
     Fact,
     Gain,
-    Row,
     Run,
     Side,
     Table,
@@ -50,14 +60,13 @@ from cdc_mmpg.evidence.comparisons import (
     on_wire,
     total,
 )
-from cdc_mmpg.evidence.findings import AXES, TARGETS, payloads, told
+from cdc_mmpg.evidence.findings import payloads, told
 from cdc_mmpg.evidence.paper import Erratum
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
 from cdc_mmpg.results import find_results
 from cdc_mmpg.wire.messages import FRAMING_BYTES
 
-PRETRAINING = "encoder_pretraining"  # the run that makes the encoder and answers nothing
 FLOORS = {
     "majority": "Majority answer",
     "majority_per_type": "Majority answer per type",
@@ -69,10 +78,6 @@ COSTS = ["D-Param", "C-Param", "up, B", "down, B", "epoch", "train s", "seeds"]
 GAIN = "vs fine-tuning"
 
 RATES = (5, 15, 50, 100)  # MiB/s, the paper's MB/s
-FRAMES = (2, 3, 4, 5)
-FULL = 3  # the frames of every other run
-STUDY = {f"cdc_mmpg_frozen.{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
-STUDY_SEEDS = range(5)
 
 REASONER_NOTES = {
     "small": "The reasoner is small (554,880 parameters), not of the paper's size.",
@@ -439,7 +444,7 @@ def frames(evidence: Evidence) -> Table | None:
     """Table 4: accuracy and seconds per epoch by frames. The paper's are fine-tuning's."""
     if evidence.ranks or evidence.find_task() == "multiple_choice":
         return None
-    others = [number for number in FRAMES if number != FULL]
+    others = [number for number in FRAMES if number != RECIPE_FRAMES]
     shown = [name for name in ("cdc_mmpg",) if any(evidence.of(with_frames(name, n)) for n in others)]
     runs = [*_main_runs(evidence), *(run for n in others for run in evidence.of(with_frames(BASELINE, n)))]
     beside = evidence.printed("frames", "2", "accuracy") and _comparable(evidence, runs)
@@ -474,11 +479,6 @@ def seeds_of_frames(evidence: Evidence, method: str) -> Collection[int]:
     """Return the seeds that every number of frames has of those that were run: rows of other seeds do not compare."""
     tried = [{run.seed for run in evidence.of(with_frames(method, number))} for number in FRAMES]
     return set.intersection(*(seeds for seeds in tried if seeds)) if any(tried) else set()
-
-
-def with_frames(method: str, number: int) -> str:
-    """The run of a method on so many frames."""
-    return method if number == FULL else f"{method}.frames{number}"
 
 
 def delays(evidence: Evidence) -> Table | None:
@@ -603,19 +603,17 @@ def missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
     A study's seeds are those that any of its own runs has: three of the main rows say nothing about the others.
     """
     devices = evidence.groups != [EVERYTHING]
-    sessions = [SESSION, "session_concatenated", "session_oracle", *SESSIONS[1:]]
-    if devices:  # what `make tables` trains with several seeds; the others, but for the reasoner's study, with one
-        main = ["linear", BASELINE, "cdc_mmpg", "hyper_fan_in", *sessions[:4]]
-        once = ["hyper", *sessions[4:], "on_device"]
-    else:
-        main, once = [*PAPERS, "hyper_fan_in", "cdc_mmpg_frozen"], []
-    other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != FULL]
+    trained = [BY_NAME[name] for name in runs_of_all(embedded=devices) if BY_NAME[name].label]
+    main = [method.name for method in trained if method.several_seeds or not devices]
+    once = [method.name for method in trained if method.name not in main]  # `make tables` takes one seed
+    sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
+    other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
     seeds = evidence.seeds(main) or [0]
     of_once = evidence.seeds(once) or seeds[:1]
     by_table: list[tuple[str, Sequence[str], Sequence[int]]] = [
         ("the paper's methods", PAPERS, seeds),
-        ("controls", ["hyper_fan_in", *([] if devices else ["cdc_mmpg_frozen"])], seeds),
-        ("sessions", sessions if devices else [], seeds),
+        ("controls", [name for name in main if name not in PAPERS + tuple(sessions)], seeds),
+        ("sessions", sessions, seeds),
         ("opponents on the device", ["on_device"] if devices else [], of_once),
         ("frames (table 4)", other_frames if frames(evidence) else [], evidence.seeds(other_frames) or seeds[:1]),
         ("the study of the reasoner", list(STUDY) if devices else [], STUDY_SEEDS),

@@ -1,0 +1,166 @@
+"""The catalogue of methods: each method once, for the plan of runs, the tables, the findings and the figures.
+
+A method is a YAML file in `experiments/methods`, which names its class, and an entry here. No torch.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Unit = Literal["static", "sample", "session"]
+
+PRETRAINING = "encoder_pretraining"  # the run that trains the embedded dataset's encoder
+BASELINE = "fine_tuning"  # what every method is compared with
+SESSION = "cdc_mmpg_session"
+CONCATENATED = "session_concatenated"
+
+# What a method is given in place of its own, by condition of its test: what a difference to it is worth.
+SAMPLE_CONTROLS = {
+    "shuffled": "another sample's anchor",
+    "shuffled_device": "another device's anchor",
+    "mean_head": "one mean head for all",
+    "bypassed": "ADR bypassed",
+}
+SESSION_CONTROLS = {"shuffled_n16": "another device's 16 anchors", "mean_head": "one mean head for all"}
+
+
+class Row(NamedTuple):
+    """A row of the table of methods: a method as it is, or under another condition of its test."""
+
+    label: str  # "· ..." for a control of the row above
+    method: str
+    condition: str | None = None  # None: the first of its results, with which it was trained and is compared
+
+
+class Method(NamedTuple):
+    """A method: what trains, in which order, and how its rows and lines look.
+
+    Attributes:
+        name: of its YAML file and of its runs' folder.
+        label: of its row; empty for a run that answers no questions.
+        unit: what a last layer is for: all (static), a sample or a session.
+        color: of its points and lines.
+        turn: place among the runs of METHOD=all, the longest first; 0 where it is not among them.
+        datasets: those whose METHOD=all has it: any; devices, the embedded one; published, all others.
+        encoder: run that trains the encoder it starts from.
+        adr: run of phase one whose reasoner it takes.
+        uses_features: waits for the features that the first run on the frozen encoder computes.
+        controls: label of each condition in which it is given what is another's.
+        before, after: labels of other conditions, by condition; their rows stand before and after its own.
+        in_paper: has a row in the paper's tables.
+        several_seeds: `make tables` trains it with several seeds.
+        program: what runs it, a program of `cdc-mmpg`.
+    """
+
+    name: str
+    label: str = ""
+    unit: Unit = "static"
+    color: str = "#8b949e"
+    turn: int = 0
+    datasets: Literal["any", "devices", "published"] = "any"
+    encoder: str = PRETRAINING
+    adr: str = ""
+    uses_features: bool = False
+    controls: Mapping[str, str] = {}
+    before: Mapping[str, str] = {}
+    after: Mapping[str, str] = {}
+    in_paper: bool = False
+    several_seeds: bool = False
+    program: Literal["fit", "on_device", "privacy"] = "fit"
+
+    def rows(self) -> list[Row]:
+        """Return its rows in the table of methods."""
+        rows = [Row(label, self.name, condition) for condition, label in self.before.items()]
+        rows += [Row(self.label, self.name)] if self.label else []
+        rows += [Row(label, self.name, condition) for condition, label in self.after.items()]
+        return rows + [Row(f"· {label}", self.name, condition) for condition, label in self.controls.items()]
+
+
+# In the order of the tables: the paper's methods, then the others; phase one answers nothing.
+METHODS = (
+    Method("linear", "F-linear", color="#94a3b8", turn=1, in_paper=True, several_seeds=True),
+    Method(BASELINE, "Fine-tuning", color="#6b7280", turn=2, in_paper=True, several_seeds=True),
+    Method("hyper", "F-hyper", "sample", "#c2715a", turn=4, uses_features=True, controls=SAMPLE_CONTROLS,
+           in_paper=True),
+    Method("hyper_fan_in", "F-hyper, hyperfan-in", "sample", "#b5488a", turn=5, uses_features=True,
+           controls=SAMPLE_CONTROLS, several_seeds=True),
+    Method("cdc_mmpg", "CDC-MMPG", "sample", "#9a6700", turn=3, adr="adr_pretraining", controls=SAMPLE_CONTROLS,
+           in_paper=True, several_seeds=True),
+    Method("cdc_mmpg_frozen", "CDC-MMPG, frozen", "sample", "#c9a227", turn=6, datasets="published",
+           encoder=BASELINE, adr="adr_pretraining_frozen", controls=SAMPLE_CONTROLS),
+    Method(
+        SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", uses_features=True,
+        before={"n1": "Session, n = 1", "n4": "Session, n = 4", "n8": "Session, n = 8"},
+        after={"n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
+        controls=SESSION_CONTROLS, several_seeds=True,
+    ),
+    Method(f"{SESSION}_basis", "Session, basis", "session", "#3b82c4", turn=8, datasets="devices",
+           uses_features=True, controls=SESSION_CONTROLS, several_seeds=True),
+    Method(f"{SESSION}_full", "Session, full layer", "session", "#7aa7d9", turn=11, datasets="devices",
+           uses_features=True, controls=SESSION_CONTROLS),
+    Method(f"{SESSION}_plain", "Session, plain mean", "session", "#5b7083", turn=12, datasets="devices",
+           uses_features=True, controls=SESSION_CONTROLS),
+    Method(CONCATENATED, "Concatenated, n = 16", color="#0f766e", turn=9, datasets="devices", uses_features=True,
+           controls={"shuffled_n16": SESSION_CONTROLS["shuffled_n16"]}, several_seeds=True),
+    Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=10, datasets="devices",
+           uses_features=True, several_seeds=True),
+    Method(
+        "on_device", "On the device: before", color="#4d7c0f", turn=13, datasets="devices", encoder=BASELINE,
+        after={"tent": "On the device: TENT"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
+        program="on_device",
+    ),
+    Method("privacy", turn=14, datasets="devices", program="privacy"),
+    Method(PRETRAINING, encoder=""),
+    Method("adr_pretraining", uses_features=True),
+    Method("adr_pretraining_frozen", encoder=BASELINE),
+)  # fmt: skip
+
+BY_NAME = {method.name: method for method in METHODS}
+ROWS = tuple(row for method in METHODS for row in method.rows())
+NAMES = {method.name: method.label for method in METHODS if method.label}
+PAPERS = tuple(method.name for method in METHODS if method.in_paper)
+PER_SAMPLE = tuple(method.name for method in METHODS if method.unit == "sample")
+SESSIONS = tuple(method.name for method in METHODS if method.unit == "session")
+
+# Variants of a method, METHOD=<method>.<variant>: runs of their own, with other arguments.
+FRAMES = (2, 3, 4, 5)  # of a clip; RECIPE_FRAMES is every other run's
+RECIPE_FRAMES = 3
+AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the study of the reasoner
+REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
+REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
+STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
+STUDY_SEEDS = range(5)
+
+
+def color_of(name: str) -> str:
+    """Return the color of a method's points, also of one that is not in the catalogue."""
+    return BY_NAME[name].color if name in BY_NAME else Method._field_defaults["color"]
+
+
+def runs_of_all(embedded: bool) -> list[str]:
+    """Return the methods of METHOD=all, in the order of their runs."""
+    kinds = ("any", "devices" if embedded else "published")
+    chosen = [method for method in METHODS if method.turn and method.datasets in kinds]
+    return [method.name for method in sorted(chosen, key=lambda method: method.turn)]
+
+
+def with_frames(method: str, number: int) -> str:
+    """Return the name of a method's runs on so many frames of a clip."""
+    return method if number == RECIPE_FRAMES else f"{method}.frames{number}"
+
+
+def variants_of(method: Method) -> list[str]:
+    """Return the names of a method's variants."""
+    if method.program != "fit" or method.datasets == "devices":
+        return []
+    frames = [with_frames(method.name, number) for number in FRAMES if number != RECIPE_FRAMES]
+    return frames + [f"{method.name}.{variant}" for variant in REASONERS if method.name in REASONER_METHODS]
+
+
+def variant_arguments(method: str, variant: str) -> list[str]:
+    """Return the arguments that make a variant of a method."""
+    if variant.startswith("frames"):
+        return [f"--data.init_args.num_frames={variant.removeprefix('frames')}"]
+    if not method.startswith("adr_"):  # phase two takes the reasoner of phase one's variant
+        return []
+    axis, target = variant.split("_")
+    return [f"--model.init_args.axis={axis.replace('group', 'group:')}", f"--model.init_args.target={target}"]
