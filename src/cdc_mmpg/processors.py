@@ -1,7 +1,8 @@
-"""What this process may use of the machine: processors and memory."""
+"""What this process may use of the machine: processors, memory and GPUs."""
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")  # of Linux, version 2
@@ -16,6 +17,18 @@ def count_processors() -> int:
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *_group_limits()]))
+
+
+def find_gpus() -> list[str]:
+    """Return the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not asked."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.replace(" ", "").split(",") if name and name != "-1"]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split()
 
 
 def free_memory() -> int:

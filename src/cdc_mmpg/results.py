@@ -25,6 +25,13 @@ RESUME = "resume"  # folder of a run with its last two complete states; gone whe
 ANNOTATIONS = (".json", ".jsonl", ".csv", ".txt")
 SOURCES = ("src", "experiments", "data_modules")  # folders of the repository whose files make a run
 
+# Where and how fast a run computes, not what: these may change between a run and its resumption.
+SURROUNDINGS = (
+    "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
+    "data.init_args.per_device", "data.init_args.frame_cache", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+)  # fmt: skip
+
 # Types of what others read of results.json, where it is there and not null; "*" stands for every other key.
 Shape = Any
 NUMBER = (int, float)

@@ -10,39 +10,64 @@ a wrong path or finding a run finished takes no time.
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment, find_launch
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
-from cdc_mmpg.results import RESUME, find_dataset_config, fingerprint, read_results
+from cdc_mmpg.results import (
+    CONFIG,
+    RESUME,
+    SURROUNDINGS,
+    find_dataset_config,
+    fingerprint,
+    read_results,
+    read_settings,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see `errors`; 128 + the signal's number when stopped by one)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     log_to_terminal()
-    for _, command in groupby(arguments, lambda argument: argument != "--"):
-        if (own := list(command)) != ["--"]:
+    checks = arguments[:1] == ["check"]
+    for _, words in groupby(arguments[1:] if checks else arguments, lambda argument: argument != "--"):
+        if (command := list(words)) != ["--"]:
             leave_on_signals()
-            sys.argv[1:] = own  # Lightning starts its other processes with these: they end with the command
-            if code := exit_code(partial(_run, own)):
+            sys.argv[1:] = command  # Lightning starts its other processes with these: they end with the command
+            if code := exit_code(partial(_check if checks else _run, command)):
                 return code
     return 0
 
 
 def _run(arguments: Sequence[str]) -> None:
     """One command."""
-    if not _is_finished(arguments):
+    if not is_finished(arguments):
+        refuse_other_settings(arguments)
         check_paths(arguments)
         check_environment()
         find_launch().check_arguments({name: option(arguments, f"trainer.{name}") for name in ("devices", "num_nodes")})
         from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  imports torch and Lightning: 10 s
 
         Experiment(arguments)
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Parse a command whose data and weights may be still to be made; nothing is built or trained.
+
+    Raises:
+        CDCError: the arguments are not those of a run, or its folder holds a run with others.
+    """
+    from cdc_mmpg.training.experiment import check_arguments  # noqa: PLC0415  see `_run`
+
+    vocab = option(arguments, "data.init_args.vocab")
+    there = not vocab or Path(expand_home(vocab)).is_file()
+    check_arguments([word for word in arguments if there or not word.startswith("--data.init_args.vocab=")])
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -52,7 +77,8 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     return values[-1] if values else None
 
 
-def _is_finished(arguments: Sequence[str]) -> bool:
+def is_finished(arguments: Sequence[str]) -> bool:
+    """Return whether the run of a command is finished, and say so."""
     folder = option(arguments, "trainer.default_root_dir")
     if not folder:
         return False
@@ -64,6 +90,39 @@ def _is_finished(arguments: Sequence[str]) -> bool:
     shutil.rmtree(run / RESUME, ignore_errors=True)
     print(f"{folder}: finished on {results.get('finished')}; delete the folder to train anew")
     return True
+
+
+def refuse_other_settings(arguments: Sequence[str]) -> None:
+    """Refuse options that a finished run in the same folder did not have, before anything slow is imported.
+
+    Raises:
+        ConfigError: names them, with both values.
+    """
+    folder = Path(expand_home(option(arguments, "trainer.default_root_dir") or ""))
+    if not (folder / CONFIG).is_file() or read_results(folder) is None:
+        return
+    import yaml  # noqa: PLC0415  a run that is not there yet takes none
+
+    settings, lines = read_settings(folder), []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        there: Any = settings
+        for key in name.split("."):
+            there = there.get(key, KeyError) if isinstance(there, dict) else KeyError
+        if not equals or name in SURROUNDINGS or there is KeyError or isinstance(there, dict):
+            continue
+        with suppress(yaml.YAMLError):
+            if yaml.safe_load(value) != there and value != str(there) and not _is_same_path(value, there):
+                lines.append(f"  {name}: {there!r} there, {value!r} asked for")
+    if lines:
+        raise ConfigError(
+            f"{folder} holds a finished run with another configuration:\n" + "\n".join(lines) + "\n"
+            "Type that run's command to see that it is finished, or delete or rename the folder."
+        )
+
+
+def _is_same_path(first: str, second: Any) -> bool:
+    return isinstance(second, str) and Path(expand_home(first)).absolute() == Path(expand_home(second)).absolute()
 
 
 def check_paths(arguments: Sequence[str]) -> None:
@@ -104,7 +163,3 @@ def _source_of_dataset(arguments: Sequence[str]) -> str:
     path = find_dataset_config(arguments)
     lines = path.read_text(encoding="utf-8").splitlines() if path else []
     return "\n".join(line[2:] for line in lines if line.startswith("#"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ from cdc_mmpg.results import (
     INPUTS,
     RESULTS,
     RESUME,
+    SURROUNDINGS,
     annotations_digest,
     find_dataset_config,
     fingerprint,
@@ -57,6 +58,7 @@ from cdc_mmpg.training.features import FeatureDataModule
 from cdc_mmpg.training.group import GROUPS, GroupStrategy, cluster_environment, parting
 from cdc_mmpg.training.loggers import ExampleTable, close, loggers
 from cdc_mmpg.training.matmul import Matmul, set_matmul
+from cdc_mmpg.training.progress import EpochLines, draws_bar
 from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
@@ -75,13 +77,6 @@ LINKED = {  # what is written once and handed on
 PATHS = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
          "model.init_args.encoder.checkpoint", "model.init_args.adr")  # fmt: skip
 PARTS = ("seed_everything", "matmul", "compile", "trainer", "model", "data")
-
-# Where and how fast a run computes, not what: these may change between a run and its resumption.
-SURROUNDINGS = (
-    "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
-    "data.init_args.per_device", "data.init_args.frame_cache", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
-)  # fmt: skip
 
 # Weights stay float32: the generated layer and the loss are computed in it.
 PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
@@ -354,11 +349,14 @@ class Experiment(LightningCLI):
         config, launch = self._get(self.config_init, "trainer"), find_launch()
         kwargs["devices"], kwargs["num_nodes"] = devices, nodes = launch.share(config["devices"], config["num_nodes"])
         several = wants_several_processes(devices, nodes)
+        bar = draws_bar(config["enable_progress_bar"])
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
+        kwargs["enable_progress_bar"] = bar
         if self.subcommand == "fit":
             kwargs["callbacks"] = [
                 *(config["callbacks"] or []),
                 Timer(),
+                *([] if bar else [EpochLines()]),
                 StopOnSignal(self.folder),
                 ExampleTable(self.folder, self.dataset),
                 *checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
@@ -497,6 +495,27 @@ class Experiment(LightningCLI):
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
         close(trainer.loggers, results)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Parse the arguments of a training run, and compare them with the run in its folder; nothing is built.
+
+    Raises:
+        ConfigError: see `Experiment` and `is_begun`.
+    """
+
+    class Parsed(Experiment):
+        """An experiment that ends when its arguments are parsed."""
+
+        def instantiate_classes(self) -> None:
+            """Build nothing."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Run nothing."""
+
+    run = Parsed(arguments)
+    with suppress(SystemExit):  # finished
+        is_begun(run.folder, run.settings, read_inputs(run.folder))
 
 
 def is_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> bool:

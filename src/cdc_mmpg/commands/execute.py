@@ -1,0 +1,368 @@
+"""Do the steps of a plan: side by side where they may, each run with its share of the processors or a GPU of its own.
+
+A run that fails stops those that build on it, and no other; the end says what failed. On a CPU, runs start from a
+process that has imported Lightning already (a fork server): importing takes 10 seconds and more.
+"""
+
+import logging
+import multiprocessing.connection
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cdc_mmpg.commands.plan import Plan, Step
+from cdc_mmpg.errors import CDCError
+from cdc_mmpg.program import REQUEUE, Stopped, escape_controls, leave_on_signals
+from cdc_mmpg.results import read_results
+from cdc_mmpg.training.cli import is_finished, refuse_other_settings
+
+logger = logging.getLogger(__name__)
+
+SHARED_THREADS = "OMP_NUM_THREADS"
+PRELOADED = "cdc_mmpg.training.experiment"  # what the fork server imports: torch, Lightning and the methods' base
+STOP_SECONDS = 90.0  # that runs may take to save when they are told to stop
+
+
+class Outcome(NamedTuple):
+    """How a step ended."""
+
+    code: int  # its exit code
+    seconds: float
+    finished_before: bool = False
+
+
+class Executor:
+    """Does a plan's steps.
+
+    Args:
+        plan: its steps are all known.
+        run_program: runs a program by its word, with arguments, in this process; returns its exit code.
+    """
+
+    def __init__(self, plan: Plan, run_program: Callable[[str, Sequence[str]], int]) -> None:
+        self.plan, self.request = plan, plan.request
+        self.run_program = run_program
+        self.steps = list(plan.steps.values())
+        self.runs = [step for step in self.steps if step.folder]
+        self.outcomes: dict[str, Outcome] = {}
+        self.left_out: dict[str, str] = {}  # step, and the failed one that it builds on
+        self._processes: dict[str, Any] = {}
+        self._printing = threading.Lock()
+        self._server: Any = None
+
+    # Where a step runs.
+
+    @property
+    def forks(self) -> bool:
+        """Whether runs start from a fork server: on the CPU, in one process each."""
+        request = self.request
+        one = request["DEVICES"] in ("", "1", "auto", "-1") and request["NODES"] in ("", "1")
+        return one and not request["LAUNCH"] and not self.plan.gpus
+
+    def environment_of(self, step: Step, slot: int = 0) -> dict[str, str]:
+        """Return what the environment of a step's process has besides ours.
+
+        Args:
+            step: a run.
+            slot: which of the places side by side it has.
+        """
+        if step.alone or self.plan.jobs == 1:
+            return {}
+        added = {SHARED_THREADS: os.environ.get(SHARED_THREADS) or str(self.plan.find_share())}
+        if self.plan.gpus:
+            added["CUDA_VISIBLE_DEVICES"] = self.plan.gpus[slot]
+        return added
+
+    def command_of(self, step: Step) -> list[str]:
+        """Return the command of a step that has a process of its own."""
+        launcher = self.request.words("LAUNCH") if step.trains else []
+        return [*launcher, sys.executable, "-m", "cdc_mmpg", step.program, *_program_arguments(step)]
+
+    def print_list(self) -> None:
+        """Print the commands, one a line, as `make -n` does."""
+        for step in self.steps:
+            added = self.environment_of(step)
+            words = [*(["env", *(f"{name}={value}" for name, value in added.items())] if added else [])]
+            command = self.command_of(step)
+            command[command.index(sys.executable)] = ".venv/bin/python"
+            print(shlex.join([*words, *command]))
+
+    # All of them.
+
+    def execute(self) -> int:
+        """Do all steps; return 0, or the exit code of the first that failed.
+
+        Raises:
+            CDCError: a configuration is refused, before anything trains.
+            Stopped: a signal; it was handed on to what runs.
+        """
+        waiting = {step.name: step for step in self.runs if not self._note_finished(step)}
+        needed = {name for step in waiting.values() for name in step.needs}
+        others = [step for step in self.steps if not step.folder]
+        first = [step for step in others if step.name in needed]
+        last = [step for step in others if step not in first and step.program != "clips"]
+        self._check_settings([step for step in waiting.values() if step.trains])
+        if waiting:
+            leave_on_signals()
+            if code := self._one_after_another(first):
+                return code
+            self._side_by_side(waiting)
+        failed = {name: outcome.code for name, outcome in self.outcomes.items() if outcome.code}
+        missing = failed.keys() | self.left_out.keys()
+        code = self._one_after_another([step for step in last if not missing & set(step.needs)])
+        self._print_failures(failed)
+        return next(iter(failed.values()), code)
+
+    def _one_after_another(self, steps: Sequence[Step]) -> int:
+        for step in steps:
+            if code := self.run_program(step.program, _program_arguments(step)):
+                return code
+        return 0
+
+    def _note_finished(self, step: Step) -> bool:
+        """Return whether a step's run is finished; refuse one that is, with other settings.
+
+        Raises:
+            ConfigError: names the settings that differ.
+        """
+        if not step.trains:
+            return False
+        if is_finished(step.arguments):
+            self.outcomes[step.name] = Outcome(0, 0.0, finished_before=True)
+            return True
+        refuse_other_settings(step.arguments)
+        return False
+
+    def _check_settings(self, steps: Sequence[Step]) -> None:
+        """Parse the settings of all runs that are to train, in one process that has the imports."""
+        if len(steps) < 2:  # one refuses its own as early
+            return
+        commands = [step.arguments for step in steps]
+        code = self._start_forked("check", [word for command in commands for word in ("--", *command)]).wait()
+        if code:
+            raise SystemExit(code)
+
+    # Side by side.
+
+    def _side_by_side(self, waiting: dict[str, Step]) -> None:
+        total, begun = len(waiting), time.monotonic()
+        running: dict[Future[int], tuple[Step, int, float]] = {}
+        slots = list(range(self.plan.jobs))
+        with ThreadPoolExecutor(max_workers=self.plan.jobs) as pool:
+            try:
+                while waiting or running:
+                    for step in self._ready(waiting):
+                        if not slots or (step.alone and running) or any(s.alone for s, _, _ in running.values()):
+                            break
+                        del waiting[step.name]
+                        slot = slots.pop(0)
+                        future = pool.submit(self._run, step, slot)
+                        running[future] = (step, slot, time.monotonic())
+                    if not running:
+                        break
+                    for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                        step, slot, since = running.pop(future)
+                        slots = sorted([*slots, slot])
+                        self.outcomes[step.name] = Outcome(future.result(), time.monotonic() - since)
+                        self._print_progress(step, total, begun)
+            except Stopped as error:
+                self._stop(error.number)
+                if error.number == REQUEUE:  # the run has asked for it
+                    raise SystemExit(128 + error.number) from error
+                raise
+
+    def _ready(self, waiting: dict[str, Step]) -> list[Step]:
+        """Return the steps that nothing holds back, in the plan's order; leave out what builds on a failure."""
+        ready = []
+        for step in list(waiting.values()):
+            before = [name for name in step.needs if self.plan.steps[name].folder]
+            broken = [name for name in before if name in self.left_out or
+                      (name in self.outcomes and self.outcomes[name].code)]  # fmt: skip
+            if broken:
+                self.left_out[step.name] = broken[0]
+                del waiting[step.name]
+            elif all(name in self.outcomes for name in before):
+                ready.append(step)
+        return ready
+
+    def _run(self, step: Step, slot: int) -> int:
+        """Run a step to its end; return its exit code."""
+        side_by_side = self.plan.jobs > 1 and not step.alone
+        added = self.environment_of(step, slot)
+        process: _Forked | _Started
+        if self.forks and len(self.runs) > 1:
+            threads = int(added[SHARED_THREADS]) if added else None
+            process = self._start_forked(step.program, _program_arguments(step), threads, side_by_side)
+        else:
+            process = _Started(self.command_of(step), added, piped=side_by_side)
+        self._processes[step.name] = process
+        try:
+            for line in process.lines():
+                self._print(f"{step.name}: {line}")
+            return process.wait()
+        finally:
+            del self._processes[step.name]
+
+    def _start_forked(
+        self, program: str, arguments: Sequence[str], threads: int | None = None, piped: bool = False
+    ) -> "_Forked":
+        """Start a program from the fork server, which starts with the first."""
+        with self._printing:
+            if self._server is None:
+                self._server = multiprocessing.get_context("forkserver")
+                self._server.set_forkserver_preload([PRELOADED])
+        return _Forked(self._server, program, arguments, threads, piped)
+
+    def _stop(self, number: int) -> None:
+        """Hand a signal on to all that runs, and wait for it."""
+        end = time.monotonic() + STOP_SECONDS
+        for process in list(self._processes.values()):
+            process.signal(number)
+        while self._processes and time.monotonic() < end:
+            time.sleep(0.1)
+
+    # What is said.
+
+    def _print(self, line: str) -> None:
+        with self._printing:
+            print(escape_controls(line), flush=True)
+
+    def _print_progress(self, step: Step, total: int, begun: float) -> None:
+        """Say how a run ended, how many there are, and how long the others may take."""
+        done = [outcome for outcome in self.outcomes.values() if not outcome.finished_before]
+        outcome, number = self.outcomes[step.name], len(done) + len(self.left_out)
+        seconds = time.monotonic() - begun
+        left = seconds / len(done) * (total - number)
+        end = f", about {describe_seconds(left)} left" if total > number else ""
+        how = f"failed with exit code {outcome.code}" if outcome.code else f"finished{describe_score(step.folder)}"
+        self._print(f"{number} of {total}: {step.name} {how} in {describe_seconds(outcome.seconds)}{end}")
+
+    def _print_failures(self, failed: dict[str, int]) -> None:
+        if not failed:
+            return
+        lines = [f"  {name}: exit code {code}" for name, code in failed.items()]
+        lines += [f"  {name}: not run, it builds on {other}" for name, other in self.left_out.items()]
+        print("\n".join(["These runs have no results:", *lines]), file=sys.stderr, flush=True)
+
+
+class _Started:
+    """A program in a process of its own."""
+
+    def __init__(self, command: Sequence[str], added: dict[str, str], piped: bool) -> None:
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
+        try:
+            self._process = subprocess.Popen(
+                command, env=os.environ | added, text=True, errors="replace", bufsize=1, **output
+            )  # type: ignore[call-overload]
+        except OSError as error:
+            raise CDCError(f"{command[0]}: cannot be run ({error.strerror or error})") from error
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it writes, where that goes through here."""
+        yield from (line.rstrip("\n") for line in self._process.stdout or ())
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code."""
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        with suppress(OSError):
+            self._process.send_signal(number)
+
+
+class _Forked:
+    """A program in a process that the fork server forks."""
+
+    def __init__(self, context: Any, program: str, arguments: Sequence[str], threads: int | None, piped: bool) -> None:
+        reader, writer = context.Pipe(duplex=False) if piped else (None, None)
+        self._reader: Connection | None = reader
+        self._process = context.Process(target=run_forked, args=(program, list(arguments), threads, writer))
+        self._process.start()
+        if writer is not None:
+            writer.close()
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it writes, where that goes through here."""
+        rest = b""
+        while self._reader is not None:
+            ready = multiprocessing.connection.wait([self._reader, self._process.sentinel])
+            if self._reader not in ready:  # it has ended; a process that it left may keep the pipe open
+                break
+            if not (data := os.read(self._reader.fileno(), 1 << 16)):
+                break
+            *whole, rest = (rest + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole)
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code."""
+        self._process.join()
+        code: int = self._process.exitcode
+        return code if code >= 0 else 128 - code
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        with suppress(OSError):
+            os.kill(self._process.pid, number)
+
+
+def run_forked(program: str, arguments: list[str], threads: int | None, writer: Connection | None) -> None:
+    """Run a program in a forked process.
+
+    Args:
+        program: a word of `cdc-mmpg`.
+        arguments: of it.
+        threads: that it computes with; None is all.
+        writer: where its output goes; None is where the server's goes.
+    """
+    from cdc_mmpg.commands.main import run_program  # noqa: PLC0415  it imports this module
+
+    leave_on_signals()
+    if writer is not None:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(writer.fileno(), stream.fileno())
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        writer.close()
+    if threads is not None:
+        import torch  # noqa: PLC0415  the server has imported it
+
+        os.environ[SHARED_THREADS] = str(threads)
+        torch.set_num_threads(threads)
+    sys.exit(run_program(program, arguments))
+
+
+def _program_arguments(step: Step) -> list[str]:
+    """Return the arguments that follow the program's word; those of a training run begin with it."""
+    return list(step.arguments[1:] if step.trains else step.arguments)
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a duration in words."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def describe_score(folder: str) -> str:
+    """Return the score of a finished run's test, as a part of a sentence."""
+    metrics = (read_results(Path(folder)) or {}).get("metrics") or {}
+    for name in ("test/accuracy", "test/VR@1", "test/loss"):
+        if (value := metrics.get(name)) is not None:
+            return f" with {name} {value:.4f}"
+    return ""

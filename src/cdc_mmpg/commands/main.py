@@ -1,0 +1,100 @@
+"""`cdc-mmpg`: every command of the project by its word.
+
+cdc-mmpg train DATASET=msvd SEEDS=3     a command with make's variables
+cdc-mmpg fit --config ... --config ...  a program with arguments of its own, as `make -n` lists them
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdc_mmpg.commands.request import READS, Request, read_make, read_words
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.program import exit_code, log_to_terminal, print_error
+
+# Every program: its module, and what it does. A module has `main(arguments)`, which returns the exit code.
+PROGRAMS = {
+    "train": ("", "train and test: METHOD=<name>|all, several seeds, all that they build on; then the table"),
+    "data": ("cdc_mmpg.commands.prepare", "check a dataset and decode its clips, for training to find"),
+    "tables": ("cdc_mmpg.report.tables", "every table of the paper, ours beside it, and what is missing"),
+    "table": ("cdc_mmpg.report.tables", "the methods of a dataset side by side, in the terminal and as Markdown"),
+    "report": ("cdc_mmpg.report.page", "one page with every figure, and where each comes from"),
+    "figures": ("cdc_mmpg.report.figures", "the README's pictures, from a dataset's runs"),
+    "predict": ("cdc_mmpg.commands.predict", "answer a question about a file, or choose a text"),
+    "export": ("cdc_mmpg.deployment.export", "bundles for a device and for the cloud"),
+    "serve": ("cdc_mmpg.cloud.app", "the cloud's service, of an export"),
+    "device": ("cdc_mmpg.device.__main__", "ask the device's client, with an export and the service"),
+    "demo": ("cdc_mmpg.deployment.demo", "a session of an unseen device, through service and client"),
+    "delay": ("cdc_mmpg.benchmarks.delay", "Table 6 by measurement, on a shaped link"),
+    "sweep": ("cdc_mmpg.commands.sweep", "learning rates, by W&B's agent or, without a server, one after another"),
+    "checkpoint": ("cdc_mmpg.commands.checkpoint", "what the encoder takes of a checkpoint, drops, and lacks"),
+    "benchmark": ("cdc_mmpg.benchmarks.training", "speed at the paper's size, of training"),
+    "benchmark_loading": ("data_modules.benchmark_loading", "speed of what brings training its samples"),
+    "benchmark_deployment": ("cdc_mmpg.benchmarks.deployment", "speed of service and device"),
+    "fit": ("cdc_mmpg.training.cli", "one training run: Lightning's command line"),
+    "validate": ("cdc_mmpg.training.cli", "Lightning's"),
+    "test": ("cdc_mmpg.training.cli", "Lightning's"),
+    "check": ("cdc_mmpg.training.cli", "parse the arguments of several runs, `--` between them"),
+    "clips": ("data_modules.synthetic_clips", "make the embedded dataset"),
+    "on_device": ("cdc_mmpg.controls.on_device", "what a device could do by itself, from a finished run"),
+    "privacy": ("cdc_mmpg.controls.privacy", "what an upload reveals, from a finished run"),
+}
+LISTS = "--make"  # first argument where make calls: its variables stand in MAKEFLAGS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command or a program by its word; returns the exit code (see `errors`)."""
+    word, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if word in ("--help", "-h", "help"):
+        print(describe())
+        return 0
+    if word not in PROGRAMS:
+        print_error(f"ConfigError: {word}: no such command. `cdc-mmpg --help` lists them")
+        return ConfigError.exit_code
+    _find_checkout()
+    given, only_lists = read_make(os.environ.get("MAKEFLAGS", "")) if rest == [LISTS] else (read_words(rest), False)
+    if word not in READS or given is None:
+        return run_program(word, rest)
+    log_to_terminal()
+    result: list[int] = []
+    code = exit_code(lambda: result.append(_execute(word, given, only_lists)))
+    return code or result[0]
+
+
+def _execute(word: str, given: dict[str, str], only_lists: bool) -> int:
+    from cdc_mmpg.commands.execute import Executor  # noqa: PLC0415  it runs programs through this module
+    from cdc_mmpg.commands.plan import PLANS  # noqa: PLC0415
+
+    executor = Executor(PLANS[word](Request(word, given)), run_program)
+    if only_lists:
+        executor.print_list()
+        return 0
+    return executor.execute()
+
+
+def run_program(word: str, arguments: Sequence[str]) -> int:
+    """Run a program in this process; return its exit code."""
+    before = {"tables": ["--paper"], "fit": ["fit"], "validate": ["validate"], "test": ["test"], "check": ["check"]}
+    module = importlib.import_module(PROGRAMS[word][0])
+    code: int = module.main([*before.get(word, []), *arguments])
+    return code
+
+
+def _find_checkout() -> None:
+    """Let `data_modules` be imported: it lies in the checkout, beside `src`, and is part of no wheel."""
+    if Path("data_modules").is_dir() and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def describe() -> str:
+    """Return the commands, what they do, and the variables that they read."""
+    width = max(map(len, PROGRAMS))
+    lines = [__doc__ or "", "Commands, with make's variables:"]
+    for word, reads in READS.items():
+        lines.append(f"  {word:{width}}  {PROGRAMS[word][1]}")
+        lines.append(f"  {'':{width}}    {' '.join(reads)}")
+    lines.append("\nPrograms, with arguments of their own (`cdc-mmpg <program> --help`):")
+    lines += [f"  {word:{width}}  {text}" for word, (_, text) in PROGRAMS.items() if word not in READS]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""A line an epoch, where no progress bar is drawn: into a file, or beside other runs."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def draws_bar(enabled: bool | None) -> bool:
+    """Return whether a progress bar is wanted and there is a terminal to draw it on."""
+    return enabled is not False and sys.stderr is not None and sys.stderr.isatty()
+
+
+class EpochLines(Callback):
+    """Logs a line after each epoch: the loss, the monitored metric, and how long the others may take."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._begun, self._first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the line; validation is over by then."""
+        if not trainer.is_global_zero:
+            return
+        number, last = trainer.current_epoch + 1, trainer.max_epochs
+        seconds = (time.monotonic() - self._begun) / (number - self._first)
+        names = ("train/loss", str(getattr(pl_module, "monitor", "")))
+        metrics: dict[str, Any] = trainer.callback_metrics
+        shown = [f"{name} {float(metrics[name]):.4f}" for name in dict.fromkeys(names) if name in metrics]
+        total = f" of {last}" if last and last > 0 else ""
+        left = f", about {seconds * (last - number):.0f} s left" if last and last > number else ""
+        logger.info("epoch %d%s: %s, %.1f s an epoch%s", number, total, ", ".join(shown), seconds, left)
