@@ -328,7 +328,8 @@ def test_datasets_go_by_the_names_that_people_type():
         ("NODES=0", "machines"), ("OUT=", "the folder where runs go"), ("OUT=README.md", "is a file"),
         ("OUT=-x", "begin"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("FRAME_CACHE=gpu", "read"),
         ("JOBS=1;touch x", "side by side"), ("SEDE=3", "SEED is the nearest"),
-        ("method=linear", "METHOD is the nearest"), ("LR=0.1", "it reads"), ("ARGS_linaer=--x=1", "ARGS_linear is the nearest"), ("VIDEO=a.mp4", "reads no such"),
+        ("method=linear", "METHOD is the nearest"), ("LR=0.1", "it reads"),
+        ("ARGS_linaer=--x=1", "ARGS_linear is the nearest"), ("VIDEO=a.mp4", "reads no such"),
         ("ENCODER_SEED=one", "whose encoder"), ("ARGS='--x", "quotation"),
     ],
 )  # fmt: skip

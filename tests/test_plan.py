@@ -1,0 +1,232 @@
+"""What a request means: which runs, in which order, side by side; what becomes of the others when one fails."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cdc_mmpg.commands.execute import Executor
+from cdc_mmpg.commands.plan import PLANS, Plan
+from cdc_mmpg.commands.request import Request, find_dataset_name, read_make
+from cdc_mmpg.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")
+}
+SMALL = (
+    "--model.init_args.encoder.depth=1 --data.init_args.num_classes=5 --data.init_args.image_size=32 "
+    "--data.init_args.num_workers=0 --trainer.accelerator=cpu"
+)
+
+
+def plan(command: str, **given: str) -> Plan:
+    return PLANS[command](Request(command, given, {}))
+
+
+def arguments(root: Path, out: Path, **given: str) -> list[str]:
+    """The words of a small training on a folder like MSVD-QA's."""
+    variables = {"DATASET": "msvd", "DATA": str(root), "VOCAB": str(root / "vocab.txt"), "OUT": str(out), "EPOCHS": "1",
+                 "ARGS": SMALL} | given  # fmt: skip
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
+def start(words: list[str], log: Path, **added: str) -> subprocess.Popen:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cdc_mmpg", "train", *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | {"WANDB_MODE": "disabled"} | added,
+        )  # fmt: skip
+
+
+# What make hands on
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "lists"),
+    [
+        ("", {}, False),
+        (" -- X=1", {"X": "1"}, False),
+        (
+            'n -- Y= Q=what\'s\\ "five"\\ for\\ $$5\\ or\\ \\\\\\ `d`',
+            {"Y": "", "Q": 'what\'s "five" for $5 or \\ `d`'},
+            True,
+        ),
+        ("ns -- Z=1", {"Z": "1"}, True),
+        (" -j4 --jobserver-auth=3,4 -- X=2", {"X": "2"}, False),
+        ("--no-print-directory -- A:=x=y", {"A": "x=y"}, False),
+        ("k -- L=a\nb", {"L": "a\nb"}, False),
+    ],
+)
+def test_the_variables_of_make_are_read_as_they_were_typed(flags, given, lists):
+    assert read_make(flags) == (given, lists)
+
+
+def test_the_environment_counts_only_for_what_a_command_reads():
+    environment = {"METHOD": "linear", "SEEDS": "x", "DATASET": "msvd"}
+    assert Request("table", {}, environment).root == "checkpoints/msvd"
+    assert Request("table", {"DATASET": "tgif"}, environment).root == "checkpoints/tgif"
+    with pytest.raises(ConfigError, match="SEEDS=x: SEEDS is how many seeds"):
+        Request("train", {}, environment)
+    assert Request("predict", {}, environment).served_run == "checkpoints/msvd/linear/seed0"
+
+
+def test_what_is_no_dataset_keeps_its_name():
+    assert find_dataset_name("my_qa") == "my_qa"
+    assert find_dataset_name("MSR-VTT QA") == "msrvtt"
+
+
+# Which runs, in which order
+
+
+def test_a_run_comes_after_all_that_it_builds_on():
+    for command, given in (("train", {}), ("train", {"SEEDS": "2"}), ("tables", {}), ("train", {"DATASET": "msvd"})):
+        steps = list(plan(command, **given).steps.values())
+        for number, step in enumerate(steps):
+            assert set(step.needs) <= {before.name for before in steps[:number]}, step.name
+        assert len({step.folder for step in steps if step.folder}) == len([step for step in steps if step.folder])
+
+
+def test_one_encoder_for_the_study_of_the_reasoner():
+    steps = plan("tables").steps
+    study = [step for name, step in steps.items() if name.startswith("cdc_mmpg_frozen.")]
+    assert len(study) == 30
+    for step in study:
+        assert any(word.endswith("fine_tuning/seed0/encoder.safetensors") for word in step.arguments)
+        assert any("adr_pretraining_frozen." in word for word in step.needs)
+
+
+def test_runs_side_by_side_have_a_gpu_each(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    several = plan("train", DATASET="msvd", METHOD="linear", SEEDS="5")
+    assert several.jobs == 3
+    executor = Executor(several, lambda program, words: 0)
+    assert not executor.forks
+    step = several.steps["linear/seed0"]
+    assert [executor.environment_of(step, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "5", "6"]
+    assert plan("train", DATASET="msvd", METHOD="linear").jobs == 1  # one run has all of them
+    assert plan("train", DATASET="msvd", METHOD="linear", SEEDS="5", DEVICES="3").jobs == 1
+    assert plan("train", JOBS="2").jobs == 2
+    assert plan("train", ARGS="--trainer.accelerator=cpu").jobs == 2
+    with pytest.raises(ConfigError, match="a GPU each"):
+        _ = plan("train", DATASET="msvd", SEEDS="5", JOBS="2", DEVICES="2").jobs
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert plan("train").jobs == 1  # as many at a time as there are
+
+
+@pytest.mark.slow
+def test_each_of_the_runs_side_by_side_sees_its_own_gpu(tmp_path, msvd):
+    """Real processes that say what they were given, in place of training."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\necho $CUDA_VISIBLE_DEVICES >> {tmp_path}/seen\nsleep 2\n")
+    launcher.chmod(0o755)
+    words = arguments(msvd, tmp_path / "out", METHOD="linear", SEEDS="4", JOBS="2", LAUNCH=str(launcher), ARGS="")
+    process = start(words, tmp_path / "log", CUDA_VISIBLE_DEVICES="6,7")
+    assert process.wait(120) == 2  # the table finds no finished run
+    seen = (tmp_path / "seen").read_text().split()
+    assert sorted(seen[:2]) == sorted(seen[2:]) == ["6", "7"]
+
+
+# Refusals before anything is trained
+
+
+def test_a_finished_run_with_other_settings_is_refused_at_once(tmp_path, msvd):
+    run = tmp_path / "out" / "msvd" / "linear" / "seed0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"trainer:\n  max_epochs: 40\ndata:\n  init_args:\n    root: {msvd}\n")
+    (run / "results.json").write_text("{}")
+    begun = time.monotonic()
+    process = start(arguments(msvd, tmp_path / "out", METHOD="linear", EPOCHS="3", ARGS=""), tmp_path / "log")
+    assert process.wait(60) == 2
+    assert "trainer.max_epochs: 40 there, '3' asked for" in (tmp_path / "log").read_text()
+    assert time.monotonic() - begun < 30  # nothing slow is imported
+
+
+@pytest.mark.slow
+def test_all_settings_are_checked_before_the_first_run_trains(tmp_path, msvd):
+    words = arguments(msvd, tmp_path / "out", METHOD="all", ARGS_hyper="--model.init_args.initt=printed")
+    assert start(words, tmp_path / "log").wait(300) == 2
+    assert "model.init_args.initt: there is no such key" in (tmp_path / "log").read_text()
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+# One that fails, one that is told to stop
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
+    words = arguments(msvd, tmp_path / "out", METHOD="all", JOBS="2",
+                      ARGS_fine_tuning="--model.init_args.learning_rate=1e30")  # fmt: skip
+    assert start(words, tmp_path / "log").wait(600) == 6
+    said = (tmp_path / "log").read_text()
+    finished = {path.parents[1].name for path in tmp_path.rglob("results.json")}
+    assert finished == {"linear", "adr_pretraining", "cdc_mmpg", "hyper", "hyper_fan_in"}
+    assert re.search(r"^linear/seed0: INFO epoch 1 of 1: train/loss [\d.]+, val/accuracy [\d.]+", said, re.MULTILINE)
+    assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", said, re.MULTILINE)
+    assert "fine_tuning/seed0 failed with exit code 6" in said
+    last = said[said.index("These runs have no results:") :]
+    assert "fine_tuning/seed0: exit code 6" in last
+    assert "adr_pretraining_frozen/seed0: not run, it builds on fine_tuning/seed0" in last
+    assert "cdc_mmpg_frozen/seed0: not run, it builds on adr_pretraining_frozen/seed0" in last
+    assert "F-linear" in said  # the table of those that have results
+    words = arguments(msvd, tmp_path / "out", METHOD="linear")
+    begun = time.monotonic()
+    assert start(words, tmp_path / "log").wait(60) == 0
+    assert "linear/seed0: finished on" in (tmp_path / "log").read_text()
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on_and_the_run_goes_on_later(tmp_path, msvd, number):
+    words = arguments(msvd, tmp_path / "out", METHOD="cdc_mmpg", EPOCHS="400")
+    process = start(words, tmp_path / "log")
+    run = tmp_path / "out" / "msvd" / "adr_pretraining" / "seed0"
+    end = time.monotonic() + 200
+    while not list(run.glob("resume/*.ckpt")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(100) == 128 + number
+    said = (tmp_path / "log").read_text()
+    assert f"stopped by {number.name}; type the same command again to go on" in said
+    assert "Traceback" not in said
+    assert list(run.glob("resume/*.ckpt"))
+    assert not (run / "results.json").exists()
+
+
+# A method of one's own
+
+
+@pytest.mark.slow
+def test_a_new_method_is_three_files(tmp_path, msvd):
+    """As the page on adding a method says, in a copy of the project."""
+    copy, page = tmp_path / "copy", (ROOT / "src/cdc_mmpg/methods/README.md").read_text()
+    for folder in ("src", "experiments", "data_modules"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    code, settings, entry = (
+        re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "yaml", "text")
+    )
+    (copy / "src/cdc_mmpg/methods/dropped.py").write_text(code)
+    (copy / "experiments/methods/dropped.yaml").write_text(settings)
+    catalogue = copy / "src/cdc_mmpg/catalogue.py"
+    catalogue.write_text(
+        catalogue.read_text().replace("    Method(PRETRAINING, encoder", entry + "    Method(PRETRAINING, encoder")
+    )
+    words = arguments(msvd, tmp_path / "out", METHOD="dropped")
+    done = subprocess.run(
+        [sys.executable, "-m", "cdc_mmpg", "train", *words], cwd=copy, capture_output=True, text=True, check=False,
+        env=ENVIRONMENT | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{copy / 'src'}:{copy}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| F-linear, dropout |" in (tmp_path / "out/msvd/table.md").read_text()
+    results = json.loads((tmp_path / "out/msvd/dropped/seed0/results.json").read_text())
+    assert results["method"] == "dropped"
