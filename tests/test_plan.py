@@ -90,7 +90,7 @@ def test_a_run_comes_after_all_that_it_builds_on():
     for command, given in (("train", {}), ("train", {"SEEDS": "2"}), ("tables", {}), ("train", {"DATASET": "msvd"})):
         steps = list(plan(command, **given).steps.values())
         for number, step in enumerate(steps):
-            assert set(step.needs) <= {before.name for before in steps[:number]}, step.name
+            assert {*step.needs, step.after} - {""} <= {before.name for before in steps[:number]}, step.name
         assert len({step.folder for step in steps if step.folder}) == len([step for step in steps if step.folder])
 
 
@@ -162,13 +162,13 @@ def test_all_settings_are_checked_before_the_first_run_trains(tmp_path, msvd):
 
 @pytest.mark.slow
 def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
-    words = arguments(msvd, tmp_path / "out", METHOD="all", JOBS="2",
+    words = arguments(msvd, tmp_path / "out", METHOD="all", JOBS="2", EPOCHS="3",
                       ARGS_fine_tuning="--model.init_args.learning_rate=1e30")  # fmt: skip
     assert start(words, tmp_path / "log").wait(600) == 6
     said = (tmp_path / "log").read_text()
     finished = {path.parents[1].name for path in tmp_path.rglob("results.json")}
     assert finished == {"linear", "adr_pretraining", "cdc_mmpg", "hyper", "hyper_fan_in"}
-    assert re.search(r"^linear/seed0: INFO epoch 1 of 1: train/loss [\d.]+, val/accuracy [\d.]+", said, re.MULTILINE)
+    assert re.search(r"^linear/seed0: INFO epoch 3 of 3: train/loss [\d.]+, val/accuracy [\d.]+", said, re.MULTILINE)
     assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", said, re.MULTILINE)
     assert "fine_tuning/seed0 failed with exit code 6" in said
     last = said[said.index("These runs have no results:") :]

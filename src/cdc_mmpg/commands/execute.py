@@ -190,7 +190,7 @@ class Executor:
             if broken:
                 self.left_out[step.name] = broken[0]
                 del waiting[step.name]
-            elif all(name in self.outcomes for name in before):
+            elif all(name in self.outcomes for name in before) and step.after in {"", *self.outcomes, *self.left_out}:
                 ready.append(step)
         return ready
 
@@ -331,10 +331,10 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
 
     leave_on_signals()
     if writer is not None:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(writer.fileno(), stream.fileno())
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        for descriptor in (1, 2):
+            os.dup2(writer.fileno(), descriptor)
         writer.close()
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="replace", closefd=False) for n in (1, 2))  # noqa: SIM115
     if threads is not None:
         import torch  # noqa: PLC0415  the server has imported it
 

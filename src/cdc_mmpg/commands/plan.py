@@ -33,7 +33,8 @@ class Step(NamedTuple):
         name: what it is called in messages.
         program: a word of `cdc-mmpg`.
         arguments: of the program.
-        needs: names of the steps that come first.
+        needs: names of the steps that it builds on.
+        after: name of a step that it waits for, whatever comes of it.
         alone: takes all processors, and no step goes beside it.
         folder: of the run that it makes; empty for a step that makes none.
     """
@@ -42,6 +43,7 @@ class Step(NamedTuple):
     program: str
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    after: str = ""
     alone: bool = True
     folder: str = ""
 
@@ -130,18 +132,20 @@ class Plan:
         clips = self.add_clips() if method.program == "fit" else []
         before = [run._replace(method=method.adr)] if method.adr else []
         before += [RunName(method.encoder, source)] if method.encoder not in ("", PRETRAINING) else []
+        needs = clips + [self.add_run(each) for each in before]
         # The first run on the frozen encoder computes its features, for all.
-        before += [RunName("linear", run.seed)] if method.uses_features and request.method == "all" else []
-        before += [RunName(PRETRAINING, source)] if method.encoder and request.pretrains else []
-        needs = tuple(clips + [self.add_run(each) for each in before])
+        waits = method.uses_features and request.method == "all"
+        after = self.add_run(RunName("linear", run.seed)) if waits else ""
+        needs += [self.add_run(RunName(PRETRAINING, source))] if method.encoder and request.pretrains else []
         if method.program == "fit":
             first_alone = run.method == PRETRAINING and not request["SEEDS"] and request.command != "tables"
             folder = f"{request.root}/{run.name}"
-            return self.add(Step(run.name, "fit", tuple(self._fit(run, first_alone)), needs, first_alone, folder))
+            arguments = tuple(self._fit(run, first_alone))
+            return self.add(Step(run.name, "fit", arguments, tuple(needs), after, first_alone, folder))
         name = f"{run.method}/seed{run.seed}"
         finished = f"{request.root}/{method.encoder}/seed{source}"
         folder = f"{request.root}/{run.method}/seed{source}"
-        return self.add(Step(name, method.program, (finished,), needs, False, folder))
+        return self.add(Step(name, method.program, (finished,), tuple(needs), after, False, folder))
 
     def _fit(self, run: RunName, alone: bool) -> Iterable[str]:
         """Yield the arguments of a training run."""
