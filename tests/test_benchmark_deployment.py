@@ -61,7 +61,7 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
 
 
 def test_a_signal_ends_the_servers_too(deployed):
-    command = [sys.executable, "-m", "cdc_mmpg.benchmarks.deployment", "--bundles", str(deployed / "sample")]
+    command = [sys.executable, "-m", "cdc_mmpg", "benchmark_deployment", "--bundles", str(deployed / "sample")]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 60

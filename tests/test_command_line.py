@@ -192,7 +192,7 @@ def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp
     encoder = tmp_path / "msvd" / "fine_tuning" / "seed0" / "encoder.safetensors"
     second.append(f"--model.init_args.encoder.checkpoint={encoder}")
     process = subprocess.run(
-        [sys.executable, "-m", "cdc_mmpg.training.cli", *first, "--", *second], stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "cdc_mmpg", *first, "--", *second], stderr=subprocess.PIPE, text=True,
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip

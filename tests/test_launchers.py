@@ -284,9 +284,7 @@ def test_the_launcher_goes_before_the_very_same_command():
         done = subprocess.run(["make", "-n", "train", "DATASET=msvd", "DEVICES=8", *arguments], cwd=ROOT, text=True,
                               capture_output=True, check=True, env=OUTSIDE)  # fmt: skip
         return [
-            shlex.split(line)
-            for line in done.stdout.replace("\\\n", " ").splitlines()
-            if "cdc_mmpg.training.cli" in line
+            shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if "-m cdc_mmpg fit" in line
         ]
 
     plain, launched = planned(), planned("LAUNCH=srun --kill-on-bad-exit=1")
@@ -317,7 +315,7 @@ def result(folder: Path) -> dict:
 def test_torchrun_trains_one_run_whatever_the_dataset_says(fit, tmp_path):
     (tmp_path / "one.yaml").write_text("trainer:\n  devices: 1\n")
     command = [*fit("fine_tuning", f"--config={tmp_path / 'one.yaml'}"), "--", *fit("linear")]
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "cdc_mmpg.training.cli"]
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "cdc_mmpg"]
     assert run_program(tmp_path / "log", [*torchrun, *command]) == 0, (tmp_path / "log").read_text()
     for method in ("fine_tuning", "linear"):
         assert result(tmp_path / "msvd" / method / "seed0")["devices"] == "2 x cpu"
@@ -327,7 +325,7 @@ def test_torchrun_trains_one_run_whatever_the_dataset_says(fit, tmp_path):
 def test_two_launchers_train_one_run(fit, tmp_path):
     """As on two machines: each starts one process."""
     torchrun = [str(BIN / "torchrun"), "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=run", "-m", "cdc_mmpg.training.cli"]  # fmt: skip
+                f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=run", "-m", "cdc_mmpg"]  # fmt: skip
     both = [start(tmp_path / f"log{node}", run_program, tmp_path / f"out{node}", [*torchrun, *fit("fine_tuning")])
             for node in range(2)]  # fmt: skip
     codes = [finish(process, 300) for process in both]
@@ -343,7 +341,7 @@ def test_a_run_after_one_on_two_devices_is_as_it_would_be_alone(fit, tmp_path):
     commands = [*fit("fine_tuning", "--trainer.devices=2", out=chain), "--",
                 *fit("hyper", "--trainer.devices=2", out=chain), "--",
                 *fit("linear", "--trainer.devices=1", witness, out=chain)]  # fmt: skip
-    program = [sys.executable, "-m", "cdc_mmpg.training.cli"]
+    program = [sys.executable, "-m", "cdc_mmpg"]
     assert run_program(tmp_path / "log", [*program, *commands]) == 0, (tmp_path / "log").read_text()
     assert finish(start(tmp_path / "log", main, fit("linear", "--trainer.devices=1", witness, out=alone))) == 0
     devices = [result(chain / "msvd" / method / "seed0")["devices"] for method in ("fine_tuning", "hyper", "linear")]
@@ -357,7 +355,7 @@ def test_a_run_after_one_on_two_devices_is_as_it_would_be_alone(fit, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_run_ends_the_process_that_lightning_started_for_it(fit, tmp_path):
-    command = [sys.executable, "-m", "cdc_mmpg.training.cli", *fit("fine_tuning", "--trainer.devices=2")]
+    command = [sys.executable, "-m", "cdc_mmpg", *fit("fine_tuning", "--trainer.devices=2")]
     with (tmp_path / "log").open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
     end = time.monotonic() + 120

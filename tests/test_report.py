@@ -366,7 +366,7 @@ def test_wandb_gets_the_page_and_its_figures(runs, tmp_path):
     root = tmp_path / "synthetic"
     shutil.copytree(runs, root)
     environment = os.environ | {"WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "cdc_mmpg.report.page", str(root)]
+    command = [sys.executable, "-m", "cdc_mmpg", "report", str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (media,) = (root / "report").rglob("*.html")

@@ -947,7 +947,7 @@ def test_names_of_others_are_neither_markup_nor_control_characters(tmp_path, cap
 def test_after_all_that_make_tables_trains_nothing_is_missing(tmp_path):
     listed = subprocess.run(["make", "-n", "tables", f"OUT={tmp_path}"], capture_output=True, text=True, check=True)
     fits = re.findall(r'default_root_dir="?[^ "]*/synthetic/([\w.]+)/seed(\d+)', listed.stdout)
-    controls = re.findall(r"-m cdc_mmpg\.(on_device|privacy) \S*/seed(\d+)", listed.stdout)
+    controls = re.findall(r"-m cdc_mmpg (on_device|privacy) \S*/seed(\d+)", listed.stdout)
     made = sorted({(name, int(seed)) for name, seed in (*fits, *controls)})
     assert len({name for name, _ in made}) == 30
     for name, seed in made:

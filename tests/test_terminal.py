@@ -13,7 +13,7 @@ from test_tables import write_run
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.program import PlainFormatter, escape_controls, exit_code
 
-TABLE = [sys.executable, "-m", "cdc_mmpg.report.tables"]
+TABLE = [sys.executable, "-m", "cdc_mmpg", "table"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -72,7 +72,7 @@ def start_interpreter(commands: list[list[str]], log: Path, **environment: objec
     joined = [*commands[0], *chain.from_iterable(["--", *own] for own in commands[1:])]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "cdc_mmpg.training.cli", *joined], stdout=file, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "cdc_mmpg", *joined], stdout=file, stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()},
         )  # fmt: skip
 

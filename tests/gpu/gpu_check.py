@@ -75,7 +75,7 @@ def command(method: str, out: str, *more: str, epochs: int = 2) -> list[str]:
     """Return a real command, at the paper's sizes of model and frames; runs of `out` lie together."""
     data = WORK / "clips"
     return [
-        sys.executable, "-m", "cdc_mmpg.training.cli", "fit", f"--config=experiments/methods/{method}.yaml",
+        sys.executable, "-m", "cdc_mmpg", "fit", f"--config=experiments/methods/{method}.yaml",
         "--config=experiments/datasets/synthetic.yaml",
         f"--trainer.default_root_dir={WORK / out / 'synthetic' / method / 'seed0'}",
         f"--data.init_args.root={data}", f"--data.init_args.cache_dir={WORK / 'data'}",

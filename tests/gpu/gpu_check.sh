@@ -46,12 +46,12 @@ else
 fi
 part machine 30
 part pytest 60 $PY -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_loading.py tests/test_cuda_double.py
-part train 125 $PY -m cdc_mmpg.benchmarks.training $sizes --json "$PARTS/train.json"
-part compiled 70 $PY -m cdc_mmpg.benchmarks.training $sizes --compile $compiled --rows fine_tuning.open_ended --json "$PARTS/compiled.json"
+part train 125 $PY -m cdc_mmpg benchmark $sizes --json "$PARTS/train.json"
+part compiled 70 $PY -m cdc_mmpg benchmark $sizes --compile $compiled --rows fine_tuning.open_ended --json "$PARTS/compiled.json"
 part clips 30
 part runs 150
 part syncs 40
-part loading 50 $PY -m data_modules.benchmark_loading $loading
+part loading 50 $PY -m cdc_mmpg benchmark_loading $loading
 grep "│" "$PARTS/loading.log"
 part numerics 30
 part profile 40

@@ -88,6 +88,8 @@ class Request:
         reads = READS[command]
         names = [*reads, *(f"ARGS_{method}" for method in BY_NAME if "ARGS_<method>" in reads)]
         self.given = {name: environment[name] for name in names if name in environment} | dict(given)
+        if "OUT" in self.given:  # names that W&B's agent sets, see experiments/sweep.yaml
+            self.given["OUT"] = re.sub(r"\$\((WANDB_\w+)\)", lambda name: environment.get(name[1], ""), self["OUT"])
         for name, (form, may_be_empty, meaning) in FORMS.items():
             value = self.given.get(name, "" if may_be_empty else None)
             if value is not None and not (value == "" and may_be_empty) and not re.fullmatch(form, value):

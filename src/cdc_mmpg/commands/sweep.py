@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from cdc_mmpg.commands.request import READS, TRAINING
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
@@ -131,18 +132,14 @@ def _check_parameters(path: Path, parameters: Any, command: list[str]) -> None:
     """Refuse names that nothing reads: make takes any variable and says nothing."""
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: parameters is {parameters!r}: variables with values, as METHOD: {{values: [a, b]}}")
-    makefile = ""
-    if command[0] == "make":
-        try:
-            makefile = Path("Makefile").read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: command is make, and there is no Makefile here: run it where one is") from error
+    words = (word for word in command[1:] if not word.startswith(("-", "$")) and "=" not in word)
+    target = next(words, "train") if command[0] == "make" else ""
     for name, own in parameters.items():
         if name in ALONE:
             raise ConfigError(f"{path}: parameters.{name} cannot be one: {ALONE[name]}")
-        if makefile and not str(name).startswith("ARGS_") and f"$({name})" not in makefile:
+        if target and not str(name).startswith("ARGS_") and name not in READS.get(target, TRAINING):
             raise ConfigError(
-                f"{path}: parameters.{name}: the Makefile reads no such variable; an option goes into ARGS, as "
+                f"{path}: parameters.{name}: `make {target}` reads no such variable; an option goes into ARGS, as "
                 "--model.init_args.learning_rate=0.001"
             )
         if name == "METHOD" and "all" in _values(own):
