@@ -18,8 +18,10 @@ from typing import Literal
 
 import torch
 
-from cdc_mmpg.cloud import app as cloud
-from cdc_mmpg.deployment.export import SPECIAL, Source, write_bundles, write_cloud
+from cdc_mmpg.cloud.model import generate_layer, load_model
+from cdc_mmpg.deployment.bundles import write_bundles
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.device import Device
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
@@ -45,10 +47,10 @@ def generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) ->
 
 def cloud_bundle(folder: Path, kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Versions:
     """A cloud/ folder alone: no encoder, nothing for a device."""
-    return write_cloud(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
+    return write_cloud_bundle(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
 
 
-WORDS = [*SPECIAL, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
+WORDS = [*SPECIAL_WORDS, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
 
 
 def deployment(
@@ -95,7 +97,7 @@ class FakeCloud:
     """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
 
     def __init__(self, bundle: Path) -> None:
-        self.served = cloud.load(bundle)
+        self.served = load_model(bundle)
         self.uploads: list[bytes] = []
         self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
         self.honest()
@@ -131,7 +133,7 @@ class FakeCloud:
 
     def layer(self, content: bytes) -> bytes:
         upload = decode_upload(content, self.served.layouts, self.served.versions)
-        return cloud.answer_one(self.served, content, upload)
+        return generate_layer(self.served, content, upload)
 
     def close(self) -> None:
         self.silence.set()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.cloud.model import load_model, read_cloud_bundle
 from cdc_mmpg.device import Answer
 from cdc_mmpg.device.__main__ import main
 from cdc_mmpg.device.model import DeviceModel, read_bundle
@@ -51,7 +51,7 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert answer.ranked == sorted(answer.ranked, key=lambda pair: -pair[1])
         assert answer.text == answer.ranked[0][0]
         # The layer is what the generator makes of the anchor feature, in its payload.
-        served = cloud.load(deployed / "session" / "cloud")
+        served = load_model(deployed / "session" / "cloud")
         upload = device.model.anchor(device.model.frames(clips[0]))
         content = np.array(upload, "<f4").tobytes()
         import torch
@@ -371,7 +371,7 @@ def test_what_is_no_bundle_is_refused(tmp_path, deployed):
 
 
 def test_no_bit_of_the_settings_can_flip(deployed, tmp_path):
-    for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", cloud.read_bundle)):
+    for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", read_cloud_bundle)):
         bundle = Path(shutil.copytree(deployed / "session" / folder, tmp_path / folder))
         content = (bundle / name).read_bytes()
         for bit in random.Random(0).sample(range(8 * len(content)), 200):

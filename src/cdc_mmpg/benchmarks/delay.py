@@ -240,7 +240,7 @@ def write_bundles(cases: Sequence[Case], folder: Path) -> list[tuple[Versions, b
     """Cloud bundles 0, 1, ... with random weights; their versions and public keys."""
     import torch  # noqa: PLC0415  see `cli`
 
-    from cdc_mmpg.deployment.export import write_cloud  # noqa: PLC0415
+    from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
     from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
     from cdc_mmpg.models.device_axes import DeviceAxes  # noqa: PLC0415
     from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA  # noqa: PLC0415
@@ -255,7 +255,9 @@ def write_bundles(cases: Sequence[Case], folder: Path) -> list[tuple[Versions, b
         else:
             adaptor = (LowRankFDA if case.native == "low_rank" else BasisFDA)(case.inputs, case.outputs, case.number)
         reader = ADR("small") if case.native == "float32" else DeviceAxes(2)
-        cloud = write_cloud(Generator(reader, adaptor).eval(), ENCODER, f"random/{case.name}", folder / str(place))
+        cloud = write_cloud_bundle(
+            Generator(reader, adaptor).eval(), ENCODER, f"random/{case.name}", folder / str(place)
+        )
         found.append((cloud.versions, cloud.key.public_key().public_bytes_raw()))
     return found
 

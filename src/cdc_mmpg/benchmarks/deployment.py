@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from fastapi import FastAPI
 
-    from cdc_mmpg.cloud.app import Served
+    from cdc_mmpg.cloud.model import ServedModel
     from cdc_mmpg.models.fda import Adaptor
     from cdc_mmpg.models.generator import Generator
 
@@ -142,13 +142,13 @@ def clouds_of(bundles: Path, scratch: Path) -> dict[str, Path]:
 
     import torch  # noqa: PLC0415  see `cli`
 
-    from cdc_mmpg.cloud.app import read_bundle as read_cloud  # noqa: PLC0415
-    from cdc_mmpg.deployment.export import write_cloud  # noqa: PLC0415
+    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415
+    from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
     from cdc_mmpg.models.device_axes import DeviceAxes  # noqa: PLC0415
     from cdc_mmpg.models.fda import BasisFDA, LowRankFDA  # noqa: PLC0415
     from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
 
-    versions = read_cloud(bundles / "cloud").versions
+    versions = read_cloud_bundle(bundles / "cloud").versions
     if versions != Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"])):
         raise CheckpointError(f"{bundles}: the bundles are not of one export: export anew")
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def clouds_of(bundles: Path, scratch: Path) -> dict[str, Path]:
         "basis": BasisFDA(layout.columns - 1, layout.outputs, NUMBER),
     }
     for kind, adaptor in adaptors.items():
-        write_cloud(Generator(DeviceAxes(AXES), adaptor).eval(), versions.encoder, kind, scratch / kind)
+        write_cloud_bundle(Generator(DeviceAxes(AXES), adaptor).eval(), versions.encoder, kind, scratch / kind)
     return {"float32": bundles / "cloud", **{kind: scratch / kind for kind in adaptors}}
 
 
@@ -191,15 +191,16 @@ def plain() -> "FastAPI":
     from fastapi import Body, FastAPI  # noqa: PLC0415  see `cli`
     from fastapi.responses import JSONResponse, Response  # noqa: PLC0415
 
-    from cdc_mmpg.cloud.app import BYTES, answer_one, load  # noqa: PLC0415
+    from cdc_mmpg.cloud.app import OCTET_STREAM  # noqa: PLC0415
+    from cdc_mmpg.cloud.model import generate_layer, load_model  # noqa: PLC0415
 
-    served = load(Path(os.environ[BUNDLE]))
+    served = load_model(Path(os.environ[BUNDLE]))
     api = FastAPI(openapi_url=None)
 
     @api.post(PATH, response_class=Response)
-    def layer(content: Annotated[bytes, Body(media_type=BYTES)]) -> Response:
+    def layer(content: Annotated[bytes, Body(media_type=OCTET_STREAM)]) -> Response:
         upload = decode_upload(content, served.layouts, served.versions)
-        return Response(answer_one(served, content, upload), media_type=BYTES)
+        return Response(generate_layer(served, content, upload), media_type=OCTET_STREAM)
 
     @api.get("/ready")
     def ready() -> JSONResponse:
@@ -305,10 +306,10 @@ class Load(NamedTuple):
 
 def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
     """Service and plain endpoint under the same loads, by concurrency."""
-    from cdc_mmpg.cloud.app import read_bundle  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415  see `cli`
     from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
 
-    made = read_bundle(bundle)
+    made = read_cloud_bundle(bundle)
     layouts = Generator.load(bundle / "generator.safetensors").layouts()
     layout = next(layout for layout in layouts if layout.kind == kind)
     expected = Expected(layout, made.versions, made.key.public_key())
@@ -332,7 +333,7 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
     Raises:
         CDCError: a layer is not what it should be.
     """
-    from cdc_mmpg.cloud.limits import PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
 
     raise_file_limit()
     sources = local_addresses(SOURCES)
@@ -341,7 +342,7 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
     with slow_clients(port, sources, SLOW_CLIENTS):
         time.sleep(min(seconds, LEAD_SECONDS))  # until all are there
         outcomes[f"beside {SLOW_CLIENTS} slow bodies and {SLOW_CLIENTS} slow headers"] = good()
-    crowd = OVERLOAD * PLACES
+    crowd = OVERLOAD * DEFAULT_PLACES
     outcomes[f"{crowd:,} clients at once"] = ask_many(port, sources, uploads, crowd, seconds)
     found: Report = {}
     for name, outcome in outcomes.items():
@@ -684,10 +685,10 @@ def device_table(found: Report) -> Table:
 
 def swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
     """Milliseconds from a received message to a layer in use, by kind: verifying it, and the swap."""
-    from cdc_mmpg.cloud.app import load  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import load_model  # noqa: PLC0415  see `cli`
 
     model = DeviceModel(bundles / "device")
-    served = {kind: load(folder) for kind, folder in clouds.items()}
+    served = {kind: load_model(folder) for kind, folder in clouds.items()}
     messages = {kind: message(served.get(kind, served["float32"]), kind)
                 for kind in ("float32", "float16", "int8", "low_rank", "basis")}  # fmt: skip
     # What a bundle for such layers has in basis.npy.
@@ -717,14 +718,14 @@ def swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
     return found
 
 
-def message(served: "Served", kind: str) -> tuple[bytes, bytes, Expected]:
+def message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, Expected]:
     """An upload, the message that answers it, and what is expected of that."""
-    from cdc_mmpg.cloud.app import answer_one  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `cli`
 
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     feature = np.tanh(np.random.default_rng(1).standard_normal(WIDTH)).astype(np.float32)
     upload = encode_upload(feature, layout, served.versions)
-    content = answer_one(served, upload, decode_upload(upload, served.layouts, served.versions))
+    content = generate_layer(served, upload, decode_upload(upload, served.layouts, served.versions))
     return upload, content, Expected(layout, served.versions, served.key.public_key())
 
 
