@@ -319,9 +319,9 @@ def profile() -> dict[str, Any]:
 
 def deployment() -> dict[str, Any]:
     """The generator of `make benchmark OF=deployment` on the GPU."""
-    from cdc_mmpg.benchmarks.deployment import generator_on_gpu
+    from cdc_mmpg.benchmarks.generator import measure_generator
 
-    return generator_on_gpu(0.6) or {"skipped": "no GPU"}
+    return measure_generator(0.6) or {"skipped": "no GPU"}
 
 
 def merge() -> None:
