@@ -40,12 +40,13 @@ from cdc_mmpg.cloud.batcher import Batcher, GeneratedLayer
 from cdc_mmpg.cloud.keys import find_key, read_keys
 from cdc_mmpg.cloud.model import load_model, read_cloud_bundle
 from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.messages import (
     HEADER,
-    PATH,
+    LAYER_PATH,
     UPLOAD_BYTES,
     Layout,
     Versions,
@@ -54,7 +55,7 @@ from cdc_mmpg.wire.messages import (
     digest,
     encode_upload,
 )
-from cdc_mmpg.wire.payloads import LARGEST, WIDTH, decode, encode
+from cdc_mmpg.wire.payloads import INT8_MAX, decode_matrices, encode_matrices
 from deployments import Cloud, Kind, cloud_bundle, generator
 
 LARGE = 501  # outputs, so that a layer is more than the socket takes at once
@@ -81,7 +82,7 @@ class Model(NamedTuple):
 
     def upload(self, seed: int, kind: str = "") -> bytes:
         """One of a random feature."""
-        return self.upload_of(np.random.default_rng(seed).uniform(-1, 1, WIDTH), kind)
+        return self.upload_of(np.random.default_rng(seed).uniform(-1, 1, FEATURE_DIM), kind)
 
     def upload_of(self, feature: np.ndarray, kind: str = "") -> bytes:
         layout = next(layout for layout in self.layouts if layout.kind == (kind or self.generator.native))
@@ -94,9 +95,11 @@ class Model(NamedTuple):
         feature[np.abs(feature) < 1e-12] = 0
         with torch.inference_mode():
             made = self.generator.matrices(self.generator(torch.from_numpy(feature)[None]), layout.kind)
-        own = decode(encode([part[0].numpy() for part in made], layout.precision), layout.shapes, layout.precision)
+        own = decode_matrices(
+            encode_matrices([part[0].numpy() for part in made], layout.precision), layout.shapes, layout.precision
+        )
         got = decode_layer(body, upload, layout, self.versions, self.key)
-        step = self.rounding + {"float32": 1e-5, "float16": 2.0**-10, "int8": 1.02 / LARGEST}[layout.precision]
+        step = self.rounding + {"float32": 1e-5, "float16": 2.0**-10, "int8": 1.02 / INT8_MAX}[layout.precision]
         return all(
             (np.abs(a - b) <= step * np.abs(b).max(axis=1, keepdims=True)).all() for a, b in zip(got, own, strict=True)
         )
@@ -119,7 +122,7 @@ class Reply(NamedTuple):
         return self.status, told["error"]
 
 
-def post(content: bytes, *headers: bytes, length: int | None = None, path: str = PATH) -> bytes:
+def post(content: bytes, *headers: bytes, length: int | None = None, path: str = LAYER_PATH) -> bytes:
     """A request as bytes."""
     if CHUNKED not in headers:
         headers = (*headers, b"Content-Length: %d" % (len(content) if length is None else length))
@@ -318,8 +321,9 @@ def narrow(services: Services) -> Cloud:
 @pytest.fixture(scope="module")
 def twofold(services: Services) -> Cloud:
     """One of two processes."""
-    until(lambda: len(workers(services["twofold"])) >= 2, "one process alone", 60)
-    return services["twofold"]
+    running = services["twofold"]
+    until(lambda: len(workers(running)) >= 2, "one process alone", 60)
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +431,7 @@ def test_a_connection_serves_many_requests_one_after_another_or_all_at_once(clou
 @pytest.mark.parametrize(("kind", "running"), [("low_rank", "cloud"), ("full", "narrow"), ("basis", "twofold")])
 def test_features_of_one_value_and_of_next_to_nothing_are_answered(kind, running, value, models, rounded, request):
     model, port = rounded if kind == "full" else models[kind], request.getfixturevalue(running).port
-    uploads = [model.upload_of(np.full(WIDTH, value), layout.kind) for layout in model.layouts]
+    uploads = [model.upload_of(np.full(FEATURE_DIM, value), layout.kind) for layout in model.layouts]
     for upload in uploads:
         reply = ask(port, post(upload))
         assert reply.status == 200
@@ -454,17 +458,17 @@ def test_head_is_answered_as_get_without_a_body(path, cloud):
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT"])
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", PATH])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", LAYER_PATH])
 def test_another_method_is_told_which_are_allowed(path, method, cloud):
     reply = ask(cloud.port, f"{method} {path} HTTP/1.1\r\nHost: cloud\r\n\r\n".encode())
     assert reply.refusal == (405, "http")
-    allowed = {"post"} if path == PATH else {"get", "head"}
+    allowed = {"post"} if path == LAYER_PATH else {"get", "head"}
     assert set(reply.headers["allow"].split(", ")) == allowed
 
 
 def test_an_absolute_target_is_understood(cloud, model):
     upload = model.upload(5)
-    reply = ask(cloud.port, post(upload, path=f"http://cloud.example:80{PATH}"))
+    reply = ask(cloud.port, post(upload, path=f"http://cloud.example:80{LAYER_PATH}"))
     assert model.answers(reply.body, upload)
     assert get(cloud.port, "http://cloud/health").status == 200
 
@@ -541,7 +545,7 @@ def test_a_gigabyte_that_is_declared_is_refused_before_it_comes(cloud):
     assert resident_bytes(cloud.process.pid) - before < 50e6
 
 
-@pytest.mark.parametrize("path", [PATH, "/nowhere"])
+@pytest.mark.parametrize("path", [LAYER_PATH, "/nowhere"])
 def test_a_gigabyte_that_is_sent_all_the_same_is_not_kept(path, cloud):
     before, sent, chunk = resident_bytes(cloud.process.pid), 0, bytes(1 << 20)
     with connect(cloud.port) as connection, suppress(ConnectionError):
@@ -1226,7 +1230,7 @@ def test_a_layer_that_its_precision_cannot_hold_is_the_fault_of_its_own_request(
         uploads = []
         for kind in ("int8", "float16", "float32", "float16", "low_rank"):
             layout = next(layout for layout in served.layouts if layout.kind == kind)
-            content = encode_upload(np.full(WIDTH, 0.5, np.float32), layout, served.versions)
+            content = encode_upload(np.full(FEATURE_DIM, 0.5, np.float32), layout, served.versions)
             uploads.append((content, decode_upload(content, served.layouts, served.versions)))
         made = await asyncio.gather(*(batcher.generate(*upload) for upload in uploads), return_exceptions=True)
         await batcher.stop()
@@ -1256,7 +1260,7 @@ def test_the_service_imports_nothing_of_training_and_refuses_without_a_traceback
 def test_the_log_tells_of_every_request_and_of_no_feature(cloud, model):
     before = len(cloud.lines())
     value = np.float32(0.123456789)
-    feature = np.full(WIDTH, value, np.float32)
+    feature = np.full(FEATURE_DIM, value, np.float32)
     upload = model.upload_of(feature)
     assert ask(cloud.port, post(upload, b"Authorization: Bearer some-key-1234")).status == 200
     assert ask(cloud.port, with_value(77.0625, model)).status == 422

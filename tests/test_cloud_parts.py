@@ -48,7 +48,7 @@ from cdc_mmpg.cloud.model import (
     read_cloud_bundle,
 )
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.wire.messages import PATH, decode_layer, decode_upload, encode_upload
+from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
 from deployments import cloud_bundle
 
 
@@ -340,7 +340,7 @@ def test_a_layer_is_counted_logged_and_timed(served, caplog):
     asyncio.run(run())
 
 
-def ask(own: Service, *headers: tuple[bytes, bytes], path: str = PATH, method: str = "POST", body: bytes = b"",
+def ask(own: Service, *headers: tuple[bytes, bytes], path: str = LAYER_PATH, method: str = "POST", body: bytes = b"",
         ends: bool = True, fails: bool = False) -> tuple[int, str, dict[str, Any]]:  # fmt: skip
     """A request through the gate: status, the reason or the text, and the scope as the endpoint saw it."""
     seen: list[dict[str, Any]] = []
@@ -380,9 +380,9 @@ def test_only_uploads_take_a_place_and_only_good_ones_come_in(served, tmp_path):
     assert scope[UPLOAD_KEY][1].layout == asked.layout
     assert 0 <= perf_counter() - scope[UPLOAD_KEY][2] < 60
     assert ask(own, body=good, fails=True)[0] == 0
-    status, text, scope = ask(own, body=good, path=f"HTTPS://some.host:99{PATH}")
-    assert (status, text, scope["path"]) == (200, "inside", PATH)
-    for other in ({"path": "/health", "method": "GET"}, {"method": "GET"}, {"path": f"{PATH}/"}):
+    status, text, scope = ask(own, body=good, path=f"HTTPS://some.host:99{LAYER_PATH}")
+    assert (status, text, scope["path"]) == (200, "inside", LAYER_PATH)
+    for other in ({"path": "/health", "method": "GET"}, {"method": "GET"}, {"path": f"{LAYER_PATH}/"}):
         status, text, scope = ask(own, **other)
         assert (status, text) == (200, "inside")
         assert UPLOAD_KEY not in scope
@@ -418,7 +418,7 @@ def test_a_client_without_room_is_told_to_come_again(served):
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": PATH, "method": "POST", "client": ("10.0.0.7", 1), "headers": []}
+        scope = {"type": "http", "path": LAYER_PATH, "method": "POST", "client": ("10.0.0.7", 1), "headers": []}
         await Gate(own, never)(scope, receiver(good), send)  # type: ignore[arg-type]
 
     asyncio.run(run())

@@ -23,7 +23,7 @@ from cdc_mmpg.device.model import DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest, json_digest
-from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed
+from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed_content
 from conftest import write_clip
 from deployments import Cloud, Reply, open_device
 
@@ -134,7 +134,7 @@ def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(depl
     def poisoned(layer: bytes) -> Reply:
         header, body = layer[: HEADER.size], bytearray(layer[FRAMING_BYTES:])
         body[:2] = np.array([np.nan], "<f2").tobytes()  # a scale
-        return 200, {}, header + fake.served.key.sign(signed(header, bytes(body))) + bytes(body)
+        return 200, {}, header + fake.served.key.sign(signed_content(header, bytes(body))) + bytes(body)
 
     fake.change = poisoned
     answer = open_device(deployed, fake.url).answer(clips[0], QUESTION)

@@ -59,9 +59,9 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
         assert_agree(features, encoded)
         sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
         parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
-    from cdc_mmpg.wire.payloads import decode, encode
+    from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
-    arrived = decode(encode(parts, "int8"), model.layout.shapes, "int8")
+    arrived = decode_matrices(encode_matrices(parts, "int8"), model.layout.shapes, "int8")
     scores = model.scores(features, model.install(arrived, model.layout))
     assert_agree(scores, sent[0])
 

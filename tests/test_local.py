@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 
-from cdc_mmpg.deployment.local import LocalProcess, LocalServer, defer_stop_signals, ignore_stop_signals, read_page
+from cdc_mmpg.deployment.local import LocalProcess, LocalServer, defer_stop_signals, read_page, suppress_stop_signals
 from cdc_mmpg.errors import CDCError
 
 STUBBORN = (
@@ -57,7 +57,7 @@ def test_signals_are_answered_after_the_block_or_never():
     arrived = []
     before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
     try:
-        with ignore_stop_signals():
+        with suppress_stop_signals():
             signal.raise_signal(signal.SIGTERM)
         assert arrived == []
         with defer_stop_signals():

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cdc_mmpg.benchmarks.links import MIB, Counts
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.wire.messages import UPLOAD_BYTES, Kind, Layout
-from cdc_mmpg.wire.payloads import WIDTH
 
 LINK_RATES = (5, 15, 50, 100)  # MiB/s
 FAR_RATE = 15  # MiB/s, of the series with delay and of whole answers
@@ -82,7 +82,7 @@ def summarise_cell(
         "link_down_bytes": down,
         "link_packets": (passed.up_packets + passed.down_packets) / len(replies),
         "dropped": passed.dropped,
-        "paper_up_ms": divide_by_rate(4 * WIDTH, rate),
+        "paper_up_ms": divide_by_rate(4 * FEATURE_DIM, rate),
         "paper_down_ms": divide_by_rate(layout.payload_bytes, rate),
         "floor_ms": floor,
         "whole_p50_ms": float(np.percentile(whole, 50)),

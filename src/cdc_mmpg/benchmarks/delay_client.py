@@ -19,10 +19,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cdc_mmpg.deployment.local import LocalProcess
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.program import exit_code
-from cdc_mmpg.wire.messages import PATH, Layout, Versions, decode_layer, encode_upload
-from cdc_mmpg.wire.payloads import WIDTH
+from cdc_mmpg.wire.messages import LAYER_PATH, Layout, Versions, decode_layer, encode_upload
 
 REQUEST_SECONDS = 60
 TIMING_PATTERN = re.compile(r"(\w+);dur=([\d.]+)")
@@ -103,7 +103,7 @@ def serve_client() -> None:
                     connection.close()
                     connection = httpx2.Client(headers=headers, trust_env=False, timeout=REQUEST_SECONDS)
                 time.sleep(command["pause"])
-                reply.append(_time_request(connection, command["url"] + PATH, layout, versions, key))
+                reply.append(_time_request(connection, command["url"] + LAYER_PATH, layout, versions, key))
         print(json.dumps(reply), flush=True)
 
 
@@ -136,7 +136,7 @@ def _time_request(
     Raises:
         CDCError: none came.
     """
-    feature = np.random.default_rng().uniform(-1, 1, WIDTH).astype(np.float32)
+    feature = np.random.default_rng().uniform(-1, 1, FEATURE_DIM).astype(np.float32)
     upload = encode_upload(feature, layout, versions)
     start = time.perf_counter()
     reply = connection.post(url, content=upload)

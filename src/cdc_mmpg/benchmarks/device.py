@@ -16,12 +16,12 @@ from rich.table import Table
 
 from cdc_mmpg.benchmarks.load import ExpectedLayer
 from cdc_mmpg.benchmarks.render import Report, make_table
-from cdc_mmpg.device.model import ENCODER, DeviceModel, read_bundle
+from cdc_mmpg.device.model import ENCODER_FILE, DeviceModel, read_bundle
 from cdc_mmpg.device.state import Layer
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.wire.messages import decode_layer, decode_upload, encode_upload
-from cdc_mmpg.wire.payloads import WIDTH
 
 if TYPE_CHECKING:
     from cdc_mmpg.cloud.model import ServedModel
@@ -82,7 +82,7 @@ def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
 
     frames, text = make_example(bundles)
     settings = read_bundle(bundles / "device")
-    graph = onnx.load(str(bundles / "device" / ENCODER)).graph
+    graph = onnx.load(str(bundles / "device" / ENCODER_FILE)).graph
     encoder = AllInOne(
         num_frames=len(frames),
         image_size=settings["frames"]["size"],
@@ -199,7 +199,7 @@ def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, Expect
     from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `cli`
 
     layout = next(layout for layout in served.layouts if layout.kind == kind)
-    feature = np.tanh(np.random.default_rng(1).standard_normal(WIDTH)).astype(np.float32)
+    feature = np.tanh(np.random.default_rng(1).standard_normal(FEATURE_DIM)).astype(np.float32)
     upload = encode_upload(feature, layout, served.versions)
     content = generate_layer(served, upload, decode_upload(upload, served.layouts, served.versions))
     return upload, content, ExpectedLayer(layout, served.versions, served.key.public_key())

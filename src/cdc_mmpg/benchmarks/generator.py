@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from cdc_mmpg.benchmarks.render import Report, make_table
-from cdc_mmpg.wire.payloads import WIDTH
+from cdc_mmpg.dimensions import FEATURE_DIM
 
 if TYPE_CHECKING:
     from cdc_mmpg.models.generator import Generator
@@ -92,7 +92,7 @@ def time_batch(generator: "Generator", batch: int, seconds: float) -> dict[str, 
     """Return the milliseconds of a batch of float32 layers, in three ways that take turns; at least 20 of each."""
     import torch  # noqa: PLC0415  see `cli`
 
-    uploads = torch.rand(batch, WIDTH) * 2 - 1
+    uploads = torch.rand(batch, FEATURE_DIM) * 2 - 1
     there = uploads.cuda()
     back = torch.empty(batch, GENERATOR_OUTPUTS, GENERATOR_INPUTS + 1, pin_memory=True)
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_network
 from typing import Any, NamedTuple, Protocol
 
-from cdc_mmpg.deployment.local import ignore_stop_signals
+from cdc_mmpg.deployment.local import suppress_stop_signals
 from cdc_mmpg.errors import CDCError
 
 MIB = 1024 * 1024
@@ -219,7 +219,7 @@ class Namespaces:
             self._address(side, "near", address)
 
     def __exit__(self, *_: object) -> None:
-        with ignore_stop_signals():
+        with suppress_stop_signals():
             for name in self._names.values():
                 with suppress(CDCError):
                     _run_tool("ip", "netns", "del", name)

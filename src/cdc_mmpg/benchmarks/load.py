@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cdc_mmpg.deployment.local import read_page
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.wire.messages import PATH, Layout, Versions, decode_layer
+from cdc_mmpg.wire.messages import LAYER_PATH, Layout, Versions, decode_layer
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -123,7 +123,7 @@ async def exchange_upload(
     Raises:
         CDCError: the reply is none, or a refusal.
     """
-    headers = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+    headers = f"POST {LAYER_PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     await loop.sock_sendall(connection, f"{headers}Content-Length: {len(upload)}\r\n\r\n".encode() + upload)
     whole = body = came = 0
     while not whole or came < whole:

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from cdc_mmpg.benchmarks.hostile_load import ask_many, local_addresses, slow_clients
+from cdc_mmpg.benchmarks.hostile_load import ask_many, find_local_addresses, hold_slow_clients
 from cdc_mmpg.benchmarks.load import VERIFY_EVERY, ExpectedLayer, LoadOutcome, measure_load
 from cdc_mmpg.benchmarks.render import Report, make_table
 from cdc_mmpg.deployment.local import LocalServer, LocalService
-from cdc_mmpg.wire.messages import PATH, decode_layer, decode_upload, encode_upload
-from cdc_mmpg.wire.payloads import WIDTH
+from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,7 +56,7 @@ def plain_service() -> "FastAPI":
     served = load_model(Path(os.environ[BUNDLE_VARIABLE]))
     api = FastAPI(openapi_url=None)
 
-    @api.post(PATH, response_class=Response)
+    @api.post(LAYER_PATH, response_class=Response)
     def layer(content: Annotated[bytes, Body(media_type=OCTET_STREAM)]) -> Response:
         upload = decode_upload(content, served.layouts, served.versions)
         return Response(generate_layer(served, content, upload), media_type=OCTET_STREAM)
@@ -105,7 +105,7 @@ def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
     layouts = Generator.load(bundle / "generator.safetensors").layouts()
     layout = next(layout for layout in layouts if layout.kind == kind)
     expected = ExpectedLayer(layout, settings.versions, settings.key.public_key())
-    features = np.tanh(np.random.default_rng(0).standard_normal((DIFFERENT_UPLOADS, WIDTH))).astype(np.float32)
+    features = np.tanh(np.random.default_rng(0).standard_normal((DIFFERENT_UPLOADS, FEATURE_DIM))).astype(np.float32)
     uploads = [encode_upload(feature, layout, settings.versions) for feature in features]
     found: Report = {"weights": settings.weights, "bytes": layout.message_bytes, "concurrency": {}}
     with start_servers(bundle) as ports, freeze_garbage():
@@ -131,10 +131,10 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
     from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
 
     raise_file_limit()
-    sources = local_addresses(SOURCE_ADDRESSES)
+    sources = find_local_addresses(SOURCE_ADDRESSES)
     good = partial(ask_many, port, ["127.0.0.1"], uploads, GOOD_CLIENTS, seconds)
     outcomes = {"good clients alone": good()}
-    with slow_clients(port, sources, SLOW_CLIENTS):
+    with hold_slow_clients(port, sources, SLOW_CLIENTS):
         time.sleep(min(seconds, LEAD_SECONDS))  # until all are there
         outcomes[f"beside {SLOW_CLIENTS} slow bodies and {SLOW_CLIENTS} slow headers"] = good()
     crowd = OVERLOAD_FACTOR * DEFAULT_PLACES

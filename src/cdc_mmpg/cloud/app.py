@@ -36,7 +36,7 @@ from cdc_mmpg.cloud.logs import configure_logs, log_event, logger
 from cdc_mmpg.cloud.model import describe_model, load_model
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.wire.messages import PATH, UPLOAD_BYTES, Reason, Upload, UploadRejected, decode_upload
+from cdc_mmpg.wire.messages import LAYER_PATH, UPLOAD_BYTES, Reason, Upload, UploadRejected, decode_upload
 
 OCTET_STREAM = "application/octet-stream"
 BODY_SECONDS = 5.0  # from the end of the headers to the end of the body
@@ -215,7 +215,7 @@ class Gate:
         """Serve one request."""
         if scope["type"] == "http" and (target := ABSOLUTE_URL.fullmatch(scope["path"])):
             scope["path"] = target[1]  # as a proxy asks
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["path"] != LAYER_PATH or scope["method"] != "POST":
             await self._api(scope, receive, send)
             return
         places, clients = self._service.door.places, [name_network(scope["client"][0])]
@@ -285,7 +285,7 @@ def app() -> Gate:
         ("/metrics", service.report_metrics),
     ):
         api.add_api_route(path, endpoint, methods=["GET", "HEAD"])
-    api.add_api_route(PATH, service.answer_upload, methods=["POST"])
+    api.add_api_route(LAYER_PATH, service.answer_upload, methods=["POST"])
 
     @api.exception_handler(HTTPException)
     async def refuse(_: Request, error: HTTPException) -> Response:

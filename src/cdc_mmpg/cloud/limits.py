@@ -18,7 +18,7 @@ from prometheus_client import Counter as Metric
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cdc_mmpg.cloud.logs import logger
-from cdc_mmpg.wire.messages import PATH, UPLOAD_BYTES
+from cdc_mmpg.wire.messages import LAYER_PATH, UPLOAD_BYTES
 
 DEFAULT_PLACES = 256  # requests of a process that are computed or sent at once
 MAX_FILES = 65_536  # that a process may open at once, where the system allows it
@@ -222,7 +222,7 @@ class Listener(socket.socket):
         return False
 
 
-UPLOAD_START = f"POST {PATH} HTTP/1.1\r\n".encode()
+UPLOAD_START = f"POST {LAYER_PATH} HTTP/1.1\r\n".encode()
 PEEK_BYTES = 16_384  # headers and body of an ordinary upload
 
 

@@ -9,11 +9,11 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.messages import UPLOAD_BYTES, Layout, Upload, Versions, digest, encode_layer
-from cdc_mmpg.wire.payloads import WIDTH
 
 WEIGHT_PRECISIONS = ("float32", "bfloat16")
 DENORMAL_CUTOFF = 1e-12  # smaller magnitudes in a feature become 0: denormals slow CPUs about 100x
@@ -88,7 +88,7 @@ def load_model(folder: Path, weights: str = "") -> ServedModel:
     served = ServedModel(
         bundle.name, generator.to(device), generator.layouts(), bundle.versions, bundle.key, device, weights
     )
-    zeros = Upload(served.layouts[0], served.versions, torch.zeros(WIDTH).numpy())
+    zeros = Upload(served.layouts[0], served.versions, torch.zeros(FEATURE_DIM).numpy())
     try:
         generate_layer(served, bytes(UPLOAD_BYTES), zeros)  # what the first request would wait for
     except DataError as error:

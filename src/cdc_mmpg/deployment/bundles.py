@@ -25,12 +25,21 @@ from cdc_mmpg.deployment.checks import compare_with_torch
 from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
 from cdc_mmpg.deployment.graphs import export_encoder, export_head, quantise
 from cdc_mmpg.deployment.source import Source
-from cdc_mmpg.device.model import ANSWERS, BASIS, BUNDLE, ENCODER, FORMAT, HEAD, SHARED, VOCABULARY
+from cdc_mmpg.device.model import (
+    ANSWERS_FILE,
+    BASIS_FILE,
+    BUNDLE_FILE,
+    BUNDLE_FORMAT,
+    ENCODER_FILE,
+    HEAD_FILE,
+    SHARED_FILE,
+    VOCABULARY_FILE,
+)
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import file_digest
 from cdc_mmpg.results import provenance
 from cdc_mmpg.wire.messages import digest
-from cdc_mmpg.wire.payloads import WIDTH
 
 if TYPE_CHECKING:
     from cdc_mmpg.methods.base import Answering
@@ -60,7 +69,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     origin = {"name": source.name, "made": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
 
     settings = {
-        "format": FORMAT,
+        "format": BUNDLE_FORMAT,
         "task": source.task,
         "unit": unit,
         "layout": list(layout),
@@ -71,7 +80,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         **origin,
     }
     basis = getattr(served.generator.adaptor, "basis", None)
-    models = {ENCODER: export_encoder(source), HEAD: export_head(method)}
+    models = {ENCODER_FILE: export_encoder(source), HEAD_FILE: export_head(method)}
     kept = set(source.kept)
     ordered = [source.words[i] for i in source.kept]
     ordered += [word for i, word in enumerate(source.words) if i not in kept]
@@ -81,17 +90,24 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             for file, model in models.items():
                 content = model.SerializeToString()
-                if precision == "int8" and file == ENCODER:
+                if precision == "int8" and file == ENCODER_FILE:
                     content = quantise(content, Path(scratch))
                 write_content(folder / file, content)
-        write_array(folder / SHARED, served.offline.numpy().astype(narrow))
+        write_array(folder / SHARED_FILE, served.offline.numpy().astype(narrow))
         if basis is not None:
-            write_array(folder / BASIS, basis.detach().numpy().astype(narrow))
-        write_content(folder / VOCABULARY, "\n".join(ordered).encode() + b"\n")
-        write_content(folder / ANSWERS, json.dumps(source.answers).encode())
-        files = [ENCODER, HEAD, SHARED, *([BASIS] if basis is not None else []), VOCABULARY, ANSWERS]
+            write_array(folder / BASIS_FILE, basis.detach().numpy().astype(narrow))
+        write_content(folder / VOCABULARY_FILE, "\n".join(ordered).encode() + b"\n")
+        write_content(folder / ANSWERS_FILE, json.dumps(source.answers).encode())
+        files = [
+            ENCODER_FILE,
+            HEAD_FILE,
+            SHARED_FILE,
+            *([BASIS_FILE] if basis is not None else []),
+            VOCABULARY_FILE,
+            ANSWERS_FILE,
+        ]
         digests = {file: file_digest(folder / file) for file in files}
-        write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE)
+        write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE_FILE)
 
     difference = compare_with_torch(source, out / DEVICE_FOLDERS["float32"])
     if not difference <= MAX_SCORE_DIFFERENCE:
@@ -105,7 +121,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         "layout": layout._asdict(),
         "bytes": {
             **{name: count_folder_bytes(out / name) for name in (*DEVICE_FOLDERS.values(), "cloud")},
-            "up": 4 * WIDTH,
+            "up": 4 * FEATURE_DIM,
             "down": {kind: layout.payload_bytes for kind, layout in layouts.items()},
         },
         "words": {"vocabulary": len(source.words), "kept": len(source.kept)},

@@ -13,7 +13,7 @@ from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, GENERATOR
 from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.wire.payloads import decode, encode
+from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
 if TYPE_CHECKING:
     from cdc_mmpg.data.batch import VideoTextData
@@ -123,8 +123,8 @@ def answer_on_device(
     def layer(upload: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             parts = generator.matrices(generator(torch.from_numpy(upload)[None]), model.layout.kind)
-        content = encode([part[0].numpy() for part in parts], model.layout.precision)
-        return model.install(decode(content, model.layout.shapes, model.layout.precision), model.layout)
+        content = encode_matrices([part[0].numpy() for part in parts], model.layout.precision)
+        return model.install(decode_matrices(content, model.layout.shapes, model.layout.precision), model.layout)
 
     def of_session(device: int) -> NDArray[np.float32]:
         assert sessions is not None

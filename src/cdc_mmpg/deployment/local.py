@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from cdc_mmpg.errors import CDCError
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0  # that a server may take to be ready
 STOP_SECONDS = 10.0  # between asking a process to end and killing it
 POLL_SECONDS = 0.05  # between two questions whether a server is ready
@@ -73,7 +73,7 @@ class LocalProcess:
         """End the process, by force where it takes longer than `seconds`, and return its exit code; 0 of none."""
         if self.process is None:
             return 0
-        with ignore_stop_signals():
+        with suppress_stop_signals():
             self.ask_to_end(number)
             try:
                 code = self.process.wait(seconds)
@@ -114,7 +114,7 @@ class LocalServer(LocalProcess):
         own_session: bool = False,
     ) -> None:
         self.port = port or find_free_port()
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = f"http://{LOOPBACK}:{self.port}"
         super().__init__(
             name, [*command, "--port", str(self.port)], log, environment=environment, own_session=own_session
         )
@@ -189,7 +189,7 @@ class LocalService(LocalServer):
 
 def find_free_port() -> int:
     """Return a port of this machine that nobody listens on."""
-    with socket.create_server((HOST, 0)) as listener:
+    with socket.create_server((LOOPBACK, 0)) as listener:
         return int(listener.getsockname()[1])
 
 
@@ -216,7 +216,7 @@ def defer_stop_signals() -> Iterator[None]:
 
 
 @contextmanager
-def ignore_stop_signals() -> Iterator[None]:
+def suppress_stop_signals() -> Iterator[None]:
     """Let no signal end a block that cleans up."""
     with _handle_stop_signals(signal.SIG_IGN):
         yield

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, Parts
 from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
 from cdc_mmpg.wire.messages import Kind, Layout
-from cdc_mmpg.wire.payloads import WIDTH
 
 METADATA = "generator"  # where a file says how it is built
 
@@ -117,7 +117,7 @@ def _reader(kind: str, **settings: Any) -> nn.Module:
     if kind == "axes":
         return DeviceAxes(settings["number"])
     if kind == "norm":
-        return nn.LayerNorm(WIDTH, elementwise_affine=False)
+        return nn.LayerNorm(FEATURE_DIM, elementwise_affine=False)
     if kind == "nothing":
         return nn.Identity()
     raise DataError(f"unknown reader {kind!r}")
