@@ -17,7 +17,7 @@ import pytest
 from cdc_mmpg.benchmarks import delay, links
 from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_DELAY_SECONDS, DelayCase, divide_by_rate, summarise_cell
 from cdc_mmpg.benchmarks.delay_client import read_server_timing
-from cdc_mmpg.benchmarks.links import Counts, Line, Loopback, Namespaces
+from cdc_mmpg.benchmarks.links import Line, LinkCounts, Loopback, Namespaces
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.wire.messages import FRAMING_BYTES, UPLOAD_BYTES
 from conftest import write_clip
@@ -58,7 +58,9 @@ def test_cases_have_the_bytes_of_the_paper():
 
 def test_cell_tells_transfer_from_compute():
     replies = [{"whole": whole, "compute": compute, "verify": 1.0} for whole, compute in ((50, 10), (62, 20), (200, 3))]
-    found = summarise_cell(delay.DELAY_CASES[0], "float32", 15, replies, Counts(3 * 10_000, 3 * 610_000, 600, 1300, 0))
+    found = summarise_cell(
+        delay.DELAY_CASES[0], "float32", 15, replies, LinkCounts(3 * 10_000, 3 * 610_000, 600, 1300, 0)
+    )
     assert found["transfer_ms"] == 42  # of each request, not of the medians
     assert (found["whole_p50_ms"], found["compute_ms"]) == (62, 10)
     assert found["whole_p99_ms"] > 195
@@ -132,13 +134,13 @@ def test_service_that_does_not_come_up_shows_its_log(monkeypatch):
     failing = ["sh", "-c", "echo no weights here >&2; exit 4"]
     monkeypatch.setattr(Loopback, "command", lambda self, side: failing if side == "server" else [])
     with pytest.raises(CDCError, match=r"of tiny did not come up, exit code 4:\nno weights here"):
-        delay.measure(TINY, [RATE], 1, Loopback())
+        delay.measure_delay(TINY, [RATE], 1, Loopback())
 
 
 def test_over_the_proxy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(delay, "DELAY_CASES", TINY)
     monkeypatch.setattr(delay, "LINK_RATES", (RATE,))
-    monkeypatch.setattr(delay, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(delay, "PAUSE_SECONDS", 0.01)
     assert delay.main([str(tmp_path / "msvd"), "--proxy", "--requests", "2"]) == 0
     result = json.loads((tmp_path / "msvd" / "delay.json").read_text())
     assert (result["link"], result["weights"]) == ("proxy", "random")

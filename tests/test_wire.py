@@ -16,7 +16,7 @@ from cdc_mmpg.errors import DataError
 from cdc_mmpg.wire.messages import (
     FRAMING_BYTES,
     HEADER,
-    KINDS,
+    LAYER_KINDS,
     LAYER_PATH,
     UPLOAD_BYTES,
     Layout,
@@ -34,7 +34,7 @@ from cdc_mmpg.wire.payloads import INT8_MAX
 VERSIONS = Versions(bytes(range(16)), bytes(range(16, 32)))
 OTHER = bytes(16)  # a digest of something else
 KEY = Ed25519PrivateKey.generate()
-LAYOUTS = [Layout(kind, 5, 7, {"low_rank": 2, "basis": 8}.get(kind, 0)) for kind in KINDS]
+LAYOUTS = [Layout(kind, 5, 7, {"low_rank": 2, "basis": 8}.get(kind, 0)) for kind in LAYER_KINDS]
 WHOLE = LAYOUTS[0]
 FEATURE = np.random.default_rng(0).uniform(-1, 1, FEATURE_DIM).astype(np.float32)
 UPLOAD = encode_upload(FEATURE, WHOLE, VERSIONS)
@@ -123,7 +123,7 @@ def test_payloads_have_the_published_sizes(layout, size):
     assert len(layer(layout)) == size + FRAMING_BYTES
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_what_comes_back_of_a_layer(layout):
     upload = encode_upload(FEATURE, layout, VERSIONS)
     arrived = decode_layer(layer(layout, upload), upload, layout, VERSIONS, KEY.public_key())
@@ -133,7 +133,7 @@ def test_what_comes_back_of_a_layer(layout):
         assert (np.abs(got - sent) <= step * np.abs(sent).max(axis=1, keepdims=True)).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_what_comes_back_of_an_upload(layout):
     got = decode_upload(encode_upload(FEATURE, layout, VERSIONS), LAYOUTS, VERSIONS)
     assert (got.layout, got.versions) == (layout, VERSIONS)
@@ -168,7 +168,7 @@ def test_every_flipped_bit_of_the_framing_is_noticed(upload):
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_flipped_bits_of_the_payload_are_noticed(layout):
     good, chance = layer(layout), random.Random(0)
     for bit in chance.sample(range(8 * layout.payload_bytes), min(300, 8 * layout.payload_bytes)):
@@ -177,7 +177,7 @@ def test_flipped_bits_of_the_payload_are_noticed(layout):
         assert reason_of_layer(bytes(content), layout=layout) == "signature"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_a_layer_of_another_length_is_refused(layout):
     good = layer(layout)
     for cut in [*range(1, len(good), max(1, len(good) // 40)), 1, len(good) - 1, len(good)]:
@@ -230,7 +230,7 @@ def test_a_future_version_is_refused():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_numbers_that_are_none_are_refused_though_the_cloud_signed_them(layout, value):
     good = layer(layout)
     number = np.array(value, "<f4" if layout.precision == "float32" else "<f2").tobytes()  # of int8, a scale

@@ -31,8 +31,8 @@ from cdc_mmpg.benchmarks.delay_cells import (
     DELAY_CASES,
     FAR_DELAY_SECONDS,
     FAR_RATE,
-    IDLE_SECONDS,
     LINK_RATES,
+    PAUSE_SECONDS,
     DelayCase,
     summarise_cell,
 )
@@ -41,8 +41,8 @@ from cdc_mmpg.benchmarks.delay_tables import format_page, print_tables
 from cdc_mmpg.benchmarks.links import (
     CONGESTION,
     FRAME_BYTES,
-    Counts,
     Link,
+    LinkCounts,
     Loopback,
     Namespaces,
     Network,
@@ -54,7 +54,7 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import provenance, write_json
-from cdc_mmpg.wire.messages import Kind, Versions
+from cdc_mmpg.wire.messages import LayerKind, Versions
 
 logger = logging.getLogger("cdc_mmpg.benchmarks.delay")  # also as a program
 
@@ -108,7 +108,7 @@ def write_delay(folder: Path, requests: int, proxy: bool, congestion: str = CONG
 
     Raises:
         ConfigError: there is no place for the folder, or nothing to measure.
-        CDCError: see `measure`; or a file cannot be written.
+        CDCError: see `measure_delay`; or a file cannot be written.
     """
     if requests < 1:
         raise ConfigError(f"--requests {requests}: at least 1")
@@ -121,7 +121,7 @@ def write_delay(folder: Path, requests: int, proxy: bool, congestion: str = CONG
             raise CDCError(f"{folder}: cannot be made ({error.strerror or error})") from error
     with ExitStack() as stack:
         network, why = choose_network(stack, proxy, congestion)
-        result = measure(DELAY_CASES, LINK_RATES, requests, network, why, find_exported_devices(folder))
+        result = measure_delay(DELAY_CASES, LINK_RATES, requests, network, why, find_exported_devices(folder))
     print_tables(result)
     write_json(result, folder / DELAY_JSON)
     with atomic_write(folder / DELAY_PAGE) as file:
@@ -147,7 +147,7 @@ def choose_network(stack: ExitStack, proxy: bool, congestion: str = CONGESTION) 
         return Loopback(), str(error)
 
 
-def measure(
+def measure_delay(
     cases: Sequence[DelayCase],
     rates: Sequence[int],
     requests: int,
@@ -281,7 +281,7 @@ def start_services(
 def measure_cell(
     client: Client,
     service: RunningService,
-    kind: Kind,
+    kind: LayerKind,
     link: Link,
     rate: int,
     requests: int,
@@ -306,9 +306,9 @@ def measure_cell(
                "layout": list(service.case.layout(kind))}  # fmt: skip
     client.ask(**command, requests=1, connection="new", pause=0)
     before = link.counts()
-    pause = IDLE_SECONDS if connection == "idle" else 0
+    pause = PAUSE_SECONDS if connection == "idle" else 0
     replies = client.ask(**command, requests=requests, connection=connection, pause=pause)
-    passed = Counts(*(after - then for after, then in zip(link.counts(), before, strict=True)))
+    passed = LinkCounts(*(after - then for after, then in zip(link.counts(), before, strict=True)))
     for count_bytes, packets in ((passed.up_bytes, passed.up_packets), (passed.down_bytes, passed.down_packets)):
         if packets and count_bytes / packets > FRAME_BYTES:
             raise CDCError(f"packets of {count_bytes / packets:.0f} bytes pass the link: offloads are on, and a token "

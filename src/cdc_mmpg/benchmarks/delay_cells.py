@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdc_mmpg.benchmarks.links import MIB, Counts
+from cdc_mmpg.benchmarks.links import MIB, LinkCounts
 from cdc_mmpg.dimensions import FEATURE_DIM
-from cdc_mmpg.wire.messages import UPLOAD_BYTES, Kind, Layout
+from cdc_mmpg.wire.messages import UPLOAD_BYTES, LayerKind, Layout
 
 LINK_RATES = (5, 15, 50, 100)  # MiB/s
 FAR_RATE = 15  # MiB/s, of the series with delay and of whole answers
 FAR_DELAY_SECONDS = 0.02  # each way
-IDLE_SECONDS = 0.5  # more than TCP's timeout, after which a window may shrink
+PAUSE_SECONDS = 0.5  # more than TCP's timeout, after which a window may shrink
 ANSWER_STAGES = ("decode", "encode", "anchor", "upload", "generate", "download", "verify", "swap", "answer")
 
 
@@ -29,11 +29,11 @@ class DelayCase(NamedTuple):
     name: str
     outputs: int
     inputs: int = 96
-    native: Kind = "float32"
+    native: LayerKind = "float32"
     number: int = 0  # the rank, or how many layers the basis has
-    kinds: tuple[Kind, ...] = ("float32",)
+    kinds: tuple[LayerKind, ...] = ("float32",)
 
-    def layout(self, kind: Kind) -> Layout:
+    def layout(self, kind: LayerKind) -> Layout:
         """Return the layout of a layer that is asked for."""
         return Layout(kind, self.outputs, self.inputs + 1, self.number if kind == self.native else 0)
 
@@ -54,7 +54,7 @@ def divide_by_rate(count_bytes: int, rate: float) -> float:
 
 
 def summarise_cell(
-    case: DelayCase, kind: Kind, rate: int, replies: Sequence[dict[str, float]], passed: Counts
+    case: DelayCase, kind: LayerKind, rate: int, replies: Sequence[dict[str, float]], passed: LinkCounts
 ) -> dict[str, Any]:
     """Return the figures of the requests for one kind of layer over one link, times in milliseconds.
 

@@ -24,7 +24,7 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.program import exit_code
 from cdc_mmpg.wire.messages import LAYER_PATH, Layout, Versions, decode_layer, encode_upload
 
-REQUEST_SECONDS = 60
+ANSWER_TIMEOUT_SECONDS = 60
 TIMING_PATTERN = re.compile(r"(\w+);dur=([\d.]+)")
 
 
@@ -101,7 +101,7 @@ def serve_client() -> None:
             for number in range(command["requests"]):
                 if command["connection"] == "each" or (command["connection"] == "new" and number == 0):
                     connection.close()
-                    connection = httpx2.Client(headers=headers, trust_env=False, timeout=REQUEST_SECONDS)
+                    connection = httpx2.Client(headers=headers, trust_env=False, timeout=ANSWER_TIMEOUT_SECONDS)
                 time.sleep(command["pause"])
                 reply.append(_time_request(connection, command["url"] + LAYER_PATH, layout, versions, key))
         print(json.dumps(reply), flush=True)
@@ -115,7 +115,7 @@ def time_answers(bundle: Path, url: str, key: str, video: Path, question: str, r
     """
     from cdc_mmpg.device import Device  # noqa: PLC0415  onnxruntime: not for the other series
 
-    device, times = Device(bundle, url, key=key, deadline=REQUEST_SECONDS), []
+    device, times = Device(bundle, url, key=key, deadline=ANSWER_TIMEOUT_SECONDS), []
     for _ in range(requests + 1):
         device.new_session()
         start = time.perf_counter()

@@ -7,14 +7,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_RATE, IDLE_SECONDS
+from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_RATE, PAUSE_SECONDS
 from cdc_mmpg.wire.messages import UPLOAD_BYTES
 
 CELL_COLUMNS = ("layer", "kind", "MiB/s", "payload", "on the link", "paper up", "paper down", "floor", "whole p50",
                 "p99", "compute", "transfer", "/ floor", "verify")  # fmt: skip
 FAR_COLUMNS = ("layer", "kind", "connection", "payload", "whole p50", "p99", "compute", "transfer", "round trips")
 TEXT_COLUMNS = ("layer", "kind", "connection", "bundle")
-CONNECTION_NAMES = {"each": "new", "idle": f"kept, idle {IDLE_SECONDS} s", "kept": "kept"}
+CONNECTION_NAMES = {"each": "new", "idle": f"kept, idle {PAUSE_SECONDS} s", "kept": "kept"}
 
 
 def format_cell(found: dict[str, Any]) -> list[str]:

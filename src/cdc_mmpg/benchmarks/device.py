@@ -26,7 +26,7 @@ from cdc_mmpg.wire.messages import decode_layer, decode_upload, encode_upload
 if TYPE_CHECKING:
     from cdc_mmpg.cloud.model import ServedModel
 
-QUESTION_WORDS = 12  # of a question
+EXAMPLE_WORDS = 12  # of a question
 GOAL_SWAP_MILLISECONDS = 1.0  # of a swap
 
 
@@ -68,7 +68,7 @@ def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
     settings = read_bundle(bundles / "device")
     generator, size = np.random.default_rng(0), settings["frames"]["size"]
     frames = generator.integers(256, size=(settings["frames"]["number"], size, size, 3), dtype=np.uint8)
-    words = min(QUESTION_WORDS, settings["text"]["length"])
+    words = min(EXAMPLE_WORDS, settings["text"]["length"])
     return frames, [int(word) for word in generator.integers(settings["text"]["known"], size=words)]
 
 

@@ -28,7 +28,7 @@ CHUNK_BYTES = 16_384  # that the proxy carries at once
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 
 
-class Counts(NamedTuple):
+class LinkCounts(NamedTuple):
     """What passed a link since it was made."""
 
     up_bytes: int
@@ -42,7 +42,7 @@ class Link(NamedTuple):
     """A way from the client to a service."""
 
     url: str
-    counts: Callable[[], Counts]
+    counts: Callable[[], LinkCounts]
 
 
 class Line:
@@ -173,7 +173,7 @@ class Loopback:
     def link(self, port: int, rate: int, delay: float) -> Iterator[Link]:
         """See `Network`."""
         with run_proxy(port, rate * MIB, delay) as (own, up, down):
-            yield Link(f"http://127.0.0.1:{own}", lambda: Counts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
+            yield Link(f"http://127.0.0.1:{own}", lambda: LinkCounts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
 
     def state(self) -> dict[str, str]:
         """See `Network`."""
@@ -259,7 +259,7 @@ class Namespaces:
             self._shape(side, rate)
         yield Link(self.direct(port), lambda: self._counts("near"))
 
-    def _counts(self, device: str) -> Counts:
+    def _counts(self, device: str) -> LinkCounts:
         folder = f"/sys/class/net/{device}/statistics"
         files = [f"{folder}/{name}" for name in ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")]
         dropped = 0
@@ -267,7 +267,7 @@ class Namespaces:
             shown = [self._run(side, "tc", "-s", "-j", "qdisc", "show", "dev", device) for side in self._names]
             dropped = sum(int(each["drops"]) for one in shown for each in json.loads(one))
         up, down, up_packets, down_packets = (int(value) for value in self._run("client", "cat", *files).split())
-        return Counts(up, down, up_packets, down_packets, dropped)
+        return LinkCounts(up, down, up_packets, down_packets, dropped)
 
     @contextmanager
     def _far(self, rate: int, delay: float) -> Iterator[None]:

@@ -70,7 +70,7 @@ MODES = {
     "tf32": Mode("32-true", "high", torch.float32),
     "bf16": Mode("bf16-mixed", "highest", torch.bfloat16),
 }
-ROWS: tuple[tuple[str, Task], ...] = (
+BENCHMARK_ROWS: tuple[tuple[str, Task], ...] = (
     ("fine_tuning", "open_ended"), ("cdc_mmpg", "open_ended"), ("cdc_mmpg", "retrieval"),
     ("cdc_mmpg", "multiple_choice"), ("encoder_pretraining", "open_ended"), ("linear", "open_ended"),
     ("hyper", "open_ended"), ("adr_pretraining", "open_ended"), ("cdc_mmpg_session", "open_ended"),
@@ -110,7 +110,7 @@ class StepClock(Callback):
         return [float(loss) for loss in self._losses]
 
 
-def build(name: str, task: Task, sizes: Sizes) -> Method:
+def build_method(name: str, task: Task, sizes: Sizes) -> Method:
     """Return a method at the paper's size, with random weights; phase two with a reasoner of its own."""
     encoder = AllInOne(image_size=sizes.image, depth=sizes.depth)
     if sizes.compiled:
@@ -195,7 +195,7 @@ def count_operations(method: Method, batch: Any) -> float:
     return flops.get_total_flops() / 2
 
 
-def measure(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[StepClock, dict[str, float]]:
+def measure_training(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[StepClock, dict[str, float]]:
     """Train a few steps, each of the batches that make up a step of the recipe.
 
     Returns:
@@ -204,7 +204,7 @@ def measure(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[StepClock,
     """
     set_matmul(mode.matmul)
     seed_everything(0, verbose=False)
-    method, batch = build(name, task, sizes), draw_batch(name, task, sizes)
+    method, batch = build_method(name, task, sizes), draw_batch(name, task, sizes)
     parts = STEP_PARTS.get(task, 1)
     clock = StepClock(parts * sizes.steps, parts * WARM_UP)
     trainer = Trainer(
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    rows = [".".join(row) for row in ROWS]
+    rows = [".".join(row) for row in BENCHMARK_ROWS]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
     parser.add_argument("--json", type=Path, help="write the figures there, too, after every row")
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in options.rows:
         name, _, task = row.partition(".")
         for mode in options.modes:
-            _, figures = measure(name, task, sizes, MODES[mode])
+            _, figures = measure_training(name, task, sizes, MODES[mode])
             figures["of the matrix product"] = figures["TFLOP/s"] * 1e12 / peaks[mode]
             found["rows"][f"{row}.{mode}"] = figures
             table.add_row(

@@ -18,7 +18,7 @@ try:
 
     from cdc_mmpg.cloud.app import METRICS_VARIABLE, SETTINGS_VARIABLE, Settings
     from cdc_mmpg.cloud.keys import read_keys
-    from cdc_mmpg.cloud.limits import ACCEPTS_PER_TURN, DEFAULT_PLACES, IDLE_SECONDS, raise_file_limit
+    from cdc_mmpg.cloud.limits import ACCEPTS_PER_TURN, DEFAULT_PLACES, KEEP_ALIVE_SECONDS, raise_file_limit
     from cdc_mmpg.cloud.logs import configure_logs, logger
     from cdc_mmpg.cloud.model import WEIGHT_PRECISIONS, load_model
 except ImportError as error:
@@ -90,7 +90,7 @@ def serve(options: argparse.Namespace) -> None:
         proxy_headers=False,  # a client's address is whom its bytes come from, not what it says
         backlog=ACCEPTS_PER_TURN,
         timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=int(IDLE_SECONDS),
+        timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
         timeout_worker_healthcheck=WORKER_START_SECONDS,
         h11_max_incomplete_event_size=16_384,
         ssl_certfile=options.certificate,

@@ -30,8 +30,8 @@ RETRY_SECONDS = 1  # that a client should wait after a 503
 LOG_SECONDS = 1.0  # between two lines of the log about refusals of one kind
 
 HEADER_SECONDS = 5.0  # from a connection, or a request's first byte on a kept one, to the end of its headers
-IDLE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
-REQUEST_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
+KEEP_ALIVE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
+MAX_REPLY_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
 
 JSON_HEADER = (b"content-type", b"application/json")
 CLOSE_HEADER = (b"connection", b"close")
@@ -155,7 +155,7 @@ FULL_REPLY = encode_refusal(
 )  # fmt: skip
 
 
-class Connection(socket.socket):
+class CountedConnection(socket.socket):
     """An accepted connection, which calls `on_close` once when it is closed."""
 
     on_close: Callable[[], None] | None = None
@@ -201,7 +201,7 @@ class Listener(socket.socket):
                 self._door.refusals.count(0, "connections")
             elif not self._refuse_upload(connection, client):
                 self._door.connections.take(client)
-                kept = Connection(self.family, self.type, self.proto, fileno=connection.detach())
+                kept = CountedConnection(self.family, self.type, self.proto, fileno=connection.detach())
                 kept.on_close = partial(self._door.connections.give_back, client)
                 return kept, address
         raise BlockingIOError
@@ -270,12 +270,12 @@ class Protocol(H11Protocol):
         super().handle_events()
         if self.cycle is not before and not self.cycle.response_complete:
             self._idle = False
-            self._restart_clock(REQUEST_SECONDS)
+            self._restart_clock(MAX_REPLY_SECONDS)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         self._idle = True
-        self._restart_clock(IDLE_SECONDS)
+        self._restart_clock(KEEP_ALIVE_SECONDS)
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

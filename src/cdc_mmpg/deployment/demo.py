@@ -27,7 +27,7 @@ class Question(NamedTuple):
     answer: str  # the right one
 
 
-class Session(NamedTuple):
+class RecordedSession(NamedTuple):
     """The clips of one device."""
 
     device: str
@@ -94,7 +94,7 @@ def play(options: argparse.Namespace) -> None:
     )
 
 
-def read_session(run: Path, data: Path, device: str | None, seed: int) -> Session:
+def read_session(run: Path, data: Path, device: str | None, seed: int) -> RecordedSession:
     """Read the test questions of a device, and its unlabelled clips.
 
     Raises:
@@ -123,7 +123,7 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Sessio
         device = random.Random(seed).choice(unseen)
     elif device not in unseen:
         raise DataError(f"{device!r} is no unseen device: these are {', '.join(unseen)}")
-    return Session(device, history[device], asked[device])
+    return RecordedSession(device, history[device], asked[device])
 
 
 def clip_path(data: Path, clip: str) -> Path:

@@ -54,7 +54,7 @@ class Device:
 
     A bundle for sessions collects the anchor features of the clips it sees, and asks for a new layer when they are
     twice as many as the last one was made from; one for samples asks with every question. What arrives is verified in
-    memory (`wire.decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
+    memory (`decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
     on with its last layer, else the kept one, else the shared one; a sample, whose layer fits no other, with the shared
     one. `answer` waits for a layer no longer than `deadline`; a session's that comes later serves the next question.
     Neither the cloud, the network, the environment nor the folder of the state is ever a reason for no answer.

@@ -16,7 +16,7 @@ from cdc_mmpg.media.frames import Frames, candidate_indices, crop, middle_candid
 from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.wire.messages import KINDS, Layout, Versions, WeightsRejected
+from cdc_mmpg.wire.messages import LAYER_KINDS, Layout, Versions, WeightsRejected
 from cdc_mmpg.wire.payloads import Matrix
 
 BUNDLE_FILE = "bundle.json"
@@ -201,7 +201,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for what, is_right in (
         ("task", settings["task"] in ("open_ended", "multiple_choice")),
         ("unit", settings["unit"] in ("session", "sample")),
-        ("layout", layout.kind in KINDS and type(layout.number) is int and layout.number >= 0),
+        ("layout", layout.kind in LAYER_KINDS and type(layout.number) is int and layout.number >= 0),
         ("a size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= MAX_SIZE),
         ("files", settings["files"].keys() == files),
     ):

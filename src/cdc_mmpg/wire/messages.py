@@ -25,13 +25,13 @@ from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.wire.payloads import Matrix, Precision, Shape, count_matrix_bytes, decode_matrices, encode_matrices
 
-Kind = Literal["float32", "float16", "int8", "low_rank", "basis"]
-KINDS: tuple[Kind, ...] = ("float32", "float16", "int8", "low_rank", "basis")
+LayerKind = Literal["float32", "float16", "int8", "low_rank", "basis"]
+LAYER_KINDS: tuple[LayerKind, ...] = ("float32", "float16", "int8", "low_rank", "basis")
 Message = Literal["upload", "layer"]
 MESSAGES: tuple[Message, ...] = ("upload", "layer")
 
 LAYER_PATH = "/v1/layer"  # over HTTP: where an upload is posted, and answered by a layer
-MAGIC = b"CDCM"
+MESSAGE_MAGIC = b"CDCM"
 MESSAGE_VERSION = 1
 DIGEST_BYTES = 16
 SIGNATURE_BYTES = 64
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
     factors of a residual on a layer that the device has, and basis the coefficients of layers that it has, both int8.
     """
 
-    kind: Kind
+    kind: LayerKind
     outputs: int  # L
     columns: int  # D + 1
     number: int = 0  # the rank, or how many layers the basis has
@@ -227,8 +227,8 @@ def signed_content(header: bytes, body: bytes) -> bytes:
 
 
 def _pack_header(message: Message, layout: Layout, versions: Versions, nonce: bytes) -> bytes:
-    kind = KINDS.index(layout.kind)
-    return HEADER.pack(MAGIC, MESSAGE_VERSION, MESSAGES.index(message), kind, 0, *versions, nonce, *layout[1:])
+    kind = LAYER_KINDS.index(layout.kind)
+    return HEADER.pack(MESSAGE_MAGIC, MESSAGE_VERSION, MESSAGES.index(message), kind, 0, *versions, nonce, *layout[1:])
 
 
 def _read_header(
@@ -240,8 +240,8 @@ def _read_header(
         Rejected: of the kind `error`; it is none, or something else differs.
     """
     magic, version, number, kind, zero, encoder, generator, nonce, *shape = HEADER.unpack_from(content)
-    if magic != MAGIC:
-        raise error("magic", f"it begins with {magic!r}, not with {MAGIC!r}")
+    if magic != MESSAGE_MAGIC:
+        raise error("magic", f"it begins with {magic!r}, not with {MESSAGE_MAGIC!r}")
     if version != MESSAGE_VERSION or zero:
         raise error("version", f"version {version} of the format: this is version {MESSAGE_VERSION}")
     if number != MESSAGES.index(message):
@@ -250,7 +250,7 @@ def _read_header(
         raise error("encoder", f"of encoder {encoder.hex()}: this one is {versions.encoder.hex()}")
     if generator != versions.generator:
         raise error("generator", f"of generator {generator.hex()}: this one is {versions.generator.hex()}")
-    known = {KINDS.index(layout.kind): layout for layout in layouts}
+    known = {LAYER_KINDS.index(layout.kind): layout for layout in layouts}
     if kind not in known:
         raise error("kind", f"number {kind}: here are {', '.join(f'{n} ({own.kind})' for n, own in known.items())}")
     if tuple(shape) != known[kind][1:]:
