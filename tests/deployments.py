@@ -2,24 +2,20 @@
 
 import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
-from cdc_mmpg.cloud import app as cloud
-from cdc_mmpg.deployment.export import SPECIAL, Source, write_bundles, write_cloud
+from cdc_mmpg.cloud.model import generate_layer, load_model
+from cdc_mmpg.deployment.bundles import write_bundles
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.deployment.local import LocalService
+from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.device import Device
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
@@ -45,10 +41,10 @@ def generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) ->
 
 def cloud_bundle(folder: Path, kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Versions:
     """A cloud/ folder alone: no encoder, nothing for a device."""
-    return write_cloud(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
+    return write_cloud_bundle(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
 
 
-WORDS = [*SPECIAL, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
+WORDS = [*SPECIAL_WORDS, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
 
 
 def deployment(
@@ -82,12 +78,6 @@ def deployment(
     return folder
 
 
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 Reply = tuple[int, dict[str, str], bytes]
 
 
@@ -95,7 +85,7 @@ class FakeCloud:
     """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
 
     def __init__(self, bundle: Path) -> None:
-        self.served = cloud.load(bundle)
+        self.served = load_model(bundle)
         self.uploads: list[bytes] = []
         self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
         self.honest()
@@ -131,7 +121,7 @@ class FakeCloud:
 
     def layer(self, content: bytes) -> bytes:
         upload = decode_upload(content, self.served.layouts, self.served.versions)
-        return cloud.answer_one(self.served, content, upload)
+        return generate_layer(self.served, content, upload)
 
     def close(self) -> None:
         self.silence.set()
@@ -144,54 +134,25 @@ def open_device(deployed: Path, url: str | None, kind: str = "session", **option
     return Device(deployed / kind / "device", url, threads=1, **options)  # type: ignore[arg-type]
 
 
-class Cloud:
-    """`python -m cdc_mmpg.cloud` until the end of a block; ready when it begins.
+class Cloud(LocalService):
+    """`python -m cdc_mmpg.cloud` on one thread, which has the time that a busy machine needs.
 
     Args:
         bundle: the cloud/ folder.
-        log: where its standard error goes.
+        log: where its output goes.
         options: of the command line.
-        port: 0 takes a free one.
     """
 
-    def __init__(self, bundle: Path, log: Path, *options: str, port: int = 0) -> None:
-        self.port, self.log = port or free_port(), log
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "cdc_mmpg.cloud", str(bundle), "--port", str(self.port), *options]
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, bundle: Path, log: Path, *options: str) -> None:
+        super().__init__(bundle, log, *options, environment={"OMP_NUM_THREADS": "1"})
 
-    def start(self) -> "Cloud":
-        """Begin, and wait until it is ready."""
-        with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                self._command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-        end = time.monotonic() + 180  # of a machine that has other things to do
-        straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            try:
-                with straight.open(f"{self.url}/ready", timeout=1):
-                    return self
-            except (urllib.error.URLError, OSError):
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < end, self.log.read_text()
-                time.sleep(0.05)
+    def start(self, seconds: float = 180) -> Self:
+        return super().start(seconds)
 
-    __enter__ = start
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; the exit code."""
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        try:
-            return self.process.wait(40)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
+        code = super().stop(number, seconds)
+        assert number == signal.SIGKILL or code != -signal.SIGKILL, self.log_tail()
+        return code
 
     def lines(self) -> list[dict[str, object]]:
         """What it logged."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cdc_mmpg.benchmarks import deployment as benchmark_deployment
-from cdc_mmpg.benchmarks.deployment import Expected, load, main
+from cdc_mmpg.benchmarks import deployment, device, load, service
+from cdc_mmpg.benchmarks.deployment import main
+from cdc_mmpg.benchmarks.load import ExpectedLayer, measure_load
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.wire.messages import Layout, Versions
 
@@ -27,19 +28,20 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
             super().__init__(*arguments, **options)
             begun.append(self)
 
-    peak = benchmark_deployment.peak_megabytes
+    peak = device.measure_peak_megabytes
     monkeypatch.setattr(subprocess, "Popen", Recorded)
-    monkeypatch.setattr(benchmark_deployment, "SERVED", ("low_rank",))
-    monkeypatch.setattr(benchmark_deployment, "CONCURRENCY", (3,))
-    monkeypatch.setattr(benchmark_deployment, "VERIFIED", 2)
-    monkeypatch.setattr(benchmark_deployment, "SLOW_CLIENTS", 10)
-    monkeypatch.setattr(benchmark_deployment, "OVERLOAD", 1)
-    monkeypatch.setattr(benchmark_deployment, "peak_megabytes", lambda *of: peak(*of) if of[1] == "int8" else None)
+    monkeypatch.setattr(deployment, "SERVED_KINDS", ("low_rank",))
+    monkeypatch.setattr(service, "CONCURRENT_CLIENTS", (3,))
+    monkeypatch.setattr(load, "VERIFY_EVERY", 2)
+    monkeypatch.setattr(service, "VERIFY_EVERY", 2)
+    monkeypatch.setattr(service, "SLOW_CLIENTS", 10)
+    monkeypatch.setattr(service, "OVERLOAD_FACTOR", 1)
+    monkeypatch.setattr(device, "measure_peak_megabytes", lambda *of: peak(*of) if of[1] == "int8" else None)
     assert main(["--bundles", str(bundles), "--seconds", "0.1"]) == 0
     assert len([process for process in begun if "--port" in process.args]) == 2
     assert all(process.returncode is not None for process in begun)
 
-    report = json.loads((bundles / benchmark_deployment.REPORT).read_text())
+    report = json.loads((bundles / deployment.BENCHMARK_REPORT).read_text())
     assert {"machine", "service", "device", "swap", "bytes", "generator", "commit", "versions"} <= set(report)
     assert set(report["service"]["low_rank"]["concurrency"]) == {"3"}
     for each in report["service"]["low_rank"]["concurrency"].values():
@@ -115,11 +117,11 @@ def test_a_wrong_reply_ends_the_measurement(status, size, told):
         def log_message(self, *_):
             pass
 
-    expected = Expected(LAYOUT, Versions(bytes(16), bytes(16)), Ed25519PrivateKey.generate().public_key())
+    expected = ExpectedLayer(LAYOUT, Versions(bytes(16), bytes(16)), Ed25519PrivateKey.generate().public_key())
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         with pytest.raises(CDCError, match=told):
-            load(server.server_address[1], [bytes(836)], expected, 2, 0.1)
+            measure_load(server.server_address[1], [bytes(836)], expected, 2, 0.1)
         server.shutdown()
 
 

@@ -34,14 +34,28 @@ from cryptography.x509.oid import NameOID
 from prometheus_client import CollectorRegistry, Counter
 from test_wire import ENCODER, GENERATOR, KIND, MAGIC, MESSAGE, OTHER, SHAPE, VERSION, mutated, patched
 
-from cdc_mmpg.cloud import app as service
+from cdc_mmpg.cloud import __main__ as command
 from cdc_mmpg.cloud import limits
-from cdc_mmpg.deployment.export import write_cloud
+from cdc_mmpg.cloud.batcher import Batcher, GeneratedLayer
+from cdc_mmpg.cloud.keys import find_key, read_keys
+from cdc_mmpg.cloud.model import load_model, read_cloud_bundle
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import json_digest
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.wire.messages import HEADER, UPLOAD_BYTES, Layout, Versions, decode_layer, decode_upload, encode_upload
-from cdc_mmpg.wire.payloads import LARGEST, WIDTH, decode, encode
+from cdc_mmpg.wire.messages import (
+    HEADER,
+    LAYER_PATH,
+    UPLOAD_BYTES,
+    Layout,
+    Versions,
+    decode_layer,
+    decode_upload,
+    digest,
+    encode_upload,
+)
+from cdc_mmpg.wire.payloads import INT8_MAX, decode_matrices, encode_matrices
 from deployments import Cloud, Kind, cloud_bundle, generator
 
 LARGE = 501  # outputs, so that a layer is more than the socket takes at once
@@ -68,7 +82,7 @@ class Model(NamedTuple):
 
     def upload(self, seed: int, kind: str = "") -> bytes:
         """One of a random feature."""
-        return self.upload_of(np.random.default_rng(seed).uniform(-1, 1, WIDTH), kind)
+        return self.upload_of(np.random.default_rng(seed).uniform(-1, 1, FEATURE_DIM), kind)
 
     def upload_of(self, feature: np.ndarray, kind: str = "") -> bytes:
         layout = next(layout for layout in self.layouts if layout.kind == (kind or self.generator.native))
@@ -81,9 +95,11 @@ class Model(NamedTuple):
         feature[np.abs(feature) < 1e-12] = 0
         with torch.inference_mode():
             made = self.generator.matrices(self.generator(torch.from_numpy(feature)[None]), layout.kind)
-        own = decode(encode([part[0].numpy() for part in made], layout.precision), layout.shapes, layout.precision)
+        own = decode_matrices(
+            encode_matrices([part[0].numpy() for part in made], layout.precision), layout.shapes, layout.precision
+        )
         got = decode_layer(body, upload, layout, self.versions, self.key)
-        step = self.rounding + {"float32": 1e-5, "float16": 2.0**-10, "int8": 1.02 / LARGEST}[layout.precision]
+        step = self.rounding + {"float32": 1e-5, "float16": 2.0**-10, "int8": 1.02 / INT8_MAX}[layout.precision]
         return all(
             (np.abs(a - b) <= step * np.abs(b).max(axis=1, keepdims=True)).all() for a, b in zip(got, own, strict=True)
         )
@@ -106,7 +122,7 @@ class Reply(NamedTuple):
         return self.status, told["error"]
 
 
-def post(content: bytes, *headers: bytes, length: int | None = None, path: str = service.PATH) -> bytes:
+def post(content: bytes, *headers: bytes, length: int | None = None, path: str = LAYER_PATH) -> bytes:
     """A request as bytes."""
     if CHUNKED not in headers:
         headers = (*headers, b"Content-Length: %d" % (len(content) if length is None else length))
@@ -305,8 +321,9 @@ def narrow(services: Services) -> Cloud:
 @pytest.fixture(scope="module")
 def twofold(services: Services) -> Cloud:
     """One of two processes."""
-    until(lambda: len(workers(services["twofold"])) >= 2, "one process alone", 60)
-    return services["twofold"]
+    running = services["twofold"]
+    until(lambda: len(workers(running)) >= 2, "one process alone", 60)
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +431,7 @@ def test_a_connection_serves_many_requests_one_after_another_or_all_at_once(clou
 @pytest.mark.parametrize(("kind", "running"), [("low_rank", "cloud"), ("full", "narrow"), ("basis", "twofold")])
 def test_features_of_one_value_and_of_next_to_nothing_are_answered(kind, running, value, models, rounded, request):
     model, port = rounded if kind == "full" else models[kind], request.getfixturevalue(running).port
-    uploads = [model.upload_of(np.full(WIDTH, value), layout.kind) for layout in model.layouts]
+    uploads = [model.upload_of(np.full(FEATURE_DIM, value), layout.kind) for layout in model.layouts]
     for upload in uploads:
         reply = ask(port, post(upload))
         assert reply.status == 200
@@ -441,17 +458,17 @@ def test_head_is_answered_as_get_without_a_body(path, cloud):
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT"])
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", service.PATH])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", LAYER_PATH])
 def test_another_method_is_told_which_are_allowed(path, method, cloud):
     reply = ask(cloud.port, f"{method} {path} HTTP/1.1\r\nHost: cloud\r\n\r\n".encode())
     assert reply.refusal == (405, "http")
-    allowed = {"post"} if path == service.PATH else {"get", "head"}
+    allowed = {"post"} if path == LAYER_PATH else {"get", "head"}
     assert set(reply.headers["allow"].split(", ")) == allowed
 
 
 def test_an_absolute_target_is_understood(cloud, model):
     upload = model.upload(5)
-    reply = ask(cloud.port, post(upload, path=f"http://cloud.example:80{service.PATH}"))
+    reply = ask(cloud.port, post(upload, path=f"http://cloud.example:80{LAYER_PATH}"))
     assert model.answers(reply.body, upload)
     assert get(cloud.port, "http://cloud/health").status == 200
 
@@ -528,7 +545,7 @@ def test_a_gigabyte_that_is_declared_is_refused_before_it_comes(cloud):
     assert resident_bytes(cloud.process.pid) - before < 50e6
 
 
-@pytest.mark.parametrize("path", [service.PATH, "/nowhere"])
+@pytest.mark.parametrize("path", [LAYER_PATH, "/nowhere"])
 def test_a_gigabyte_that_is_sent_all_the_same_is_not_kept(path, cloud):
     before, sent, chunk = resident_bytes(cloud.process.pid), 0, bytes(1 << 20)
     with connect(cloud.port) as connection, suppress(ConnectionError):
@@ -908,7 +925,7 @@ def test_killed_it_comes_back_and_told_to_stop_it_finishes_what_it_began(models,
 
 
 def test_while_the_weights_are_read_it_is_alive_and_not_ready(tmp_path):
-    versions = write_cloud(overflowing(), bytes(16), "test/large", tmp_path).versions
+    versions = write_cloud_bundle(overflowing(), bytes(16), "test/large", tmp_path).versions
     model = Model(tmp_path, Generator.load(tmp_path / "generator.safetensors"), versions, None)
     content = (tmp_path / "cloud.json").read_bytes()
     (tmp_path / "cloud.json").unlink()
@@ -963,8 +980,8 @@ def test_a_lost_process_is_replaced_and_all_count_together(twofold, models):
     os.kill(first[-1], signal.SIGKILL)
     until(lambda: not Path(f"/proc/{first[-1]}").exists() or "Z" in Path(f"/proc/{first[-1]}/stat").read_text())
     ask_all(range(20))
-    # The supervisor may have asked the process just before it was lost, and then waits START_SECONDS for the answer.
-    until(lambda: len(workers(twofold)) > len(first), "no new process", 2 * service.START_SECONDS)
+    # The supervisor may have asked the process just before it was lost, and then waits WORKER_START_SECONDS.
+    until(lambda: len(workers(twofold)) > len(first), "no new process", 2 * command.WORKER_START_SECONDS)
     assert workers(twofold)[-1] not in first
     ask_all(range(20))
     assert total(get(twofold.port, "/metrics").body, name) == before + asked
@@ -1025,8 +1042,8 @@ def not_started(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str]:
         with monkeypatch.context() as patch:
-            patch.setattr(service.uvicorn, "Config", lambda *_, **__: pytest.fail("it was started"))
-            code = service.main([str(argument) for argument in arguments])
+            patch.setattr(command.uvicorn, "Config", lambda *_, **__: pytest.fail("it was started"))
+            code = command.main([str(argument) for argument in arguments])
         said = capsys.readouterr().err
         assert "Traceback" not in said
         return code, said
@@ -1110,10 +1127,10 @@ def test_a_key_that_no_header_can_carry_is_refused(content, not_started, model, 
 
 def test_keys_are_read_with_any_line_ends_and_without_the_mark_of_an_editor(tmp_path):
     (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfone\r\ntwo words \r\n\r\n")
-    keys = service.read_keys(str(tmp_path / "keys"))
-    assert keys == [service.digest(b"one"), service.digest(b"two words")]
-    assert service.find_key([b"Bearer two words"], keys) == keys[1]
-    assert service.find_key([b"Bearer two"], keys) is None
+    keys = read_keys(str(tmp_path / "keys"))
+    assert keys == [digest(b"one"), digest(b"two words")]
+    assert find_key([b"Bearer two words"], keys) == keys[1]
+    assert find_key([b"Bearer two"], keys) is None
 
 
 def flipped(content: bytes) -> bytes:
@@ -1153,7 +1170,7 @@ def test_a_damaged_bundle_is_refused_by_name(name, damage, not_started, model, t
 def test_a_bundle_with_any_wrong_part_is_refused_or_the_same(model, tmp_path, not_started):
     for path in model.bundle.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    bundle, content = service.read_bundle(tmp_path), (tmp_path / "cloud.json").read_bytes()
+    bundle, content = read_cloud_bundle(tmp_path), (tmp_path / "cloud.json").read_bytes()
     settings, wrong = json.loads(content), []
     for name in settings:
         others = [None, 7, 1.5, True, [], {}, "", "zz", "00", "ab" * 17, [[[]]], {"a": "b"}]
@@ -1166,7 +1183,7 @@ def test_a_bundle_with_any_wrong_part_is_refused_or_the_same(model, tmp_path, no
     for one in wrong:
         (tmp_path / "cloud.json").write_bytes(one)
         try:
-            read = service.read_bundle(tmp_path)
+            read = read_cloud_bundle(tmp_path)
         except CheckpointError as error:
             refused += str(tmp_path) in str(error)
         else:
@@ -1181,14 +1198,14 @@ def test_a_bundle_with_any_wrong_part_is_refused_or_the_same(model, tmp_path, no
 def test_a_generator_whose_numbers_are_not_finite_is_refused(tmp_path, not_started):
     made = generator("low_rank")
     torch.nn.init.constant_(made.adaptor.shared.bias, torch.nan)
-    write_cloud(made, bytes(16), "test/broken", tmp_path)
+    write_cloud_bundle(made, bytes(16), "test/broken", tmp_path)
     code, said = not_started(tmp_path)
     assert code == 4
     assert "generator.safetensors" in said
 
 
 def test_without_torch_the_command_says_what_to_install():
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('cdc_mmpg.cloud.app', run_name='__main__')"
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('cdc_mmpg.cloud', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, "bundle"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: ")
@@ -1205,28 +1222,28 @@ def overflowing() -> Generator:
 
 
 def test_a_layer_that_its_precision_cannot_hold_is_the_fault_of_its_own_request(tmp_path):
-    write_cloud(overflowing(), bytes(16), "test/large", tmp_path)
-    served = service.load(tmp_path, "float32")
+    write_cloud_bundle(overflowing(), bytes(16), "test/large", tmp_path)
+    served = load_model(tmp_path, "float32")
 
-    async def ask_together() -> list[service.Made | BaseException]:
-        batcher = service.Batcher(served)
+    async def ask_together() -> list[GeneratedLayer | BaseException]:
+        batcher = Batcher(served)
         uploads = []
         for kind in ("int8", "float16", "float32", "float16", "low_rank"):
             layout = next(layout for layout in served.layouts if layout.kind == kind)
-            content = encode_upload(np.full(WIDTH, 0.5, np.float32), layout, served.versions)
+            content = encode_upload(np.full(FEATURE_DIM, 0.5, np.float32), layout, served.versions)
             uploads.append((content, decode_upload(content, served.layouts, served.versions)))
-        made = await asyncio.gather(*(batcher.layer(*upload) for upload in uploads), return_exceptions=True)
+        made = await asyncio.gather(*(batcher.generate(*upload) for upload in uploads), return_exceptions=True)
         await batcher.stop()
         return made
 
     made = asyncio.run(ask_together())
     assert [isinstance(one, DataError) for one in made] == [False, True, False, True, False]
-    assert {one.batch for one in made if isinstance(one, service.Made)} == {5}
+    assert {one.batch for one in made if isinstance(one, GeneratedLayer)} == {5}
 
 
 def test_the_service_imports_nothing_of_training_and_refuses_without_a_traceback(tmp_path):
     code = (
-        "import sys; from cdc_mmpg.cloud.app import main; code = main(sys.argv[1:]); "
+        "import sys; from cdc_mmpg.cloud.__main__ import main; code = main(sys.argv[1:]); "
         "print({'lightning', 'timm', 'transformers', 'torchmetrics', 'wandb', 'data_modules'} & set(sys.modules)); "
         "sys.exit(code)"
     )
@@ -1243,7 +1260,7 @@ def test_the_service_imports_nothing_of_training_and_refuses_without_a_traceback
 def test_the_log_tells_of_every_request_and_of_no_feature(cloud, model):
     before = len(cloud.lines())
     value = np.float32(0.123456789)
-    feature = np.full(WIDTH, value, np.float32)
+    feature = np.full(FEATURE_DIM, value, np.float32)
     upload = model.upload_of(feature)
     assert ask(cloud.port, post(upload, b"Authorization: Bearer some-key-1234")).status == 200
     assert ask(cloud.port, with_value(77.0625, model)).status == 422

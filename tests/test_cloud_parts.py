@@ -5,21 +5,50 @@ import hashlib
 import json
 import logging
 import runpy
+import socket
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from test_wire import FEATURE
 
-from cdc_mmpg.cloud import app as cloud
-from cdc_mmpg.cloud import limits
-from cdc_mmpg.cloud.app import ClientLeft, Gate, Made, Refused, Service, Settings
+from cdc_mmpg.cloud import __main__ as command
+from cdc_mmpg.cloud import app, limits, model
+from cdc_mmpg.cloud.__main__ import choose_family, is_local_only, main
+from cdc_mmpg.cloud.app import (
+    BODY_SECONDS,
+    OCTET_STREAM,
+    UPLOAD_KEY,
+    AdmittedUpload,
+    BackpressuredResponse,
+    ClientLeft,
+    Gate,
+    Refused,
+    Service,
+    Settings,
+    check_length,
+    make_refusal,
+    read_body,
+)
+from cdc_mmpg.cloud.batcher import Batcher, GeneratedLayer
+from cdc_mmpg.cloud.keys import find_key, read_keys
+from cdc_mmpg.cloud.logs import JSONFormatter
+from cdc_mmpg.cloud.model import (
+    ServedModel,
+    describe_model,
+    generate_layer,
+    generate_layers,
+    load_model,
+    read_cloud_bundle,
+)
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.wire.messages import PATH, decode_layer, encode_upload
+from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
 from deployments import cloud_bundle
 
 
@@ -31,8 +60,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Path) -> cloud.Served:
-    return cloud.load(bundle)
+def served(bundle: Path) -> ServedModel:
+    return load_model(bundle)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +80,10 @@ def served(bundle: Path) -> cloud.Served:
 )
 def test_the_length_that_headers_declare(headers, status):
     if not status:
-        cloud.check_length(headers)
+        check_length(headers)
         return
     with pytest.raises(Refused) as refused:
-        cloud.check_length(headers)
+        check_length(headers)
     assert (refused.value.status, refused.value.error) == (status, "http" if len(headers) == 2 else "body")
 
 
@@ -76,24 +105,24 @@ def receiver(*pieces: bytes, ends: bool = True) -> Any:
 
 def test_a_body_is_read_to_its_end_and_no_further(monkeypatch):
     body = bytes(range(256)) * 3 + bytes(68)
-    assert asyncio.run(cloud.read_body(receiver(body))) == body
-    assert asyncio.run(cloud.read_body(receiver(body[:1], b"", body[1:700], body[700:]))) == body
-    assert asyncio.run(cloud.read_body(receiver(b""))) == b""
+    assert asyncio.run(read_body(receiver(body))) == body
+    assert asyncio.run(read_body(receiver(body[:1], b"", body[1:700], body[700:]))) == body
+    assert asyncio.run(read_body(receiver(b""))) == b""
     with pytest.raises(ClientLeft):
-        asyncio.run(cloud.read_body(receiver(body, ends=False)))
+        asyncio.run(read_body(receiver(body, ends=False)))
     for pieces in ((body + b"!",), (body, b"!"), (bytes(900), bytes(900))):
         with pytest.raises(Refused, match="more than the 836 bytes") as refused:
-            asyncio.run(cloud.read_body(receiver(*pieces)))
+            asyncio.run(read_body(receiver(*pieces)))
         assert (refused.value.status, refused.value.error) == (413, "body")
-    assert cloud.BODY_SECONDS == 5
-    monkeypatch.setattr(cloud, "BODY_SECONDS", 0.05)
+    assert BODY_SECONDS == 5
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
 
     async def drip() -> dict[str, Any]:
         await asyncio.sleep(0.02)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     with pytest.raises(Refused, match=r"[123] of 836 bytes came in 0\.05 s") as refused:
-        asyncio.run(cloud.read_body(drip))
+        asyncio.run(read_body(drip))
     assert (refused.value.status, refused.value.error) == (408, "body")
 
 
@@ -103,36 +132,36 @@ def digest(key: str) -> bytes:
 
 def test_keys_in_a_file_and_in_a_header(tmp_path):
     path = tmp_path / "keys"
-    assert cloud.read_keys("") == []
+    assert read_keys("") == []
     path.write_bytes("\ufeffone\r\n\r\n  two words \nthreé".encode())
-    keys = cloud.read_keys(str(path))
+    keys = read_keys(str(path))
     assert keys == [digest("one"), digest("two words"), digest("threé")]
     for key in ("one", "two words", "threé"):
         for header in (f"Bearer {key}", f"bearer   {key} ", f"BEARER {key}"):
-            assert cloud.find_key([header.encode()], keys) == digest(key)
+            assert find_key([header.encode()], keys) == digest(key)
     for headers in ([], [b"one"], [b"Basic one"], [b"Bearer"], [b"Bearer on"], [b"Bearer one2"], [b"Bearer one"] * 2):
-        assert cloud.find_key(headers, keys) is None
+        assert find_key(headers, keys) is None
     path.write_text("\n \n")
     with pytest.raises(ConfigError, match="no key in it"):
-        cloud.read_keys(str(path))
+        read_keys(str(path))
     path.write_text("good\nb\x07d\n")
     with pytest.raises(ConfigError, match="line 2: a character"):
-        cloud.read_keys(str(path))
+        read_keys(str(path))
     with pytest.raises(ConfigError, match="no file of keys"):
-        cloud.read_keys(str(tmp_path / "absent"))
+        read_keys(str(tmp_path / "absent"))
 
 
 def test_who_reaches_an_address():
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
-        assert cloud.is_loopback(host)
+        assert is_local_only(host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", ""):
-        assert not cloud.is_loopback(host)
-    assert (cloud.family("::1"), cloud.family("127.0.0.1")) == (cloud.socket.AF_INET6, cloud.socket.AF_INET)
+        assert not is_local_only(host)
+    assert (choose_family("::1"), choose_family("127.0.0.1")) == (socket.AF_INET6, socket.AF_INET)
 
 
 def test_refusals_say_what_the_client_may_do():
     for status, further in ((503, {"retry-after": "1"}), (401, {"www-authenticate": "Bearer"}), (400, {})):
-        refusal = cloud.failure(status, "why", "a sentence")
+        refusal = make_refusal(status, "why", "a sentence")
         assert refusal.status_code == status
         assert json.loads(refusal.body) == {"error": "why", "detail": "a sentence"}
         headers = {name: value for name, value in refusal.headers.items() if not name.startswith("content-")}
@@ -147,7 +176,7 @@ def test_a_reply_goes_out_in_pieces(size):
         sent.append(message)
 
     body = np.random.default_rng(0).bytes(size)
-    asyncio.run(cloud.Whole(body, 200, {"X-Own": "1"}, cloud.BYTES)({}, None, send))
+    asyncio.run(BackpressuredResponse(body, 200, {"X-Own": "1"}, OCTET_STREAM)({}, None, send))
     assert (sent[0]["type"], sent[0]["status"]) == ("http.response.start", 200)
     headers = dict(sent[0]["headers"])
     assert (headers[b"content-length"], headers[b"x-own"]) == (str(size).encode(), b"1")
@@ -165,7 +194,7 @@ def test_lines_of_the_log_are_json():
     except ValueError:
         record = logging.LogRecord("cdc_mmpg.cloud", logging.WARNING, "", 0, "it %s", ("is",), sys.exc_info())
     record.created, record.fields = 86_400.125, {"bytes": 3}
-    line = json.loads(cloud.JSONLines().format(record))
+    line = json.loads(JSONFormatter().format(record))
     assert line.pop("error").endswith("ValueError: why")
     assert line == {"time": "1970-01-02T00:00:00.125+00:00", "level": "warning", "event": "it is",
                     "process": record.process, "bytes": 3}  # fmt: skip
@@ -173,12 +202,12 @@ def test_lines_of_the_log_are_json():
 
 @pytest.mark.parametrize(("option", "value"), [("--workers", "0"), ("--workers", "-1"), ("--places", "0")])
 def test_there_is_at_least_one_of_each(option, value, bundle, capsys, monkeypatch):
-    assert cloud.main([str(bundle), option, value]) == 2
+    assert main([str(bundle), option, value]) == 2
     assert "workers and places are at least 1" in capsys.readouterr().err
-    monkeypatch.setattr(cloud, "check_certificate", lambda *_: (_ for _ in ()).throw(ConfigError("so far")))
-    assert cloud.main([str(bundle), option, "1"]) == 2
+    monkeypatch.setattr(command, "check_certificate", lambda *_: (_ for _ in ()).throw(ConfigError("so far")))
+    assert main([str(bundle), option, "1"]) == 2
     assert "so far" in capsys.readouterr().err
-    assert cloud.main([str(bundle), "--host", "10.9.9.9"]) == 2
+    assert main([str(bundle), "--host", "10.9.9.9"]) == 2
     assert "without keys everyone may ask" in capsys.readouterr().err
 
 
@@ -188,27 +217,27 @@ def test_a_bundle_is_warm_and_as_it_was_exported(bundle, served):
         settings["encoder"],
         settings["generator"],
     )
-    assert cloud.described(served) == {
+    assert describe_model(served) == {
         "model": settings["name"], "encoder": settings["encoder"], "generator": settings["generator"],
         "weights": settings["weights"], "kinds": ["float32", "float16", "int8", "low_rank"],
     }  # fmt: skip
-    assert cloud.load(bundle, "bfloat16").weights == "bfloat16"
+    assert load_model(bundle, "bfloat16").weights == "bfloat16"
     assert not served.generator.training
     with pytest.raises(CheckpointError, match=r"cloud\.json: not a part of a cloud bundle"):
-        cloud.read_bundle(bundle.parent)
+        read_cloud_bundle(bundle.parent)
 
 
-def upload(served: cloud.Served, feature: np.ndarray, kind: str) -> tuple[bytes, Any]:
+def upload(served: ServedModel, feature: np.ndarray, kind: str) -> tuple[bytes, Any]:
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     content = encode_upload(feature.astype(np.float32), layout, served.versions)
-    return content, cloud.decode_upload(content, served.layouts, served.versions)
+    return content, decode_upload(content, served.layouts, served.versions)
 
 
 def test_what_waits_together_is_answered_each_by_its_own_layer(served):
     features = [FEATURE, -FEATURE, FEATURE[::-1].copy(), np.full(192, 1e-13)]
     waiting = [upload(served, feature, kind) for feature, kind in
                zip(features, ("float32", "low_rank", "int8", "float32"), strict=True)]  # fmt: skip
-    layers = cloud.answer(served, waiting)
+    layers = generate_layers(served, waiting)
     for (content, asked), layer, feature in zip(waiting, layers, features, strict=True):
         given = torch.from_numpy(np.where(np.abs(feature) < 1e-12, 0, feature).astype(np.float32))[None]
         with torch.no_grad():
@@ -217,8 +246,8 @@ def test_what_waits_together_is_answered_each_by_its_own_layer(served):
         for matrix, wanted in zip(arrived, expected, strict=True):
             np.testing.assert_allclose(matrix, wanted[0].numpy(), atol=1e-2 * max(1e-6, wanted.abs().max().item()))
     nothing, zeros = (
-        cloud.answer_one(served, *waiting[3]),
-        cloud.answer_one(served, *upload(served, 0 * FEATURE, "float32")),
+        generate_layer(served, *waiting[3]),
+        generate_layer(served, *upload(served, 0 * FEATURE, "float32")),
     )
     assert nothing[132:] == zeros[132:]  # numbers next to nothing are none
 
@@ -227,31 +256,31 @@ def test_a_layer_that_cannot_be_sent_is_the_fault_of_its_own_upload(served, monk
     waiting = [
         upload(served, sign * FEATURE, kind) for sign, kind in ((1, "float32"), (-1, "float16"), (1, "low_rank"))
     ]
-    encode = cloud.encode_layer
+    encode = model.encode_layer
 
     def once(matrices: Any, content: bytes, *rest: Any) -> bytes:
         if content == waiting[1][0]:
             raise DataError("too large")
         return encode(matrices, content, *rest)
 
-    monkeypatch.setattr(cloud, "encode_layer", once)
-    layers = cloud.answer(served, waiting)
+    monkeypatch.setattr(model, "encode_layer", once)
+    layers = generate_layers(served, waiting)
     assert [isinstance(layer, bytes) for layer in layers] == [True, False, True]
     with pytest.raises(DataError, match="too large"):
-        cloud.answer_one(served, *waiting[1])
+        generate_layer(served, *waiting[1])
 
 
 def test_the_batcher_answers_what_waits_and_forgets_who_left(served):
     async def run() -> None:
-        batcher = cloud.Batcher(served)
+        batcher = Batcher(served)
         asked = [upload(served, FEATURE * place / 40, "low_rank") for place in range(1, 41)]
-        leaving = asyncio.create_task(batcher.layer(*asked[0]))
-        tasks = [asyncio.create_task(batcher.layer(*one)) for one in asked]
+        leaving = asyncio.create_task(batcher.generate(*asked[0]))
+        tasks = [asyncio.create_task(batcher.generate(*one)) for one in asked]
         await asyncio.sleep(0)
         leaving.cancel()
         made = await asyncio.gather(*tasks)
         for (content, own), layer in zip(asked, made, strict=True):
-            decode_layer(layer.layer, content, own.layout, served.versions, served.key.public_key())
+            decode_layer(layer.content, content, own.layout, served.versions, served.key.public_key())
             assert 0 < layer.generating < 60
             assert 0 <= layer.waiting < 60
         assert sum(1 / layer.batch for layer in made) == pytest.approx(len({layer.batch for layer in made}), abs=1)
@@ -265,19 +294,19 @@ def test_the_batcher_answers_what_waits_and_forgets_who_left(served):
 class FakeBatcher:
     """One that has made a layer already."""
 
-    def __init__(self, served: cloud.Served, made: Made | Exception) -> None:
+    def __init__(self, served: ServedModel, made: GeneratedLayer | Exception) -> None:
         self.served, self.made = served, made
 
-    async def layer(self, content: bytes, asked: Any) -> Made:
+    async def generate(self, content: bytes, asked: Any) -> GeneratedLayer:
         if isinstance(self.made, Exception):
             raise self.made
         return self.made
 
 
-def service(served: cloud.Served | None, keys: str = "", made: Made | Exception | None = None) -> Service:
+def service(served: ServedModel | None, keys: str = "", made: GeneratedLayer | Exception | None = None) -> Service:
     own = Service(Settings("", keys, 3, "", 0))
     if served is not None:
-        own.batcher = FakeBatcher(served, made or Made(b"layer", 0.25, 0.125, 5))
+        own.batcher = FakeBatcher(served, made or GeneratedLayer(b"layer", 0.25, 0.125, 5))
     return own
 
 
@@ -285,17 +314,17 @@ def test_a_layer_is_counted_logged_and_timed(served, caplog):
     async def run() -> None:
         own = service(served)
         content, asked = upload(served, FEATURE, "low_rank")
-        start = cloud.perf_counter() - 2
-        scope = {"type": "http", cloud.UPLOAD: cloud.Admitted(content, asked, start)}
+        start = perf_counter() - 2
+        scope = {"type": "http", UPLOAD_KEY: AdmittedUpload(content, asked, start)}
         with caplog.at_level("INFO", "cdc_mmpg.cloud"):
-            reply = await own.layer(cloud.Request(scope))
+            reply = await own.answer_upload(Request(scope))
         assert (reply.status_code, reply.body) == (200, b"layer")
         assert reply.headers["server-timing"] == "generate;dur=250.000, wait;dur=125.000"
         fields = caplog.records[-1].fields
         assert 2000 <= fields.pop("milliseconds") < 60_000
         assert fields == {"status": 200, "kind": "low_rank", "bytes": 5, "batch": 5}
         page = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-                for line in own.metrics.page().decode().splitlines() if not line.startswith("#")}  # fmt: skip
+                for line in own.metrics.render().decode().splitlines() if not line.startswith("#")}  # fmt: skip
         assert page['cdc_mmpg_replies_total{status="200"}'] == 1
         assert page['cdc_mmpg_layer_bytes_total{kind="low_rank"}'] == 5
         assert 2 <= page["cdc_mmpg_seconds_sum"] < 60
@@ -304,14 +333,14 @@ def test_a_layer_is_counted_logged_and_timed(served, caplog):
         assert buckets == {f'cdc_mmpg_batch_bucket{{le="{most}"}}': float(at >= 3) for at, most in
                            enumerate(("1.0", "2.0", "4.0", "8.0", "16.0", "32.0", "+Inf"))}  # fmt: skip
         own.batcher.made = DataError("too large for float16")
-        reply = await own.layer(cloud.Request(scope))
+        reply = await own.answer_upload(Request(scope))
         assert (reply.status_code, json.loads(reply.body)["error"]) == (422, "finite")
         assert "ask for float32" in json.loads(reply.body)["detail"]
 
     asyncio.run(run())
 
 
-def ask(own: Service, *headers: tuple[bytes, bytes], path: str = PATH, method: str = "POST", body: bytes = b"",
+def ask(own: Service, *headers: tuple[bytes, bytes], path: str = LAYER_PATH, method: str = "POST", body: bytes = b"",
         ends: bool = True, fails: bool = False) -> tuple[int, str, dict[str, Any]]:  # fmt: skip
     """A request through the gate: status, the reason or the text, and the scope as the endpoint saw it."""
     seen: list[dict[str, Any]] = []
@@ -319,7 +348,7 @@ def ask(own: Service, *headers: tuple[bytes, bytes], path: str = PATH, method: s
 
     async def api(scope: dict[str, Any], receive: Any, send: Any) -> None:
         seen.append(scope | {"held": dict(own.door.places._held)})
-        assert own.door.places.free == (2 if cloud.UPLOAD in scope else 3)
+        assert own.door.places.free == (2 if UPLOAD_KEY in scope else 3)
         if fails:
             raise RuntimeError("inside")
         await PlainTextResponse("inside")(scope, receive, send)
@@ -347,16 +376,16 @@ def test_only_uploads_take_a_place_and_only_good_ones_come_in(served, tmp_path):
     own, (good, asked) = service(served), upload(served, FEATURE, "int8")
     status, text, scope = ask(own, body=good)
     assert (status, text) == (200, "inside")
-    assert scope[cloud.UPLOAD][0] == good
-    assert scope[cloud.UPLOAD][1].layout == asked.layout
-    assert 0 <= cloud.perf_counter() - scope[cloud.UPLOAD][2] < 60
+    assert scope[UPLOAD_KEY][0] == good
+    assert scope[UPLOAD_KEY][1].layout == asked.layout
+    assert 0 <= perf_counter() - scope[UPLOAD_KEY][2] < 60
     assert ask(own, body=good, fails=True)[0] == 0
-    status, text, scope = ask(own, body=good, path=f"HTTPS://some.host:99{PATH}")
-    assert (status, text, scope["path"]) == (200, "inside", PATH)
-    for other in ({"path": "/health", "method": "GET"}, {"method": "GET"}, {"path": f"{PATH}/"}):
+    status, text, scope = ask(own, body=good, path=f"HTTPS://some.host:99{LAYER_PATH}")
+    assert (status, text, scope["path"]) == (200, "inside", LAYER_PATH)
+    for other in ({"path": "/health", "method": "GET"}, {"method": "GET"}, {"path": f"{LAYER_PATH}/"}):
         status, text, scope = ask(own, **other)
         assert (status, text) == (200, "inside")
-        assert cloud.UPLOAD not in scope
+        assert UPLOAD_KEY not in scope
     assert ask(own, body=good[:-1])[:2] == (400, "length")
     assert ask(own, body=good[:68] + b"\xff" * 768)[:2] == (422, "range")
     assert ask(own, body=good[:8] + bytes(16) + good[24:])[:2] == (409, "encoder")
@@ -389,7 +418,7 @@ def test_a_client_without_room_is_told_to_come_again(served):
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": PATH, "method": "POST", "client": ("10.0.0.7", 1), "headers": []}
+        scope = {"type": "http", "path": LAYER_PATH, "method": "POST", "client": ("10.0.0.7", 1), "headers": []}
         await Gate(own, never)(scope, receiver(good), send)  # type: ignore[arg-type]
 
     asyncio.run(run())
@@ -399,6 +428,8 @@ def test_a_client_without_room_is_told_to_come_again(served):
 
 
 def test_who_imports_the_service_without_its_libraries_is_told_by_the_import(monkeypatch):
+    for name in ("__main__", "model"):  # so that they are imported again
+        monkeypatch.delitem(sys.modules, f"cdc_mmpg.cloud.{name}")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match="torch"):
         runpy.run_module("cdc_mmpg.cloud", run_name="imported")
@@ -407,11 +438,11 @@ def test_who_imports_the_service_without_its_libraries_is_told_by_the_import(mon
 def test_ready_alive_and_metrics(served):
     async def run() -> None:
         for own, status in ((service(served), 200), (service(None), 503)):
-            ready = await own.ready(cloud.Request({"type": "http"}))
+            ready = await own.report_ready(Request({"type": "http"}))
             assert ready.status_code == status
-            alive = await own.health(cloud.Request({"type": "http"}))
+            alive = await own.report_health(Request({"type": "http"}))
             assert json.loads(alive.body) == {"status": "alive"}
-            page = await own.count(cloud.Request({"type": "http"}))
+            page = await own.report_metrics(Request({"type": "http"}))
             assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
         assert json.loads(ready.body)["error"] == "loading"
 

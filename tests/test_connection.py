@@ -225,7 +225,7 @@ ENDLESS: dict[str, Callable[[socket.socket], None]] = {
 @pytest.mark.parametrize("kind", ["session", "sample"])
 @pytest.mark.parametrize("what", ENDLESS)
 def test_a_cloud_that_never_ends_holds_neither_the_answer_nor_the_thread(deployed, clip, monkeypatch, what, kind):
-    monkeypatch.setattr(client, "LATEST_SECONDS", 0.3)
+    monkeypatch.setattr(client, "MAX_LAYER_SECONDS", 0.3)
     before = set(threading.enumerate())
     with serve(ENDLESS[what]) as port:
         answer = open_device(deployed, f"http://127.0.0.1:{port}", kind, deadline=0.2).answer(clip, QUESTION)
@@ -238,7 +238,7 @@ def test_a_cloud_that_never_ends_holds_neither_the_answer_nor_the_thread(deploye
 
 
 def test_a_handshake_that_never_ends_holds_no_thread(deployed, clip, monkeypatch):
-    monkeypatch.setattr(client, "LATEST_SECONDS", 0.3)
+    monkeypatch.setattr(client, "MAX_LAYER_SECONDS", 0.3)
     talk = itertools.chain([b"\x16\x03\x03\x40\x00"], itertools.repeat(b"\0"))
     with serve(lambda connection: drip(connection, talk)) as port:
         device = open_device(deployed, f"https://127.0.0.1:{port}", deadline=0.2)

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from cdc_mmpg.benchmarks import delay, links
-from cdc_mmpg.benchmarks.delay import Case
-from cdc_mmpg.benchmarks.links import Counts, Line, Loopback, Namespaces
+from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_DELAY_SECONDS, DelayCase, divide_by_rate, summarise_cell
+from cdc_mmpg.benchmarks.delay_client import read_server_timing
+from cdc_mmpg.benchmarks.links import Line, LinkCounts, Loopback, Namespaces
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.wire.messages import FRAMING_BYTES, UPLOAD_BYTES
 from conftest import write_clip
 
-TINY = (Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
+TINY = (DelayCase("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
 PAYLOAD = 4 * 97 * 300
 RATE = 5  # MiB/s
 
@@ -38,11 +39,11 @@ RATE = 5  # MiB/s
     ],
 )
 def test_paper_divides_bytes_by_mib_a_second(count_bytes, rate, milliseconds):
-    assert delay.division_ms(count_bytes, rate) == pytest.approx(milliseconds, rel=5e-3 if count_bytes == 768 else 1e-4)
+    assert divide_by_rate(count_bytes, rate) == pytest.approx(milliseconds, rel=5e-3 if count_bytes == 768 else 1e-4)
 
 
 def test_cases_have_the_bytes_of_the_paper():
-    found = {(case.outputs, kind): case.layout(kind).payload_bytes for case in delay.CASES for kind in case.kinds}
+    found = {(case.outputs, kind): case.layout(kind).payload_bytes for case in delay.DELAY_CASES for kind in case.kinds}
     assert found == {
         (1501, "float32"): 582_388,
         (1501, "float16"): 291_194,
@@ -57,7 +58,9 @@ def test_cases_have_the_bytes_of_the_paper():
 
 def test_cell_tells_transfer_from_compute():
     replies = [{"whole": whole, "compute": compute, "verify": 1.0} for whole, compute in ((50, 10), (62, 20), (200, 3))]
-    found = delay.cell(delay.CASES[0], "float32", 15, replies, Counts(3 * 10_000, 3 * 610_000, 600, 1300, 0))
+    found = summarise_cell(
+        delay.DELAY_CASES[0], "float32", 15, replies, LinkCounts(3 * 10_000, 3 * 610_000, 600, 1300, 0)
+    )
     assert found["transfer_ms"] == 42  # of each request, not of the medians
     assert (found["whole_p50_ms"], found["compute_ms"]) == (62, 10)
     assert found["whole_p99_ms"] > 195
@@ -68,8 +71,8 @@ def test_cell_tells_transfer_from_compute():
 
 
 def test_server_timing_is_read():
-    assert delay.server_ms("generate;dur=4.250, wait;dur=0.031") == {"generate": 4.25, "wait": 0.031}
-    assert delay.server_ms("cache") == {}
+    assert read_server_timing("generate;dur=4.250, wait;dur=0.031") == {"generate": 4.25, "wait": 0.031}
+    assert read_server_timing("cache") == {}
 
 
 def test_line_sends_one_after_another():
@@ -94,7 +97,7 @@ def test_proxy_delivers_every_byte_and_no_sooner(size):
 
         thread = threading.Thread(target=echo, daemon=True)
         thread.start()
-        with links.proxied(server.getsockname()[1], rate, held) as (port, up, down):
+        with links.run_proxy(server.getsockname()[1], rate, held) as (port, up, down):
             start = time.perf_counter()
             with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
                 client.sendall(sent)
@@ -121,7 +124,7 @@ def test_what_cannot_be_measured_is_refused_at_once(folder, options, tmp_path, c
 def test_without_the_tools_it_is_the_proxy_and_why(monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with ExitStack() as stack:
-        network, why = delay.chosen(stack, proxy=False)
+        network, why = delay.choose_network(stack, proxy=False)
         assert network.kind == "proxy"
         assert "no program ip" in why
     assert "no program ip" in caplog.text
@@ -131,13 +134,13 @@ def test_service_that_does_not_come_up_shows_its_log(monkeypatch):
     failing = ["sh", "-c", "echo no weights here >&2; exit 4"]
     monkeypatch.setattr(Loopback, "command", lambda self, side: failing if side == "server" else [])
     with pytest.raises(CDCError, match=r"of tiny did not come up, exit code 4:\nno weights here"):
-        delay.measured(TINY, [RATE], 1, Loopback())
+        delay.measure_delay(TINY, [RATE], 1, Loopback())
 
 
 def test_over_the_proxy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(delay, "CASES", TINY)
-    monkeypatch.setattr(delay, "RATES", (RATE,))
-    monkeypatch.setattr(delay, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(delay, "DELAY_CASES", TINY)
+    monkeypatch.setattr(delay, "LINK_RATES", (RATE,))
+    monkeypatch.setattr(delay, "PAUSE_SECONDS", 0.01)
     assert delay.main([str(tmp_path / "msvd"), "--proxy", "--requests", "2"]) == 0
     result = json.loads((tmp_path / "msvd" / "delay.json").read_text())
     assert (result["link"], result["weights"]) == ("proxy", "random")
@@ -151,7 +154,7 @@ def test_over_the_proxy(tmp_path, monkeypatch, capsys):
         assert all(reply["whole"] - reply["compute"] >= found["floor_ms"] for reply in found["requests"])
     far = result["delay"]["cells"]
     assert [found["connection"] for found in far] == ["each", "idle", "kept"]
-    assert all(found["transfer_ms"] >= 2000 * delay.DELAY_SECONDS for found in far)
+    assert all(found["transfer_ms"] >= 2000 * FAR_DELAY_SECONDS for found in far)
     written = (tmp_path / "msvd" / "delay.md").read_text()
     assert "| tiny, 300 | float32 | 5 | 116,400 |" in written
     assert "TCP's not" in written
@@ -177,21 +180,21 @@ import json, shutil, sys
 from cdc_mmpg.benchmarks import delay
 from cdc_mmpg.wire.messages import Versions
 bundle, generator, public_key, folder = sys.argv[1:]
-series, found = delay.series, []
+measure_cell, found = delay.measure_cell, []
 
 def watched(client, service, kind, link, rate, requests, connection="kept"):
     if len(found) == 6:
         print(json.dumps(found), flush=True)
         requests = 1_000_000
-    found.append(series(client, service, kind, link, rate, requests, connection))
+    found.append(measure_cell(client, service, kind, link, rate, requests, connection))
     return found[-1]
 
 def copied(cases, folder):  # to make one imports torch
     shutil.copytree(bundle, folder / "0")
-    return [(Versions(delay.ENCODER, bytes.fromhex(generator)), bytes.fromhex(public_key))]
+    return [(Versions(delay.ENCODER_DIGEST, bytes.fromhex(generator)), bytes.fromhex(public_key))]
 
-delay.CASES = (delay.Case("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
-delay.RATES, delay.series, delay.write_bundles = (5, 100), watched, copied
+delay.DELAY_CASES = (delay.DelayCase("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
+delay.LINK_RATES, delay.measure_cell, delay.write_random_bundles = (5, 100), watched, copied
 sys.exit(delay.main([folder, "--requests", "2"]))
 """
 
@@ -204,7 +207,7 @@ def children(process: int) -> list[int]:
 def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
     if why := namespaces():
         pytest.skip(why)
-    [(versions, public_key)] = delay.write_bundles(TINY, tmp_path)
+    [(versions, public_key)] = delay.write_random_bundles(TINY, tmp_path)
     arguments = [str(tmp_path / "0"), versions.generator.hex(), public_key.hex(), str(tmp_path / "msvd")]
     with subprocess.Popen(
         [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -223,9 +226,9 @@ def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
         assert found["link_down_bytes"] > found["payload_bytes"] + FRAMING_BYTES
     whole, _, faster, _ = cells
     assert min(whole["link_packets"], faster["link_packets"]) > PAYLOAD / links.FRAME_BYTES  # none larger than a frame
-    least = delay.division_ms(PAYLOAD - 2 * links.FRAME_BYTES, RATE)  # but for the bucket's content
+    least = divide_by_rate(PAYLOAD - 2 * links.FRAME_BYTES, RATE)  # but for the bucket's content
     assert all(reply["whole"] - reply["compute"] >= least for reply in whole["requests"])
-    assert each["transfer_ms"] >= 4 * 2000 * delay.DELAY_SECONDS  # a handshake; 14 KB, 29 KB and then the others
+    assert each["transfer_ms"] >= 4 * 2000 * FAR_DELAY_SECONDS  # a handshake; 14 KB, 29 KB and then the others
 
     assert len(begun) == len(within) == 2  # service and client
     assert process.returncode == 128 + signal.SIGTERM, said
@@ -239,17 +242,17 @@ def test_whole_answers_of_exported_runs(tmp_path, deployed):
     run = tmp_path / "synthetic" / "cdc_mmpg_session" / "seed0"
     shutil.copytree(deployed / "session", run / "deployment")
     (run / "deployment" / "export.json").write_text("{}")
-    assert delay.exported(tmp_path / "synthetic") == []  # no test, so no question
+    assert delay.find_exported_devices(tmp_path / "synthetic") == []  # no test, so no question
     (run / "predictions.test.csv").write_text(
         "clip,device,group,type,question,answer\nfirst,d,unseen,,what is it?,red\n"
     )
     clip = write_clip(tmp_path / "synthetic" / "data" / "clips" / "YouTubeClips" / "first.mp4", codec="libx264")
-    bundles = delay.exported(tmp_path / "synthetic")
+    bundles = delay.find_exported_devices(tmp_path / "synthetic")
     assert [(each.name, each.video, each.question) for each in bundles] == [
         (f"cdc_mmpg_session/{name}", clip, "what is it?") for name in ("device", "device-int8")
     ]
-    with delay.deployed([], Loopback(), tmp_path) as (client, _):
-        (found,) = delay.whole_answers(client, Loopback(), bundles[:1], 2, tmp_path)
-    assert set(found["stages_ms"]) == set(delay.STAGES)
+    with delay.start_services([], Loopback(), tmp_path) as (client, _):
+        (found,) = delay.measure_answers(client, Loopback(), bundles[:1], 2, tmp_path)
+    assert set(found["stages_ms"]) == set(ANSWER_STAGES)
     assert all(value > 0 for value in found["stages_ms"].values())
     assert len(found["requests"]) == 2

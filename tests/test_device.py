@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.cloud.model import load_model, read_cloud_bundle
 from cdc_mmpg.device import Answer
 from cdc_mmpg.device.__main__ import main
 from cdc_mmpg.device.model import DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import file_digest, json_digest
-from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed
+from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed_content
 from conftest import write_clip
 from deployments import Cloud, Reply, open_device
 
@@ -51,7 +51,7 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert answer.ranked == sorted(answer.ranked, key=lambda pair: -pair[1])
         assert answer.text == answer.ranked[0][0]
         # The layer is what the generator makes of the anchor feature, in its payload.
-        served = cloud.load(deployed / "session" / "cloud")
+        served = load_model(deployed / "session" / "cloud")
         upload = device.model.anchor(device.model.frames(clips[0]))
         content = np.array(upload, "<f4").tobytes()
         import torch
@@ -134,7 +134,7 @@ def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(depl
     def poisoned(layer: bytes) -> Reply:
         header, body = layer[: HEADER.size], bytearray(layer[FRAMING_BYTES:])
         body[:2] = np.array([np.nan], "<f2").tobytes()  # a scale
-        return 200, {}, header + fake.served.key.sign(signed(header, bytes(body))) + bytes(body)
+        return 200, {}, header + fake.served.key.sign(signed_content(header, bytes(body))) + bytes(body)
 
     fake.change = poisoned
     answer = open_device(deployed, fake.url).answer(clips[0], QUESTION)
@@ -371,7 +371,7 @@ def test_what_is_no_bundle_is_refused(tmp_path, deployed):
 
 
 def test_no_bit_of_the_settings_can_flip(deployed, tmp_path):
-    for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", cloud.read_bundle)):
+    for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", read_cloud_bundle)):
         bundle = Path(shutil.copytree(deployed / "session" / folder, tmp_path / folder))
         content = (bundle / name).read_bytes()
         for bit in random.Random(0).sample(range(8 * len(content)), 200):

@@ -11,9 +11,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cdc_mmpg.cloud import app as cloud
+from cdc_mmpg.cloud.model import load_model
 from cdc_mmpg.data.batch import VideoTextBatch
 from cdc_mmpg.deployment import export
+from cdc_mmpg.deployment.bundles import digest_device_weights
+from cdc_mmpg.deployment.cloud_bundle import load_or_create_key, write_cloud_bundle
+from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -25,7 +28,7 @@ from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.program import exit_code
-from deployments import ENCODER, WORDS, deployment, generator, write_cloud
+from deployments import ENCODER, WORDS, deployment, generator
 from tolerances import assert_agree
 
 
@@ -42,7 +45,7 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
     deployment_of = deployed / "session"
     torch.manual_seed(1)
     method = method_of(deployment_of)
-    model, served = DeviceModel(deployment_of / "device"), cloud.load(deployment_of / "cloud")
+    model, served = DeviceModel(deployment_of / "device"), load_model(deployment_of / "cloud")
     rng = np.random.default_rng(0)
     frames = rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
     text = model.texts("what is the man doing?")
@@ -56,9 +59,9 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
         assert_agree(features, encoded)
         sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
         parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
-    from cdc_mmpg.wire.payloads import decode, encode
+    from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
-    arrived = decode(encode(parts, "int8"), model.layout.shapes, "int8")
+    arrived = decode_matrices(encode_matrices(parts, "int8"), model.layout.shapes, "int8")
     scores = model.scores(features, model.install(arrived, model.layout))
     assert_agree(scores, sent[0])
 
@@ -69,7 +72,7 @@ def method_of(folder: Path) -> CDCMMPGSession:
     torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
     made = CDCMMPGSession(encoder, OpenEnded(5), generated="low_rank", size=2)
     torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
-    assert export.weights_digest(made).hex() == report(folder)["encoder"]
+    assert digest_device_weights(made).hex() == report(folder)["encoder"]
     return made.eval()
 
 
@@ -86,10 +89,10 @@ def test_no_product_of_the_int8_encoder_saturates_on_any_processor(deployed, kin
 
 
 def test_all_words_stay_where_that_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "WORDS", 20)
-    sources: list[export.Source] = []
+    monkeypatch.setattr(export, "MAX_WORDS", 20)
+    sources: list[Source] = []
 
-    def stop(source: export.Source, out: Path) -> dict[str, object]:
+    def stop(source: Source, out: Path) -> dict[str, object]:
         sources.append(source)
         raise ConfigError("enough")
 
@@ -111,13 +114,13 @@ def test_an_unknown_word_and_one_that_was_left_out_are_the_same(deployed):
 
 
 def test_the_most_frequent_words_stay_and_the_special_ones(monkeypatch):
-    monkeypatch.setattr(export, "WORDS", 7)
+    monkeypatch.setattr(export, "MAX_WORDS", 7)
     words = [f"w{i}" for i in range(20)]
-    words[3:8] = export.SPECIAL
+    words[3:8] = SPECIAL_WORDS
     counts = {10: 5, 11: 9, 12: 5, 13: 1, 5: 100}
-    assert export.kept_words(words, counts) == [3, 4, 5, 6, 7, 11]  # [CLS] is frequent and special
-    monkeypatch.setattr(export, "WORDS", 100)
-    assert export.kept_words(words, counts) == [3, 4, 5, 6, 7, 10, 11, 12, 13]
+    assert export.select_words(words, counts) == [3, 4, 5, 6, 7, 11]  # [CLS] is frequent and special
+    monkeypatch.setattr(export, "MAX_WORDS", 100)
+    assert export.select_words(words, counts) == [3, 4, 5, 6, 7, 10, 11, 12, 13]
 
 
 def test_every_file_has_its_digest_and_the_key_is_its_owners(deployed):
@@ -142,7 +145,7 @@ def test_the_key_pair_is_made_once_and_both_sides_know_the_same(deployed, tmp_pa
     assert report(folder)["generator"] == report(deployed / "sample")["generator"]
     (folder / "cloud" / "signing_key.pem").write_text("no key")
     with pytest.raises(CheckpointError, match=r"signing_key\.pem: not a key"):
-        export.signing_key(folder / "cloud" / "signing_key.pem")
+        load_or_create_key(folder / "cloud" / "signing_key.pem")
 
 
 @pytest.mark.parametrize("what", ["a file", "read-only", "full"])
@@ -157,7 +160,7 @@ def test_a_place_that_takes_no_bundle_is_named_and_nothing_is_half_there(what, t
     try:
         if what == "read-only":
             subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        assert exit_code(lambda: write_cloud(generator("full"), ENCODER, "test/full", folder / "cloud")) == 1
+        assert exit_code(lambda: write_cloud_bundle(generator("full"), ENCODER, "test/full", folder / "cloud")) == 1
         assert str(folder) in capsys.readouterr().err
         assert not list(tmp_path.glob("out/**/*.tmp"))
     finally:
@@ -166,19 +169,19 @@ def test_a_place_that_takes_no_bundle_is_named_and_nothing_is_half_there(what, t
 
 
 def test_a_key_that_others_may_read_is_its_owners_again(tmp_path):
-    export.signing_key(tmp_path / "key.pem")
+    load_or_create_key(tmp_path / "key.pem")
     (tmp_path / "key.pem").chmod(0o644)
-    export.signing_key(tmp_path / "key.pem")
+    load_or_create_key(tmp_path / "key.pem")
     assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
 
 
 def test_another_encoder_or_generator_has_another_version():
     encoder, head = tiny(), OpenEnded(5)
     method = Hyper(encoder, head)
-    before = export.weights_digest(method)
+    before = digest_device_weights(method)
     with torch.no_grad():
         head.phi[0].bias[0] += 1e-3
-    assert export.weights_digest(method) != before
+    assert digest_device_weights(method) != before
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank", "basis"])
@@ -246,7 +249,7 @@ def test_offline_a_generating_method_answers_with_its_mean_layer():
 def test_what_cannot_be_served_is_refused(method, message):
     made = method()
     with pytest.raises(ConfigError, match=message):
-        export._check(made, made.head.task)
+        export.check_servable(made, made.head.task)
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
@@ -266,6 +269,6 @@ def test_at_the_papers_size_the_int8_bundle_is_below_8_megabytes(tmp_path):
     assert made["bytes"]["down"]["float32"] == 582_388
     assert made["words"] == {"vocabulary": 30_522, "kept": 6_000}
     assert made["largest_difference"] <= 1e-4
-    assert cloud.load(tmp_path / "cloud").layouts[0].payload_bytes == 582_388
+    assert load_model(tmp_path / "cloud").layouts[0].payload_bytes == 582_388
     saved = json.loads((tmp_path / "export.json").read_text())
     assert {"commit", "versions", "made"} <= saved.keys()

@@ -19,7 +19,7 @@ from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.models.weights import save_safetensors
-from cdc_mmpg.wire.payloads import PRECISIONS
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 from tolerances import assert_agree
 
 
@@ -294,7 +294,7 @@ def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one
                       default_root_dir=tmp_path)  # fmt: skip
     (logged,) = trainer.test(method, data, verbose=False)
     outcomes = method.outcomes["test"]
-    expected = {"own", "mean_head", *PRECISIONS, "shuffled", "shuffled_device"}
+    expected = {"own", "mean_head", *PAYLOAD_PRECISIONS, "shuffled", "shuffled_device"}
     assert set(outcomes) == expected | ({"bypassed"} if name == "cdc_mmpg" else set())
     method.eval()
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one
         mean = method.fda.average(hidden).argmax(-1)
     assert outcomes["mean_head"][1][:, 0].tolist() == mean.tolist()
     compared = [name for name in logged if name.endswith("_error")]
-    assert compared == [f"test/{precision}_error" for precision in PRECISIONS]  # in one order on all processes
+    assert compared == [f"test/{precision}_error" for precision in PAYLOAD_PRECISIONS]  # in one order on all processes
     assert logged["test/float32_agreement"] == 1
     assert logged["test/float32_error"] == 0
     assert 0 < logged["test/float16_error"] < logged["test/int8_error"]

@@ -6,7 +6,7 @@ import torch
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.fda import as_sent
-from cdc_mmpg.wire.payloads import LARGEST, PRECISIONS, decode, encode, size_bytes
+from cdc_mmpg.wire.payloads import INT8_MAX, PAYLOAD_PRECISIONS, count_matrix_bytes, decode_matrices, encode_matrices
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ from cdc_mmpg.wire.payloads import LARGEST, PRECISIONS, decode, encode, size_byt
     ],
 )
 def test_sizes(shapes, precision, size):
-    assert size_bytes(shapes, precision) == size
+    assert count_matrix_bytes(shapes, precision) == size
     matrices = [np.ones(shape, np.float32) for shape in shapes]
-    assert len(encode(matrices, precision)) == size
+    assert len(encode_matrices(matrices, precision)) == size
 
 
 def test_the_bytes_by_hand():
@@ -37,14 +37,14 @@ def test_the_bytes_by_hand():
     scales = [np.float16(0.01), np.float16(0), np.float16(0.1)]
     content = np.array(scales[:2], "<f2").tobytes() + bytes([127, 256 - 20, 63, 0, 0, 0])
     content += np.array(scales[2:], "<f2").tobytes() + bytes([256 - 127, 64])
-    assert encode(matrices, "int8") == content
-    arrived = decode(content, [(2, 3), (1, 2)], "int8")
+    assert encode_matrices(matrices, "int8") == content
+    arrived = decode_matrices(content, [(2, 3), (1, 2)], "int8")
     np.testing.assert_array_equal(arrived[0], np.array([[127, -20, 63], [0, 0, 0]]) * np.float32(scales[0]))
     np.testing.assert_array_equal(arrived[1], np.array([[-127, 64]]) * np.float32(scales[2]))
     for precision, kind in (("float32", "<f4"), ("float16", "<f2")):
         content = b"".join(matrix.astype(kind).tobytes() for matrix in matrices)
-        assert encode(matrices, precision) == content
-        for matrix, back in zip(matrices, decode(content, [(2, 3), (1, 2)], precision), strict=True):
+        assert encode_matrices(matrices, precision) == content
+        for matrix, back in zip(matrices, decode_matrices(content, [(2, 3), (1, 2)], precision), strict=True):
             np.testing.assert_array_equal(back, matrix.astype(kind).astype(np.float32))
 
 
@@ -52,49 +52,49 @@ def test_vectors_too_small_for_their_scale_become_zero():
     """Below 6e-8 x 127 / 2 the scale itself is zero in float16: nothing is divided by it."""
     # Just above, float16 rounds the scale to the whole multiples of 6e-8: what would be 178 is 127, the largest.
     for value, expected in ((1e-7, 0), (1e-30, 0), (5e-6, 5e-6), (1.06e-5, 127 * 2.0**-24)):
-        (arrived,) = decode(encode([np.full((1, 3), value, np.float32)], "int8"), [(1, 3)], "int8")
+        (arrived,) = decode_matrices(encode_matrices([np.full((1, 3), value, np.float32)], "int8"), [(1, 3)], "int8")
         np.testing.assert_allclose(arrived, expected, rtol=0.01, atol=0)
         (sent,) = as_sent((torch.full((1, 3), value),), "int8")  # in training and tests as on the wire
         np.testing.assert_array_equal(sent.numpy(), arrived)
-    assert encode([np.full((1, 3), 1e-7, np.float32)], "int8") == bytes(5)
-    assert encode([np.zeros((2, 0), np.float32)], "int8") == bytes(4)  # vectors of no length
+    assert encode_matrices([np.full((1, 3), 1e-7, np.float32)], "int8") == bytes(5)
+    assert encode_matrices([np.zeros((2, 0), np.float32)], "int8") == bytes(4)  # vectors of no length
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 def test_what_comes_back(precision):
     generator = np.random.default_rng(0)
     matrices = [generator.normal(size=shape).astype(np.float32) * 3 for shape in ((5, 7), (1, 40))]
     matrices[0][2] = 0  # a vector without a largest magnitude
-    arrived = decode(encode(matrices, precision), [(5, 7), (1, 40)], precision)
+    arrived = decode_matrices(encode_matrices(matrices, precision), [(5, 7), (1, 40)], precision)
     for sent, got in zip(matrices, arrived, strict=True):
         assert got.dtype == np.float32
         largest = np.abs(sent).max(axis=1, keepdims=True)
-        step = {"float32": 0, "float16": 2.0**-11, "int8": 0.51 / LARGEST}[precision]
+        step = {"float32": 0, "float16": 2.0**-11, "int8": 0.51 / INT8_MAX}[precision]
         assert (np.abs(got - sent) <= step * largest).all()
     assert not arrived[0][2].any()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 def test_another_length_is_refused(precision):
-    content = encode([np.ones((2, 3), np.float32)], precision)
+    content = encode_matrices([np.ones((2, 3), np.float32)], precision)
     for wrong in (content[:-1], content + b"\0", b""):
         with pytest.raises(DataError, match=f"{len(content)} are due for {precision} matrices of 2 x 3"):
-            decode(wrong, [(2, 3)], precision)
+            decode_matrices(wrong, [(2, 3)], precision)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 def test_what_is_not_finite_is_neither_sent_nor_taken(precision, value):
     with pytest.raises(DataError, match="not finite"):
-        encode([np.array([[1, value]], np.float32)], precision)
-    content = bytearray(encode([np.ones((1, 2), np.float32)], precision))
+        encode_matrices([np.array([[1, value]], np.float32)], precision)
+    content = bytearray(encode_matrices([np.ones((1, 2), np.float32)], precision))
     kind = "<f4" if precision == "float32" else "<f2"
     number = np.array(value, kind).tobytes()
     content[: len(number)] = number
     with pytest.raises(DataError, match="not finite"):
-        decode(bytes(content), [(1, 2)], precision)
+        decode_matrices(bytes(content), [(1, 2)], precision)
 
 
 def test_too_large_for_float16():
     with pytest.raises(DataError, match="too large"):
-        encode([np.array([[1e5]], np.float32)], "float16")
+        encode_matrices([np.array([[1e5]], np.float32)], "float16")

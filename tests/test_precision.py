@@ -24,7 +24,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, BasisFDA, LowRankFDA
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.training.cli import main
-from cdc_mmpg.wire.payloads import PRECISIONS
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 
 CLASSES = 321  # bfloat16 has 8 binary digits: above 256 it knows every other whole number, or fewer
 HEADS = {"open_ended": lambda: OpenEnded(CLASSES), "choice": MultipleChoice, "retrieval": lambda: Retrieval(64)}
@@ -179,7 +179,7 @@ def test_modules_of_the_cloud_are_float32_wherever_they_are_called():
         cases.append((
             fda.eval(),
             lambda module: [module.average(hidden), *module.generate(feature),
-                            *(module.sent(feature, hidden, name) for name in PRECISIONS)],
+                            *(module.sent(feature, hidden, name) for name in PAYLOAD_PRECISIONS)],
         ))  # fmt: skip
     for module, call in cases:
         before = {key: value.clone() for key, value in module.state_dict().items()}

@@ -16,7 +16,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.wire import payloads
-from cdc_mmpg.wire.payloads import PRECISIONS
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 from tolerances import assert_agree
 
 
@@ -69,7 +69,7 @@ def test_what_only_the_session_tells_is_learned(name):
     method.eval()
     with torch.no_grad():
         cases = method.scores(sessions(), "test")
-    further = [] if name == "concatenated" else ["mean_head", *PRECISIONS]
+    further = [] if name == "concatenated" else ["mean_head", *PAYLOAD_PRECISIONS]
     assert list(cases) == (["own"] if name == "oracle" else [*CASES, *further])
     if name != "oracle":
         assert cases["n16"].argmax(-1).tolist() == [0, 1]
@@ -204,7 +204,7 @@ def test_the_mean_layer_holds_no_layer_of_a_sample_without_anchors(name, task):
     assert not none[key].any()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
 def test_what_the_test_answers_with_is_what_the_bytes_say(name, precision):
     method = build(name, 17)
@@ -214,9 +214,9 @@ def test_what_the_test_answers_with_is_what_the_bytes_say(name, precision):
     feature = torch.randn(3, 192)
     parts = fda.parts(feature)
     for sample in range(3):
-        content = payloads.encode([part[sample].detach().numpy() for part in parts], precision)
+        content = payloads.encode_matrices([part[sample].detach().numpy() for part in parts], precision)
         assert len(content) == method.payloads()[precision]
-        arrived = payloads.decode(content, fda.shapes, precision)
+        arrived = payloads.decode_matrices(content, fda.shapes, precision)
         for part, matrix in zip(as_sent(parts, precision), arrived, strict=True):
             assert torch.equal(part[sample], torch.from_numpy(matrix))
 

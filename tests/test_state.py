@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cdc_mmpg.device import Device
-from cdc_mmpg.device.state import COUNT, SESSION, State
-from cdc_mmpg.wire.payloads import WIDTH
+from cdc_mmpg.device.state import CLIP_COUNT, MAX_SESSION_CLIPS, State
+from cdc_mmpg.dimensions import FEATURE_DIM
 from conftest import write_clip
 from deployments import open_device
 
@@ -196,8 +196,8 @@ def test_the_number_of_clips_is_the_one_that_was_signed(deployed, fake, clips, t
     path = kept(tmp_path, "layer")
     content = path.read_bytes()
     assert device_in(tmp_path, deployed)._layer.anchors == 2
-    for count in (0, 1, 3, SESSION, 4_294_967_295):
-        path.write_bytes(content[: -COUNT.size] + COUNT.pack(count))
+    for count in (0, 1, 3, MAX_SESSION_CLIPS, 4_294_967_295):
+        path.write_bytes(content[: -CLIP_COUNT.size] + CLIP_COUNT.pack(count))
         assert State(tmp_path, device.model).layer() is None
     for place in range(len(content) - 60, len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -208,12 +208,12 @@ def test_the_number_of_clips_is_the_one_that_was_signed(deployed, fake, clips, t
             assert State(tmp_path, device.model).layer() is None
 
 
-@pytest.mark.parametrize("rows", [SESSION + 1, 20_000])
+@pytest.mark.parametrize("rows", [MAX_SESSION_CLIPS + 1, 20_000])
 def test_more_anchors_than_a_session_has_are_not_taken(deployed, tmp_path, rows, caplog):
     device = device_in(tmp_path, deployed)
-    device._state.keep_anchors([np.zeros(WIDTH, np.float32)] * SESSION)
-    assert len(State(tmp_path, device.model).anchors()) == SESSION
-    kept(tmp_path, "anchors").write_bytes(bytes(4 * WIDTH * rows))
+    device._state.keep_anchors([np.zeros(FEATURE_DIM, np.float32)] * MAX_SESSION_CLIPS)
+    assert len(State(tmp_path, device.model).anchors()) == MAX_SESSION_CLIPS
+    kept(tmp_path, "anchors").write_bytes(bytes(4 * FEATURE_DIM * rows))
     assert device_in(tmp_path, deployed)._anchors == []
     assert "is not used" in caplog.text
 
@@ -221,19 +221,19 @@ def test_more_anchors_than_a_session_has_are_not_taken(deployed, tmp_path, rows,
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.5])
 def test_anchors_that_no_encoder_gives_are_not_taken(deployed, tmp_path, value):
     device = device_in(tmp_path, deployed)
-    device._state.keep_anchors([np.zeros(WIDTH, np.float32), np.full(WIDTH, value, np.float32)])
+    device._state.keep_anchors([np.zeros(FEATURE_DIM, np.float32), np.full(FEATURE_DIM, value, np.float32)])
     assert device_in(tmp_path, deployed)._anchors == []
 
 
 def test_a_layer_is_of_no_more_clips_than_count(deployed, fake, clips, tmp_path):
     device = device_in(tmp_path, deployed, fake.url)
     random = np.random.default_rng(0)
-    for _ in range(SESSION + 5):
-        device._add(random.uniform(-1, 1, WIDTH).astype(np.float32))
+    for _ in range(MAX_SESSION_CLIPS + 5):
+        device._add(random.uniform(-1, 1, FEATURE_DIM).astype(np.float32))
     answer = device.answer(clips[0], QUESTION)
-    assert (answer.origin, answer.anchors) == ("adapted", SESSION)
-    for _ in range(SESSION - 2):
-        device._add(random.uniform(-1, 1, WIDTH).astype(np.float32))
+    assert (answer.origin, answer.anchors) == ("adapted", MAX_SESSION_CLIPS)
+    for _ in range(MAX_SESSION_CLIPS - 2):
+        device._add(random.uniform(-1, 1, FEATURE_DIM).astype(np.float32))
     assert device.answer(clips[1], QUESTION).bytes_up == 0
     assert device.answer(clips[2], QUESTION).bytes_up == 836  # as many new ones as count
-    assert device_in(tmp_path, deployed)._layer.anchors == SESSION
+    assert device_in(tmp_path, deployed)._layer.anchors == MAX_SESSION_CLIPS

@@ -20,7 +20,7 @@ from cdc_mmpg.methods.hyper import Hyper
 from cdc_mmpg.methods.linear import Linear
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
-from cdc_mmpg.wire.payloads import PRECISIONS
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 from conftest import WORDS
 from tolerances import assert_agree
 
@@ -129,7 +129,7 @@ def test_a_clips_embedding_knows_no_text_and_every_caption_counts_once(phase_one
     other = method.encode(data._replace(text_ids=data.text_ids.flip(0)))
     assert torch.equal(method.scores(batch, "val")["own"], method.scores(other, "val")["own"])
     rows = method.head.outcomes(method.scores(batch, "test"), batch)
-    assert list(rows) == ["own", "mean_head", *PRECISIONS, "bypassed", CAPTIONS]
+    assert list(rows) == ["own", "mean_head", *PAYLOAD_PRECISIONS, "bypassed", CAPTIONS]
     assert rows[CAPTIONS][0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
     alone = method.encoder.encode_text(data.text_ids[1, 2:], data.text_mask[1, 2:])
     assert_agree(rows[CAPTIONS][1][5], method.head.captions(alone)[0])

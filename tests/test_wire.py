@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.wire.messages import (
     FRAMING_BYTES,
     HEADER,
-    KINDS,
-    PATH,
+    LAYER_KINDS,
+    LAYER_PATH,
     UPLOAD_BYTES,
     Layout,
     UploadRejected,
@@ -26,16 +27,16 @@ from cdc_mmpg.wire.messages import (
     decode_upload,
     encode_layer,
     encode_upload,
-    signed,
+    signed_content,
 )
-from cdc_mmpg.wire.payloads import LARGEST, WIDTH
+from cdc_mmpg.wire.payloads import INT8_MAX
 
 VERSIONS = Versions(bytes(range(16)), bytes(range(16, 32)))
 OTHER = bytes(16)  # a digest of something else
 KEY = Ed25519PrivateKey.generate()
-LAYOUTS = [Layout(kind, 5, 7, {"low_rank": 2, "basis": 8}.get(kind, 0)) for kind in KINDS]
+LAYOUTS = [Layout(kind, 5, 7, {"low_rank": 2, "basis": 8}.get(kind, 0)) for kind in LAYER_KINDS]
 WHOLE = LAYOUTS[0]
-FEATURE = np.random.default_rng(0).uniform(-1, 1, WIDTH).astype(np.float32)
+FEATURE = np.random.default_rng(0).uniform(-1, 1, FEATURE_DIM).astype(np.float32)
 UPLOAD = encode_upload(FEATURE, WHOLE, VERSIONS)
 MAGIC, VERSION, MESSAGE, KIND, ZERO, ENCODER, GENERATOR, NONCE, SHAPE = 0, 4, 5, 6, 7, 8, 24, 40, 56  # in the header
 
@@ -51,7 +52,7 @@ def layer(layout=WHOLE, upload=UPLOAD, versions=VERSIONS, key=KEY):
 
 def lying(header, body):
     """Bytes of a cloud that lies."""
-    return header + KEY.sign(signed(header, body)) + body
+    return header + KEY.sign(signed_content(header, body)) + body
 
 
 def patched(content, place, new):
@@ -95,7 +96,7 @@ def test_the_bytes_on_the_wire_by_hand():
         KEY.public_key().verify(signature, header + hashlib.sha256(body).digest())
         if layout.kind == "float32":
             assert body == matrices(layout)[0].astype("<f4").tobytes()
-    assert PATH == "/v1/layer"
+    assert LAYER_PATH == "/v1/layer"
 
 
 def test_the_framing_of_a_layer_is_132_bytes():
@@ -122,17 +123,17 @@ def test_payloads_have_the_published_sizes(layout, size):
     assert len(layer(layout)) == size + FRAMING_BYTES
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_what_comes_back_of_a_layer(layout):
     upload = encode_upload(FEATURE, layout, VERSIONS)
     arrived = decode_layer(layer(layout, upload), upload, layout, VERSIONS, KEY.public_key())
     assert [matrix.shape for matrix in arrived] == list(layout.shapes)
-    step = {"float32": 0, "float16": 2.0**-11, "int8": 0.51 / LARGEST}[layout.precision]
+    step = {"float32": 0, "float16": 2.0**-11, "int8": 0.51 / INT8_MAX}[layout.precision]
     for sent, got in zip(matrices(layout), arrived, strict=True):
         assert (np.abs(got - sent) <= step * np.abs(sent).max(axis=1, keepdims=True)).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_what_comes_back_of_an_upload(layout):
     got = decode_upload(encode_upload(FEATURE, layout, VERSIONS), LAYOUTS, VERSIONS)
     assert (got.layout, got.versions) == (layout, VERSIONS)
@@ -167,7 +168,7 @@ def test_every_flipped_bit_of_the_framing_is_noticed(upload):
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_flipped_bits_of_the_payload_are_noticed(layout):
     good, chance = layer(layout), random.Random(0)
     for bit in chance.sample(range(8 * layout.payload_bytes), min(300, 8 * layout.payload_bytes)):
@@ -176,7 +177,7 @@ def test_flipped_bits_of_the_payload_are_noticed(layout):
         assert reason_of_layer(bytes(content), layout=layout) == "signature"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_a_layer_of_another_length_is_refused(layout):
     good = layer(layout)
     for cut in [*range(1, len(good), max(1, len(good) // 40)), 1, len(good) - 1, len(good)]:
@@ -229,7 +230,7 @@ def test_a_future_version_is_refused():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
 def test_numbers_that_are_none_are_refused_though_the_cloud_signed_them(layout, value):
     good = layer(layout)
     number = np.array(value, "<f4" if layout.precision == "float32" else "<f2").tobytes()  # of int8, a scale
@@ -254,7 +255,7 @@ def test_a_feature_of_another_shape_is_not_sent(shape):
 
 def test_the_ends_of_the_range_are_taken():
     for value in (1, -1, 0, 1e-45):
-        feature = np.full(WIDTH, value, np.float32)
+        feature = np.full(FEATURE_DIM, value, np.float32)
         assert (decode_upload(encode_upload(feature, WHOLE, VERSIONS), LAYOUTS, VERSIONS).feature == feature).all()
 
 

@@ -211,7 +211,7 @@ def syncs() -> dict[str, Any]:
     from lightning import Callback, Trainer
     from torch.utils.data import DataLoader
 
-    from cdc_mmpg.benchmarks.training import ROWS, Sizes, build, draw_batch
+    from cdc_mmpg.benchmarks.training import BENCHMARK_ROWS, Sizes, build_method, draw_batch
 
     if not torch.cuda.is_available():
         return {"skipped": "no GPU"}
@@ -226,14 +226,14 @@ def syncs() -> dict[str, Any]:
                 torch.cuda.set_sync_debug_mode("default")
 
     found, sizes = {}, Sizes(batch=16, steps=8, image=64, depth=2)
-    for name, task in ROWS:
+    for name, task in BENCHMARK_ROWS:
         batches: Any = [draw_batch(name, task, sizes)] * 8
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             Trainer(
                 devices=1, max_epochs=1, precision="bf16-mixed", callbacks=[Watch()], logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            ).fit(build(name, task, sizes), DataLoader(batches, batch_size=None))  # fmt: skip
+            ).fit(build_method(name, task, sizes), DataLoader(batches, batch_size=None))  # fmt: skip
         lines = Counter(
             f"{'/'.join(x.filename.split('/')[-2:])}:{x.lineno}" for x in caught if "synchroniz" in str(x.message)
         )
@@ -281,11 +281,11 @@ def profile() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from cdc_mmpg.benchmarks.training import Sizes, build, draw_batch
+    from cdc_mmpg.benchmarks.training import Sizes, build_method, draw_batch
 
     sizes = Sizes(BATCH, 3, image=IMAGE, depth=DEPTH)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    method = build("cdc_mmpg", "open_ended", sizes).to(device).train()
+    method = build_method("cdc_mmpg", "open_ended", sizes).to(device).train()
     batch = draw_batch("cdc_mmpg", "open_ended", sizes)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-4, fused=True)
 
@@ -319,9 +319,9 @@ def profile() -> dict[str, Any]:
 
 def deployment() -> dict[str, Any]:
     """The generator of `make benchmark OF=deployment` on the GPU."""
-    from cdc_mmpg.benchmarks.deployment import generator_on_gpu
+    from cdc_mmpg.benchmarks.generator import measure_generator
 
-    return generator_on_gpu(0.6) or {"skipped": "no GPU"}
+    return measure_generator(0.6) or {"skipped": "no GPU"}
 
 
 def merge() -> None:

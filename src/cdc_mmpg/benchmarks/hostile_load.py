@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from cdc_mmpg.wire.messages import PATH, UPLOAD_BYTES
+from cdc_mmpg.wire.messages import LAYER_PATH, UPLOAD_BYTES
 
-HEADERS = (
-    f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+REQUEST_HEADERS = (
+    f"POST {LAYER_PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     f"Content-Length: {UPLOAD_BYTES}\r\n\r\n"
 ).encode()
 REPLY_SECONDS = 30.0  # that a client waits for its reply
@@ -25,8 +25,8 @@ SLOW_HEADER_BYTES = 40  # that a client with slow headers sends at once
 READ_BYTES = 1 << 20
 
 
-class Outcome(NamedTuple):
-    """What came of the requests of some clients."""
+class HostileOutcome(NamedTuple):
+    """Counts and times of the requests of some clients."""
 
     layers: dict[bytes, bytes]  # that were served, the last for each upload
     milliseconds: list[float]  # from the start of a connection to the end of its layer, of all that were served
@@ -36,11 +36,11 @@ class Outcome(NamedTuple):
 
     @property
     def served_share(self) -> float:
-        """Of all requests, those that were answered by a layer."""
+        """Share of all requests that were answered by a layer."""
         return len(self.milliseconds) / max(1, len(self.milliseconds) + self.refused + self.lost)
 
 
-class Request:
+class LoadRequest:
     """One request on a connection of its own.
 
     Args:
@@ -52,13 +52,13 @@ class Request:
     def __init__(self, port: int, source: str, upload: bytes) -> None:
         self.source, self.upload, self.reply, self.sent = source, upload, bytearray(), False
         self.start = time.perf_counter()
-        self.connection = connect(port, source)
+        self.connection = begin_connection(port, source)
 
     def advance(self) -> bool:
         """Send or receive what can be; return whether the exchange has ended."""
         try:
             if not self.sent:
-                self.connection.sendall(HEADERS + self.upload)  # fits the socket's buffer
+                self.connection.sendall(REQUEST_HEADERS + self.upload)  # fits the socket's buffer
                 self.sent = True
                 return False
             content = self.connection.recv(READ_BYTES)
@@ -71,26 +71,26 @@ class Request:
 
     def _is_complete(self) -> bool:
         end = self.reply.find(b"\r\n\r\n")
-        return end >= 0 and len(self.reply) >= end + 4 + content_length(bytes(self.reply[:end]))
+        return end >= 0 and len(self.reply) >= end + 4 + read_content_length(bytes(self.reply[:end]))
 
     @property
     def status(self) -> int:
-        """Of a complete reply; 0 of none."""
+        """Status of a complete reply; 0 of none."""
         return int(self.reply[9:12]) if self.reply.startswith(b"HTTP/1.1 ") and self._is_complete() else 0
 
     @property
     def body(self) -> bytes:
-        """Of a complete reply."""
+        """Body of a complete reply."""
         return bytes(self.reply[self.reply.find(b"\r\n\r\n") + 4 :])
 
 
-def content_length(head: bytes) -> int:
+def read_content_length(head: bytes) -> int:
     """Return the length that a reply's headers declare; 0 where they declare none."""
     _, found, rest = head.lower().partition(b"\r\ncontent-length:")
     return int(rest.partition(b"\r\n")[0]) if found else 0
 
 
-def connect(port: int, source: str) -> socket.socket:
+def begin_connection(port: int, source: str) -> socket.socket:
     """Return a socket that begins to connect from an address."""
     connection = socket.socket()
     connection.setblocking(False)
@@ -102,7 +102,9 @@ def connect(port: int, source: str) -> socket.socket:
     return connection
 
 
-def ask_many(port: int, sources: Sequence[str], uploads: Sequence[bytes], clients: int, seconds: float) -> Outcome:
+def ask_many(
+    port: int, sources: Sequence[str], uploads: Sequence[bytes], clients: int, seconds: float
+) -> HostileOutcome:
     """Return what came of so many clients at once, each of which asks again on a new connection when it has a reply."""
     layers: dict[bytes, bytes] = {}
     milliseconds: list[float] = []
@@ -113,7 +115,7 @@ def ask_many(port: int, sources: Sequence[str], uploads: Sequence[bytes], client
 
         def begin() -> None:
             nonlocal begun
-            request = Request(port, sources[begun % len(sources)], uploads[begun % len(uploads)])
+            request = LoadRequest(port, sources[begun % len(sources)], uploads[begun % len(uploads)])
             selector.register(request.connection, selectors.EVENT_WRITE, request)
             begun += 1
 
@@ -121,7 +123,7 @@ def ask_many(port: int, sources: Sequence[str], uploads: Sequence[bytes], client
             begin()
         while selector.get_map() and time.perf_counter() < end + REPLY_SECONDS:
             for key, _ in selector.select(1):
-                request: Request = key.data
+                request: LoadRequest = key.data
                 if not request.advance():
                     if request.sent:
                         selector.modify(request.connection, selectors.EVENT_READ, request)
@@ -138,10 +140,10 @@ def ask_many(port: int, sources: Sequence[str], uploads: Sequence[bytes], client
     for connection in left:
         connection.close()
     lost = sum(number for status, number in counts.items() if status not in (200, 503)) + len(left)
-    return Outcome(layers, milliseconds, counts[503], lost, time.perf_counter() - start)
+    return HostileOutcome(layers, milliseconds, counts[503], lost, time.perf_counter() - start)
 
 
-def local_addresses(number: int) -> list[str]:
+def find_local_addresses(number: int) -> list[str]:
     """Return so many addresses of this machine; systems other than Linux may have one alone."""
     found = []
     for last in range(2, 2 + number):
@@ -152,10 +154,10 @@ def local_addresses(number: int) -> list[str]:
 
 
 @contextmanager
-def slow_clients(port: int, sources: Sequence[str], number: int) -> Iterator[None]:
+def hold_slow_clients(port: int, sources: Sequence[str], number: int) -> Iterator[None]:
     """Keep so many slow bodies and so many slow headers at a service until the end of the block."""
     stopped = threading.Event()
-    thread = threading.Thread(target=_be_slow, args=(port, sources, number, stopped))
+    thread = threading.Thread(target=_send_slowly, args=(port, sources, number, stopped))
     thread.start()
     try:
         yield
@@ -164,9 +166,9 @@ def slow_clients(port: int, sources: Sequence[str], number: int) -> Iterator[Non
         thread.join()
 
 
-def _be_slow(port: int, sources: Sequence[str], number: int, stopped: threading.Event) -> None:
+def _send_slowly(port: int, sources: Sequence[str], number: int, stopped: threading.Event) -> None:
     """Send a byte on each connection from time to time; open those anew that the service has closed."""
-    starts = (HEADERS, HEADERS[:SLOW_HEADER_BYTES])
+    starts = (REQUEST_HEADERS, REQUEST_HEADERS[:SLOW_HEADER_BYTES])
     held: dict[int, socket.socket] = {}
     while not stopped.is_set():
         for place in range(2 * number):

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import threading
@@ -17,18 +16,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_network
 from typing import Any, NamedTuple, Protocol
 
+from cdc_mmpg.deployment.local import suppress_stop_signals
 from cdc_mmpg.errors import CDCError
 
 MIB = 1024 * 1024
 CONGESTION = "cubic"  # TCP's congestion control, which is the default of most machines
 FRAME_BYTES = 1514  # largest that may pass at once: a bucket would pass a packet of 64 KB as one
 BURST_SECONDS = 150e-6  # of a rate, at least two frames, that a token bucket passes at once
-LIMIT = "16mb"  # that may wait for the link: nothing is dropped
+QUEUE_LIMIT = "16mb"  # that may wait for the link: nothing is dropped
 CHUNK_BYTES = 16_384  # that the proxy carries at once
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 
 
-class Counts(NamedTuple):
+class LinkCounts(NamedTuple):
     """What passed a link since it was made."""
 
     up_bytes: int
@@ -42,7 +42,7 @@ class Link(NamedTuple):
     """A way from the client to a service."""
 
     url: str
-    counts: Callable[[], Counts]
+    counts: Callable[[], LinkCounts]
 
 
 class Line:
@@ -57,25 +57,25 @@ class Line:
         self.rate, self.delay, self.passed_bytes, self._free = rate, delay, 0, 0.0
 
     def due(self, count_bytes: int, now: float) -> float:
-        """When so many bytes that come now have arrived."""
+        """Return when so many bytes that come now have arrived."""
         self.passed_bytes += count_bytes
         self._free = max(self._free, now) + count_bytes / self.rate
         return self._free + self.delay
 
 
-class Loop:
+class LoopThread:
     """An event loop in a thread of its own, for what stands between two processes."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
-    def __enter__(self) -> "Loop":
+    def __enter__(self) -> "LoopThread":
         self._thread.start()
         return self
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of a coroutine."""
+        """Run a coroutine there and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def __exit__(self, *_: object) -> None:
@@ -93,8 +93,8 @@ async def _cancel_others() -> None:
 
 
 @contextmanager
-def proxied(port: int, rate: float, delay: float = 0.0) -> Iterator[tuple[int, Line, Line]]:
-    """A throttling proxy before a port of this machine: its own port, and its lines up and down.
+def run_proxy(port: int, rate: float, delay: float = 0.0) -> Iterator[tuple[int, Line, Line]]:
+    """Run a throttling proxy before a port of this machine; yield its own port, and its lines up and down.
 
     It ends connections itself: a handshake, and a window that is small at first, cost no round trip over it.
 
@@ -129,7 +129,7 @@ def proxied(port: int, rate: float, delay: float = 0.0) -> Iterator[tuple[int, L
             writer.close()
             of_service.close()
 
-    with Loop() as own:
+    with LoopThread() as own:
         server = own.run(asyncio.start_server(connected, "127.0.0.1", 0))
         try:
             yield server.sockets[0].getsockname()[1], up, down
@@ -144,16 +144,16 @@ class Network(Protocol):
     host: str  # that the service listens at
 
     def command(self, side: str) -> list[str]:
-        """What a command of "server" or "client" begins with."""
+        """Return what a command of "server" or "client" begins with."""
 
     def direct(self, port: int) -> str:
-        """A way to a service that is measured no further."""
+        """Return the address of a service by a way that is not measured."""
 
     def link(self, port: int, rate: int, delay: float) -> Any:
-        """A `Link` to a service while a block runs; MiB/s, seconds each way."""
+        """Yield a `Link` to a service while a block runs; MiB/s, seconds each way."""
 
     def state(self) -> dict[str, str]:
-        """What of the kernel's settings matters."""
+        """Return the kernel's settings that matter."""
 
 
 class Loopback:
@@ -162,7 +162,7 @@ class Loopback:
     kind, host = "proxy", "127.0.0.1"
 
     def command(self, side: str) -> list[str]:
-        """Nothing: see `Network`."""
+        """Return nothing: see `Network`."""
         return []
 
     def direct(self, port: int) -> str:
@@ -172,12 +172,12 @@ class Loopback:
     @contextmanager
     def link(self, port: int, rate: int, delay: float) -> Iterator[Link]:
         """See `Network`."""
-        with proxied(port, rate * MIB, delay) as (own, up, down):
-            yield Link(f"http://127.0.0.1:{own}", lambda: Counts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
+        with run_proxy(port, rate * MIB, delay) as (own, up, down):
+            yield Link(f"http://127.0.0.1:{own}", lambda: LinkCounts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
 
     def state(self) -> dict[str, str]:
         """See `Network`."""
-        return tcp_settings([])
+        return read_tcp_settings([])
 
 
 class Namespaces:
@@ -208,41 +208,41 @@ class Namespaces:
 
     def _make(self) -> None:
         for name in self._names.values():
-            _tool("ip", "netns", "add", name)
+            _run_tool("ip", "netns", "add", name)
         client, server = self._names["client"], self._names["server"]
-        _tool("ip", "link", "add", "near", "netns", client, "type", "veth", "peer", "name", "near", "netns", server)
+        _run_tool("ip", "link", "add", "near", "netns", client, "type", "veth", "peer", "name", "near", "netns", server)
         for side, address in (("client", self.CLIENT), ("server", self.SERVER)):
             name = self._names[side]
-            _tool("ip", "-n", name, "link", "set", "lo", "up")
-            # Packets of more than a frame are not made; `series` checks that.
-            _tool("ip", "-n", name, "link", "set", "dev", "near", "gso_max_segs", "1")
+            _run_tool("ip", "-n", name, "link", "set", "lo", "up")
+            # Packets of more than a frame are not made; `delay.measure_cell` checks that.
+            _run_tool("ip", "-n", name, "link", "set", "dev", "near", "gso_max_segs", "1")
             self._address(side, "near", address)
 
     def __exit__(self, *_: object) -> None:
-        with unstoppable():
+        with suppress_stop_signals():
             for name in self._names.values():
                 with suppress(CDCError):
-                    _tool("ip", "netns", "del", name)
+                    _run_tool("ip", "netns", "del", name)
 
     def _address(self, side: str, device: str, address: str) -> None:
         """Give a device its address, and the congestion control to what goes its way."""
         name = self._names[side]
-        _tool("ip", "-n", name, "addr", "add", f"{address}/30", "dev", device, "noprefixroute")
-        _tool("ip", "-n", name, "link", "set", device, "up")
+        _run_tool("ip", "-n", name, "addr", "add", f"{address}/30", "dev", device, "noprefixroute")
+        _run_tool("ip", "-n", name, "link", "set", device, "up")
         net = str(ip_network(f"{address}/30", strict=False))
-        _tool("ip", "-n", name, "route", "add", net, "dev", device, "congctl", self.congestion)
+        _run_tool("ip", "-n", name, "route", "add", net, "dev", device, "congctl", self.congestion)
 
     def _shape(self, side: str, rate: int) -> None:
         burst = max(2 * FRAME_BYTES, int(BURST_SECONDS * rate * MIB))
         self._run(side, "tc", "qdisc", "replace", "dev", "near", "root", "tbf",
-                  "rate", f"{rate * MIB}bps", "burst", str(burst), "limit", LIMIT)  # fmt: skip
+                  "rate", f"{rate * MIB}bps", "burst", str(burst), "limit", QUEUE_LIMIT)  # fmt: skip
 
     def _run(self, side: str, *command: str) -> str:
-        return _tool("ip", "netns", "exec", self._names[side], *command)
+        return _run_tool("ip", "netns", "exec", self._names[side], *command)
 
     def command(self, side: str) -> list[str]:
         """See `Network`."""
-        return [_path("ip"), "netns", "exec", self._names[side]]
+        return [_find_program("ip"), "netns", "exec", self._names[side]]
 
     def direct(self, port: int) -> str:
         """See `Network`."""
@@ -259,7 +259,7 @@ class Namespaces:
             self._shape(side, rate)
         yield Link(self.direct(port), lambda: self._counts("near"))
 
-    def _counts(self, device: str) -> Counts:
+    def _counts(self, device: str) -> LinkCounts:
         folder = f"/sys/class/net/{device}/statistics"
         files = [f"{folder}/{name}" for name in ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")]
         dropped = 0
@@ -267,17 +267,17 @@ class Namespaces:
             shown = [self._run(side, "tc", "-s", "-j", "qdisc", "show", "dev", device) for side in self._names]
             dropped = sum(int(each["drops"]) for one in shown for each in json.loads(one))
         up, down, up_packets, down_packets = (int(value) for value in self._run("client", "cat", *files).split())
-        return Counts(up, down, up_packets, down_packets, dropped)
+        return LinkCounts(up, down, up_packets, down_packets, dropped)
 
     @contextmanager
     def _far(self, rate: int, delay: float) -> Iterator[None]:
-        """A link of two TUN devices; between them packets are carried by this process."""
+        """Run a link of two TUN devices; between them packets are carried by this process."""
         with ExitStack() as stack:
             ends = [
                 stack.enter_context(self._tun(side, address))
                 for side, address in (("client", self.FAR_CLIENT), ("server", self.FAR_SERVER))
             ]
-            own = stack.enter_context(Loop())
+            own = stack.enter_context(LoopThread())
 
             def carry(source: int, target: int, line: Line) -> None:
                 with suppress(BlockingIOError):
@@ -300,14 +300,14 @@ class Namespaces:
 
     @contextmanager
     def _tun(self, side: str, address: str) -> Iterator[int]:
-        """The descriptor of a TUN device of a namespace."""
+        """Yield the descriptor of a TUN device of a namespace."""
         device = f"cdc{side[0]}{os.getpid()}"
         name = self._names[side]
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         try:
             fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", device.encode(), IFF_TUN | IFF_NO_PI))
-            _tool("ip", "link", "set", device, "netns", name)
-            _tool("ip", "-n", name, "link", "set", device, "name", "far", "txqueuelen", "20000")
+            _run_tool("ip", "link", "set", device, "netns", name)
+            _run_tool("ip", "-n", name, "link", "set", device, "name", "far", "txqueuelen", "20000")
             self._address(side, "far", address)
             yield descriptor
         finally:
@@ -315,7 +315,7 @@ class Namespaces:
 
     def state(self) -> dict[str, str]:
         """See `Network`."""
-        return {**tcp_settings(self.command("server")), "tcp_congestion_control": self.congestion}
+        return {**read_tcp_settings(self.command("server")), "tcp_congestion_control": self.congestion}
 
 
 def _send(target: int, packet: bytes) -> None:
@@ -323,8 +323,8 @@ def _send(target: int, packet: bytes) -> None:
         os.write(target, packet)
 
 
-def tcp_settings(prefix: Sequence[str]) -> dict[str, str]:
-    """TCP's settings where a command runs."""
+def read_tcp_settings(prefix: Sequence[str]) -> dict[str, str]:
+    """Return TCP's settings where a command runs."""
     names = (
         "tcp_available_congestion_control",
         "tcp_congestion_control",
@@ -338,8 +338,8 @@ def tcp_settings(prefix: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, (" ".join(line.split()) for line in done.stdout.splitlines()), strict=False))
 
 
-def _path(program: str) -> str:
-    """Of a program, also where only an administrator would look.
+def _find_program(program: str) -> str:
+    """Return the path of a program, also where only an administrator would look.
 
     Raises:
         CDCError: there is none.
@@ -350,24 +350,13 @@ def _path(program: str) -> str:
     return found
 
 
-def _tool(program: str, *arguments: str) -> str:
-    """What a program prints.
+def _run_tool(program: str, *arguments: str) -> str:
+    """Run a program and return what it prints.
 
     Raises:
         CDCError: it is not there, or failed.
     """
-    done = subprocess.run([_path(program), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([_find_program(program), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CDCError(f"{program} {' '.join(arguments)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
-
-
-@contextmanager
-def unstoppable() -> Iterator[None]:
-    """No signal ends a block that cleans up."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

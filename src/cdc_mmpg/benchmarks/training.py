@@ -26,6 +26,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdc_mmpg.data.batch import CaptionBatch, FeatureBatch, SessionBatch, Task, VideoTextBatch
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Method
@@ -40,10 +41,9 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.program import protect_output
 from cdc_mmpg.training.matmul import Matmul, set_matmul
-from cdc_mmpg.wire.payloads import WIDTH
 
 WARM_UP = 5  # steps before the clock starts
-WORDS = 30_522  # of the vocabulary
+VOCABULARY_WORDS = 30_522  # of the vocabulary
 
 
 class Sizes(NamedTuple):
@@ -70,16 +70,16 @@ MODES = {
     "tf32": Mode("32-true", "high", torch.float32),
     "bf16": Mode("bf16-mixed", "highest", torch.bfloat16),
 }
-ROWS: tuple[tuple[str, Task], ...] = (
+BENCHMARK_ROWS: tuple[tuple[str, Task], ...] = (
     ("fine_tuning", "open_ended"), ("cdc_mmpg", "open_ended"), ("cdc_mmpg", "retrieval"),
     ("cdc_mmpg", "multiple_choice"), ("encoder_pretraining", "open_ended"), ("linear", "open_ended"),
     ("hyper", "open_ended"), ("adr_pretraining", "open_ended"), ("cdc_mmpg_session", "open_ended"),
 )  # fmt: skip
 ON_FEATURES = ("linear", "hyper", "adr_pretraining")  # which the encoder has computed before
-AT_ONCE = {"multiple_choice": 4}  # parts of a step that are accumulated, as the dataset's configuration has it
+STEP_PARTS = {"multiple_choice": 4}  # parts of a step that are accumulated, as the dataset's configuration has it
 
 
-class Clock(Callback):
+class StepClock(Callback):
     """Seconds of the steps after the warm-up, and all losses.
 
     Args:
@@ -110,7 +110,7 @@ class Clock(Callback):
         return [float(loss) for loss in self._losses]
 
 
-def build(name: str, task: Task, sizes: Sizes) -> Method:
+def build_method(name: str, task: Task, sizes: Sizes) -> Method:
     """Return a method at the paper's size, with random weights; phase two with a reasoner of its own."""
     encoder = AllInOne(image_size=sizes.image, depth=sizes.depth)
     if sizes.compiled:
@@ -124,7 +124,7 @@ def build(name: str, task: Task, sizes: Sizes) -> Method:
             return CDCMMPG(encoder, head, adr=str(Path(folder) / "adr.safetensors"))
     if name == "cdc_mmpg_session":
         method = CDCMMPGSession(encoder, head)
-        method.axes.fit(torch.randn(64, WIDTH), [list(range(place, 64, 8)) for place in range(8)])  # type: ignore[operator]
+        method.axes.fit(torch.randn(64, FEATURE_DIM), [list(range(place, 64, 8)) for place in range(8)])  # type: ignore[operator]
         method.setup = lambda stage: None  # type: ignore[method-assign]  # there is no dataset to fit them on
         return method
     classes = {"fine_tuning": FineTuning, "linear": Linear, "hyper": Hyper, "adr_pretraining": ADRPretraining}
@@ -137,22 +137,22 @@ def draw_texts(shape: tuple[int, ...], generator: np.random.Generator) -> tuple[
     """Return ids and mask (..., L) of questions whose lengths are distributed as MSRVTT-QA's (mean 10, at most 31)."""
     lengths = torch.from_numpy(np.minimum(6 + generator.gamma(1.6, 2.5, shape), 31).astype(np.int64))
     mask = (torch.arange(int(lengths.max())) < lengths[..., None]).long()
-    ids = torch.from_numpy(generator.integers(1000, WORDS, mask.shape)) * mask
+    ids = torch.from_numpy(generator.integers(1000, VOCABULARY_WORDS, mask.shape)) * mask
     return ids, mask
 
 
 def draw_batch(name: str, task: Task, sizes: Sizes) -> Any:
     """Return a batch at the paper's size; in pinned memory where there is a GPU."""
     generator = np.random.default_rng(0)
-    size = max(2, sizes.batch // AT_ONCE.get(task, 1))
+    size = max(2, sizes.batch // STEP_PARTS.get(task, 1))
     labels = torch.from_numpy(generator.integers(5 if task == "multiple_choice" else sizes.classes, size=size))
     places = torch.arange(size)
     batch: Any
     if name in ON_FEATURES or name == "cdc_mmpg_session":
-        batch = FeatureBatch(torch.randn(size, 3, WIDTH), labels, places)
+        batch = FeatureBatch(torch.randn(size, 3, FEATURE_DIM), labels, places)
         if name == "cdc_mmpg_session":
             anchors = torch.from_numpy(generator.integers(0, 24, (size, 1)))
-            batch = SessionBatch(batch, torch.randn(size, 1, WIDTH), anchors, torch.zeros(size, 2))
+            batch = SessionBatch(batch, torch.randn(size, 1, FEATURE_DIM), anchors, torch.zeros(size, 2))
     else:
         frames = torch.from_numpy(generator.integers(256, size=(size, 3, sizes.image, sizes.image, 3), dtype=np.uint8))
         shape = {"open_ended": (size,), "multiple_choice": (size, 5), "retrieval": (size, 1)}[task]
@@ -195,7 +195,7 @@ def count_operations(method: Method, batch: Any) -> float:
     return flops.get_total_flops() / 2
 
 
-def measure(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[Clock, dict[str, float]]:
+def measure_training(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[StepClock, dict[str, float]]:
     """Train a few steps, each of the batches that make up a step of the recipe.
 
     Returns:
@@ -204,9 +204,9 @@ def measure(name: str, task: Task, sizes: Sizes, mode: Mode) -> tuple[Clock, dic
     """
     set_matmul(mode.matmul)
     seed_everything(0, verbose=False)
-    method, batch = build(name, task, sizes), draw_batch(name, task, sizes)
-    parts = AT_ONCE.get(task, 1)
-    clock = Clock(parts * sizes.steps, parts * WARM_UP)
+    method, batch = build_method(name, task, sizes), draw_batch(name, task, sizes)
+    parts = STEP_PARTS.get(task, 1)
+    clock = StepClock(parts * sizes.steps, parts * WARM_UP)
     trainer = Trainer(
         devices=1, max_epochs=1, precision=mode.precision, callbacks=[clock], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=parts,
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    rows = [".".join(row) for row in ROWS]
+    rows = [".".join(row) for row in BENCHMARK_ROWS]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
     parser.add_argument("--json", type=Path, help="write the figures there, too, after every row")
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in options.rows:
         name, _, task = row.partition(".")
         for mode in options.modes:
-            _, figures = measure(name, task, sizes, MODES[mode])
+            _, figures = measure_training(name, task, sizes, MODES[mode])
             figures["of the matrix product"] = figures["TFLOP/s"] * 1e12 / peaks[mode]
             found["rows"][f"{row}.{mode}"] = figures
             table.add_row(

@@ -1,8 +1,159 @@
-"""`python -m cdc_mmpg.cloud`: see `app.main`."""
+"""`python -m cdc_mmpg.cloud`: check bundle, keys, certificate and address, then serve until SIGTERM or SIGINT."""
 
+import argparse
+import json
+import os
+import signal
+import socket
+import ssl
 import sys
+import tempfile
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
 
-from cdc_mmpg.cloud.app import main
+try:
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    from cdc_mmpg.cloud.app import METRICS_VARIABLE, SETTINGS_VARIABLE, Settings
+    from cdc_mmpg.cloud.keys import read_keys
+    from cdc_mmpg.cloud.limits import ACCEPTS_PER_TURN, DEFAULT_PLACES, KEEP_ALIVE_SECONDS, raise_file_limit
+    from cdc_mmpg.cloud.logs import configure_logs, logger
+    from cdc_mmpg.cloud.model import WEIGHT_PRECISIONS, load_model
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"ConfigError: the service needs what a device does not ({error}): pip install '.[serve]'", file=sys.stderr)
+    sys.exit(2)
+
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.program import exit_code
+
+GRACE_SECONDS = 30  # for accepted requests after SIGTERM
+WORKER_START_SECONDS = 60  # that a process may take to import before its supervisor replaces it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve a bundle until SIGTERM or SIGINT; return the exit code (see `errors`)."""
+    parser = argparse.ArgumentParser(description="the cloud's service: features in, weights of last layers out")
+    parser.add_argument("bundle", type=Path, help="the cloud/ folder of an export")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--workers", type=int, default=1, help="processes; with two or more a lost one is replaced")
+    parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="requests inside a process at once")
+    parser.add_argument(
+        "--keys", default="", help="a file with a key a line; without, everyone on this machine may ask"
+    )
+    parser.add_argument("--weights", choices=WEIGHT_PRECISIONS, default="", help="in place of the bundle's choice")
+    parser.add_argument("--certificate", help="PEM, for https")
+    parser.add_argument("--certificate-key", help="PEM, for https")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: serve(options))
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Check what can be checked at once, then serve.
+
+    Raises:
+        CheckpointError: the bundle is none.
+        ConfigError: options that do not go together.
+    """
+    if options.workers < 1 or options.places < 1:
+        raise ConfigError("workers and places are at least 1 (WORKERS=, ARGS=--places=)")
+    if not options.keys and not is_local_only(options.host):
+        raise ConfigError(
+            f"{options.host} can be reached from other machines, and without keys everyone may ask: give a file of "
+            "them (KEYS=), or serve on 127.0.0.1"
+        )
+    check_certificate(options.certificate, options.certificate_key)
+    read_keys(options.keys)
+    load_model(options.bundle, options.weights)
+    listener = listen(options.host, options.port)
+    configure_logs()
+    if options.keys and not options.certificate and not is_local_only(options.host):
+        logger.warning("keys are sent without encryption: end https here (CERTIFICATE=) or in what stands before")
+    raise_file_limit()
+    supervisor = os.getpid() if options.workers > 1 else 0
+    settings = Settings(str(options.bundle), options.keys, options.places, options.weights, supervisor)
+    os.environ[SETTINGS_VARIABLE] = json.dumps(settings._asdict())
+    config = uvicorn.Config(
+        "cdc_mmpg.cloud.app:app",
+        factory=True,
+        workers=options.workers,
+        loop="cdc_mmpg.cloud.limits:Loop",
+        http="cdc_mmpg.cloud.limits:Protocol",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a client's address is whom its bytes come from, not what it says
+        backlog=ACCEPTS_PER_TURN,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+        timeout_worker_healthcheck=WORKER_START_SECONDS,
+        h11_max_incomplete_event_size=16_384,
+        ssl_certfile=options.certificate,
+        ssl_keyfile=options.certificate_key,
+    )
+    with listener, tempfile.TemporaryDirectory() as counts:
+        if options.workers == 1:
+            try:
+                uvicorn.Server(config).run([listener])  # leaves by the signal that stops it
+            except KeyboardInterrupt:
+                raise SystemExit(128 + signal.SIGINT) from None
+        else:
+            os.environ[METRICS_VARIABLE] = counts
+            Multiprocess(config, [listener]).run()
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse files that are no certificate with its key.
+
+    Raises:
+        ConfigError: one of two is given, or they are not there, damaged, encrypted or do not belong together.
+    """
+    if not certificate and not key:
+        return
+    if not certificate or not key:
+        raise ConfigError("https needs both a certificate and its key (CERTIFICATE=, CERTIFICATE_KEY=)")
+    for path in (certificate, key):
+        if not Path(path).is_file():
+            raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{certificate} and {key} are not a certificate and its unencrypted key in PEM ({error}); CERTIFICATE= "
+            "and CERTIFICATE_KEY= name them"
+        ) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there.
+
+    Raises:
+        ConfigError: the address does not exist here, or is in use.
+    """
+    try:
+        return socket.create_server((host, port), family=choose_family(host))
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConfigError(f"{host}:{port} cannot be had ({error}); HOST= and PORT= name another") from error
+
+
+def choose_family(host: str) -> socket.AddressFamily:
+    """Return the address family of an address or a name."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def is_local_only(host: str) -> bool:
+    """Return whether only this machine reaches an address or a name."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,6 @@ A client is an address (of IPv6 the /64 network that one customer has) and, wher
 
 import asyncio
 import json
-import logging
 import resource
 import socket
 from collections import Counter
@@ -18,25 +17,24 @@ import h11
 from prometheus_client import Counter as Metric
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cdc_mmpg.wire.messages import PATH, UPLOAD_BYTES
+from cdc_mmpg.cloud.logs import logger
+from cdc_mmpg.wire.messages import LAYER_PATH, UPLOAD_BYTES
 
-logger = logging.getLogger("cdc_mmpg.cloud")
-
-PLACES = 256  # of a process, unless told: requests that are computed or sent at once
+DEFAULT_PLACES = 256  # requests of a process that are computed or sent at once
 MAX_FILES = 65_536  # that a process may open at once, where the system allows it
 MAX_CONNECTIONS = 8192  # of a process
 SPARE_FILES = 128  # of the files that a process may open, which are not for connections
 BACKLOG = 4096  # connections that the kernel keeps until they are accepted
-ACCEPTS = 32  # connections that are accepted before the loop looks after the others again
+ACCEPTS_PER_TURN = 32  # connections that are accepted before the loop looks after the others again
 RETRY_SECONDS = 1  # that a client should wait after a 503
 LOG_SECONDS = 1.0  # between two lines of the log about refusals of one kind
 
 HEADER_SECONDS = 5.0  # from a connection, or a request's first byte on a kept one, to the end of its headers
-IDLE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
-REQUEST_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
+KEEP_ALIVE_SECONDS = 60.0  # that a connection is kept for the next request: another one costs round trips
+MAX_REPLY_SECONDS = 60.0  # from the headers to the last byte of the reply, which a client may read slowly
 
-JSON = (b"content-type", b"application/json")
-CLOSE = (b"connection", b"close")
+JSON_HEADER = (b"content-type", b"application/json")
+CLOSE_HEADER = (b"connection", b"close")
 
 
 class Shares:
@@ -147,17 +145,17 @@ def name_network(host: str) -> Hashable:
 def encode_refusal(status: str, error: str, detail: str, *headers: tuple[bytes, bytes]) -> bytes:
     """Return a whole reply, after which the connection closes."""
     body = json.dumps({"error": error, "detail": detail}).encode()
-    lines = [JSON, (b"content-length", str(len(body)).encode()), CLOSE, *headers]
+    lines = [JSON_HEADER, (b"content-length", str(len(body)).encode()), CLOSE_HEADER, *headers]
     return b"\r\n".join([f"HTTP/1.1 {status}".encode(), *(b"%s: %s" % line for line in lines), b"", body])
 
 
-FULL = "all places are taken, or this client has its share of them"
+FULL_DETAIL = "all places are taken, or this client has its share of them"
 FULL_REPLY = encode_refusal(
-    "503 Service Unavailable", "full", FULL, (b"retry-after", str(RETRY_SECONDS).encode())
+    "503 Service Unavailable", "full", FULL_DETAIL, (b"retry-after", str(RETRY_SECONDS).encode())
 )  # fmt: skip
 
 
-class Connection(socket.socket):
+class CountedConnection(socket.socket):
     """An accepted connection, which calls `on_close` once when it is closed."""
 
     on_close: Callable[[], None] | None = None
@@ -195,7 +193,7 @@ class Listener(socket.socket):
         Raises:
             BlockingIOError: there is none now, or it is time to look after those that are inside.
         """
-        for _ in range(ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN):
             connection, address = super().accept()
             client = name_network(address[0])
             if not self._door.connections.has_room(client):
@@ -203,7 +201,7 @@ class Listener(socket.socket):
                 self._door.refusals.count(0, "connections")
             elif not self._refuse_upload(connection, client):
                 self._door.connections.take(client)
-                kept = Connection(self.family, self.type, self.proto, fileno=connection.detach())
+                kept = CountedConnection(self.family, self.type, self.proto, fileno=connection.detach())
                 kept.on_close = partial(self._door.connections.give_back, client)
                 return kept, address
         raise BlockingIOError
@@ -224,7 +222,7 @@ class Listener(socket.socket):
         return False
 
 
-UPLOAD_START = f"POST {PATH} HTTP/1.1\r\n".encode()
+UPLOAD_START = f"POST {LAYER_PATH} HTTP/1.1\r\n".encode()
 PEEK_BYTES = 16_384  # headers and body of an ordinary upload
 
 
@@ -257,13 +255,13 @@ class Protocol(H11Protocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self.client = transport.get_extra_info("peername")[:2]  # uvicorn has none where the client has left already
-        self._wind(HEADER_SECONDS)
+        self._restart_clock(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Wait for a request's headers from its first bytes on."""
         if self._idle:
             self._idle = False
-            self._wind(HEADER_SECONDS)
+            self._restart_clock(HEADER_SECONDS)
         super().data_received(data)
 
     def handle_events(self) -> None:
@@ -272,12 +270,12 @@ class Protocol(H11Protocol):
         super().handle_events()
         if self.cycle is not before and not self.cycle.response_complete:
             self._idle = False
-            self._wind(REQUEST_SECONDS)
+            self._restart_clock(MAX_REPLY_SECONDS)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         self._idle = True
-        self._wind(IDLE_SECONDS)
+        self._restart_clock(KEEP_ALIVE_SECONDS)
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -298,7 +296,7 @@ class Protocol(H11Protocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _wind(self, seconds: float) -> None:
+    def _restart_clock(self, seconds: float) -> None:
         if self._clock is not None:
             self._clock.cancel()
         self._clock = self.loop.call_later(seconds, self._expire)

@@ -24,7 +24,7 @@ PROGRAMS = {
     "figures": ("cdc_mmpg.report.figures", "the README's pictures, from a dataset's runs"),
     "predict": ("cdc_mmpg.commands.predict", "answer a question about a file, or choose a text"),
     "export": ("cdc_mmpg.deployment.export", "bundles for a device and for the cloud"),
-    "serve": ("cdc_mmpg.cloud.app", "the cloud's service, of an export"),
+    "serve": ("cdc_mmpg.cloud.__main__", "the cloud's service, of an export"),
     "device": ("cdc_mmpg.device.__main__", "ask the device's client, with an export and the service"),
     "demo": ("cdc_mmpg.deployment.demo", "a session of an unseen device, through service and client"),
     "delay": ("cdc_mmpg.benchmarks.delay", "Table 6 by measurement, on a shaped link"),

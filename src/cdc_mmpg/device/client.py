@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.device.connection import Connection, Unreachable
 from cdc_mmpg.device.model import DeviceModel
-from cdc_mmpg.device.state import SESSION, Layer, Origin, Receipt, State, encode_counted_upload
+from cdc_mmpg.device.state import MAX_SESSION_CLIPS, Layer, LayerOrigin, Receipt, State, encode_counted_upload
 from cdc_mmpg.errors import CDCError, ConfigError
-from cdc_mmpg.wire.messages import PATH, WeightsRejected, decode_layer
+from cdc_mmpg.wire.messages import LAYER_PATH, WeightsRejected, decode_layer
 
 logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.05  # before the second attempt of a request, twice as long before each further one
 PAUSE_SECONDS = (1.0, 300.0)  # after a request that failed: the first pause, doubled each time, and the longest
-LATEST_SECONDS = 30.0  # that a session's layer may take to come, when nobody waits for it any more
-LONGEST_SECONDS = 86_400.0  # of a deadline
-BEST = 5  # answers that are told
+MAX_LAYER_SECONDS = 30.0  # that a session's layer may take when no answer waits for it any more
+MAX_DEADLINE_SECONDS = 86_400.0
+RANKED_ANSWERS = 5  # that an answer lists
 
 
 class Answer(NamedTuple):
@@ -33,7 +33,9 @@ class Answer(NamedTuple):
 
     text: str
     ranked: list[tuple[str, float]]  # the best answers with their probabilities
-    origin: Origin  # of the last layer: for this session or sample, kept from an earlier one, or shared by all devices
+    origin: (
+        LayerOrigin  # of the last layer: for this session or sample, kept from an earlier one, or shared by all devices
+    )
     anchors: int  # clips whose features the layer was made from
     unadapted: str  # what the shared layer says
     bytes_up: int  # of bodies, in this call
@@ -52,7 +54,7 @@ class Device:
 
     A bundle for sessions collects the anchor features of the clips it sees, and asks for a new layer when they are
     twice as many as the last one was made from; one for samples asks with every question. What arrives is verified in
-    memory (`wire.decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
+    memory (`decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
     on with its last layer, else the kept one, else the shared one; a sample, whose layer fits no other, with the shared
     one. `answer` waits for a layer no longer than `deadline`; a session's that comes later serves the next question.
     Neither the cloud, the network, the environment nor the folder of the state is ever a reason for no answer.
@@ -84,13 +86,13 @@ class Device:
         deadline: float = 2.0,
         threads: int = 0,
     ) -> None:
-        if not isinstance(deadline, int | float) or not 0 < deadline <= LONGEST_SECONDS:
+        if not isinstance(deadline, int | float) or not 0 < deadline <= MAX_DEADLINE_SECONDS:
             raise ConfigError(
-                f"a deadline of {deadline!r} seconds: more than 0, at most {LONGEST_SECONDS:.0f} (DEADLINE=)"
+                f"a deadline of {deadline!r} seconds: more than 0, at most {MAX_DEADLINE_SECONDS:.0f} (DEADLINE=)"
             )
         if not isinstance(threads, int) or threads < 0:
             raise ConfigError(f"{threads!r} threads: 0, for as many as there are processors, or more")
-        self._connection = None if cloud_url is None else Connection(cloud_url, PATH, key)
+        self._connection = None if cloud_url is None else Connection(cloud_url, LAYER_PATH, key)
         self.model = DeviceModel(Path(bundle), threads)
         self.deadline = deadline
         self._state = State(Path(state), self.model) if state is not None else None
@@ -106,13 +108,13 @@ class Device:
         self._pause, self._next_attempt, self._trouble = PAUSE_SECONDS[0], 0.0, ""
 
     def answer(self, video: str | Path, question: str, choices: Sequence[str] = ()) -> Answer:
-        """The answer to a question about a clip, or the choice that fits it.
+        """Answer a question about a clip, or choose what fits it.
 
         Raises:
             DataError: the clip is absent or cannot be decoded.
             ConfigError: no question, or choices that do not go with the bundle.
         """
-        clock = Clock()
+        clock = StageClock()
         end = time.monotonic() + self.deadline
         with self._lock:
             texts = self.model.texts(question, choices)
@@ -136,7 +138,7 @@ class Device:
         words = self.model.answers or list(choices)
         likely = np.exp(scores - scores.max())
         likely /= likely.sum()
-        best = np.argsort(-likely, kind="stable")[:BEST].tolist()
+        best = np.argsort(-likely, kind="stable")[:RANKED_ANSWERS].tolist()
         ranked = [(words[i], float(likely[i])) for i in best]
         return Answer(ranked[0][0], ranked, layer.origin, layer.anchors, words[int(plain.argmax())], up, down,
                       dict(clock.milliseconds), trouble, self.model.unknown_words(question, choices))  # fmt: skip
@@ -176,7 +178,7 @@ class Device:
         """Count a clip, unless it was there before."""
         if any(np.array_equal(anchor, own) for own in self._anchors):
             return
-        self._anchors = [*self._anchors, anchor][-SESSION:]
+        self._anchors = [*self._anchors, anchor][-MAX_SESSION_CLIPS:]
         self._seen += 1
         if self._state:
             self._state.keep_anchors(self._anchors)
@@ -184,16 +186,16 @@ class Device:
     @property
     def _is_worth_it(self) -> bool:
         """Each doubling halves the variance of the mean; what single clips add is soon not worth a request."""
-        return self._seen >= self._seen_by_layer + min(max(1, self._seen_by_layer), SESSION)
+        return self._seen >= self._seen_by_layer + min(max(1, self._seen_by_layer), MAX_SESSION_CLIPS)
 
-    def _adapt(self, end: float, clock: "Clock") -> None:
+    def _adapt(self, end: float, clock: "StageClock") -> None:
         """Install a new layer for the session, if one is worth it and comes in time."""
         if self._connection is None or not self._anchors:
             return
         if self._asking is None or not self._asking.is_alive():
             if not self._is_worth_it or time.monotonic() < self._next_attempt:
                 return
-            latest = max(end, time.monotonic() + LATEST_SECONDS)
+            latest = max(end, time.monotonic() + MAX_LAYER_SECONDS)
             feature, clips = np.mean(self._anchors, axis=0), (len(self._anchors), self._seen)
             self._asking = self._begin(self._ask, feature, *clips, self._session, latest, clock)
             if self._asking is None:
@@ -213,7 +215,7 @@ class Device:
         return thread
 
     def _ask(
-        self, feature: NDArray[np.float32], anchors: int, seen: int, session: int, end: float, clock: "Clock"
+        self, feature: NDArray[np.float32], anchors: int, seen: int, session: int, end: float, clock: "StageClock"
     ) -> None:
         """Ask for a session's layer, install and keep it, unless the session is over by then."""
         try:
@@ -232,7 +234,7 @@ class Device:
                 with clock("keep"):
                     self._state.keep_layer(receipt)
 
-    def _of_sample(self, feature: NDArray[np.float32], end: float, clock: "Clock") -> Layer:
+    def _of_sample(self, feature: NDArray[np.float32], end: float, clock: "StageClock") -> Layer:
         """Return the layer for this sample, or the shared one."""
         if self._connection is None or time.monotonic() < self._next_attempt:
             return self._shared
@@ -253,7 +255,7 @@ class Device:
 
     def _fail(self, error: Exception) -> None:
         """Note why there is no layer, and ask no more for a while."""
-        self._trouble = self._tell(str(error))
+        self._trouble = self._make_safe(str(error))
         self._next_attempt = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
         logger.debug("no new layer: %s", self._trouble)  # the answer says it
@@ -262,12 +264,12 @@ class Device:
         """Forget what went wrong before."""
         self._trouble, self._pause, self._next_attempt = "", PAUSE_SECONDS[0], 0.0
 
-    def _tell(self, text: str) -> str:
-        """Return what may be said aloud of an error."""
-        return text if self._connection is None else self._connection.tell(text)
+    def _make_safe(self, text: str) -> str:
+        """Return what may be shown of an error: no secret, nothing that moves a terminal's cursor."""
+        return text if self._connection is None else self._connection.make_safe(text)
 
     def _fetch(
-        self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "Clock"
+        self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "StageClock"
     ) -> tuple[Layer, Receipt]:
         """Return a layer for a feature, verified and ready to be installed, and what proves it.
 
@@ -290,7 +292,7 @@ class Device:
         except Exception as error:  # whatever it is, the device goes on
             raise LayerUnavailable(f"{type(error).__name__}: {error}") from error
 
-    def _request(self, upload: bytes, session: int, end: float, clock: "Clock") -> bytes:
+    def _request(self, upload: bytes, session: int, end: float, clock: "StageClock") -> bytes:
         """Return the reply to an upload, asked for again and again until `end`.
 
         Raises:
@@ -319,13 +321,13 @@ class Device:
                 after = reply.headers.get("retry-after", "")
                 pause = max(pause, float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0)
             if session == self._session:
-                self._trouble = self._tell(f"the cloud has not answered yet ({problem})")
+                self._trouble = self._make_safe(f"the cloud has not answered yet ({problem})")
             wait *= 2
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
         raise LayerUnavailable(f"no layer in time ({problem})")
 
 
-class Clock:
+class StageClock:
     """Milliseconds by stage; a stage that comes again adds to its own."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from cdc_mmpg.errors import CDCError, ConfigError
 logger = logging.getLogger(__name__)
 
 CONNECTION_KEPT_SECONDS = 5.0  # that an idle connection waits for the next request
-SHOWN_CHARACTERS = 300  # of what another machine says
+MAX_SHOWN_CHARACTERS = 300  # of another machine's text
 
 
 class Unreachable(CDCError):
@@ -119,11 +119,11 @@ class Connection:
         """The proxy, if there is one, as the end of a message."""
         return f" (through the proxy {self.proxy})" if self.proxy else ""
 
-    def tell(self, text: str) -> str:
+    def make_safe(self, text: str) -> str:
         """Return a text as it may be printed: no secret, nothing that moves a terminal's cursor, not too long."""
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
-        return printable(text)
+        return make_printable(text)
 
     def close(self) -> None:
         """Close the connections that are kept."""
@@ -159,7 +159,7 @@ def check_url(url: str) -> httpx2.URL:
     Raises:
         ConfigError: it is none. What may hold a password is not repeated.
     """
-    shown = repr(printable(url)) if isinstance(url, str) and not set("@?#") & set(url) else "what was given"
+    shown = repr(make_printable(url)) if isinstance(url, str) and not set("@?#") & set(url) else "what was given"
     remedy = "http://<host>[:<port>] or https://... is due (CLOUD=)"
     try:
         if not isinstance(url, str) or not url.isprintable() or " " in url:
@@ -261,10 +261,10 @@ def _load_certificates() -> Any:
         raise CDCError(f"no certificates to check the cloud's with ({error}) {' '.join(places)}".rstrip()) from error
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Return a text on one line of a terminal: other characters than visible ones and blanks become "?"."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text[: SHOWN_CHARACTERS + 1])
-    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text[: MAX_SHOWN_CHARACTERS + 1])
+    return shown if len(shown) <= MAX_SHOWN_CHARACTERS else f"{shown[:MAX_SHOWN_CHARACTERS]}..."
 
 
 class _Sockets(httpcore2.NetworkBackend):
@@ -274,7 +274,7 @@ class _Sockets(httpcore2.NetworkBackend):
         self._plain = httpcore2.SyncBackend()
         self.end = threading.local()  # .at: when this thread's request ends
 
-    def left(self, error: type[Exception]) -> float:
+    def seconds_left(self, error: type[Exception]) -> float:
         """Return the seconds that this thread's request has left.
 
         Raises:
@@ -298,7 +298,7 @@ class _Sockets(httpcore2.NetworkBackend):
         except OSError as error:
             raise httpcore2.ConnectError(f"{host}: {error}") from error
         for others, (*_, address) in zip(range(len(addresses) - 1, -1, -1), addresses, strict=True):
-            share = self.left(httpcore2.ConnectTimeout) / (others + 1)
+            share = self.seconds_left(httpcore2.ConnectTimeout) / (others + 1)
             try:
                 stream = self._plain.connect_tcp(str(address[0]), port, share, local_address, socket_options)
                 return _Stream(stream, self)
@@ -316,17 +316,17 @@ class _Stream(httpcore2.NetworkStream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what is there, at most so many bytes."""
-        return self._stream.read(max_bytes, self._sockets.left(httpcore2.ReadTimeout))
+        return self._stream.read(max_bytes, self._sockets.seconds_left(httpcore2.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Send all of it."""
-        self._stream.write(buffer, self._sockets.left(httpcore2.WriteTimeout))
+        self._stream.write(buffer, self._sockets.seconds_left(httpcore2.WriteTimeout))
 
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
         """Return the same connection, encrypted."""
-        left = self._sockets.left(httpcore2.ConnectTimeout)
+        left = self._sockets.seconds_left(httpcore2.ConnectTimeout)
         return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._sockets)
 
     def close(self) -> None:

@@ -16,15 +16,15 @@ from cdc_mmpg.media.frames import Frames, candidate_indices, crop, middle_candid
 from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.wire.messages import KINDS, Layout, Versions, WeightsRejected
+from cdc_mmpg.wire.messages import LAYER_KINDS, Layout, Versions, WeightsRejected
 from cdc_mmpg.wire.payloads import Matrix
 
-BUNDLE = "bundle.json"
-ENCODER, HEAD, SHARED, BASIS, VOCABULARY, ANSWERS = (
+BUNDLE_FILE = "bundle.json"
+ENCODER_FILE, HEAD_FILE, SHARED_FILE, BASIS_FILE, VOCABULARY_FILE, ANSWERS_FILE = (
     "encoder.onnx", "head.onnx", "shared.npy", "basis.npy", "vocab.txt", "answers.json"
 )  # fmt: skip
-FORMAT = 2
-LARGEST_SIDE = 4096  # pixels of a frame, frames of a clip, WordPieces of a text: what no bundle goes beyond
+BUNDLE_FORMAT = 2
+MAX_SIZE = 4096  # of a bundle: pixels of a frame's side, frames of a clip, WordPieces of a text
 
 Features = NDArray[np.float32]  # (T, 192) of a clip with a text; (K, T, 192) with each of K
 
@@ -58,7 +58,7 @@ class DeviceModel:
         except CheckpointError:
             raise
         except Exception as error:  # of onnxruntime, numpy, tokenizers and cryptography
-            raise _damaged(bundle, error) from error
+            raise _damaged_error(bundle, error) from error
 
     def _load(self, bundle: Path, settings: dict[str, Any], threads: int) -> None:
         self.task, self.unit = settings["task"], settings["unit"]
@@ -66,29 +66,29 @@ class DeviceModel:
         self.versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
         self.cloud = Ed25519PublicKey.from_public_bytes(bytes.fromhex(settings["public_key"]))
         self._frames = settings["frames"]
-        self._text = TextEncoder(bundle / VOCABULARY, settings["text"]["length"], settings["text"]["known"])
-        self.answers: list[str] = json.loads((bundle / ANSWERS).read_text(encoding="utf-8"))
+        self._text = TextEncoder(bundle / VOCABULARY_FILE, settings["text"]["length"], settings["text"]["known"])
+        self.answers: list[str] = json.loads((bundle / ANSWERS_FILE).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or count_processors()
         options.log_severity_level = 3
         self._encoder, self._head = (
             onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
-            for name in (ENCODER, HEAD)
+            for name in (ENCODER_FILE, HEAD_FILE)
         )
-        self.shared: Matrix = np.load(bundle / SHARED, allow_pickle=False).astype(np.float32)
+        self.shared: Matrix = np.load(bundle / SHARED_FILE, allow_pickle=False).astype(np.float32)
         self._basis: Matrix | None = None
         shape = self.layout[1:3]
         if self.layout.kind == "basis":
-            self._basis = np.load(bundle / BASIS, allow_pickle=False).astype(np.float32)
+            self._basis = np.load(bundle / BASIS_FILE, allow_pickle=False).astype(np.float32)
             if self._basis.shape != (self.layout.number, *shape):
-                raise CheckpointError(f"{bundle / BASIS}: {self._basis.shape}, not {(self.layout.number, *shape)}")
+                raise CheckpointError(f"{bundle / BASIS_FILE}: {self._basis.shape}, not {(self.layout.number, *shape)}")
         if self.shared.shape != shape:
-            raise CheckpointError(f"{bundle / SHARED}: {self.shared.shape}, but layers are {shape}")
+            raise CheckpointError(f"{bundle / SHARED_FILE}: {self.shared.shape}, but layers are {shape}")
         if len(self.answers) != (self.layout.outputs if self.task == "open_ended" else 0):
-            raise CheckpointError(f"{bundle / ANSWERS}: {len(self.answers)} answers of {self.layout.outputs}")
+            raise CheckpointError(f"{bundle / ANSWERS_FILE}: {len(self.answers)} answers of {self.layout.outputs}")
 
     def frames(self, video: Path) -> Frames:
-        """The frames of a clip that the encoder sees: (T, S, S, 3) uint8 RGB.
+        """Decode the frames of a clip that the encoder sees: (T, S, S, 3) uint8 RGB.
 
         Raises:
             DataError: absent, or not decodable.
@@ -98,7 +98,7 @@ class DeviceModel:
         return np.ascontiguousarray(crop(found[middle_candidates(*kept)], size))
 
     def texts(self, question: str, choices: Sequence[str] = ()) -> list[list[int]]:
-        """The question's WordPieces, or those of the question with each of its choices.
+        """Return the question's WordPieces, or those of the question with each of its choices.
 
         Raises:
             ConfigError: no question, or choices where there are none, or none where there are.
@@ -119,21 +119,21 @@ class DeviceModel:
         return self._text.unknown_words([question, *choices])
 
     def anchor(self, frames: Frames) -> NDArray[np.float32]:
-        """What a clip adds to a session (192,): the feature of its middle frame with the neutral prompt."""
+        """Return what a clip adds to a session (192,): the feature of its middle frame with the neutral prompt."""
         middle = len(frames) // 2
         return self.upload(self.features(frames[middle : middle + 1], [self._text.neutral()]))
 
     def features(self, frames: Frames, texts: Sequence[Sequence[int]]) -> Features:
-        """(K, T, 192) of a clip (T, S, S, 3) with each of K texts."""
+        """Encode a clip (T, S, S, 3) with each of K texts: (K, T, 192)."""
         each = [{"frames": frames, "ids": np.array([text], dtype=np.int64)} for text in texts]
         return np.stack([self._encoder.run(None, inputs)[0] for inputs in each])
 
     def upload(self, features: Features) -> NDArray[np.float32]:
-        """What is uploaded of features (K, T, 192): (192,)."""
+        """Return what is uploaded of features (K, T, 192): (192,)."""
         return self._run("upload", features, self.shared)
 
     def scores(self, features: Features, layer: Matrix) -> NDArray[np.float32]:
-        """Of every answer or choice, with a last layer (L, D + 1)."""
+        """Return the scores of all answers or choices with a last layer (L, D + 1)."""
         return self._run("scores", features, layer)
 
     def _run(self, output: str, features: Features, layer: Matrix) -> NDArray[np.float32]:
@@ -141,7 +141,7 @@ class DeviceModel:
         return found
 
     def install(self, matrices: Sequence[Matrix], layout: Layout) -> Matrix:
-        """The last layer (L, D + 1) that arrived matrices make, beside what this device keeps.
+        """Return the last layer (L, D + 1) that received matrices make with what this device keeps.
 
         Raises:
             WeightsRejected: this device has not what they build on, or the layer is not finite.
@@ -165,11 +165,13 @@ def read_bundle(bundle: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is none, of another format, or a file is absent or changed; names it.
     """
-    path = bundle / BUNDLE
+    path = bundle / BUNDLE_FILE
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {settings['format']!r}, this version reads {FORMAT}: export anew")
+        if settings["format"] != BUNDLE_FORMAT:
+            raise CheckpointError(
+                f"{path}: format {settings['format']!r}, this version reads {BUNDLE_FORMAT}: export anew"
+            )
         if not isinstance(settings, dict) or settings.pop("digest", None) != json_digest(settings):
             raise CheckpointError(f"{path}: changed since it was exported: copy the bundle anew")
         _check_settings(settings)
@@ -180,7 +182,7 @@ def read_bundle(bundle: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # whatever stands there
-        raise _damaged(path, error) from error
+        raise _damaged_error(path, error) from error
     return dict(settings)
 
 
@@ -191,21 +193,23 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ValueError, KeyError, TypeError: they are others.
     """
     layout, frames, text = Layout(*settings["layout"]), settings["frames"], settings["text"]
-    files = {ENCODER, HEAD, SHARED, VOCABULARY, ANSWERS} | ({BASIS} if layout.kind == "basis" else set())
+    files = {ENCODER_FILE, HEAD_FILE, SHARED_FILE, VOCABULARY_FILE, ANSWERS_FILE} | (
+        {BASIS_FILE} if layout.kind == "basis" else set()
+    )
     sizes = [*layout[1:3], *(frames[name] for name in ("number", "candidates", "size", "side")), text["length"],
              text["known"]]  # fmt: skip
     for what, is_right in (
         ("task", settings["task"] in ("open_ended", "multiple_choice")),
         ("unit", settings["unit"] in ("session", "sample")),
-        ("layout", layout.kind in KINDS and type(layout.number) is int and layout.number >= 0),
-        ("a size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= LARGEST_SIDE),
+        ("layout", layout.kind in LAYER_KINDS and type(layout.number) is int and layout.number >= 0),
+        ("a size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= MAX_SIZE),
         ("files", settings["files"].keys() == files),
     ):
         if not is_right:
             raise ValueError(f"{what} is not what an export writes")
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged_error(path: Path, error: Exception) -> CheckpointError:
     """Return the error of a bundle that cannot be read."""
     return CheckpointError(
         f"{path}: not a whole device bundle ({type(error).__name__}: {error}): make export writes one, copy it anew"

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cdc_mmpg.device.connection import printable
+from cdc_mmpg.device.connection import make_printable
 from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.files import atomic_write, remove_leftovers, sync_folder
 from cdc_mmpg.wire.messages import (
@@ -27,28 +28,28 @@ from cdc_mmpg.wire.messages import (
     digest,
     encode_upload,
 )
-from cdc_mmpg.wire.payloads import WIDTH, Matrix
+from cdc_mmpg.wire.payloads import Matrix
 
 if sys.platform != "win32":  # where a device works, too, and keeps nothing
     import fcntl
 
 logger = logging.getLogger(__name__)
 
-SESSION = 64  # most recent clips that count; after as many new ones a layer is asked for in any case
-COUNT = struct.Struct("<I")
-ROW_BYTES = 4 * WIDTH  # of an anchor feature
+MAX_SESSION_CLIPS = 64  # most recent clips that count; after as many new ones a layer is asked for in any case
+CLIP_COUNT = struct.Struct("<I")  # beside a layer that is kept: clips it was made from
+FEATURE_BYTES = 4 * FEATURE_DIM  # of an anchor feature
 LOCK_SECONDS = 0.5  # that another process may hold the folder's lock
 
 
-Origin = Literal["adapted", "kept", "shared"]
+LayerOrigin = Literal["adapted", "kept", "shared"]
 
 
 class Layer(NamedTuple):
     """A last layer that is ready for use."""
 
     matrix: Matrix  # (L, D + 1)
-    anchors: int  # of how many clips it was made, at most `SESSION`
-    origin: Origin  # made for this session or sample, kept from before a restart, shared by all devices
+    anchors: int  # of how many clips it was made, at most `MAX_SESSION_CLIPS`
+    origin: LayerOrigin  # made for this session or sample, kept from before a restart, shared by all devices
 
 
 class Receipt(NamedTuple):
@@ -66,7 +67,7 @@ def encode_counted_upload(feature: NDArray[np.float32], anchors: int, model: Dev
     The layer's signature is over the whole upload, so that nobody can put another number beside a layer that is kept.
     """
     salt = os.urandom(DIGEST_BYTES)
-    return encode_upload(feature, model.layout, model.versions, digest(salt + COUNT.pack(anchors))), salt
+    return encode_upload(feature, model.layout, model.versions, digest(salt + CLIP_COUNT.pack(anchors))), salt
 
 
 class State:
@@ -89,7 +90,7 @@ class State:
         self._name, self._lock = folder / f"session.{name}", threading.Lock()
         self._complaints: set[str] = set()
         self._session, self._is_cleared = b"", True
-        with self._going_on("read"):
+        with self._log_failures("read"):
             if folder.exists():
                 remove_leftovers(folder)
                 self._session = self._on_disk()
@@ -100,15 +101,15 @@ class State:
         if model.unit != "session":  # it would be another sample's
             return None
         length = model.layout.message_bytes
-        content = self._read(self._layer, length + UPLOAD_BYTES + DIGEST_BYTES + COUNT.size)
+        content = self._read(self._layer, length + UPLOAD_BYTES + DIGEST_BYTES + CLIP_COUNT.size)
         if content is None:
             return None
         message, upload = content[:length], content[length : length + UPLOAD_BYTES]
-        salt, count = content[-DIGEST_BYTES - COUNT.size : -COUNT.size], content[-COUNT.size :]
+        salt, count = content[-DIGEST_BYTES - CLIP_COUNT.size : -CLIP_COUNT.size], content[-CLIP_COUNT.size :]
         try:
             matrices = decode_layer(message, upload, model.layout, model.versions, model.cloud)
-            anchors = int(COUNT.unpack(count)[0]) if len(count) == COUNT.size else 0
-            if HEADER.unpack_from(upload)[7] != digest(salt + count) or not 0 < anchors <= SESSION:
+            anchors = int(CLIP_COUNT.unpack(count)[0]) if len(count) == CLIP_COUNT.size else 0
+            if HEADER.unpack_from(upload)[7] != digest(salt + count) or not 0 < anchors <= MAX_SESSION_CLIPS:
                 raise WeightsRejected("nonce", "the number of clips beside it is not the one that was signed")
             return Layer(model.install(matrices, model.layout), anchors, "kept")
         except WeightsRejected as error:
@@ -117,21 +118,26 @@ class State:
 
     def keep_layer(self, receipt: Receipt) -> None:
         """Write a layer in place of the one before."""
-        self._write(self._layer, receipt.message + receipt.upload + receipt.salt + COUNT.pack(receipt.anchors))
+        self._write(self._layer, receipt.message + receipt.upload + receipt.salt + CLIP_COUNT.pack(receipt.anchors))
 
     def anchors(self) -> list[NDArray[np.float32]]:
-        """Return those of the session so far, (192,) each, at most `SESSION`."""
-        content = self._read(self._anchors, SESSION * ROW_BYTES)
+        """Return the anchor features of the session so far, (192,) each, at most `MAX_SESSION_CLIPS`."""
+        content = self._read(self._anchors, MAX_SESSION_CLIPS * FEATURE_BYTES)
         if content is None:
             return []
-        if len(content) % ROW_BYTES or len(content) > SESSION * ROW_BYTES:
-            logger.warning("%s is not used: not 1 to %d anchor features of %d bytes", self._anchors, SESSION, ROW_BYTES)
+        if len(content) % FEATURE_BYTES or len(content) > MAX_SESSION_CLIPS * FEATURE_BYTES:
+            logger.warning(
+                "%s is not used: not 1 to %d anchor features of %d bytes",
+                self._anchors,
+                MAX_SESSION_CLIPS,
+                FEATURE_BYTES,
+            )
             return []
         values = np.frombuffer(content, "<f4")
         if not (np.abs(values) <= 1).all():  # nor is what is not a number
             logger.warning("%s is not used: a feature has numbers from -1 to 1", self._anchors)
             return []
-        return list(values.reshape(-1, WIDTH))
+        return list(values.reshape(-1, FEATURE_DIM))
 
     def keep_anchors(self, anchors: Sequence[NDArray[np.float32]]) -> None:
         """Write them in place of those before."""
@@ -140,7 +146,10 @@ class State:
     def clear(self) -> None:
         """Keep nothing any more, and let nothing of the session that ends be kept; before the next writing at last."""
         self._is_cleared = False
-        with self._going_on("cleared: delete it, or the next start goes on with the session before"), self._alone():
+        with (
+            self._log_failures("cleared: delete it, or the next start goes on with the session before"),
+            self._hold_lock(),
+        ):
             self._clear()
 
     def _clear(self) -> None:
@@ -158,7 +167,7 @@ class State:
 
     def _read(self, path: Path, most: int) -> bytes | None:
         """Return a file's first `most` bytes and one, None where there is none."""
-        with self._going_on("read"):
+        with self._log_failures("read"):
             if not path.exists():
                 return None
             if not path.is_file():
@@ -169,7 +178,7 @@ class State:
 
     def _write(self, path: Path, content: bytes) -> None:
         """Write a file of this session, unless the folder is another's by now."""
-        with self._going_on("written: nothing is kept over a restart"), self._alone():
+        with self._log_failures("written: nothing is kept over a restart"), self._hold_lock():
             if not self._is_cleared:
                 self._clear()
             if self._on_disk() != self._session:
@@ -178,7 +187,7 @@ class State:
                 file.write(content)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _hold_lock(self) -> Iterator[None]:
         """Hold the lock of the folder, which is made where it is not there.
 
         Raises:
@@ -204,11 +213,11 @@ class State:
                 os.close(descriptor)
 
     @contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
+    def _log_failures(self, what: str) -> Iterator[None]:
         """Log what is wrong with the folder, each thing once; the device goes on without."""
         try:
             yield
         except (OSError, ValueError) as error:
             if what not in self._complaints:
                 self._complaints.add(what)
-                logger.warning("%s", printable(f"the state in {self._folder} cannot be {what} ({error})"))
+                logger.warning("%s", make_printable(f"the state in {self._folder} cannot be {what} ({error})"))

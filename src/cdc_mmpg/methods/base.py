@@ -23,6 +23,7 @@ from cdc_mmpg.data.batch import (
     View,
     others,
 )
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import Outcomes
 from cdc_mmpg.methods.step_check import StepCheck
@@ -30,13 +31,13 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Adaptor
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.wire.payloads import PRECISIONS, WIDTH, Precision, size_bytes
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS, Precision, count_matrix_bytes
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
 # The samples, those with a known answer, or what the method itself averages over the whole step.
 Averages = Literal["samples", "known", "step"]
 
-ANCHOR_BYTES = 4 * WIDTH  # of the upload: 192 float32
+ANCHOR_BYTES = 4 * FEATURE_DIM  # of the upload: 192 float32
 READ = "read"  # rows that hold what head and hypernetwork read
 CHUNK = 256  # samples whose layers are applied at once
 
@@ -395,7 +396,7 @@ class Generating(Answering):
         if split == "test":
             fused, read = self.fused(features), self.generator_input(self.head.condition(features))
             cases["mean_head"] = self.head(fused, self.fda.average)
-            for name in PRECISIONS:
+            for name in PAYLOAD_PRECISIONS:
                 cases[name] = self.head(fused, lambda hidden, name=name: self.fda.sent(read, hidden, name))
             self._shape = fused.shape[1:], read.shape[1:]
             known = batch.labels[:, None].to(fused.dtype)  # float32, which holds every label exactly
@@ -445,7 +446,7 @@ class Generating(Answering):
 
     def payloads(self) -> dict[Precision, int]:
         """Every layer of a sample, whole."""
-        return {name: self.head.layers * size_bytes(self.fda.shapes, name) for name in PRECISIONS}
+        return {name: self.head.layers * count_matrix_bytes(self.fda.shapes, name) for name in PAYLOAD_PRECISIONS}
 
 
 class Served(NamedTuple):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.data.batch import CASES, Split, View
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Served, Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -15,7 +16,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.wire.payloads import PRECISIONS, WIDTH, Precision, size_bytes
+from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS, Precision, count_matrix_bytes
 
 Generated = Literal["full", "low_rank", "basis"]
 
@@ -36,7 +37,7 @@ class Session(Answering):
         self, encoder: AllInOne, head: Head, axes: int | None, learning_rate: float, weight_decay: float, seed: int
     ) -> None:
         super().__init__(encoder, head, False, learning_rate, weight_decay, seed)
-        self.axes: nn.Module = nn.LayerNorm(WIDTH, elementwise_affine=False) if axes is None else DeviceAxes(axes)
+        self.axes: nn.Module = nn.LayerNorm(FEATURE_DIM, elementwise_affine=False) if axes is None else DeviceAxes(axes)
 
     def setup(self, stage: str) -> None:
         """Fit the axes on the devices that train."""
@@ -132,13 +133,13 @@ class CDCMMPGSession(Session):
         features = batch.samples.frame_features
         if self.oracle:
             # Cosine and sine, as long as a layer-normed feature, and zeros.
-            cast = F.pad(batch.casts * WIDTH**0.5, (0, WIDTH - batch.casts.shape[-1]))
+            cast = F.pad(batch.casts * FEATURE_DIM**0.5, (0, FEATURE_DIM - batch.casts.shape[-1]))
             return {"own": self._answer(features, cast, torch.ones_like(cast[:, 0]), "float32")}
         cases = super().scores(batch, split)
         if split == "test":
             feature, anchors = self.axes(batch.uploads[:, 0]), batch.anchors[:, 0]
             cases["mean_head"] = self.head(self.fused(features), self.fda.average)
-            cases |= {name: self._answer(features, feature, anchors, name) for name in PRECISIONS}
+            cases |= {name: self._answer(features, feature, anchors, name) for name in PAYLOAD_PRECISIONS}
         return cases
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
@@ -171,4 +172,4 @@ class CDCMMPGSession(Session):
 
     def payloads(self) -> dict[Precision, int]:
         """By precision."""
-        return {name: size_bytes(self.fda.shapes, name) for name in PRECISIONS}
+        return {name: count_matrix_bytes(self.fda.shapes, name) for name in PAYLOAD_PRECISIONS}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.data.batch import CaptionBatch, EpochDataModule, FeatureBatch, Split, View, normalise
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Averages, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -16,7 +17,6 @@ from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.models.processes import average_over_processes
 from cdc_mmpg.models.weights import save_safetensors
-from cdc_mmpg.wire.payloads import WIDTH
 
 
 class Turn(NamedTuple):
@@ -79,8 +79,8 @@ class EncoderPretraining(Method):
         self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
         self._turn = Turn(captions=True, frames=None, counts=True)
         self.layer = StaticLayer(head.inputs, encoder.text_embeddings.word_embeddings.num_embeddings)
-        self.word_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
-        self.anchor_head = nn.Linear(WIDTH, encoder.text_embeddings.word_embeddings.num_embeddings)
+        self.word_head = nn.Sequential(nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.LayerNorm(FEATURE_DIM))
+        self.anchor_head = nn.Linear(FEATURE_DIM, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
 
     def mask_words(self, batch: CaptionBatch, training: bool) -> Tensor:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
 from cdc_mmpg.methods.cdc_mmpg_session import Session
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head, LastLayer
-from cdc_mmpg.wire.payloads import WIDTH
 
 
 class SessionConcatenated(Session):
@@ -29,7 +29,7 @@ class SessionConcatenated(Session):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, axes, learning_rate, weight_decay, seed)
-        self.mix = nn.Linear(2 * WIDTH, WIDTH)
+        self.mix = nn.Linear(2 * FEATURE_DIM, FEATURE_DIM)
         self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.processes import is_distributed, moments_over_processes
 from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
-from cdc_mmpg.wire.payloads import WIDTH
 
 if TYPE_CHECKING:  # it imports Lightning, which the cloud's service has not
     from cdc_mmpg.data.batch import Task
@@ -98,19 +98,19 @@ class ADR(nn.Module):
     ) -> None:
         super().__init__()
         kind, _, parts = axis.partition(":")
-        if kind == "group" and parts.isdigit() and int(parts) > 0 and WIDTH % int(parts) == 0:
+        if kind == "group" and parts.isdigit() and int(parts) > 0 and FEATURE_DIM % int(parts) == 0:
             self.groups = int(parts)
         elif axis in ("feature", "batch"):
             self.groups = 1
         else:
-            raise ConfigError(f"axis {axis!r}: use 'feature', 'batch', or 'group:G' with G a divisor of {WIDTH}")
+            raise ConfigError(f"axis {axis!r}: use 'feature', 'batch', or 'group:G' with G a divisor of {FEATURE_DIM}")
         self.preset, self.axis, self.target = preset, axis, target
         (first, second), latent = PRESETS[preset]
-        self.encoder = _mlp(WIDTH, first, second, 2 * latent)
-        self.decoder = _mlp(latent, second, first, WIDTH)
+        self.encoder = _mlp(FEATURE_DIM, first, second, 2 * latent)
+        self.decoder = _mlp(latent, second, first, FEATURE_DIM)
         if axis == "batch":  # of f in row 0 and of f̃ in row 1
-            self.register_buffer("running_mean", torch.zeros(2, WIDTH))
-            self.register_buffer("running_std", torch.ones(2, WIDTH))
+            self.register_buffer("running_mean", torch.zeros(2, FEATURE_DIM))
+            self.register_buffer("running_std", torch.ones(2, FEATURE_DIM))
 
     def forward(self, anchor: Tensor, sample: bool) -> Reasoned:
         """Reason about anchor features (B, 192).

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.models.weights import read_state_dict, strip_prefix
-from cdc_mmpg.wire.payloads import WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +111,12 @@ class AllInOne(nn.Module):
         self.text_embeddings = BertEmbeddings(
             BertConfig(
                 vocab_size=vocab_size,
-                hidden_size=WIDTH,
+                hidden_size=FEATURE_DIM,
                 max_position_embeddings=text_length,
                 hidden_dropout_prob=dropout,
             )
         )
-        self.token_type_embeddings = nn.Embedding(2, WIDTH)  # the modality: 0 text, 1 video
+        self.token_type_embeddings = nn.Embedding(2, FEATURE_DIM)  # the modality: 0 text, 1 video
         self.transformer = cast(
             VisionTransformer,
             timm.create_model(
@@ -130,8 +130,8 @@ class AllInOne(nn.Module):
                 dynamic_img_size=True,
             ),
         )
-        self.transformer.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, WIDTH))
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(WIDTH, WIDTH)})
+        self.transformer.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, FEATURE_DIM))
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(FEATURE_DIM, FEATURE_DIM)})
         self._but_last = self._run_but_last  # or that compiled
         self._initialise()
         if checkpoint is not None:
@@ -181,7 +181,7 @@ class AllInOne(nn.Module):
         frames = video.shape[1]
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
         cls = self._transform(tokens, mask, frames=frames, text_tokens=length)
-        return Encoded(cls.view(len(text_ids), frames, WIDTH).float(), self.pool)
+        return Encoded(cls.view(len(text_ids), frames, FEATURE_DIM).float(), self.pool)
 
     def one_clip(self, video: Tensor, text_ids: Tensor) -> Tensor:
         """`forward` of one clip (1, T, 3, H, W) and one text (1, L) without padding, for a device: (T, 192).
@@ -203,7 +203,7 @@ class AllInOne(nn.Module):
         tokens, mask, length = self._fuse(video, text_ids, text_mask)
         tokens = self.transformer.blocks[-1](self._but_last(tokens, mask, frames, length), attn_mask=mask)
         words = self.transformer.norm(tokens[:, :length]).float()
-        return words.view(batch, frames, length, WIDTH).mean(1)
+        return words.view(batch, frames, length, FEATURE_DIM).mean(1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
         """The text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
@@ -214,7 +214,7 @@ class AllInOne(nn.Module):
     def encode_video(self, video: Tensor) -> Tensor:
         """Every frame's visual [CLS] (B, T, 192) of a pass without text or rolling; video (B, T, 3, H, W)."""
         batch, frames = video.shape[:2]
-        return self._transform(self._embed_video(video), None).view(batch, frames, WIDTH).float()
+        return self._transform(self._embed_video(video), None).view(batch, frames, FEATURE_DIM).float()
 
     def _embed_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Text tokens (B, L, 192)."""
@@ -238,7 +238,7 @@ class AllInOne(nn.Module):
         )
         patches = patches.flatten(1, 2) + position[:, 1:]
         time = vit.temporal_embed[:, :frames].unsqueeze(2)  # (1, T, 1, 192)
-        patches = (patches.view(batch, frames, -1, WIDTH) + time).flatten(0, 1)
+        patches = (patches.view(batch, frames, -1, FEATURE_DIM) + time).flatten(0, 1)
         cls = (vit.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
         return vit.pos_drop(torch.cat([cls, patches], dim=1)) + self.token_type_embeddings.weight[1]
 

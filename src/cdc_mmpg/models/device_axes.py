@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.wire.payloads import WIDTH
 
 
 class DeviceAxes(nn.Module):
@@ -28,11 +28,11 @@ class DeviceAxes(nn.Module):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        if not 1 <= number < WIDTH:
-            raise ConfigError(f"axes {number}: from 1 to {WIDTH - 1}, or null for all values as they are")
+        if not 1 <= number < FEATURE_DIM:
+            raise ConfigError(f"axes {number}: from 1 to {FEATURE_DIM - 1}, or null for all values as they are")
         # Fitted, not trained; parameters, so that they count.
-        self.mean = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
-        self.axes = nn.Parameter(torch.eye(WIDTH)[:, :number].clone(), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(FEATURE_DIM), requires_grad=False)
+        self.axes = nn.Parameter(torch.eye(FEATURE_DIM)[:, :number].clone(), requires_grad=False)
 
     def fit(self, anchors: Tensor, devices: Sequence[Sequence[int]]) -> None:
         """Find the axes in the anchor features (A, 192) of devices, each given by its rows.
@@ -54,7 +54,7 @@ class DeviceAxes(nn.Module):
         # The means of few clips differ by chance, too.
         chance = sum(1 / len(group) for group in groups) / len(groups)
         between = centred.T @ centred / (len(groups) - 1) - chance * within
-        within += self.RIDGE * within.diagonal().mean() * torch.eye(WIDTH, dtype=within.dtype)
+        within += self.RIDGE * within.diagonal().mean() * torch.eye(FEATURE_DIM, dtype=within.dtype)
         whiten = torch.linalg.inv(torch.linalg.cholesky(within))
         _, directions = torch.linalg.eigh(whiten @ between @ whiten.T)  # ascending
         self.mean.data.copy_(means.mean(0))
@@ -63,5 +63,5 @@ class DeviceAxes(nn.Module):
     def forward(self, uploads: Tensor) -> Tensor:
         """Return the directions of uploads, (..., 192) both, in float32 whatever the precision of the run."""
         with torch.autocast(uploads.device.type, enabled=False):
-            along = F.normalize((uploads.float() - self.mean) @ self.axes, dim=-1) * WIDTH**0.5
-        return F.pad(along, (0, WIDTH - along.shape[-1]))
+            along = F.normalize((uploads.float() - self.mean) @ self.axes, dim=-1) * FEATURE_DIM**0.5
+        return F.pad(along, (0, FEATURE_DIM - along.shape[-1]))

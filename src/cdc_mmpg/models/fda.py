@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.processes import sum_over_processes
-from cdc_mmpg.wire.payloads import LARGEST, WIDTH, Precision
+from cdc_mmpg.wire.payloads import INT8_MAX, Precision
 
 Init = Literal["printed", "hyperfan_in", "shared_head"]
 Parts = tuple[Tensor, ...]  # what the cloud sends: matrices (..., vectors, length)
@@ -130,7 +131,7 @@ class Adaptor(nn.Module):
 
 
 def as_sent(parts: Parts, precision: Precision) -> Parts:
-    """The parts as they arrive: what `payloads.decode` makes of their bytes, with a gradient where nothing is rounded.
+    """The parts as they arrive: what `decode_matrices` makes of their bytes, with a gradient where nothing is rounded.
 
     Over "int8" the gradient passes as if nothing were rounded (straight through), so that training may know of it.
     """
@@ -140,8 +141,10 @@ def as_sent(parts: Parts, precision: Precision) -> Parts:
         return tuple(part.half().float() for part in parts)
     arrived = []
     for part in parts:
-        scale = (part.detach().abs().amax(-1, keepdim=True) / LARGEST).half().float()
-        rounded = torch.where(scale > 0, (part.detach() / scale.clamp(min=1e-12)).round().clamp(-LARGEST, LARGEST), 0.0)
+        scale = (part.detach().abs().amax(-1, keepdim=True) / INT8_MAX).half().float()
+        rounded = torch.where(
+            scale > 0, (part.detach() / scale.clamp(min=1e-12)).round().clamp(-INT8_MAX, INT8_MAX), 0.0
+        )
         arrived.append(part + (rounded * scale - part).detach())
     return tuple(arrived)
 
@@ -168,18 +171,18 @@ class FDA(Adaptor):
 
     def __init__(self, inputs: int, outputs: int, init: Init, project: bool) -> None:
         super().__init__(inputs, outputs, ((outputs, inputs + 1),))
-        self.register_buffer("mean_latent", torch.zeros(WIDTH))
+        self.register_buffer("mean_latent", torch.zeros(FEATURE_DIM))
         self.mlp: nn.Module = nn.Identity()
         if project:
             self.mlp = projection()
         # Output (l, d) is weight d of answer l, the last of each row its bias: a row is what one answer needs.
-        self.hyper = nn.Linear(WIDTH, outputs * (inputs + 1))
+        self.hyper = nn.Linear(FEATURE_DIM, outputs * (inputs + 1))
         with torch.no_grad():
-            weight = self.hyper.weight.view(outputs, inputs + 1, WIDTH)
+            weight = self.hyper.weight.view(outputs, inputs + 1, FEATURE_DIM)
             bias = self.hyper.bias.view(outputs, inputs + 1)
             if init == "hyperfan_in":
                 # For inputs of variance one: Var(w) = 1 / D, and so logits of variance one, plus the bias's third.
-                nn.init.normal_(weight[:, :-1], std=(inputs * WIDTH) ** -0.5)
+                nn.init.normal_(weight[:, :-1], std=(inputs * FEATURE_DIM) ** -0.5)
                 bias[:, :-1] = 0
             elif init == "shared_head":
                 shared = nn.Linear(inputs, outputs)
@@ -198,7 +201,7 @@ class FDA(Adaptor):
         H is linear, so the product over D and over H's 192 inputs can be taken at once (B x 192 D numbers in place of
         B x (D + 1) L). Few answers make the layers the smaller of the two.
         """
-        if self.outputs <= WIDTH:
+        if self.outputs <= FEATURE_DIM:
             return super().forward(feature, hidden, counted)
         with torch.autocast(feature.device.type, enabled=False):
             return self._contract(self._latent(feature.float(), counted), hidden.float())
@@ -265,10 +268,10 @@ class LowRankFDA(Adaptor):
         self.register_buffer("mean_residual", torch.zeros(outputs, inputs + 1))
         self.shared = StaticLayer(inputs, outputs)
         self.mlp = projection()
-        self.hyper = nn.Linear(WIDTH, self.numbers)
+        self.hyper = nn.Linear(FEATURE_DIM, self.numbers)
         with torch.no_grad():
             self.hyper.weight[: outputs * rank] = 0
-            nn.init.normal_(self.hyper.weight[outputs * rank :], std=(inputs * WIDTH) ** -0.5)
+            nn.init.normal_(self.hyper.weight[outputs * rank :], std=(inputs * FEATURE_DIM) ** -0.5)
             nn.init.zeros_(self.hyper.bias)
 
     @property
@@ -332,10 +335,10 @@ class BasisFDA(Adaptor):
         self.register_buffer("mean_coefficients", torch.zeros(number))
         self.shared = StaticLayer(inputs, outputs)
         self.basis = nn.Parameter(torch.randn(number, outputs, inputs + 1) * inputs**-0.5)
-        last = nn.Linear(WIDTH, number)
-        nn.init.normal_(last.weight, std=0.1 * WIDTH**-0.5)
+        last = nn.Linear(FEATURE_DIM, number)
+        nn.init.normal_(last.weight, std=0.1 * FEATURE_DIM**-0.5)
         nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), last)
+        self.mlp = nn.Sequential(nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), last)
 
     @property
     def mean(self) -> Tensor:
@@ -374,7 +377,9 @@ class BasisFDA(Adaptor):
 
 def projection() -> nn.Sequential:
     """The MLP of eq. 5 and 11: two linears, then a LayerNorm."""
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
+    return nn.Sequential(
+        nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.LayerNorm(FEATURE_DIM)
+    )
 
 
 def count_rows(rows: Tensor, counted: Tensor | None) -> Tensor:

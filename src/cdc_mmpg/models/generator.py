@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, Parts
 from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
-from cdc_mmpg.wire.messages import Kind, Layout
-from cdc_mmpg.wire.payloads import WIDTH
+from cdc_mmpg.wire.messages import LayerKind, Layout
 
 METADATA = "generator"  # where a file says how it is built
 
@@ -31,7 +31,7 @@ class Generator(nn.Module):
         self.reader, self.adaptor = reader, adaptor
 
     @property
-    def native(self) -> Kind:
+    def native(self) -> LayerKind:
         """The smallest that this adaptor's device can take."""
         return "low_rank" if isinstance(self.adaptor, LowRankFDA) else "basis" if self._mixes else "float32"
 
@@ -42,7 +42,7 @@ class Generator(nn.Module):
     def layouts(self) -> list[Layout]:
         """All that can be sent: the whole layer in every precision, and what the adaptor makes itself."""
         outputs, columns = self.adaptor.outputs, self.adaptor.inputs + 1
-        whole: tuple[Kind, ...] = ("float32", "float16", "int8")
+        whole: tuple[LayerKind, ...] = ("float32", "float16", "int8")
         found = [Layout(kind, outputs, columns) for kind in whole]
         if self.native != "float32":
             number = self.adaptor.shapes[0][1 if self._mixes else 0]
@@ -59,7 +59,7 @@ class Generator(nn.Module):
         """What the adaptor makes of uploads (B, 192)."""
         return self.adaptor.parts(self.read(uploads))
 
-    def matrices(self, parts: Parts, kind: Kind) -> Parts:
+    def matrices(self, parts: Parts, kind: LayerKind) -> Parts:
         """What is sent of them, matrices (B, vectors, length): the parts themselves, or the layers they make."""
         if kind == self.native or isinstance(self.adaptor, FDA):
             return parts
@@ -117,7 +117,7 @@ def _reader(kind: str, **settings: Any) -> nn.Module:
     if kind == "axes":
         return DeviceAxes(settings["number"])
     if kind == "norm":
-        return nn.LayerNorm(WIDTH, elementwise_affine=False)
+        return nn.LayerNorm(FEATURE_DIM, elementwise_affine=False)
     if kind == "nothing":
         return nn.Identity()
     raise DataError(f"unknown reader {kind!r}")

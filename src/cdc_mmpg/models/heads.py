@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import CAPTIONS, Outcomes, recalls
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.processes import count_processes, gather_rows
-from cdc_mmpg.wire.payloads import WIDTH
 
 Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
 
@@ -126,7 +126,7 @@ class OpenEnded(Choosing):
         if min(num_classes, hidden) < 1:
             raise ConfigError(f"num_classes {num_classes} and hidden {hidden} are at least 1")
         self.inputs, self.outputs = hidden, num_classes
-        self.phi = nn.Sequential(nn.Linear(WIDTH, hidden), nn.LayerNorm(hidden), nn.GELU())
+        self.phi = nn.Sequential(nn.Linear(FEATURE_DIM, hidden), nn.LayerNorm(hidden), nn.GELU())
 
     def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
         """Scores (B, L) of fused features m̄ (B, 192)."""
@@ -153,7 +153,7 @@ class MultipleChoice(Choosing):
         super().__init__()
         if candidates < 1:
             raise ConfigError(f"candidates {candidates}: at least 1")
-        self.inputs, self.outputs = WIDTH, 1
+        self.inputs, self.outputs = FEATURE_DIM, 1
         self.layers = candidates if per_candidate else 1
         self.per_candidate = per_candidate
 
@@ -203,8 +203,8 @@ class Retrieval(Head):
         super().__init__()
         if hidden < 1 or not 0 < temperature < float("inf"):
             raise ConfigError(f"hidden {hidden} is at least 1 and temperature {temperature} positive and finite")
-        self.inputs, self.outputs, self.temperature = WIDTH, hidden, temperature
-        self.text_projection = StaticLayer(WIDTH, hidden)
+        self.inputs, self.outputs, self.temperature = FEATURE_DIM, hidden, temperature
+        self.text_projection = StaticLayer(FEATURE_DIM, hidden)
 
     def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
         """Clips and captions apart from each other."""
@@ -213,7 +213,7 @@ class Retrieval(Head):
             texts = encoder.encode_text(batch.text_ids[:, 0], batch.text_mask[:, 0])[:, None]
         else:
             encoded = encoder.encode_text(batch.text_ids[there], batch.text_mask[there])
-            texts = encoded.new_zeros(*there.shape, WIDTH)
+            texts = encoded.new_zeros(*there.shape, FEATURE_DIM)
             texts[there] = encoded
         return FeatureBatch(
             encoder.encode_video(normalise(batch.frames)), batch.labels, batch.indices, texts, there

@@ -21,24 +21,25 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError, DataError
-from cdc_mmpg.wire.payloads import WIDTH, Matrix, Precision, Shape, decode, encode, size_bytes
+from cdc_mmpg.wire.payloads import Matrix, Precision, Shape, count_matrix_bytes, decode_matrices, encode_matrices
 
-Kind = Literal["float32", "float16", "int8", "low_rank", "basis"]
-KINDS: tuple[Kind, ...] = ("float32", "float16", "int8", "low_rank", "basis")
+LayerKind = Literal["float32", "float16", "int8", "low_rank", "basis"]
+LAYER_KINDS: tuple[LayerKind, ...] = ("float32", "float16", "int8", "low_rank", "basis")
 Message = Literal["upload", "layer"]
 MESSAGES: tuple[Message, ...] = ("upload", "layer")
 
-PATH = "/v1/layer"  # over HTTP: where an upload is posted, and answered by a layer
-MAGIC = b"CDCM"
-VERSION = 1
+LAYER_PATH = "/v1/layer"  # over HTTP: where an upload is posted, and answered by a layer
+MESSAGE_MAGIC = b"CDCM"
+MESSAGE_VERSION = 1
 DIGEST_BYTES = 16
 SIGNATURE_BYTES = 64
 HEADER = struct.Struct("<4s4B16s16s16s3I")
-UPLOAD_BYTES = HEADER.size + 4 * WIDTH
+UPLOAD_BYTES = HEADER.size + 4 * FEATURE_DIM
 FRAMING_BYTES = HEADER.size + SIGNATURE_BYTES  # of a layer
 
-LARGEST = 1.0  # of a feature
+MAX_FEATURE_MAGNITUDE = 1.0
 Reason = Literal[
     "length",
     "magic",
@@ -83,14 +84,14 @@ class Layout(NamedTuple):
     factors of a residual on a layer that the device has, and basis the coefficients of layers that it has, both int8.
     """
 
-    kind: Kind
+    kind: LayerKind
     outputs: int  # L
     columns: int  # D + 1
     number: int = 0  # the rank, or how many layers the basis has
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Of the matrices in the payload."""
+        """Shapes of the matrices in the payload."""
         if self.kind == "low_rank":
             return (self.number, self.outputs), (self.number, self.columns)
         if self.kind == "basis":
@@ -99,17 +100,17 @@ class Layout(NamedTuple):
 
     @property
     def precision(self) -> Precision:
-        """Of its numbers."""
+        """Precision of its numbers."""
         return "int8" if self.kind in ("low_rank", "basis") else self.kind  # type: ignore[return-value]
 
     @property
     def payload_bytes(self) -> int:
-        """Without framing."""
-        return size_bytes(self.shapes, self.precision)
+        """Bytes without framing."""
+        return count_matrix_bytes(self.shapes, self.precision)
 
     @property
     def message_bytes(self) -> int:
-        """With it."""
+        """Bytes with framing."""
         return FRAMING_BYTES + self.payload_bytes
 
 
@@ -121,7 +122,7 @@ class Versions(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """What arrives in the cloud."""
+    """An upload as the cloud reads it."""
 
     layout: Layout  # of the layer that is asked for
     versions: Versions
@@ -129,7 +130,7 @@ class Upload(NamedTuple):
 
 
 def digest(content: bytes) -> bytes:
-    """As much of a SHA-256 as headers hold."""
+    """Return as much of a SHA-256 as headers hold."""
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
@@ -147,14 +148,14 @@ def encode_upload(
     Raises:
         DataError: another shape or range.
     """
-    if feature.shape != (WIDTH,) or not (np.abs(feature) <= LARGEST).all():
-        raise DataError(f"an anchor feature {feature.shape}: {WIDTH} numbers from -1 to 1 are due")
-    header = _header("upload", layout, versions, nonce or os.urandom(DIGEST_BYTES))
+    if feature.shape != (FEATURE_DIM,) or not (np.abs(feature) <= MAX_FEATURE_MAGNITUDE).all():
+        raise DataError(f"an anchor feature {feature.shape}: {FEATURE_DIM} numbers from -1 to 1 are due")
+    header = _pack_header("upload", layout, versions, nonce or os.urandom(DIGEST_BYTES))
     return header + feature.astype("<f4").tobytes()
 
 
 def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions) -> Upload:
-    """An upload that this cloud can answer.
+    """Return an upload that this cloud can answer.
 
     Args:
         content: any bytes.
@@ -167,8 +168,8 @@ def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions)
     if len(content) != UPLOAD_BYTES:
         raise UploadRejected("length", f"{len(content)} bytes: an upload has {UPLOAD_BYTES}")
     layout, _ = _read_header(content, "upload", layouts, versions, UploadRejected)
-    feature = np.frombuffer(content, "<f4", WIDTH, HEADER.size)
-    if not (np.abs(feature) <= LARGEST).all():  # nor is what is not a number
+    feature = np.frombuffer(content, "<f4", FEATURE_DIM, HEADER.size)
+    if not (np.abs(feature) <= MAX_FEATURE_MAGNITUDE).all():  # nor is what is not a number
         raise UploadRejected("range", "a feature has numbers from -1 to 1 alone, as the hyperbolic tangent gives them")
     return Upload(layout, versions, feature)
 
@@ -176,20 +177,20 @@ def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions)
 def encode_layer(
     matrices: Sequence[Matrix], upload: bytes, layout: Layout, versions: Versions, key: Ed25519PrivateKey
 ) -> bytes:
-    """What a generator made of an upload, signed.
+    """Return what a generator made of an upload, signed.
 
     Raises:
         DataError: a number is not finite, or too large for the layout's precision.
     """
-    header = _header("layer", layout, versions, digest(upload))
-    body = encode(matrices, layout.precision)
-    return header + key.sign(signed(header, body)) + body
+    header = _pack_header("layer", layout, versions, digest(upload))
+    body = encode_matrices(matrices, layout.precision)
+    return header + key.sign(signed_content(header, body)) + body
 
 
 def decode_layer(
     content: bytes, upload: bytes | None, layout: Layout, versions: Versions, key: Ed25519PublicKey
 ) -> list[Matrix]:
-    """The matrices of a layer that this device may install.
+    """Return the matrices of a layer that this device may install.
 
     Args:
         content: any bytes.
@@ -208,48 +209,48 @@ def decode_layer(
         raise WeightsRejected("nonce", "it answers another upload")
     header, body = content[: HEADER.size], content[FRAMING_BYTES:]
     try:
-        key.verify(content[HEADER.size : FRAMING_BYTES], signed(header, body))
+        key.verify(content[HEADER.size : FRAMING_BYTES], signed_content(header, body))
     except InvalidSignature as error:
         raise WeightsRejected(
             "signature",
             "changed on the way, or another cloud's: a device bundle goes with the cloud bundle of its export",
         ) from error
     try:
-        return decode(body, layout.shapes, layout.precision)
+        return decode_matrices(body, layout.shapes, layout.precision)
     except DataError as error:
         raise WeightsRejected("finite", str(error)) from error
 
 
-def signed(header: bytes, body: bytes) -> bytes:
-    """What a signature is over: Ed25519 reads its message twice, with a slower digest."""
+def signed_content(header: bytes, body: bytes) -> bytes:
+    """Return what a signature is over: Ed25519 reads its message twice, with a slower digest."""
     return header + hashlib.sha256(body).digest()
 
 
-def _header(message: Message, layout: Layout, versions: Versions, nonce: bytes) -> bytes:
-    kind = KINDS.index(layout.kind)
-    return HEADER.pack(MAGIC, VERSION, MESSAGES.index(message), kind, 0, *versions, nonce, *layout[1:])
+def _pack_header(message: Message, layout: Layout, versions: Versions, nonce: bytes) -> bytes:
+    kind = LAYER_KINDS.index(layout.kind)
+    return HEADER.pack(MESSAGE_MAGIC, MESSAGE_VERSION, MESSAGES.index(message), kind, 0, *versions, nonce, *layout[1:])
 
 
 def _read_header(
     content: bytes, message: Message, layouts: Sequence[Layout], versions: Versions, error: type[Rejected]
 ) -> tuple[Layout, bytes]:
-    """Which of the layouts it is, and its nonce.
+    """Return which of the layouts a message has, and its nonce.
 
     Raises:
         Rejected: of the kind `error`; it is none, or something else differs.
     """
     magic, version, number, kind, zero, encoder, generator, nonce, *shape = HEADER.unpack_from(content)
-    if magic != MAGIC:
-        raise error("magic", f"it begins with {magic!r}, not with {MAGIC!r}")
-    if version != VERSION or zero:
-        raise error("version", f"version {version} of the format: this is version {VERSION}")
+    if magic != MESSAGE_MAGIC:
+        raise error("magic", f"it begins with {magic!r}, not with {MESSAGE_MAGIC!r}")
+    if version != MESSAGE_VERSION or zero:
+        raise error("version", f"version {version} of the format: this is version {MESSAGE_VERSION}")
     if number != MESSAGES.index(message):
         raise error("message", f"not {message}, which would be number {MESSAGES.index(message)}, but {number}")
     if encoder != versions.encoder:
         raise error("encoder", f"of encoder {encoder.hex()}: this one is {versions.encoder.hex()}")
     if generator != versions.generator:
         raise error("generator", f"of generator {generator.hex()}: this one is {versions.generator.hex()}")
-    known = {KINDS.index(layout.kind): layout for layout in layouts}
+    known = {LAYER_KINDS.index(layout.kind): layout for layout in layouts}
     if kind not in known:
         raise error("kind", f"number {kind}: here are {', '.join(f'{n} ({own.kind})' for n, own in known.items())}")
     if tuple(shape) != known[kind][1:]:

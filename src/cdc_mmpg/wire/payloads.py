@@ -9,24 +9,23 @@ from numpy.typing import NDArray
 from cdc_mmpg.errors import DataError
 
 Precision = Literal["float32", "float16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
+PAYLOAD_PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 Matrix = NDArray[np.float32]  # (vectors, length)
 Shape = tuple[int, int]
 
-WIDTH = 192  # of every token of the encoder, and so of the anchor feature: 768 bytes
-LARGEST = 127  # of int8; -128 is not used
-BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a number
+INT8_MAX = 127  # -128 is not used
+NUMBER_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 SCALE_BYTES = 2  # float16, one a vector in int8
 
 
-def size_bytes(shapes: Sequence[Shape], precision: Precision) -> int:
-    """Of matrices (vectors, length), without any header."""
+def count_matrix_bytes(shapes: Sequence[Shape], precision: Precision) -> int:
+    """Return the bytes of matrices (vectors, length), without any header."""
     scale = SCALE_BYTES if precision == "int8" else 0
-    return sum(vectors * (length * BYTES[precision] + scale) for vectors, length in shapes)
+    return sum(vectors * (length * NUMBER_BYTES[precision] + scale) for vectors, length in shapes)
 
 
-def encode(matrices: Sequence[Matrix], precision: Precision) -> bytes:
-    """Matrices one after another; little-endian; in int8 each matrix's scales first.
+def encode_matrices(matrices: Sequence[Matrix], precision: Precision) -> bytes:
+    """Return matrices one after another as bytes; little-endian; in int8 each matrix's scales first.
 
     Every vector of an int8 matrix has a scale of its own, its largest magnitude / 127 in float16.
 
@@ -36,24 +35,26 @@ def encode(matrices: Sequence[Matrix], precision: Precision) -> bytes:
     parts: list[bytes] = []
     for matrix in matrices:
         if precision == "int8":
-            scales = _narrow(np.abs(matrix).max(axis=1, initial=0) / LARGEST)
+            scales = _narrow(np.abs(matrix).max(axis=1, initial=0) / INT8_MAX)
             wide = scales.astype(np.float32)[:, None]
             rounded = np.where(wide > 0, np.rint(matrix / np.maximum(wide, np.float32(1e-12))), 0)
-            parts += [scales.tobytes(), np.clip(rounded, -LARGEST, LARGEST).astype(np.int8).tobytes()]
+            parts += [scales.tobytes(), np.clip(rounded, -INT8_MAX, INT8_MAX).astype(np.int8).tobytes()]
         else:
-            parts.append((_narrow(matrix) if precision == "float16" else _finite(matrix).astype("<f4")).tobytes())
+            parts.append(
+                (_narrow(matrix) if precision == "float16" else _require_finite(matrix).astype("<f4")).tobytes()
+            )
     return b"".join(parts)
 
 
-def decode(content: bytes, shapes: Sequence[Shape], precision: Precision) -> list[Matrix]:
-    """The matrices of `encode`.
+def decode_matrices(content: bytes, shapes: Sequence[Shape], precision: Precision) -> list[Matrix]:
+    """Return the matrices that `encode_matrices` wrote.
 
     Raises:
         DataError: another number of bytes than the shapes take, or numbers that are not finite.
     """
-    if len(content) != size_bytes(shapes, precision):
+    if len(content) != (due := count_matrix_bytes(shapes, precision)):
         raise DataError(
-            f"a payload of {len(content)} bytes: {size_bytes(shapes, precision)} are due for {precision} matrices of "
+            f"a payload of {len(content)} bytes: {due} are due for {precision} matrices of "
             f"{' and '.join(f'{vectors} x {length}' for vectors, length in shapes)}"
         )
     matrices, place = [], 0
@@ -62,7 +63,7 @@ def decode(content: bytes, shapes: Sequence[Shape], precision: Precision) -> lis
         nonlocal place
         values = np.frombuffer(content, kind, count, place)
         place += values.nbytes
-        return _finite(values.astype(np.float32))
+        return _require_finite(values.astype(np.float32))
 
     for vectors, length in shapes:
         if precision == "int8":
@@ -75,13 +76,13 @@ def decode(content: bytes, shapes: Sequence[Shape], precision: Precision) -> lis
 
 
 def _narrow(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """As float16, little-endian."""
+    """Return values as float16, little-endian."""
     with np.errstate(over="ignore"):
-        return _finite(values.astype("<f2"))
+        return _require_finite(values.astype("<f2"))
 
 
-def _finite(values: NDArray[Any]) -> NDArray[Any]:
-    """Values that are numbers.
+def _require_finite(values: NDArray[Any]) -> NDArray[Any]:
+    """Return values, all of which are finite.
 
     Raises:
         DataError: one is not.

@@ -1,0 +1,223 @@
+"""The device measured: its encoders against torch's, eager, of the same size, and the swap of a layer."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from cdc_mmpg.benchmarks.load import ExpectedLayer
+from cdc_mmpg.benchmarks.render import Report, make_table
+from cdc_mmpg.device.model import ENCODER_FILE, DeviceModel, read_bundle
+from cdc_mmpg.device.state import Layer
+from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.errors import CDCError
+from cdc_mmpg.processors import count_processors
+from cdc_mmpg.wire.messages import decode_layer, decode_upload, encode_upload
+
+if TYPE_CHECKING:
+    from cdc_mmpg.cloud.model import ServedModel
+
+EXAMPLE_WORDS = 12  # of a question
+GOAL_SWAP_MILLISECONDS = 1.0  # of a swap
+
+
+def compare_encoders(bundles: Path, seconds: float) -> Report:
+    """Measure a question about a decoded clip: the bundles' encoders and torch's, with one thread and with all.
+
+    The first run of a turn is not counted: threads that another runtime left spinning end in it. Beside the median the
+    least: where others use the processors, the threads of an inference wait for each other far longer than they work.
+    """
+    import torch  # noqa: PLC0415  see `cli`
+
+    found: Report = {"threads": {}}
+    frames, text = make_example(bundles)
+    before = torch.get_num_threads()
+    try:
+        for threads in sorted({1, count_processors()}):
+            torch.set_num_threads(threads)
+            runs: dict[str, Callable[[], Any]] = {
+                "float32": partial(DeviceModel(bundles / "device", threads).features, frames, [text]),
+                "int8": partial(DeviceModel(bundles / "device-int8", threads).features, frames, [text]),
+                "torch": make_torch_encoder(bundles),
+            }
+            times = time_in_turns(runs, 3 * seconds)
+            own: Report = {name: {"p50_milliseconds": float(np.median(each)), "least_milliseconds": min(each),
+                                  "runs": len(each)} for name, each in times.items()}  # fmt: skip
+            for name in runs:
+                own[name]["torch_ratio"] = own["torch"]["p50_milliseconds"] / own[name]["p50_milliseconds"]
+            found["threads"][str(threads)] = own
+    finally:
+        torch.set_num_threads(before)
+    found["clip"] = list(frames.shape)
+    found["words"] = len(text)
+    found["peak_megabytes"] = {name: measure_peak_megabytes(bundles, name) for name in ("float32", "int8", "torch")}
+    return found
+
+
+def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
+    """Return the frames of a clip (T, S, S, 3) as the device decodes them, and a question's words: noise."""
+    settings = read_bundle(bundles / "device")
+    generator, size = np.random.default_rng(0), settings["frames"]["size"]
+    frames = generator.integers(256, size=(settings["frames"]["number"], size, size, 3), dtype=np.uint8)
+    words = min(EXAMPLE_WORDS, settings["text"]["length"])
+    return frames, [int(word) for word in generator.integers(settings["text"]["known"], size=words)]
+
+
+def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
+    """Return a run of the same encoder in torch, with random weights."""
+    import onnx  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415
+
+    from cdc_mmpg.data.batch import normalise  # noqa: PLC0415
+    from cdc_mmpg.models.all_in_one import AllInOne  # noqa: PLC0415
+
+    frames, text = make_example(bundles)
+    settings = read_bundle(bundles / "device")
+    graph = onnx.load(str(bundles / "device" / ENCODER_FILE)).graph
+    encoder = AllInOne(
+        num_frames=len(frames),
+        image_size=settings["frames"]["size"],
+        depth=sum(node.op_type == "Softmax" for node in graph.node),  # one a block
+        vocab_size=settings["text"]["known"],
+        text_length=settings["text"]["length"],
+    ).eval()
+    clip, ids = torch.from_numpy(frames)[None], torch.tensor([text])
+
+    def run() -> None:
+        with torch.inference_mode():
+            encoder.one_clip(normalise(clip), ids)
+
+    return run
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds of runs that take turns for so many seconds; at least 3 of each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
+        for name, run in runs.items():
+            run()
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def measure_peak_megabytes(bundles: Path, name: str) -> float | None:
+    """Return the peak memory of a process that encodes one question; None where the system does not say.
+
+    Raises:
+        CDCError: the process failed.
+    """
+    if not Path("/proc/self/status").is_file():
+        return None
+    code = f"from {__package__}.device import print_peak; print_peak({str(bundles)!r}, {name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CDCError(f"a process that measures memory failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(bundles: str, name: str) -> None:
+    """Encode a question, and print the peak megabytes of this process, which does nothing else."""
+    if name == "torch":
+        run = make_torch_encoder(Path(bundles))
+    else:
+        frames, text = make_example(Path(bundles))
+        folder = Path(bundles) / ("device" if name == "float32" else "device-int8")
+        run = partial(DeviceModel(folder).features, frames, [text])
+    run()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
+    print(int(peak[1]) * 1024 / 1e6 if peak else "nan")
+
+
+def make_encoder_table(found: Report) -> Table:
+    """Return the encoders' figures as a table."""
+    columns = [f"p50 ms, {threads} thread{'s' if threads != '1' else ''}" for threads in found["threads"]]
+    count, size = found["clip"][:2]
+    table = make_table(
+        f"device: the encoder, {count} frames at {size}, {found['words']} words",
+        ["encoder"],
+        [part for column in columns for part in (column, "least", "torch / it")] + ["peak MB"],
+    )
+    for name in ("float32", "int8", "torch"):
+        each = [own[name] for own in found["threads"].values()]
+        values = [part for own in each for part in (f"{own['p50_milliseconds']:.1f}",
+                  f"{own['least_milliseconds']:.1f}", f"× {own['torch_ratio']:.2f}")]  # fmt: skip
+        peak = found["peak_megabytes"][name]
+        table.add_row("torch, eager" if name == "torch" else f"bundle, {name}", *values, f"{peak:.0f}" if peak else "")
+    return table
+
+
+def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
+    """Measure from a received message to a layer in use, by kind: verifying it, and the swap."""
+    from cdc_mmpg.cloud.model import load_model  # noqa: PLC0415  see `cli`
+
+    model = DeviceModel(bundles / "device")
+    served = {kind: load_model(folder) for kind, folder in clouds.items()}
+    messages = {kind: make_message(served.get(kind, served["float32"]), kind)
+                for kind in ("float32", "float16", "int8", "low_rank", "basis")}  # fmt: skip
+    # What a bundle for such layers has in basis.npy.
+    adaptor: Any = served["basis"].generator.adaptor
+    model._basis = adaptor.basis.detach().cpu().numpy()
+    device = SimpleNamespace(layer=Layer(model.shared, 0, "shared"))
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in messages}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 20:
+        for kind, (upload, content, expected) in messages.items():
+            start = time.perf_counter()
+            matrices = decode_layer(content, upload, expected.layout, expected.versions, expected.key)
+            verified = time.perf_counter()
+            device.layer = Layer(model.install(matrices, expected.layout), 1, "adapted")
+            times[kind].append((verified - start, time.perf_counter() - verified))
+    found: Report = {}
+    for kind, each in times.items():
+        verifying, swapping = 1000 * np.array(each).T
+        found[kind] = {
+            "bytes": len(messages[kind][1]),
+            "verify_milliseconds": float(np.median(verifying)),
+            "swap_milliseconds": float(np.median(swapping)),
+            "swap_p99_milliseconds": float(np.percentile(swapping, 99)),
+            "milliseconds": float(np.median(verifying + swapping)),
+            "runs": len(each),
+        }
+    return found
+
+
+def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, ExpectedLayer]:
+    """Return an upload, the message that answers it, and what is expected of that."""
+    from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `cli`
+
+    layout = next(layout for layout in served.layouts if layout.kind == kind)
+    feature = np.tanh(np.random.default_rng(1).standard_normal(FEATURE_DIM)).astype(np.float32)
+    upload = encode_upload(feature, layout, served.versions)
+    content = generate_layer(served, upload, decode_upload(upload, served.layouts, served.versions))
+    return upload, content, ExpectedLayer(layout, served.versions, served.key.public_key())
+
+
+def make_swap_table(found: Report) -> Table:
+    """Return the swaps' figures as a table."""
+    table = make_table(
+        f"swap: a received message becomes the layer in use; goal {found['goal_milliseconds']:g} ms",
+        ["layer"],
+        ["bytes", "verify ms", "swap ms", "swap p99 ms", "both ms", "goal"],
+    )
+    for kind, own in found["kinds"].items():
+        table.add_row(
+            kind,
+            f"{own['bytes']:,}",
+            *(f"{own[name]:.3f}" for name in ("verify_milliseconds", "swap_milliseconds", "swap_p99_milliseconds")),
+            f"{own['milliseconds']:.3f}",
+            "met" if own["swap_milliseconds"] <= found["goal_milliseconds"] else "missed",
+        )
+    return table

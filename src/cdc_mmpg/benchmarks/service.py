@@ -1,0 +1,243 @@
+"""The service measured: against a plain endpoint under the same load, and with hostile clients.
+
+- `cdc_mmpg.cloud` against `plain_service`, an endpoint that answers each request by itself: the same layers, signed,
+  without batches, places, clocks or a log;
+- good clients beside 300 slow bodies and 300 slow headers, and ten times as many clients on new connections as the
+  service has places: what is served, and how fast.
+"""
+
+import gc
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+from cdc_mmpg.benchmarks.hostile_load import ask_many, find_local_addresses, hold_slow_clients
+from cdc_mmpg.benchmarks.load import VERIFY_EVERY, ExpectedLayer, LoadOutcome, measure_load
+from cdc_mmpg.benchmarks.render import Report, make_table
+from cdc_mmpg.deployment.local import LocalServer, LocalService
+from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+BUNDLE_VARIABLE = "CDC_MMPG_PLAIN"  # tells `plain_service` what to serve
+CONCURRENT_CLIENTS = (1, 8, 64)
+TURNS = 2  # of each server at each concurrency
+LEAD_SECONDS = 3.0  # after which all slow clients are there
+DIFFERENT_UPLOADS = 256
+GOOD_CLIENTS = 8  # beside the slow ones, on new connections
+SLOW_CLIENTS = 300  # with slow bodies, and as many with slow headers
+OVERLOAD_FACTOR = 10  # clients on new connections at once, by the service's places
+SOURCE_ADDRESSES = 20  # addresses that they come from
+GOAL_P99_SECONDS = 1.0  # of the 99th percentile of those that are served under overload
+
+
+def plain_service() -> "FastAPI":
+    """Return what the service is measured against: a request, a product, a reply."""
+    from typing import Annotated  # noqa: PLC0415
+
+    from fastapi import Body, FastAPI  # noqa: PLC0415  see `cli`
+    from fastapi.responses import JSONResponse, Response  # noqa: PLC0415
+
+    from cdc_mmpg.cloud.app import OCTET_STREAM  # noqa: PLC0415
+    from cdc_mmpg.cloud.model import generate_layer, load_model  # noqa: PLC0415
+
+    served = load_model(Path(os.environ[BUNDLE_VARIABLE]))
+    api = FastAPI(openapi_url=None)
+
+    @api.post(LAYER_PATH, response_class=Response)
+    def layer(content: Annotated[bytes, Body(media_type=OCTET_STREAM)]) -> Response:
+        upload = decode_upload(content, served.layouts, served.versions)
+        return Response(generate_layer(served, content, upload), media_type=OCTET_STREAM)
+
+    @api.get("/ready")
+    def ready() -> JSONResponse:
+        return JSONResponse({"status": "ready"})
+
+    return api
+
+
+@contextmanager
+def start_servers(bundle: Path) -> Iterator[dict[str, int]]:
+    """Run the service and the plain endpoint, a process each, until the end of the block; yield their ports.
+
+    Raises:
+        CDCError: one does not get ready; with the end of its log.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        plain = [sys.executable, "-m", "uvicorn", f"{__name__}:plain_service", "--factory", "--no-access-log"]
+        servers = {
+            "service": LocalService(bundle, Path(folder) / "service"),
+            "plain": LocalServer(
+                "the plain endpoint", plain, Path(folder) / "plain", environment={BUNDLE_VARIABLE: str(bundle)}
+            ),
+        }
+        try:
+            for server in servers.values():
+                server.begin()
+            for server in servers.values():
+                server.wait_until_ready()
+            yield {name: server.port for name, server in servers.items()}
+        finally:
+            for server in servers.values():  # together: each takes a moment
+                server.ask_to_end()
+            for server in servers.values():
+                server.stop()
+
+
+def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
+    """Measure service and plain endpoint under the same loads, by concurrency, and the service with hostile clients."""
+    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
+
+    settings = read_cloud_bundle(bundle)
+    layouts = Generator.load(bundle / "generator.safetensors").layouts()
+    layout = next(layout for layout in layouts if layout.kind == kind)
+    expected = ExpectedLayer(layout, settings.versions, settings.key.public_key())
+    features = np.tanh(np.random.default_rng(0).standard_normal((DIFFERENT_UPLOADS, FEATURE_DIM))).astype(np.float32)
+    uploads = [encode_upload(feature, layout, settings.versions) for feature in features]
+    found: Report = {"weights": settings.weights, "bytes": layout.message_bytes, "concurrency": {}}
+    with start_servers(bundle) as ports, freeze_garbage():
+        for concurrency in CONCURRENT_CLIENTS:
+            turns: dict[str, list[LoadOutcome]] = {name: [] for name in ports}
+            for _, (name, port) in itertools.product(range(TURNS), ports.items()):
+                turns[name].append(measure_load(port, uploads, expected, concurrency, seconds / TURNS))
+            figures = {name: sum_turns(loads) for name, loads in turns.items()}
+            found["concurrency"][str(concurrency)] = {
+                **figures,
+                "ratio": compare_figures(figures["service"], figures["plain"]),
+            }
+        found["hostile"] = measure_hostile_clients(ports["service"], uploads, expected, seconds)
+    return found
+
+
+def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: ExpectedLayer, seconds: float) -> Report:
+    """Return what a service does for good clients beside slow ones, and for far too many at once.
+
+    Raises:
+        CDCError: a layer is not what it should be.
+    """
+    from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
+
+    raise_file_limit()
+    sources = find_local_addresses(SOURCE_ADDRESSES)
+    good = partial(ask_many, port, ["127.0.0.1"], uploads, GOOD_CLIENTS, seconds)
+    outcomes = {"good clients alone": good()}
+    with hold_slow_clients(port, sources, SLOW_CLIENTS):
+        time.sleep(min(seconds, LEAD_SECONDS))  # until all are there
+        outcomes[f"beside {SLOW_CLIENTS} slow bodies and {SLOW_CLIENTS} slow headers"] = good()
+    crowd = OVERLOAD_FACTOR * DEFAULT_PLACES
+    outcomes[f"{crowd:,} clients at once"] = ask_many(port, sources, uploads, crowd, seconds)
+    found: Report = {}
+    for name, outcome in outcomes.items():
+        for upload, reply in itertools.islice(outcome.layers.items(), VERIFY_EVERY):
+            decode_layer(reply, upload, expected.layout, expected.versions, expected.key)
+        times = outcome.milliseconds or [float("nan")]
+        found[name] = {
+            "served": len(outcome.milliseconds),
+            "refused": outcome.refused,
+            "lost": outcome.lost,
+            "served_share": outcome.served_share,
+            "served_per_second": len(outcome.milliseconds) / outcome.seconds,
+            "refused_per_second": outcome.refused / outcome.seconds,
+            "p50_milliseconds": float(np.percentile(times, 50)),
+            "p99_milliseconds": float(np.percentile(times, 99)),
+            "load_average": os.getloadavg()[0],  # what else runs here
+        }
+    return found
+
+
+@contextmanager
+def freeze_garbage() -> Iterator[None]:
+    """Keep what was imported from being collected in the block: a paused client would look like a slow server."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def sum_turns(loads: Sequence[LoadOutcome]) -> Report:
+    """Return the turns of a server as one."""
+    times, seconds = (
+        [milliseconds for load in loads for milliseconds in load.milliseconds],
+        sum(load.seconds for load in loads),
+    )
+    batches = [load.batch for load in loads if load.batch is not None]
+    return {
+        "replies": len(times),
+        "requests_per_second": len(times) / seconds,
+        "p50_milliseconds": float(np.percentile(times, 50)),
+        "p99_milliseconds": float(np.percentile(times, 99)),
+        "mean_batch": sum(batches) / len(batches) if batches else None,
+        "client_processors": sum(load.processor for load in loads) / seconds,
+    }
+
+
+def compare_figures(service: Report, plain: Report) -> dict[str, float]:
+    """Return the ratios of the service to the plain endpoint."""
+    return {name: service[name] / plain[name]
+            for name in ("requests_per_second", "p50_milliseconds", "p99_milliseconds")}  # fmt: skip
+
+
+def make_service_table(found: Report) -> Table:
+    """Return the figures of both servers as a table."""
+    table = make_table(
+        "service: cdc_mmpg.cloud against a plain FastAPI endpoint",
+        ["layer", "clients", "server"],
+        ["requests/s", "p50 ms", "p99 ms", "mean batch", "client, processors"],
+    )
+    for kind, own in found.items():
+        for concurrency, each in own["concurrency"].items():
+            for name in ("service", "plain"):
+                values = each[name]
+                table.add_row(
+                    f"{kind}, {own['bytes']:,} B",
+                    concurrency,
+                    name,
+                    f"{values['requests_per_second']:,.1f}",
+                    f"{values['p50_milliseconds']:.2f}",
+                    f"{values['p99_milliseconds']:.2f}",
+                    f"{values['mean_batch']:.1f}" if values["mean_batch"] is not None else "",
+                    f"{values['client_processors']:.2f}",
+                )
+            ratio = [f"× {value:.2f}" for value in each["ratio"].values()]
+            table.add_row("", "", "service / plain", *ratio, "", "", end_section=True)
+    return table
+
+
+def make_hostile_table(found: Report) -> Table:
+    """Return the figures with hostile clients as a table."""
+    table = make_table(
+        f"hostile clients, on new connections from {SOURCE_ADDRESSES} addresses; goal: none lost, "
+        f"p99 {GOAL_P99_SECONDS:g} s",
+        ["layer", "clients"],
+        ["served/s", "refused/s", "served", "lost", "p50 ms", "p99 ms", "load"],
+    )
+    for kind, own in found.items():
+        for name, values in own["hostile"].items():
+            table.add_row(
+                kind,
+                name,
+                f"{values['served_per_second']:,.0f}",
+                f"{values['refused_per_second']:,.0f}",
+                f"{values['served_share']:.0%}",
+                str(values["lost"]),
+                f"{values['p50_milliseconds']:.0f}",
+                f"{values['p99_milliseconds']:.0f}",
+                f"{values['load_average']:.1f}",
+            )
+        table.add_section()
+    return table

@@ -1,0 +1,142 @@
+"""The bundles of a method: two for a device, whole and with an int8 encoder, and one for the cloud.
+
+The encoder is exported for one clip and any number of frames up to T, the head with the last layer as an input, so that
+a new layer is another array and no new session. Whoever writes a bundle is trusted by the device that reads it: digests
+reveal damage, no more.
+"""
+
+import json
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cdc_mmpg.deployment.bundle_files import (
+    DEVICE_FOLDERS,
+    count_folder_bytes,
+    write_array,
+    write_content,
+    write_settings,
+)
+from cdc_mmpg.deployment.checks import compare_with_torch
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.deployment.graphs import export_encoder, export_head, quantise
+from cdc_mmpg.deployment.source import Source
+from cdc_mmpg.device.model import (
+    ANSWERS_FILE,
+    BASIS_FILE,
+    BUNDLE_FILE,
+    BUNDLE_FORMAT,
+    ENCODER_FILE,
+    HEAD_FILE,
+    SHARED_FILE,
+    VOCABULARY_FILE,
+)
+from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.files import file_digest
+from cdc_mmpg.results import provenance
+from cdc_mmpg.wire.messages import digest
+
+if TYPE_CHECKING:
+    from cdc_mmpg.methods.base import Answering
+
+MAX_SCORE_DIFFERENCE = 1e-4  # between scores of the float32 bundle and torch's
+
+
+def write_bundles(source: Source, out: Path) -> dict[str, Any]:
+    """Write the bundles, check the float32 one against torch, and return what the report says of them.
+
+    Raises:
+        CheckpointError: the float32 bundle's scores differ from torch's.
+        CDCError: a file cannot be written.
+    """
+    import torch  # noqa: PLC0415  see `cli`
+
+    start = perf_counter()
+    method = source.method
+    with torch.no_grad():
+        served = method.served()
+    layouts = {layout.kind: layout for layout in served.generator.layouts()}
+    kind = served.generator.native
+    layout = layouts[getattr(method, "payload", kind) if kind == "float32" else kind]
+    unit = "session" if method.reads == "sessions" else "sample"
+    cloud = write_cloud_bundle(served.generator, digest_device_weights(method), source.name, out / "cloud")
+    versions = {"encoder": cloud.versions.encoder.hex(), "generator": cloud.versions.generator.hex()}
+    origin = {"name": source.name, "made": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+
+    settings = {
+        "format": BUNDLE_FORMAT,
+        "task": source.task,
+        "unit": unit,
+        "layout": list(layout),
+        **versions,
+        "public_key": cloud.key.public_key().public_bytes_raw().hex(),
+        "frames": source.frames,
+        "text": {"length": source.text_length, "known": len(source.kept)},
+        **origin,
+    }
+    basis = getattr(served.generator.adaptor, "basis", None)
+    models = {ENCODER_FILE: export_encoder(source), HEAD_FILE: export_head(method)}
+    kept = set(source.kept)
+    ordered = [source.words[i] for i in source.kept]
+    ordered += [word for i, word in enumerate(source.words) if i not in kept]
+    for precision, name in DEVICE_FOLDERS.items():
+        folder = out / name
+        narrow = np.float16 if precision == "int8" else np.float32
+        with tempfile.TemporaryDirectory() as scratch:
+            for file, model in models.items():
+                content = model.SerializeToString()
+                if precision == "int8" and file == ENCODER_FILE:
+                    content = quantise(content, Path(scratch))
+                write_content(folder / file, content)
+        write_array(folder / SHARED_FILE, served.offline.numpy().astype(narrow))
+        if basis is not None:
+            write_array(folder / BASIS_FILE, basis.detach().numpy().astype(narrow))
+        write_content(folder / VOCABULARY_FILE, "\n".join(ordered).encode() + b"\n")
+        write_content(folder / ANSWERS_FILE, json.dumps(source.answers).encode())
+        files = [
+            ENCODER_FILE,
+            HEAD_FILE,
+            SHARED_FILE,
+            *([BASIS_FILE] if basis is not None else []),
+            VOCABULARY_FILE,
+            ANSWERS_FILE,
+        ]
+        digests = {file: file_digest(folder / file) for file in files}
+        write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE_FILE)
+
+    difference = compare_with_torch(source, out / DEVICE_FOLDERS["float32"])
+    if not difference <= MAX_SCORE_DIFFERENCE:
+        raise CheckpointError(
+            f"{out}: the exported scores differ from torch's by {difference}, more than {MAX_SCORE_DIFFERENCE}"
+        )
+    return {
+        "name": source.name,
+        "task": source.task,
+        "unit": unit,
+        "layout": layout._asdict(),
+        "bytes": {
+            **{name: count_folder_bytes(out / name) for name in (*DEVICE_FOLDERS.values(), "cloud")},
+            "up": 4 * FEATURE_DIM,
+            "down": {kind: layout.payload_bytes for kind, layout in layouts.items()},
+        },
+        "words": {"vocabulary": len(source.words), "kept": len(source.kept)},
+        "largest_difference": difference,
+        "generator": cloud.speed,
+        "seconds": perf_counter() - start,
+        **origin,
+    }
+
+
+def digest_device_weights(method: "Answering") -> bytes:
+    """Return the digest of the encoder and of the head's static part: what a device must share with its generator."""
+    content = b"".join(
+        name.encode() + value.cpu().contiguous().numpy().tobytes()
+        for module in (method.encoder, method.head)
+        for name, value in module.state_dict().items()
+    )
+    return digest(content)
