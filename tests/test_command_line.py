@@ -17,8 +17,10 @@ import yaml
 from cdc_mmpg import catalogue
 from cdc_mmpg.commands import predict
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.report import tables
+from cdc_mmpg.report.method_table import build_method_table
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
 from conftest import write_clip
@@ -122,7 +124,7 @@ def test_the_table_gives_the_spread_over_seeds(finished, tmp_path):
         folder.mkdir(parents=True)
         source["accuracy"]["own"]["test"]["all"]["value"] = accuracy
         (folder / "results.json").write_text(json.dumps(source))
-    table = {row[0]: row for row in tables.rows(tmp_path / "msvd")}
+    table = {row[0]: row for row in build_method_table(load_comparable(tmp_path / "msvd")).texts()}
     assert table["F-linear"][1] == "30.0 ± 14.1"
 
 

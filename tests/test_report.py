@@ -18,7 +18,8 @@ from test_figures import write_video
 from test_tables import answered_run, questions, ranked_run
 
 from cdc_mmpg.evaluation.metrics import accuracies
-from cdc_mmpg.evidence.comparisons import Evidence, Side
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.report import page as report
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -218,7 +219,7 @@ def test_a_wrong_figure_would_be_noticed(runs):
 def test_the_gain_of_the_session_and_the_bytes(runs):
     _, _, entries = read(runs)
     gain = entries["session_gain_points"]
-    found = Evidence(runs).gain(Side("cdc_mmpg_session"), Side("fine_tuning"))
+    found = Evidence(runs).compare(Side("cdc_mmpg_session"), Side("fine_tuning"))
     assert (gain["value"], gain["low"], gain["high"]) == (found.value.value, found.low.value, found.high.value)
     assert gain["low"] < gain["value"] < gain["high"]
     assert gain["value"] == pytest.approx(mean(gain["seeds"].values()))
@@ -279,7 +280,7 @@ def test_it_says_what_the_figures_say(runs):
 def test_examples_are_chosen_by_a_rule_and_shown(runs, tmp_path):
     data = tmp_path / "data"
     (data / "somewhere").mkdir(parents=True)
-    a, b = (Evidence(runs).of(name)[0] for name in ("cdc_mmpg_session", "fine_tuning"))
+    a, b = (Evidence(runs).find_runs(name)[0] for name in ("cdc_mmpg_session", "fine_tuning"))
     helped, hurt = report.choose(a, "n16", b, "own", "unseen")
     assert len(helped) == report.EXAMPLES
     for examples, better in ((helped, True), (hurt, False)):
@@ -303,7 +304,7 @@ def test_examples_are_chosen_by_a_rule_and_shown(runs, tmp_path):
 
 
 def test_what_was_resumed_is_one_curve(runs):
-    run = Evidence(runs).of("linear")[0]
+    run = Evidence(runs).find_runs("linear")[0]
     log = run.path / "logs" / "version_1" / "metrics.csv"
     log.parent.mkdir()
     log.write_text("epoch,step,val/accuracy\n2,29,0.9\n3,39,0.95\n")

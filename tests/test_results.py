@@ -16,7 +16,8 @@ from cdc_mmpg import results
 from cdc_mmpg.data.batch import Origin
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.evaluation.evaluate import evaluation
-from cdc_mmpg.evidence.comparisons import Evidence, Side
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.report import page as report
 
 CANDIDATES = ["a dog", "a cat", "a dog", "a bird", ""]
@@ -51,16 +52,18 @@ def test_answers_are_right_by_label_everywhere(tmp_path):
     shares = [each["accuracy"]["own"]["test"]["all"]["value"] for each in (first, second)]
     assert shares == [3 / 8, 3 / 8]  # by words it would be 6 and 5
     evidence = Evidence(root)
-    for (run,), share in zip((evidence.of("cdc_mmpg"), evidence.of("fine_tuning")), shares, strict=True):
+    for (run,), share in zip((evidence.find_runs("cdc_mmpg"), evidence.find_runs("fine_tuning")), shares, strict=True):
         assert np.mean(run.answers.correct["own"]) == share
-    own, some = (evidence.of("cdc_mmpg")[0].answers.correct[case].tolist() for case in ("own", "some"))
+    own, some = (evidence.find_runs("cdc_mmpg")[0].answers.correct[case].tolist() for case in ("own", "some"))
     assert own == [1, 1, 1, 0, 0, 0, 0, 0]
     assert some[:2] == [1, 0]
     assert all(map(math.isnan, some[2:]))
     # An answer without words is an answer: it was asked, and is wrong.
-    assert evidence.of("fine_tuning")[0].answers.correct["some"].tolist()[:2] == [0, 0]
-    assert evidence.gain(Side("cdc_mmpg"), Side("fine_tuning")).value.value == 0
-    helped, hurt = report.choose(evidence.of("cdc_mmpg")[0], "own", evidence.of("fine_tuning")[0], "own", "test")
+    assert evidence.find_runs("fine_tuning")[0].answers.correct["some"].tolist()[:2] == [0, 0]
+    assert evidence.compare(Side("cdc_mmpg"), Side("fine_tuning")).value.value == 0
+    helped, hurt = report.choose(
+        evidence.find_runs("cdc_mmpg")[0], "own", evidence.find_runs("fine_tuning")[0], "own", "test"
+    )
     assert [each.clip for each in helped] == ["clip1", "clip2"]
     assert [each.clip for each in hurt] == ["clip3", "clip6"]
     assert report.main([str(root)]) == 0

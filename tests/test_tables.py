@@ -17,9 +17,18 @@ import pytest
 from cdc_mmpg import catalogue
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import accuracies, majorities
-from cdc_mmpg.evidence.comparisons import Evidence, Side
-from cdc_mmpg.evidence.findings import claims, equal_accuracy, told
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.facts import NO_TEXT
+from cdc_mmpg.evidence.findings import find_equal_payloads, list_claims, list_findings
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.report import tables
+from cdc_mmpg.report.caption import write_caption
+from cdc_mmpg.report.cells import FOOTNOTE_SIGNS
+from cdc_mmpg.report.method_table import build_method_table
+from cdc_mmpg.report.missing import find_missing
+from cdc_mmpg.report.paper_tables import build_delay_table, build_frames_table, build_paper_table
+from cdc_mmpg.report.study_tables import build_payload_table, build_privacy_table, build_reasoner_table
 
 
 def of_devices(generator, devices=12, clips=5, questions=3):
@@ -240,7 +249,7 @@ def test_runs_on_different_splits_are_not_set_side_by_side(tmp_path):
     write_run(root, "linear", protocol="full")
     write_run(root, "linear", seed=1, protocol="9k")
     with pytest.raises(ConfigError, match="linear on protocol full; linear on protocol 9k"):
-        tables.rows(root)
+        rows_of(root)
 
 
 @pytest.fixture
@@ -252,10 +261,25 @@ def synthetic(tmp_path):
     return root
 
 
+def columns_of(folder):
+    """Return the header of the table of methods."""
+    return build_method_table(load_comparable(folder)).header
+
+
+def rows_of(folder):
+    """Return the rows of the table of methods, as texts."""
+    return build_method_table(load_comparable(folder)).texts()
+
+
+def caption_of(folder):
+    """Return the caption of the table of methods."""
+    return write_caption(load_comparable(folder))
+
+
 def by_label(folder):
     """The rows as dictionaries."""
-    header = tables.columns(folder)
-    return {row[0]: dict(zip(header, row, strict=True)) for row in tables.rows(folder)}
+    header = columns_of(folder)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows_of(folder)}
 
 
 def test_the_methods_that_answer():
@@ -269,7 +293,7 @@ def test_the_methods_that_answer():
 
 
 def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
-    assert tables.columns(synthetic) == [
+    assert columns_of(synthetic) == [
         "method", "unseen %", "seen %", "vs fine-tuning", *TYPES, "val %", "D-Param", "C-Param", "up, B", "down, B",
         "epoch", "train s", "seeds",
     ]  # fmt: skip
@@ -352,17 +376,17 @@ def test_a_dataset_without_devices_stands_beside_the_paper(tmp_path):
     root = tmp_path / "msvd"
     for method in ("linear", "cdc_mmpg", "cdc_mmpg_frozen"):
         write_run(root, method, devices=False, value=0.35)
-    assert tables.columns(root)[:5] == ["method", "test %", "paper %", "vs fine-tuning", "val %"]
+    assert columns_of(root)[:5] == ["method", "test %", "paper %", "vs fine-tuning", "val %"]
     table = by_label(root)
     assert (table["CDC-MMPG"]["test %"], table["CDC-MMPG"]["paper %"]) == ("35.0 [32.6, 37.3]", "35.4")
     assert table["F-linear"]["paper %"] == "17.3"
     for label in ("· ADR bypassed", "CDC-MMPG, frozen", "Majority answer"):
         assert table[label]["paper %"] == ""
-    assert "no method can exceed 90.8 % (answers outside the vocabulary)" in tables.caption(root)
-    assert "95 % interval, clips resampled." in tables.caption(root)
+    assert "no method can exceed 90.8 % (answers outside the vocabulary)" in caption_of(root)
+    assert "95 % interval, clips resampled." in caption_of(root)
     types = {"test": {"all": cell(0.3), "what": cell(0.2), "who": cell(0.4)}}
     write_run(root, "linear", devices=False, accuracy={"own": types})
-    assert tables.columns(root)[:6] == ["method", "test %", "paper %", "vs fine-tuning", "what", "who"]
+    assert columns_of(root)[:6] == ["method", "test %", "paper %", "vs fine-tuning", "what", "who"]
     assert by_label(root)["F-linear"]["who"] == "40.0"
     assert by_label(root)["CDC-MMPG"]["who"] == ""
 
@@ -377,12 +401,12 @@ def test_several_seeds_give_mean_and_deviation(tmp_path):
     assert (row["color"], row["epoch"], row["seeds"]) == ("29.0", "12–13/40", "2")
     assert by_label(root)["Majority answer"]["unseen %"] == "10.0 [7.6, 12.3]"
     assert by_label(root)["Session, n = 8"]["unseen %"] == "50.0 ± 14.1"
-    assert "±: standard deviation over seeds." in tables.caption(root)
-    assert "In brackets" in tables.caption(root)  # of the floors
+    assert "±: standard deviation over seeds." in caption_of(root)
+    assert "In brackets" in caption_of(root)  # of the floors
 
 
 def test_the_caption(synthetic):
-    caption = tables.caption(synthetic)
+    caption = caption_of(synthetic)
     assert caption.startswith("synthetic: 3168 test questions, 2304 for training. In brackets: ")
     assert "95 % interval, devices and then their clips resampled. " in caption
     assert "By question type (color, shape, size, side, count): % on unseen devices. " in caption
@@ -391,36 +415,36 @@ def test_the_caption(synthetic):
     assert "±" not in caption
     assert "Machine" not in caption
     write_run(synthetic, "linear", machine="8 cores, 16 GB")
-    assert "Machine: 8 cores, 16 GB. " in tables.caption(synthetic)
+    assert "Machine: 8 cores, 16 GB. " in caption_of(synthetic)
     for step, said in ((32, False), (8, True)):
         write_run(synthetic, "linear", questions_per_step=step, recipe_questions_per_step=32)
-        assert ("Questions of a step: 8, where the recipe has 32. " in tables.caption(synthetic)) == said
+        assert ("Questions of a step: 8, where the recipe has 32. " in caption_of(synthetic)) == said
 
 
 def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypatch):
     encoder = synthetic / "encoder_pretraining" / "seed0" / "encoder.safetensors"
     for method in catalogue.NAMES:
         write_run(synthetic, method, encoder=str(encoder))
-    assert "Encoder from: encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
+    assert "Encoder from: encoder_pretraining/seed0/encoder.safetensors. Best" in caption_of(synthetic)
     labels = {"clips": 5760, "captions": 5760, "questions": 17280}
     encoder.parent.mkdir(parents=True)
     content = {"labels": labels, "seconds": {"train": 94.6, "test": 0.0}}
     (encoder.parent / "results.json").write_text(json.dumps(content))
     sentence = "Encoder pretrained in this run on 5,760 captions and 17,280 questions of 5,760 other clips (95 s)."
-    assert sentence in tables.caption(synthetic)
+    assert sentence in caption_of(synthetic)
     monkeypatch.chdir(synthetic.parent)
     for method in catalogue.NAMES:
         write_run(synthetic, method, encoder="synthetic/encoder_pretraining/seed0/encoder.safetensors")
-    assert sentence in tables.caption(Path("synthetic"))
-    assert sentence in tables.caption(synthetic)
+    assert sentence in caption_of(Path("synthetic"))
+    assert sentence in caption_of(synthetic)
     monkeypatch.chdir(synthetic)
     for method in catalogue.NAMES:
         write_run(synthetic, method)  # without a checkpoint
-    assert tables.caption(Path()).startswith("synthetic: ")
-    assert "Encoder from: random weights. Best" in tables.caption(Path())
+    assert caption_of(Path()).startswith("synthetic: ")
+    assert "Encoder from: random weights. Best" in caption_of(Path())
     for method in catalogue.NAMES:
         write_run(synthetic, method, encoder="../other/encoder_pretraining/seed0/encoder.safetensors")
-    assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in tables.caption(synthetic)
+    assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in caption_of(synthetic)
 
 
 def test_it_is_printed_and_written(synthetic, capsys):
@@ -428,18 +452,18 @@ def test_it_is_printed_and_written(synthetic, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= 200
     assert not any("…" in line for line in printed)
-    for row in tables.rows(synthetic):
+    for row in rows_of(synthetic):
         assert any(all(part in line for part in row) for line in printed), row
     assert printed[-1] == f"written: {synthetic / 'table.md'}"
     text = (synthetic / "table.md").read_text()
-    assert text == tables.markdown(synthetic)
+    assert text == tables.render_method_page(load_comparable(synthetic))
     table, caption, said = text.rstrip().split("\n\n")
-    assert caption == tables.caption(synthetic)
+    assert caption == caption_of(synthetic)
     assert said in "\n".join(printed)
     lines = [re.fullmatch(r"\| (.*) \|", line)[1].split(" | ") for line in table.splitlines()]
-    assert {len(line) for line in lines} == {len(tables.columns(synthetic))}
+    assert {len(line) for line in lines} == {len(columns_of(synthetic))}
     assert lines[1] == ["---", *["---:"] * (len(lines[0]) - 1)]
-    assert lines[2:] == tables.rows(synthetic)
+    assert lines[2:] == rows_of(synthetic)
 
 
 def test_three_seeds_fit_two_hundred_columns(synthetic, capsys):
@@ -556,7 +580,7 @@ def test_the_difference_to_fine_tuning_is_paired_over_the_seeds_that_both_have(t
     for (method, seed), each in right.items():
         answered_run(root, method, seed, {"own": each})
     evidence = Evidence(root)
-    gain = evidence.gain(Side("cdc_mmpg"), Side("fine_tuning"))
+    gain = evidence.compare(Side("cdc_mmpg"), Side("fine_tuning"))
     assert gain.seeds == (0, 1)
     differences = [
         np.mean([float(right["cdc_mmpg", seed][i]) - right["fine_tuning", seed][i] for seed in range(2)])
@@ -567,11 +591,11 @@ def test_the_difference_to_fine_tuning_is_paired_over_the_seeds_that_both_have(t
     assert gain.value.value == pytest.approx(100 * np.array(differences)[unseen].mean())
     low, high = 100 * by_loops(differences, clips, devices, groups, draws=4000, seed=1)["unseen"]
     assert (gain.low.value, gain.high.value) == pytest.approx((low, high), abs=1.5)
-    wide = evidence.accuracy(Side("cdc_mmpg")).facts[0]
+    wide = evidence.cite_accuracy(Side("cdc_mmpg")).facts[0]
     assert wide.how == "mean"
-    label, cells = tables.methods(evidence).rows[-1]
+    label, cells = build_method_table(evidence).rows[-1]
     assert label == "CDC-MMPG"
-    assert cells[2].text == gain.cell().text
+    assert cells[2].text == gain.format().text
     assert re.fullmatch(r"\+\d+\.\d \[[+−]?\d+\.\d, \+\d+\.\d\]", cells[2].text)
 
 
@@ -580,15 +604,15 @@ def test_questions_in_another_order_are_paired_and_other_questions_are_not(tmp_p
     answered_run(root, "fine_tuning", cases={"own": 0.5})
     folder = answered_run(root, "linear", cases={"own": 0.7})
     path = folder / "predictions.test.csv"
-    before = Evidence(root).gain(Side("linear"), Side("fine_tuning"))
+    before = Evidence(root).compare(Side("linear"), Side("fine_tuning"))
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([header, *reversed(rows)]))
-    after = Evidence(root).gain(Side("linear"), Side("fine_tuning"))
+    after = Evidence(root).compare(Side("linear"), Side("fine_tuning"))
     assert after.value.value == pytest.approx(before.value.value)
     path.write_text("\n".join([header, *rows]).replace("what color?", "which color?"))
-    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")) is None
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")) is None
     path.unlink()
-    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")) is None
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")) is None
 
 
 def test_a_case_that_was_asked_some_questions_is_compared_on_those(tmp_path):
@@ -597,7 +621,7 @@ def test_a_case_that_was_asked_some_questions_is_compared_on_those(tmp_path):
     answered_run(root, "fine_tuning", cases={"own": [True, False] * (len(asked) // 2)})
     some = [True if row[2] == "unseen" else None for row in asked]
     answered_run(root, "on_device", cases={"own": 0.5, "labels_2": some})
-    gain = Evidence(root).gain(Side("on_device", "labels_2"), Side("fine_tuning"))
+    gain = Evidence(root).compare(Side("on_device", "labels_2"), Side("fine_tuning"))
     assert gain.value.value == pytest.approx(50)
 
 
@@ -609,10 +633,10 @@ def test_recalls_are_paired_and_weigh_both_directions_alike(tmp_path):
     )
     evidence = Evidence(root)
     own = np.mean([1 / 3, 2 / 3, 2 / 3, 2 / 6, 2 / 6, 4 / 6])
-    gain = evidence.gain(Side("cdc_mmpg"), Side("fine_tuning"))
+    gain = evidence.compare(Side("cdc_mmpg"), Side("fine_tuning"))
     assert gain.value.value == pytest.approx(100 * (1 - own))
-    assert evidence.gain(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).value.value == pytest.approx(100)
-    form = tables.paper_form(evidence)
+    assert evidence.compare(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).value.value == pytest.approx(100)
+    form = build_paper_table(evidence)
     assert form.title == "Table 3 of the paper: msrvtt_retrieval"
     assert form.header[:5] == ["method", "VR@1", "paper", "VR@5", "paper"]
     by_name = {label: [each.text for each in cells] for label, cells in form.rows}
@@ -620,7 +644,7 @@ def test_recalls_are_paired_and_weigh_both_directions_alike(tmp_path):
     assert by_name["Fine-tuning"][:2] == ["33.3", "4.8"]
     assert by_name["F-linear"][:2] == ["not run", "2.0"]  # named with its command
     assert "Split inference: the cloud answers (computed)" not in by_name
-    assert tables.frames(evidence) is None
+    assert build_frames_table(evidence) is None
     assert tables.main([str(root), "--paper"]) == 0
 
 
@@ -638,8 +662,8 @@ def test_what_a_control_costs_is_said_whichever_way_it_turns_out(shuffled, mean_
     root = tmp_path / "synthetic"
     answered_run(root, "cdc_mmpg", cases={"own": 0.7, "shuffled": shuffled, "mean_head": mean_head})
     evidence = Evidence(root)
-    points = evidence.gain(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).amounts().text
-    sentences = [each.text for each in told(evidence)]
+    points = evidence.compare(Side("cdc_mmpg"), Side("cdc_mmpg", "shuffled")).format_points().text
+    sentences = [each.text for each in list_findings(evidence)]
     assert said.format(points) in sentences
     (about,) = (each for each in sentences if each.startswith("CDC-MMPG: the mean of all heads, for everyone, costs"))
     assert ("one head for all would do" in about) == (mean_head == 0.7)
@@ -656,7 +680,7 @@ def test_what_adaptation_adds_is_said_whichever_way_it_turns_out(share, said, tm
     answered_run(root, "fine_tuning", cases={"own": 0.6})
     answered_run(root, "cdc_mmpg", cases={"own": share, "bypassed": share})
     answered_run(root, "cdc_mmpg_session", cases={"n16": share, "shuffled_n16": 0.1})
-    sentences = [each.text for each in told(Evidence(root))]
+    sentences = [each.text for each in list_findings(Evidence(root))]
     assert sum(each.startswith(f"Per-sample adaptation (CDC-MMPG) {said}: ") for each in sentences) == 1
     assert sum(each.startswith(f"Adaptation to a session (Session, n = 16) {said}: ") for each in sentences) == 1
     assert any(each.startswith("The reasoner (ADR) can be left out in CDC-MMPG") for each in sentences)
@@ -672,10 +696,10 @@ def test_the_least_bytes_within_two_tenths_of_a_point(tmp_path):
     answered_run(root, "cdc_mmpg_session", cases=cases, asked=asked, payloads=sizes, bytes={"up": 768, "down": 1824})
     answered_run(root, "cdc_mmpg_session_full", asked=asked, bytes={"up": 768, "down": 6596})
     evidence = Evidence(root)
-    least, top = equal_accuracy(evidence)
+    least, top = find_equal_payloads(evidence)
     assert (least.bytes.value, top.bytes.value) == (484, 1824)
-    assert claims(evidence)[-1].text.startswith("484 bytes a session are enough (Session, n = 16, int8): 99.8 %")
-    rows = dict(tables.sent(evidence).rows)
+    assert list_claims(evidence)[-1].text.startswith("484 bytes a session are enough (Session, n = 16, int8): 99.8 %")
+    rows = dict(build_payload_table(evidence).rows)
     assert [each.text for each in rows["Session, n = 16, int4"][:3]] == ["a session", "258", "390"]
     assert list(rows)[-1] == "Session, full layer"
 
@@ -688,13 +712,13 @@ def test_the_papers_tables(tmp_path):
     answered_run(root, "cdc_mmpg.frames2", devices=False, seconds={"train": 80.0, "test": 1.0})
     answered_run(root, "hyper", devices=False, bytes={"up": 768, "down": 388_388})
     evidence = Evidence(root)
-    first, fourth, sixth = tables.paper_form(evidence), tables.frames(evidence), tables.delays(evidence)
+    first, fourth, sixth = build_paper_table(evidence), build_frames_table(evidence), build_delay_table(evidence)
     assert first.title == "Table 1 of the paper: msvd"
     assert first.header == [
         "method", "test %", "paper", "vs fine-tuning", "D-Param", "paper", "C-Param", "paper", "bytes up", "bytes down",
         "delay up, ms", "delay down, ms", "paper", "seeds",
     ]  # fmt: skip
-    rows = {row[0]: dict(zip(range(13), row[1:], strict=True)) for row in tables.texts(first)}
+    rows = {row[0]: dict(zip(range(13), row[1:], strict=True)) for row in first.texts()}
     assert [rows["CDC-MMPG"][i] for i in (1, 4, 6, 10, 11)] == ["35.4", "11.5M", "46.5M", "3.70", "3.71"]
     assert [rows["CDC-MMPG"][i] for i in (3, 5)] == ["11,546,921", "46,542,537"]
     assert any("27,802,816 parameters) fit the paper's totals" in note.text for note in first.notes)
@@ -704,13 +728,13 @@ def test_the_papers_tables(tmp_path):
     assert rows["Generator on the device (computed)"][3] == "58,089,458"
     assert fourth.header == ["frames", "CDC-MMPG %", "s / epoch", "Fine-tuning %", "s / epoch", "paper %",
                              "paper s / epoch"]  # fmt: skip
-    two, three, four, _ = tables.texts(fourth)
+    two, three, four, _ = fourth.texts()
     assert (two[0], two[2], two[5:]) == ("2", "2.0", ["34.1", "204"])
     assert all(three[:4])
     assert four[1:5] == ["not run", ""] * 2
-    download = next(row for row in tables.texts(sixth) if row[0].startswith("Download a sample"))
+    download = next(row for row in sixth.texts() if row[0].startswith("Download a sample"))
     assert download[1:] == ["388,388", "388,520", "74.08", "24.69", "7.41", "3.70", "379.4", "3.71"]
-    upload = tables.texts(sixth)[0]
+    upload = sixth.texts()[0]
     assert upload[1:] == ["768", "836", "0.146", "0.0488", "0.0146", "0.00732", "0.75", "0.007"]
 
 
@@ -725,13 +749,13 @@ def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"probes": probes}))
     evidence = Evidence(root)
-    ((label, cells),) = tables.reasoner(evidence).rows
+    ((label, cells),) = build_reasoner_table(evidence).rows
     assert label == "batch, global"
     assert "±" in cells[0].text
     assert cells[2].text.startswith("+")
     assert cells[3].text == "2"
-    assert any("In some readings of equation 16 the reasoner helps" in each.text for each in told(evidence))
-    assert tables.texts(tables.privacy(evidence)) == [
+    assert any("In some readings of equation 16 the reasoner helps" in each.text for each in list_findings(evidence))
+    assert build_privacy_table(evidence).texts() == [
         ["the hue, from the mean of 16", "20.5 [18.0, 23.0]", "degrees off", "90.0", "95.0", "48"],
         ["the device, from one anchor", "40.0", "% right", "", "", ""],
     ]
@@ -789,17 +813,17 @@ def notes(table):
 def test_the_papers_own_errors_are_footnotes(dataset, task, signed, noted, tmp_path):
     answered_run(tmp_path / dataset, "fine_tuning", devices=False, task=task)
     evidence = Evidence(tmp_path / dataset)
-    form = tables.paper_form(evidence)
+    form = build_paper_table(evidence)
     rows = {label: [each.text for each in cells] for label, cells in form.rows}
     for label, text in signed.items():
         assert any(each.startswith(text) for each in rows[label]), rows[label]
     for text in noted:
         (note,) = (each for each in notes(form) if text in each)
         assert any(f" {note[0]}" in each for cells in rows.values() for each in cells)  # its sign stands in the table
-    assert len(tables.SIGNS) >= len(form.notes) - 3
+    assert len(FOOTNOTE_SIGNS) >= len(form.notes) - 3
     if dataset == "tgif":
-        assert any("TGIF-QA's FrameQA" in each for each in notes(tables.frames(evidence)))
-        assert any("TGIF-QA's FrameQA" in each for each in notes(tables.methods(evidence)))
+        assert any("TGIF-QA's FrameQA" in each for each in notes(build_frames_table(evidence)))
+        assert any("TGIF-QA's FrameQA" in each for each in notes(build_method_table(evidence)))
 
 
 def test_cut_annotation_files_stand_beside_no_published_figure(tmp_path, capsys):
@@ -808,16 +832,16 @@ def test_cut_annotation_files_stand_beside_no_published_figure(tmp_path, capsys)
             {"split": "train", "what": "questions", "published": 158_581, "here": 158_581, "same": True}]  # fmt: skip
     answered_run(root, "fine_tuning", devices=False, published=rows)
     evidence = Evidence(root)
-    for table in (tables.paper_form(evidence), tables.frames(evidence)):
+    for table in (build_paper_table(evidence), build_frames_table(evidence)):
         assert not any("paper" in name for name in table.header)
-    assert [each[1] for _, each in tables.methods(evidence).rows] == [tables.EMPTY] * 3
+    assert [each[1] for _, each in build_method_table(evidence).rows] == [NO_TEXT] * 3
     said = "Not the published files, so no published figure stands beside (test: 53 of 72,821 questions)."
-    assert said in notes(tables.paper_form(evidence))
-    assert said in tables.caption(root)
+    assert said in notes(build_paper_table(evidence))
+    assert said in caption_of(root)
     rows[0] |= {"here": 72_821, "same": True}
     answered_run(root, "fine_tuning", devices=False, published=rows)
-    assert dict(tables.paper_form(Evidence(root)).rows)["Fine-tuning"][1].text == "36.7"
-    assert "Not the published files" not in tables.caption(root)
+    assert dict(build_paper_table(Evidence(root)).rows)["Fine-tuning"][1].text == "36.7"
+    assert "Not the published files" not in caption_of(root)
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.0, False), (0.3, False), (0.7, True)])
@@ -831,7 +855,7 @@ def test_nothing_is_found_in_rows_that_only_guess(share, found, tmp_path):
     sizes = {"int8": {"bytes": 484}}
     answered_run(root, "cdc_mmpg_session", cases={"n16": share, "int8": share}, floors=floors, payloads=sizes)
     answered_run(root, "cdc_mmpg_frozen.batch_global", cases=cases, floors=floors)
-    assert bool(told(Evidence(root))) == found
+    assert bool(list_findings(Evidence(root))) == found
 
 
 def test_a_row_at_the_majority_answer_still_loses_to_one_that_learnt(tmp_path):
@@ -839,7 +863,7 @@ def test_a_row_at_the_majority_answer_still_loses_to_one_that_learnt(tmp_path):
     floors = {"majority": {"unseen": {"all": cell(0.4)}}}
     answered_run(root, "fine_tuning", cases={"own": 0.9}, floors=floors)
     answered_run(root, "cdc_mmpg", cases={"own": 0.2, "shuffled": 0.2}, floors=floors)
-    (sentence,) = (each.text for each in told(Evidence(root)))
+    (sentence,) = (each.text for each in list_findings(Evidence(root)))
     assert sentence.startswith("Per-sample adaptation (CDC-MMPG) loses to fine-tuning")
 
 
@@ -905,12 +929,12 @@ def test_answers_of_earlier_versions_count_where_words_and_labels_agree(tmp_path
     root = tmp_path / "synthetic"
     answered_run(root, "fine_tuning")
     folder = answered_run(root, "linear", cases={"own": 0.7})
-    gain = Evidence(root).gain(Side("linear"), Side("fine_tuning"))
+    gain = Evidence(root).compare(Side("linear"), Side("fine_tuning"))
     path = folder / "predictions.test.csv"
     path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
-    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")).value.value == gain.value.value
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")).value.value == gain.value.value
     path.write_text(path.read_text().replace("wrong", "red"))  # equal candidates: more words than labels are right
-    assert Evidence(root).gain(Side("linear"), Side("fine_tuning")) is None
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")) is None
     assert "equal words are no equal labels in own" in caplog.text
 
 
@@ -921,8 +945,8 @@ def test_a_method_that_no_table_knows_has_a_row(tmp_path, capsys):
     answered_run(root, "fine_tuning.frames5")
     assert [label for label in by_label(root) if "Majority" not in label] == ["Fine-tuning", "my_method"]
     assert tables.main([str(root), "--paper"]) == 0
-    assert "my_method" in dict(tables.paper_form(Evidence(root)).rows)
-    assert Evidence(root).seeds(["my_method"]) == [0]
+    assert "my_method" in dict(build_paper_table(Evidence(root)).rows)
+    assert Evidence(root).find_seeds(["my_method"]) == [0]
 
 
 def test_names_of_others_are_neither_markup_nor_control_characters(tmp_path, capsys):
@@ -955,13 +979,13 @@ def test_after_all_that_make_tables_trains_nothing_is_missing(tmp_path):
         if not name.startswith("adr_"):
             write_run(tmp_path / "synthetic", name, seed, **changes)
     evidence = Evidence(tmp_path / "synthetic")
-    assert [what for what, _ in tables.missing(evidence)] == ["answers by question, for the differences"]
+    assert [what for what, _ in find_missing(evidence)] == ["answers by question, for the differences"]
     asked = [("fine_tuning", 2), ("fine_tuning.frames4", 0), ("hyper", 0), ("cdc_mmpg_session", 1), ("privacy", 0),
              ("cdc_mmpg_frozen.group8_anchor", 3), ("on_device", 0), ("session_oracle", 2)]  # fmt: skip
     for name, seed in asked:
         assert (name, seed) in made
         shutil.rmtree(tmp_path / "synthetic" / name / f"seed{seed}")
-        commands = [line for _, lines in tables.missing(Evidence(tmp_path / "synthetic")) for line in lines]
+        commands = [line for _, lines in find_missing(Evidence(tmp_path / "synthetic")) for line in lines]
         assert [line for line in commands if f"METHOD={name} SEED={seed}" in line]
         write_run(tmp_path / "synthetic", name, seed, **({"accuracy": {}} if name == "privacy" else {}))
 
@@ -985,7 +1009,7 @@ def test_the_rows_of_frames_are_of_the_same_seeds(tmp_path):
         answered_run(root, "fine_tuning", seed, cases={"own": 0.5 + 0.1 * seed})
         answered_run(root, "cdc_mmpg", seed)
     answered_run(root, "fine_tuning.frames2", 1)
-    table = tables.frames(Evidence(root))
+    table = build_frames_table(Evidence(root))
     assert table.header == ["frames", "Fine-tuning %", "s / epoch"]
     three = dict(table.rows)["3"][0]
     assert [source.split("/")[1] for source in three.facts[0].sources] == ["seed1"]

@@ -21,21 +21,27 @@ import numpy as np
 
 from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSION, SESSIONS, color_of, with_frames
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.evidence.comparisons import EVERYTHING, PREDICTIONS, Cell, Evidence, Fact, Run, Side, Table, cell
-from cdc_mmpg.evidence.findings import claims, compare, controls, equal_accuracy, payloads
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
+from cdc_mmpg.evidence.findings import (
+    compare_unless_guessing,
+    find_equal_payloads,
+    list_claims,
+    list_control_findings,
+    list_payloads,
+)
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS, Run
+from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
+from cdc_mmpg.report.caption import shorten_commit
 from cdc_mmpg.report.figures import LINES, REFERENCES
+from cdc_mmpg.report.missing import find_missing, format_command
+from cdc_mmpg.report.paper_tables import find_frame_seeds
 from cdc_mmpg.report.plots import Point, Series, bars, lines, pairs, scatter, stacked
-from cdc_mmpg.report.tables import (
-    answering,
-    command,
-    everything,
-    missing,
-    seeds_of_frames,
-    shorten,
-)
+from cdc_mmpg.report.tables import build_all_tables
 from cdc_mmpg.results import write_json
 
 GOOD, BAD = "#0b5cad", "#cf3f2e"
@@ -115,7 +121,7 @@ class Page:
         self.entries[free] = entry
         return fact
 
-    def html(self, name: str, text: Cell, small: bool = False) -> str:
+    def html(self, name: str, text: CitedText, small: bool = False) -> str:
         """A text, its figures marked and kept; an interval may be smaller."""
         many = len(text.facts) > 1
         shown = []
@@ -174,21 +180,21 @@ class Page:
 def adapted(evidence: Evidence) -> Side | None:
     """What stands for adaptation: the session where there is one, else the method of the paper or the nearest."""
     names = (*SESSIONS, "cdc_mmpg", "cdc_mmpg_frozen", "hyper_fan_in", "hyper")
-    return next((Side(name) for name in names if evidence.of(name)), None)
+    return next((Side(name) for name in names if evidence.find_runs(name)), None)
 
 
 def static(evidence: Evidence) -> Side | None:
     """What does not adapt."""
-    return next((Side(name) for name in (BASELINE, "linear") if evidence.of(name)), None)
+    return next((Side(name) for name in (BASELINE, "linear") if evidence.find_runs(name)), None)
 
 
 def _claims(page: Page, evidence: Evidence) -> None:
     """The few figures that a reader takes away, and every sentence."""
     page.section("findings", "What the figures say")
     session, baseline = Side(SESSION), Side(BASELINE)
-    gain = compare(evidence, session, baseline)
+    gain = compare_unless_guessing(evidence, session, baseline)
     if gain:
-        seeds = evidence.by_seed(session, baseline)
+        seeds = evidence.compare_by_seed(session, baseline)
         more = {
             **gain.value.more, "low": gain.low.value, "high": gain.high.value,
             "seeds": {str(seed): fact.value for seed, fact in seeds.items()},
@@ -198,7 +204,7 @@ def _claims(page: Page, evidence: Evidence) -> None:
         page.keep("session_gain_points/high", gain.high)
         for seed, fact in seeds.items():
             page.keep(f"session_gain_points/seed{seed}", fact)
-    found = equal_accuracy(evidence)
+    found = find_equal_payloads(evidence)
     if found:
         least, best = found
         more = {
@@ -210,31 +216,31 @@ def _claims(page: Page, evidence: Evidence) -> None:
         page.keep("bytes_at_equal_accuracy/best/bytes", best.bytes)
         page.keep("bytes_at_equal_accuracy/best/accuracy", best.accuracy)
     cards = [
-        (name, cell("{}", each.value), cell("points, 95 % interval {} to {}", each.low, each.high))
+        (name, cite("{}", each.value), cite("points, 95 % interval {} to {}", each.low, each.high))
         for name, each in (
             ("A session of 16 clips over fine-tuning", gain),
-            ("One sample over fine-tuning", compare(evidence, Side("cdc_mmpg"), baseline)),
+            ("One sample over fine-tuning", compare_unless_guessing(evidence, Side("cdc_mmpg"), baseline)),
         )
         if each
     ]
     if found:
-        cards.append(("Enough for a session's head", cell("{} B", found[0].bytes),
-                      cell("{} % right, the best head {} %", found[0].accuracy, found[1].accuracy)))  # fmt: skip
-    best_so_far = evidence.accuracy(static(evidence) or session)
+        cards.append(("Enough for a session's head", cite("{} B", found[0].bytes),
+                      cite("{} % right, the best head {} %", found[0].accuracy, found[1].accuracy)))  # fmt: skip
+    best_so_far = evidence.cite_accuracy(static(evidence) or session)
     if best_so_far:
         name = NAMES[(static(evidence) or session).name]
         cards.append(
-            (f"{name}, {_where(evidence)}", cell("{} %", best_so_far.facts[0]), Cell("of the questions right"))
+            (f"{name}, {_where(evidence)}", cite("{} %", best_so_far.facts[0]), CitedText("of the questions right"))
         )
     page.add('<div class="cards">')
     for name, large, small in cards:
         page.add(f'<div class="card"><span>{escape(name)}</span><b>{page.html(f"cards/{name}", large)}</b>'
                  f"<span>{page.html(f'cards/{name}/more', small)}</span></div>")  # fmt: skip
     page.add("</div>")
-    _sentences(page, "findings", claims(evidence), "No two runs can be compared yet.")
+    _sentences(page, "findings", list_claims(evidence), "No two runs can be compared yet.")
 
 
-def _sentences(page: Page, name: str, sentences: Sequence[Cell], none: str) -> None:
+def _sentences(page: Page, name: str, sentences: Sequence[CitedText], none: str) -> None:
     items = "".join(f"<li>{page.html(f'{name}/{number}', each)}</li>" for number, each in enumerate(sentences))
     page.add(f'<ul class="findings">{items}</ul>' if items else f"<p>{escape(none)}</p>")
 
@@ -243,23 +249,23 @@ def _controls(page: Page, evidence: Evidence) -> None:
     """Whether the adaptive methods use what they adapt to."""
     page.section("controls", "Controls: is the adaptation used?")
     page.add("<p>Own answers against those with a head that was made for somebody else, in points, paired.</p>")
-    _sentences(page, "controls", controls(evidence), "No adaptive method was run.")
+    _sentences(page, "controls", list_control_findings(evidence), "No adaptive method was run.")
 
 
 def _where(evidence: Evidence) -> str:
-    return "all of the test" if evidence.group == EVERYTHING else f"{evidence.group} devices"
+    return "all of the test" if evidence.group == ALL_GROUPS else f"{evidence.group} devices"
 
 
 def _tables(page: Page, evidence: Evidence) -> None:
     """All that there are, those of the paper first."""
-    resampled = "clips" if evidence.group == EVERYTHING else "devices and then their clips"
+    resampled = "clips" if evidence.group == ALL_GROUPS else "devices and then their clips"
     page.section("tables", "Tables")
     page.add(
         f'<p class="note">In %. One seed: 95 % interval in brackets, {resampled} resampled. Several: mean ± standard '
         "deviation. “vs fine-tuning”: the difference in points and its 95 % interval, paired by question and "
         "averaged over the seeds that both have. Rows with a dot are controls of the method above.</p>"
     )
-    for table in everything(evidence):
+    for table in build_all_tables(evidence):
         page.table(table)
 
 
@@ -268,16 +274,16 @@ def _bytes(page: Page, evidence: Evidence) -> None:
     page.section("bytes", "Accuracy and bytes")
     series = []
     for method in evidence.names:
-        runs, accuracy = evidence.of(method), evidence.accuracy(Side(method))
-        down = evidence.text(runs[0], "bytes", "down") if runs else None
+        runs, accuracy = evidence.find_runs(method), evidence.cite_accuracy(Side(method))
+        down = evidence.cite_value(runs[0], "bytes", "down") if runs else None
         own = method not in (*SESSIONS, "cdc_mmpg", "on_device")  # their payloads follow
-        if down and accuracy and own and not evidence.ranks:
+        if down and accuracy and own and not evidence.is_retrieval:
             label = evidence.names[method]
             point = _point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
             series.append(Series(label, color_of(method), [point], square=method in PER_SAMPLE))
-    for each in payloads(evidence):
+    for each in list_payloads(evidence):
         a_sample = each.side.name in PER_SAMPLE
-        accuracy, per = evidence.accuracy(each.side), "a question" if a_sample else "a session"
+        accuracy, per = evidence.cite_accuracy(each.side), "a question" if a_sample else "a session"
         point = _point(page, f"plots/bytes/{each.label}", each.bytes, accuracy, each.label, per)
         series.append(Series(each.label, color_of(each.side.name), [point], square=a_sample))
     if not series:
@@ -290,7 +296,7 @@ def _bytes(page: Page, evidence: Evidence) -> None:
     )
 
 
-def _point(page: Page, name: str, x: Fact, accuracy: Cell, label: str, per: str) -> Point:
+def _point(page: Page, name: str, x: Fact, accuracy: CitedText, label: str, per: str) -> Point:
     """A mark, and its figures kept."""
     page.keep(f"{name}/bytes", x)
     low, high = _ends(accuracy)
@@ -299,7 +305,7 @@ def _point(page: Page, name: str, x: Fact, accuracy: Cell, label: str, per: str)
     return Point(x.amount, accuracy.facts[0].amount, f"{label}: {accuracy.text} %, {x.shown} bytes {per}", low, high)
 
 
-def _ends(accuracy: Cell) -> tuple[float | None, float | None]:
+def _ends(accuracy: CitedText) -> tuple[float | None, float | None]:
     """Of an interval, or of mean and deviation."""
     value, *rest = (fact.amount for fact in accuracy.facts)
     if len(rest) == 2:
@@ -311,7 +317,9 @@ def _anchors(page: Page, evidence: Evidence) -> None:
     """Accuracy against the size of a session; the lines are those of the README's picture."""
     cases = sorted({
         int(case[1:])
-        for run in evidence.of(SESSION) for case in run.results["accuracy"] if case[:1] == "n" and case[1:].isdecimal()
+        for run in evidence.find_runs(SESSION)
+        for case in run.results["accuracy"]
+        if case[:1] == "n" and case[1:].isdecimal()
     })  # fmt: skip
     if len(cases) < 2:
         return
@@ -320,7 +328,7 @@ def _anchors(page: Page, evidence: Evidence) -> None:
     for kind, label, color in LINES:
         points = []
         for place, case in enumerate(cases):
-            if found := evidence.accuracy(Side(SESSION, f"n{case}"), kind=kind):
+            if found := evidence.cite_accuracy(Side(SESSION, f"n{case}"), kind=kind):
                 for number, fact in enumerate(found.facts):
                     page.keep(f"plots/session/{label}/{case}/{number}", fact)
                 points.append(
@@ -329,7 +337,7 @@ def _anchors(page: Page, evidence: Evidence) -> None:
         if points:
             series.append(Series(label, color, points))
     for name, condition, label, color in REFERENCES:
-        if found := evidence.accuracy(Side(name, condition)):
+        if found := evidence.cite_accuracy(Side(name, condition)):
             for number, fact in enumerate(found.facts):
                 page.keep(f"plots/session/{label}/{number}", fact)
             points = [Point(0, found.facts[0].amount, f"{label}: {found.text} %")]
@@ -348,8 +356,8 @@ def _frames(page: Page, evidence: Evidence) -> None:
     for method in ("cdc_mmpg", BASELINE):
         points = []
         for number in FRAMES:
-            seeds = seeds_of_frames(evidence, method)
-            if found := evidence.accuracy(Side(with_frames(method, number)), seeds=seeds):
+            seeds = find_frame_seeds(evidence, method)
+            if found := evidence.cite_accuracy(Side(with_frames(method, number)), seeds=seeds):
                 for place, fact in enumerate(found.facts):
                     page.keep(f"plots/frames/{NAMES[method]}/{number}/{place}", fact)
                 title = f"{NAMES[method]}, {number} frames: {found.text} %"
@@ -368,19 +376,18 @@ def _frames(page: Page, evidence: Evidence) -> None:
 def _devices(page: Page, evidence: Evidence) -> None:
     """Static against adapted, group by group and device by device."""
     first, second = adapted(evidence), static(evidence)
-    if not first or not second or evidence.group == EVERYTHING:
+    if not first or not second or evidence.group == ALL_GROUPS:
         return
-    found = evidence.by_device(first, second)
+    found = evidence.compare_by_device(first, second)
     if not found:
         return
-    others = {device: share for device, (_, share, _) in evidence.by_device(second, first).items()}
+    others = {device: share for device, (_, share, _) in evidence.compare_by_device(second, first).items()}
     page.section("devices", "Device by device")
-    rows: list[tuple[str, list[Cell]]] = []
+    rows: list[tuple[str, list[CitedText]]] = []
     for group in evidence.groups:
-        gain = evidence.gain(first, second, group)
-        rows.append((group, [
-            evidence.accuracy(second, group), evidence.accuracy(first, group), gain.cell() if gain else Cell(""),
-        ]))  # fmt: skip
+        gain = evidence.compare(first, second, group)
+        both = [evidence.cite_accuracy(second, group), evidence.cite_accuracy(first, group)]
+        rows.append((group, [*both, gain.format() if gain else NO_TEXT]))
     header = ["devices", f"{NAMES[second.name]} %", f"{NAMES[first.name]} %", "difference"]
     page.table(Table("groups", "Static against adapted", header, rows))
     own = {device: each for device, each in found.items() if each[0] == evidence.group}
@@ -417,7 +424,7 @@ def _devices(page: Page, evidence: Evidence) -> None:
     )  # fmt: skip
     if len(order) <= 48:
         rows = [
-            (device, [cell("{}", others[device]), cell("{}", own[device][1]), cell("{}", own[device][2])])
+            (device, [cite("{}", others[device]), cite("{}", own[device][1]), cite("{}", own[device][2])])
             for device in order
         ]
         page.add("<details><summary>The figures of every device</summary>")
@@ -473,11 +480,11 @@ def _time(page: Page, evidence: Evidence) -> None:
         timed = [run for run in runs if run.find("seconds", "train") is not None]
         if not timed:
             continue
-        train = evidence.over(timed, ("seconds", "train"), form="{:,.1f}")
+        train = evidence.aggregate(timed, ("seconds", "train"), form="{:,.1f}")
         tested = [run for run in timed if run.find("seconds", "test") is not None]
-        test = evidence.over(tested, ("seconds", "test"), form="{:,.1f}") if tested else None
-        count = Fact(len(timed), str(len(timed)), "count", tuple(run.source("seed") for run in timed))
-        rows.append((name, [cell("{}", train), cell("{}", test) if test else Cell(""), cell("{}", count)]))
+        test = evidence.aggregate(tested, ("seconds", "test"), form="{:,.1f}") if tested else None
+        count = Fact(len(timed), str(len(timed)), "count", tuple(run.locate("seed") for run in timed))
+        rows.append((name, [cite("{}", train), cite("{}", test) if test else NO_TEXT, cite("{}", count)]))
         long, shown = (test.amount, test.shown) if test else (0, "0")
         bar = [Point(train.amount, 0, f"{name}, training: {train.shown} s"), Point(long, 0, f"{name}, test: {shown} s")]
         parts.append((name, bar))
@@ -521,7 +528,7 @@ def choose(first: Run, case: str, second: Run, other: str, group: str) -> tuple[
             header, *rows = csv.reader(file)
         place = header.index(case)
         for key, row, right in zip(run.answers.keys, rows, run.answers.correct[case].tolist(), strict=True):
-            if group in (row[2], EVERYTHING) and not isnan(right):
+            if group in (row[2], ALL_GROUPS) and not isnan(right):
                 yield key, (row[place], bool(right))
 
     before = dict(read(second, other))
@@ -540,16 +547,16 @@ def choose(first: Run, case: str, second: Run, other: str, group: str) -> tuple[
 def _examples(page: Page, evidence: Evidence, data: Path | None) -> None:
     """Clips whose question adaptation gets right, and as many that it gets wrong."""
     first, second = adapted(evidence), static(evidence)
-    pairs = evidence.shared(first, second) if first and second and not evidence.ranks else []
+    pairs = evidence.pair_runs(first, second) if first and second and not evidence.is_retrieval else []
     if not first or not second or not pairs:
         return
     a, b = pairs[0]
-    case, other = a.case(first.case) or "", b.case(second.case) or ""
+    case, other = a.find_case(first.case) or "", b.find_case(second.case) or ""
     helped, hurt = choose(a, case, b, other, evidence.group)
-    numbers = evidence.only_here(first, second)
+    numbers = evidence.count_right_alone(first, second)
     page.section("examples", "Examples")
     if numbers:
-        said = cell(
+        said = cite(
             f"Of seed {a.seed}, {_where(evidence)}: {NAMES[first.name]} alone is right on {{}} questions, "
             f"{NAMES[second.name]} alone on {{}}. Below, of both kinds, the first question of each of the first "
             "devices in the file's order: no other choice was made.", *numbers[0],
@@ -622,17 +629,17 @@ def _made(page: Page, evidence: Evidence) -> None:
     runs = [run for each in evidence.runs.values() for run in each]
     rows = []
     for run in runs:
-        facts = [evidence.text(run, key) for key in ("seed", "finished", "machine", "devices", "commit")]
+        facts = [evidence.cite_value(run, key) for key in ("seed", "finished", "machine", "devices", "commit")]
         if commit := facts[-1]:
-            facts[-1] = commit._replace(shown=shorten(commit.shown))
-        cells = [cell("{}", fact) if fact else Cell("") for fact in facts]
+            facts[-1] = commit._replace(shown=shorten_commit(commit.shown))
+        cells = [cite("{}", fact) if fact else NO_TEXT for fact in facts]
         rows.append((f"{run.name}/{run.path.name}", cells))
     page.table(Table("made", "Runs", ["run", "seed", "finished", "machine", "on", "commit"], rows))
-    main = [run for name in evidence.names for run in evidence.of(name)]  # pretraining has clips of its own
+    main = [run for name in evidence.names for run in evidence.find_runs(name)]  # pretraining has clips of its own
     counted = next((run for run in main if run.find("questions", "test") is not None), None)
     if counted:
-        facts = [evidence.text(counted, "questions", split) for split in ("train", "val", "test")]
-        named = cell("Questions: {} for training, {} for validation, {} in the test.", *(f for f in facts if f))
+        facts = [evidence.cite_value(counted, "questions", split) for split in ("train", "val", "test")]
+        named = cite("Questions: {} for training, {} for validation, {} in the test.", *(f for f in facts if f))
         page.add(f"<p>{page.html('made/questions', named)}</p>" if all(facts) else "")
     versions: dict[str, list[Run]] = {}
     for run in runs:
@@ -641,13 +648,13 @@ def _made(page: Page, evidence: Evidence) -> None:
     for text, those in versions.items():
         which = "" if len(versions) == 1 else f" ({len(those)} runs)"
         page.add(f"<p>Versions{which}: {escape(text)}.</p>" if text else "")
-    commands = [command(evidence, name, [run.seed for run in each]) for name, each in evidence.runs.items()]
+    commands = [format_command(evidence, name, [run.seed for run in each]) for name, each in evidence.runs.items()]
     page.add(f"<h3>Commands</h3><p>One makes one run, and what it builds on.</p>{_code(commands)}")
     page.add(
         "<p>Every figure on this page stands in report.json, with the places in the runs' files that it was read from "
         "and how it was made of them.</p>"
     )
-    lacking = missing(evidence)
+    lacking = find_missing(evidence)
     if lacking:
         page.section("missing", "What is missing")
         for what, wanted in lacking:
@@ -662,9 +669,9 @@ def build(folder: Path, data: Path | None = None) -> tuple[str, dict[str, dict[s
     """The page, and the figures on it by name.
 
     Raises:
-        ConfigError: see `tables.answering`.
+        ConfigError: see `selection.load_comparable`.
     """
-    evidence, page = answering(folder), Page()
+    evidence, page = load_comparable(folder), Page()
     sections: list[Callable[[Page, Evidence], None]] = [_claims, _anchors, _bytes, _frames, _devices]
     for section in sections:
         section(page, evidence)

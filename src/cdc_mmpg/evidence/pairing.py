@@ -1,0 +1,102 @@
+"""Paired answers: two runs side by side on the questions that both were asked, seed by seed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdc_mmpg.evidence.facts import CitedText, Fact, cite, format_difference
+from cdc_mmpg.evidence.runs import ALL_GROUPS, Run, RunAnswers
+
+RunPair = tuple[Run, Run]  # of one seed
+
+
+class Side(NamedTuple):
+    """What is compared: a run's folder and a case of its test; None is the first, with which it was trained."""
+
+    name: str
+    case: str | None = None
+
+
+class Gain(NamedTuple):
+    """A paired difference of accuracies in points, with its 95 % interval."""
+
+    value: Fact
+    low: Fact
+    high: Fact
+    seeds: tuple[int, ...]
+
+    def format(self, template: str = "{} [{}, {}]") -> CitedText:
+        """Return difference, low and high."""
+        return cite(template, self.value, self.low, self.high)
+
+    def format_points(self) -> CitedText:
+        """Return the same in points, without signs where the whole interval is above zero."""
+        ends = (self.value, self.low, self.high)
+        if self.sign > 0:
+            ends = tuple(end._replace(shown=end.shown.removeprefix("+")) for end in ends)  # type: ignore[assignment]
+        return cite("{} points [{}, {}]", *ends)
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies on one side of zero, else 0."""
+        low, high = self.low.amount, self.high.amount
+        return (low > 0) - (high < 0)
+
+
+class PairedAnswers(NamedTuple):
+    """Two sides on the questions that both were asked, averaged over seeds."""
+
+    questions: RunAnswers
+    differences: NDArray[np.float64]  # (questions,): how much more often the first is right, from -1 to 1
+    first_correct: NDArray[np.float64]  # (questions,): how often the first is right, from 0 to 1
+
+    def places_of(self, group: str) -> list[int]:
+        """Return the places of a group's questions."""
+        return [place for place, own in enumerate(self.questions.groups) if group in (own, ALL_GROUPS)]
+
+
+def pair_answers(pairs: Sequence[RunPair], first: Side, second: Side) -> PairedAnswers | None:
+    """Return the answers of both sides to the same questions; None where there are none, or other ones per seed."""
+    differences: NDArray[np.float64] | None = None
+    first_correct: NDArray[np.float64] | None = None
+    questions: RunAnswers | None = None
+    for a, b in pairs:
+        left, right = a.answers, b.answers
+        assert left is not None
+        assert right is not None
+        own, other = left.correct[a.find_case(first.case) or ""], right.correct[b.find_case(second.case) or ""]
+        right_places = {key: number for number, key in enumerate(right.keys) if not np.isnan(other[number])}
+        answered = np.flatnonzero(~np.isnan(own)).tolist()
+        both = [number for number in answered if left.keys[number] in right_places]
+        if len(both) < min(len(answered), len(right_places)):
+            return None
+        own, other = own[both], other[[right_places[left.keys[number]] for number in both]]
+        shared = left.select(both)
+        if questions and questions.keys != shared.keys:
+            return None
+        questions = shared
+        differences = own - other if differences is None else differences + own - other
+        first_correct = own if first_correct is None else first_correct + own
+    if questions is None or differences is None or first_correct is None or not questions.keys:
+        return None
+    return PairedAnswers(questions, differences / len(pairs), first_correct / len(pairs))
+
+
+def cite_pairs(
+    pairs: Sequence[tuple[Run, ...]], first: Side, second: Side, group: str, **more: Any
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the sources of a comparison's first side, and the rest of its entry: those of the second, the group."""
+    sources = tuple(run.locate_answers(first.case) for run, _ in pairs)
+    return sources, {"minus": [run.locate_answers(second.case) for _, run in pairs], "group": group, **more}
+
+
+def cite_gain(pairs: Sequence[RunPair], first: Side, second: Side, group: str, difference: Mapping[str, float]) -> Gain:
+    """Return a difference of accuracies (`value`, `low`, `high`, as shares) with its sources, in points."""
+    sources, more = cite_pairs(pairs, first, second, group, times=100)
+    value, low, high = (
+        Fact(100 * difference[key], format_difference(100 * difference[key]), how, sources, more)
+        for key, how in (("value", "difference"), ("low", "low"), ("high", "high"))
+    )
+    return Gain(value, low, high, tuple(run.seed for run, _ in pairs))
