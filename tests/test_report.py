@@ -21,6 +21,7 @@ from cdc_mmpg.evaluation.metrics import accuracies
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.report import page as report
+from cdc_mmpg.report.examples import EXAMPLES_OF_A_KIND, choose_examples
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 SESSION_CASES = {"n16": 0.9, "n8": 0.8, "n1": 0.6, "n0": 0.5, "shuffled_n16": 0.5, "float32": 0.9, "int8": 0.9}
@@ -281,8 +282,8 @@ def test_examples_are_chosen_by_a_rule_and_shown(runs, tmp_path):
     data = tmp_path / "data"
     (data / "somewhere").mkdir(parents=True)
     a, b = (Evidence(runs).find_runs(name)[0] for name in ("cdc_mmpg_session", "fine_tuning"))
-    helped, hurt = report.choose(a, "n16", b, "own", "unseen")
-    assert len(helped) == report.EXAMPLES
+    helped, hurt = choose_examples(a, "n16", b, "own", "unseen")
+    assert len(helped) == EXAMPLES_OF_A_KIND
     for examples, better in ((helped, True), (hurt, False)):
         assert len({each.device for each in examples}) == len(examples)
         assert all(each.device.startswith("unseen") for each in examples)

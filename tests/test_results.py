@@ -19,6 +19,7 @@ from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.report import page as report
+from cdc_mmpg.report.examples import choose_examples
 
 CANDIDATES = ["a dog", "a cat", "a dog", "a bird", ""]
 
@@ -61,7 +62,7 @@ def test_answers_are_right_by_label_everywhere(tmp_path):
     # An answer without words is an answer: it was asked, and is wrong.
     assert evidence.find_runs("fine_tuning")[0].answers.correct["some"].tolist()[:2] == [0, 0]
     assert evidence.compare(Side("cdc_mmpg"), Side("fine_tuning")).value.value == 0
-    helped, hurt = report.choose(
+    helped, hurt = choose_examples(
         evidence.find_runs("cdc_mmpg")[0], "own", evidence.find_runs("fine_tuning")[0], "own", "test"
     )
     assert [each.clip for each in helped] == ["clip1", "clip2"]

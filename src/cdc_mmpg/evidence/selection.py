@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from cdc_mmpg.catalogue import NAMES
+from cdc_mmpg.catalogue import BASELINE, NAMES, SESSIONS
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, cite, escape_braces, join_texts
+from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.evidence.runs import ALL_GROUPS, ALL_TYPES, Run
 
 
@@ -92,3 +93,19 @@ def is_comparable_with_paper(evidence: Evidence, runs: list[Run]) -> bool:
     """Return whether these runs answered what the paper's did: all of the test split, on the paper's protocol."""
     full = not evidence.is_retrieval or all(run.find("protocol") == "full" for run in runs)
     return full and evidence.groups == [ALL_GROUPS] and is_on_published(runs)
+
+
+def find_adaptive_side(evidence: Evidence) -> Side | None:
+    """Return what stands for adaptation: the session where there is one, else the paper's method or the nearest."""
+    names = (*SESSIONS, "cdc_mmpg", "cdc_mmpg_frozen", "hyper_fan_in", "hyper")
+    return next((Side(name) for name in names if evidence.find_runs(name)), None)
+
+
+def find_static_side(evidence: Evidence) -> Side | None:
+    """Return what stands for a method that does not adapt."""
+    return next((Side(name) for name in (BASELINE, "linear") if evidence.find_runs(name)), None)
+
+
+def describe_group(evidence: Evidence) -> str:
+    """Return which questions the figures are about."""
+    return "all of the test" if evidence.group == ALL_GROUPS else f"{evidence.group} devices"

@@ -1,0 +1,245 @@
+"""The sections of the page that have charts: accuracy against bytes, anchors, frames, devices; training and time."""
+
+import csv
+from math import isfinite
+from pathlib import Path
+
+from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSION, SESSIONS, color_of, with_frames
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
+from cdc_mmpg.evidence.findings import list_payloads
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
+from cdc_mmpg.evidence.selection import describe_group, find_adaptive_side, find_static_side
+from cdc_mmpg.report.cells import cite_or_empty
+from cdc_mmpg.report.document import Page
+from cdc_mmpg.report.figures import LINES, REFERENCES
+from cdc_mmpg.report.paper_tables import find_frame_seeds
+from cdc_mmpg.report.plots import Point, Series, bars, lines, pairs, scatter, stacked
+
+BETTER, WORSE = "#0b5cad", "#cf3f2e"  # colors of bars above and below zero
+
+
+def add_bytes(page: Page, evidence: Evidence) -> None:
+    """Add accuracy against the bytes of a download."""
+    page.begin("bytes", "Accuracy and bytes")
+    series = []
+    for method in evidence.names:
+        if method in (*SESSIONS, "cdc_mmpg", "on_device") or evidence.is_retrieval:  # their payloads follow
+            continue
+        runs, accuracy = evidence.find_runs(method), evidence.cite_accuracy(Side(method))
+        down = evidence.cite_value(runs[0], "bytes", "down") if runs else None
+        if down and accuracy:
+            label = evidence.names[method]
+            point = _mark_point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
+            series.append(Series(label, color_of(method), [point], square=method in PER_SAMPLE))
+    for payload in list_payloads(evidence):
+        method, label = payload.side.name, payload.label
+        per_sample = method in PER_SAMPLE
+        accuracy, unit = evidence.cite_accuracy(payload.side), "a question" if per_sample else "a session"
+        point = _mark_point(page, f"plots/bytes/{label}", payload.bytes, accuracy, label, unit)
+        series.append(Series(label, color_of(method), [point], square=per_sample))
+    if not series:
+        page.add_paragraph("No run has both.")
+        return
+    page.add_chart(
+        scatter(f"Accuracy, {describe_group(evidence)}, against bytes down", series, "bytes down", "% right"),
+        f"Accuracy, {describe_group(evidence)}, against the bytes of a download: squares, one for every question; "
+        "dots, one for a session, or none. Bars: 95 % interval of one seed, or standard deviation.",
+    )
+
+
+def _mark_point(page: Page, name: str, x: Fact, accuracy: CitedText, label: str, unit: str) -> Point:
+    """Return a mark whose figures the page keeps."""
+    page.keep(f"{name}/bytes", x)
+    low, high = _ends(accuracy)
+    page.keep_all(f"{name}/accuracy", accuracy)
+    return Point(x.amount, accuracy.facts[0].amount, f"{label}: {accuracy.text} %, {x.shown} bytes {unit}", low, high)
+
+
+def _ends(accuracy: CitedText) -> tuple[float | None, float | None]:
+    """Return the ends of an interval, or of mean and deviation; None where there is neither."""
+    value, *rest = (fact.amount for fact in accuracy.facts)
+    if len(rest) == 2:
+        return rest[0], rest[1]
+    return (value - rest[0], value + rest[0]) if rest else (None, None)
+
+
+def add_anchors(page: Page, evidence: Evidence) -> None:
+    """Add accuracy against the size of a session; the lines are those of anchors.png."""
+    cases = sorted({
+        int(case[1:])
+        for run in evidence.find_runs(SESSION)
+        for case in run.results["accuracy"]
+        if case[:1] == "n" and case[1:].isdecimal()
+    })  # fmt: skip
+    if len(cases) < 2:
+        return
+    page.begin("session", "Accuracy and the size of a session")
+    series = []
+    for kind, label, color in LINES:
+        points = []
+        for place, case in enumerate(cases):
+            if accuracy := evidence.cite_accuracy(Side(SESSION, f"n{case}"), kind=kind):
+                page.keep_all(f"plots/session/{label}/{case}", accuracy)
+                title = f"{label}, {case} anchors: {accuracy.text} %"
+                points.append(Point(place, accuracy.facts[0].amount, title, *_ends(accuracy)))
+        if points:
+            series.append(Series(label, color, points))
+    for name, condition, label, color in REFERENCES:
+        if accuracy := evidence.cite_accuracy(Side(name, condition)):
+            page.keep_all(f"plots/session/{label}", accuracy)
+            points = [Point(0, accuracy.facts[0].amount, f"{label}: {accuracy.text} %")]
+            series.append(Series(label, color, points, dashed=True))
+    page.add_chart(
+        lines("Accuracy against the number of anchors", series, "n, anchors of the device's other clips", "% right",
+              [(place, str(case)) for place, case in enumerate(cases)]),
+        f"Accuracy, {describe_group(evidence)}, against the number of other, unlabelled clips whose mean is uploaded. "
+        "Band: 95 % interval of one seed, or standard deviation. Dashed: all questions.",
+    )  # fmt: skip
+
+
+def add_frames(page: Page, evidence: Evidence) -> None:
+    """Add accuracy against frames, where other numbers of them were tried."""
+    series = []
+    for method in ("cdc_mmpg", BASELINE):
+        points = []
+        for number in FRAMES:
+            seeds = find_frame_seeds(evidence, method)
+            if accuracy := evidence.cite_accuracy(Side(with_frames(method, number)), seeds=seeds):
+                page.keep_all(f"plots/frames/{NAMES[method]}/{number}", accuracy)
+                title = f"{NAMES[method]}, {number} frames: {accuracy.text} %"
+                points.append(Point(number, accuracy.facts[0].amount, title, *_ends(accuracy)))
+        if len(points) > 1:
+            series.append(Series(NAMES[method], color_of(method), points))
+    if series:
+        page.begin("frames", "Accuracy and frames")
+        page.add_chart(
+            lines("Accuracy against frames", series, "frames of a clip", "% right", [(n, str(n)) for n in FRAMES],
+                  bands=False),
+            f"Accuracy, {describe_group(evidence)}, against the frames that are taken of a clip; "
+            "intervals are in the table.",
+        )  # fmt: skip
+
+
+def add_devices(page: Page, evidence: Evidence) -> None:
+    """Add the static and the adaptive method, group by group and device by device."""
+    first, second = find_adaptive_side(evidence), find_static_side(evidence)
+    if not first or not second or evidence.group == ALL_GROUPS:
+        return
+    compared = evidence.compare_by_device(first, second)
+    if not compared:
+        return
+    others = {device: share for device, (_, share, _) in evidence.compare_by_device(second, first).items()}
+    page.begin("devices", "Device by device")
+    rows: list[tuple[str, list[CitedText]]] = []
+    for group in evidence.groups:
+        gain = evidence.compare(first, second, group)
+        both = [evidence.cite_accuracy(second, group), evidence.cite_accuracy(first, group)]
+        rows.append((group, [*both, gain.format() if gain else NO_TEXT]))
+    header = ["devices", f"{NAMES[second.name]} %", f"{NAMES[first.name]} %", "difference"]
+    page.add_table(Table("groups", "Static against adapted", header, rows))
+    own = {device: row for device, row in compared.items() if row[0] == evidence.group}
+    order = sorted(own, key=lambda device: (-own[device][2].amount, device))
+    for device in order:
+        page.keep(f"devices/{device}/{NAMES[second.name]}", others[device])
+        page.keep(f"devices/{device}/{NAMES[first.name]}", own[device][1])
+        page.keep(f"devices/{device}/difference", own[device][2])
+    better = sum(own[device][2].amount > 0 for device in order)
+    sources = tuple(source for device in order[:1] for source in own[device][2].sources)
+    more = {"minus": own[order[0]][2].more["minus"], "group": evidence.group}
+    count = page.keep("devices/better", Fact(better, str(better), "devices better", sources, more))
+    page.add_chart(
+        bars(
+            f"Difference of {NAMES[first.name]} to {NAMES[second.name]} by device",
+            [Point(0, own[device][2].amount, f"{device}: {own[device][2].shown} points") for device in order],
+            f"{evidence.group} devices, sorted", "points", (BETTER, WORSE),
+        ),
+        f"What {NAMES[first.name]} adds to {NAMES[second.name]} on each of {len(order)} {evidence.group} devices, in "
+        f"points: more than nothing on {count.shown}. A device has few questions, so single bars are noisy.",
+    )  # fmt: skip
+    page.add_chart(
+        pairs(
+            f"Accuracy of {NAMES[second.name]} and {NAMES[first.name]} by device",
+            [
+                (Point(0, others[device].amount, f"{device}, {NAMES[second.name]}: {others[device].shown} %"),
+                 Point(0, own[device][1].amount, f"{device}, {NAMES[first.name]}: {own[device][1].shown} %"))
+                for device in order
+            ],
+            f"{evidence.group} devices, in the same order", "% right",
+            (NAMES[second.name], NAMES[first.name]), (color_of(second.name), color_of(first.name)),
+        ),
+        "The same devices: what both answer rightly, in %.",
+    )  # fmt: skip
+    if len(order) <= 48:
+        rows = [
+            (device, [cite("{}", others[device]), cite("{}", own[device][1]), cite("{}", own[device][2])])
+            for device in order
+        ]
+        by_device = Table("devices", f"By device, {evidence.group}", ["device", *header[1:]], rows)
+        page.add_table(by_device, summary="The figures of every device")
+
+
+def add_curves(page: Page, evidence: Evidence) -> None:
+    """Add validation accuracy by epoch, of the first seed of every run."""
+    series = []
+    for name, runs in evidence.runs.items():
+        run = runs[0]
+        monitor = run.find("monitor") or ""
+        if not monitor.startswith("val/") or "loss" in monitor:
+            continue
+        values, sources = _read_curve(evidence.folder, run, monitor)
+        if len(values) < 2:
+            continue
+        label = NAMES.get(name, name.replace("_", " "))
+        shown = [100 * value for value in values.values()]
+        page.keep(f"plots/curves/{name}", Fact(shown, "", "column", sources, {"times": 100, "epochs": list(values)}))
+        points = [Point(epoch + 1, y, f"{label}, epoch {epoch + 1}: {y:.1f} %")
+                  for epoch, y in zip(values, shown, strict=True)]  # fmt: skip
+        series.append(Series(label, color_of(name), points))
+    if series:
+        page.begin("training", "Training")
+        page.add_chart(
+            lines("Validation accuracy by epoch", series, "epoch", "validation, % right"),
+            "Validation accuracy after every epoch, of the first seed of every run; the best epoch was tested, once.",
+        )
+
+
+def _read_curve(folder: Path, run: Run, column: str) -> tuple[dict[int, float], tuple[str, ...]]:
+    """Return a column of a run's logs by epoch, and its sources; of a resumed run, what came last."""
+    values: dict[int, float] = {}
+    sources = []
+    logs = sorted(run.path.glob("logs/**/metrics.csv"), key=lambda path: (len(str(path)), path))
+    for log in logs:
+        try:
+            with log.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row.get(column) and row.get("epoch")]
+            values |= {int(row["epoch"]): value for row in rows if isfinite(value := float(row[column]))}
+        except (OSError, ValueError, csv.Error):
+            continue
+        sources.append(f"{log.relative_to(folder)}#{column}")
+    return dict(sorted(values.items())), tuple(sources)
+
+
+def add_time(page: Page, evidence: Evidence) -> None:
+    """Add seconds by run, mean over its seeds."""
+    rows, parts = [], []
+    for name, runs in evidence.runs.items():
+        timed = [run for run in runs if run.find("seconds", "train") is not None]
+        if not timed:
+            continue
+        train = evidence.aggregate(timed, ("seconds", "train"), form="{:,.1f}")
+        tested = [run for run in timed if run.find("seconds", "test") is not None]
+        test = evidence.aggregate(tested, ("seconds", "test"), form="{:,.1f}") if tested else None
+        count = Fact(len(timed), str(len(timed)), "count", tuple(run.locate("seed") for run in timed))
+        rows.append((name, [cite("{}", train), cite_or_empty(test), cite("{}", count)]))
+        long, shown = (test.amount, test.shown) if test else (0, "0")
+        bar = [Point(train.amount, 0, f"{name}, training: {train.shown} s"), Point(long, 0, f"{name}, test: {shown} s")]
+        parts.append((name, bar))
+    if not rows:
+        return
+    parts.sort(key=lambda row: -sum(part.x for part in row[1]))
+    page.begin("time", "Where the time goes")
+    page.add_chart(stacked("Seconds by run", parts, ("training", "test"), (BETTER, "#9db9d6")),
+              "Seconds of training and test, a bar a run, mean over its seeds.")  # fmt: skip
+    page.add_table(Table("time", "Seconds", ["run", "training", "test", "seeds"], rows))

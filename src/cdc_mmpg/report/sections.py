@@ -1,0 +1,134 @@
+"""The sections of the page that have no charts: findings, controls, tables, how everything was made."""
+
+from cdc_mmpg.catalogue import BASELINE, NAMES, SESSION
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.facts import CitedText, Table, cite
+from cdc_mmpg.evidence.findings import (
+    compare_unless_guessing,
+    find_equal_payloads,
+    list_claims,
+    list_control_findings,
+)
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
+from cdc_mmpg.evidence.selection import describe_group, find_static_side
+from cdc_mmpg.report.caption import shorten_commit
+from cdc_mmpg.report.cells import cite_or_empty
+from cdc_mmpg.report.document import Card, Cards, CodeBlock, Heading, Page, Paragraph
+from cdc_mmpg.report.missing import find_missing, format_command
+from cdc_mmpg.report.tables import build_all_tables
+
+
+def add_findings(page: Page, evidence: Evidence) -> None:
+    """Add the few figures that a reader takes away, and every sentence."""
+    page.begin("findings", "What the figures say")
+    session, baseline = Side(SESSION), Side(BASELINE)
+    gain = compare_unless_guessing(evidence, session, baseline)
+    if gain:
+        seeds = evidence.compare_by_seed(session, baseline)
+        more = {
+            **gain.value.more, "low": gain.low.value, "high": gain.high.value,
+            "seeds": {str(seed): fact.value for seed, fact in seeds.items()},
+        }  # fmt: skip
+        page.keep("session_gain_points", gain.value._replace(more=more))
+        page.keep("session_gain_points/low", gain.low)
+        page.keep("session_gain_points/high", gain.high)
+        for seed, fact in seeds.items():
+            page.keep(f"session_gain_points/seed{seed}", fact)
+    equal = find_equal_payloads(evidence)
+    if equal:
+        least, best = equal
+        more = {
+            "label": least.label, "accuracy": least.accuracy.value,
+            "best": {"label": best.label, "bytes": best.bytes.value, "accuracy": best.accuracy.value},
+        }  # fmt: skip
+        page.keep("bytes_at_equal_accuracy", least.bytes._replace(more=more))
+        page.keep("bytes_at_equal_accuracy/accuracy", least.accuracy)
+        page.keep("bytes_at_equal_accuracy/best/bytes", best.bytes)
+        page.keep("bytes_at_equal_accuracy/best/accuracy", best.accuracy)
+    cards = [
+        (name, cite("{}", shown.value), cite("points, 95 % interval {} to {}", shown.low, shown.high))
+        for name, shown in (
+            ("A session of 16 clips over fine-tuning", gain),
+            ("One sample over fine-tuning", compare_unless_guessing(evidence, Side("cdc_mmpg"), baseline)),
+        )
+        if shown
+    ]
+    if equal:
+        least, best = equal
+        cards.append(("Enough for a session's head", cite("{} B", least.bytes),
+                      cite("{} % right, the best head {} %", least.accuracy, best.accuracy)))  # fmt: skip
+    static = find_static_side(evidence) or session
+    if accuracy := evidence.cite_accuracy(static):
+        name = f"{NAMES[static.name]}, {describe_group(evidence)}"
+        cards.append((name, cite("{} %", accuracy.facts[0]), CitedText("of the questions right")))
+    marked = [
+        Card(name, page.mark(f"cards/{name}", large), page.mark(f"cards/{name}/more", small))
+        for name, large, small in cards
+    ]
+    page.add(Cards(marked))
+    page.add_sentences("findings", list_claims(evidence), "No two runs can be compared yet.")
+
+
+def add_controls(page: Page, evidence: Evidence) -> None:
+    """Add whether the adaptive methods use what they adapt to."""
+    page.begin("controls", "Controls: is the adaptation used?")
+    page.add_paragraph("Own answers against those with a head that was made for somebody else, in points, paired.")
+    page.add_sentences("controls", list_control_findings(evidence), "No adaptive method was run.")
+
+
+def add_tables(page: Page, evidence: Evidence) -> None:
+    """Add all tables that there are, those of the paper first."""
+    resampled = "clips" if evidence.group == ALL_GROUPS else "devices and then their clips"
+    page.begin("tables", "Tables")
+    page.add_paragraph(
+        f"In %. One seed: 95 % interval in brackets, {resampled} resampled. Several: mean ± standard "
+        "deviation. “vs fine-tuning”: the difference in points and its 95 % interval, paired by question and "
+        "averaged over the seeds that both have. Rows with a dot are controls of the method above.",
+        is_note=True,
+    )
+    for table in build_all_tables(evidence):
+        page.add_table(table)
+
+
+def add_provenance(page: Page, evidence: Evidence) -> None:
+    """Add commits, machines, seeds, versions and commands, and what is missing."""
+    page.begin("made", "How it was made")
+    runs = [run for seeds in evidence.runs.values() for run in seeds]
+    rows = []
+    for run in runs:
+        facts = [evidence.cite_value(run, key) for key in ("seed", "finished", "machine", "devices", "commit")]
+        if commit := facts[-1]:
+            facts[-1] = commit._replace(shown=shorten_commit(commit.shown))
+        rows.append((f"{run.name}/{run.path.name}", [cite_or_empty(fact) for fact in facts]))
+    page.add_table(Table("made", "Runs", ["run", "seed", "finished", "machine", "on", "commit"], rows))
+    main = [run for name in evidence.names for run in evidence.find_runs(name)]  # pretraining has clips of its own
+    counted = next((run for run in main if run.find("questions", "test") is not None), None)
+    if counted:
+        facts = [evidence.cite_value(counted, "questions", split) for split in ("train", "val", "test")]
+        counted_facts = [fact for fact in facts if fact]
+        if len(counted_facts) == len(facts):
+            counts = cite("Questions: {} for training, {} for validation, {} in the test.", *counted_facts)
+            page.add(Paragraph(page.mark("made/questions", counts)))
+    versions: dict[str, list[Run]] = {}
+    for run in runs:
+        known = run.find("versions") or {}
+        versions.setdefault(", ".join(f"{name} {number}" for name, number in known.items()), []).append(run)
+    for text, those in versions.items():
+        which = "" if len(versions) == 1 else f" ({len(those)} runs)"
+        if text:
+            page.add_paragraph(f"Versions{which}: {text}.")
+    page.add(Heading("Commands"))
+    page.add_paragraph("One makes one run, and what it builds on.")
+    page.add(CodeBlock([
+        format_command(evidence, name, [run.seed for run in seeds]) for name, seeds in evidence.runs.items()
+    ]))  # fmt: skip
+    page.add_paragraph(
+        "Every figure on this page stands in report.json, with the places in the runs' files that it was read from "
+        "and how it was made of them."
+    )
+    if missing := find_missing(evidence):
+        page.begin("missing", "What is missing")
+        for what, commands in missing:
+            page.add(Heading(what[0].upper() + what[1:]))
+            page.add(CodeBlock(commands))
