@@ -10,7 +10,11 @@ import pytest
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.evidence.comparisons import Evidence
-from cdc_mmpg.report.figures import Score, accuracy, choose, main, spread
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.report.canvas import spread_apart
+from cdc_mmpg.report.dataset_figure import choose_devices
+from cdc_mmpg.report.figures import main
+from cdc_mmpg.report.plots import make_point
 
 CASTS = {"unseen000": 170.0, "unseen001": 5.0, "unseen002": -95.0, "unseen003": 80.0, "unseen004": 20.0}
 
@@ -89,7 +93,7 @@ def test_the_figures_are_small_pngs_the_same_every_time(synthetic, tmp_path, cap
 
 
 def test_devices_are_spaced_around_the_hue_circle_and_color_is_asked(synthetic):
-    rows = choose(synthetic)
+    rows = choose_devices(synthetic)
     assert [row.device for row in rows] == ["unseen001", "unseen003", "unseen000", "unseen002"]
     assert [row.answer for row in rows] == [f"{row.device} color" for row in rows]
     assert {row.test[-3:] for row in rows} == {"_07"}
@@ -131,25 +135,27 @@ def test_a_damaged_dataset_is_named(name, content, message, synthetic, tmp_path)
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError) as caught:
-        choose(tmp_path)
+        choose_devices(tmp_path)
     assert message in str(caught.value)
 
 
 def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path):
-    def found():
-        return [run.results for run in Evidence(tmp_path).runs["cdc_mmpg_session"]]
+    def drawn(case):
+        accuracy = Evidence(tmp_path).cite_accuracy(Side("cdc_mmpg_session", case))
+        return make_point(0, accuracy, "")[1:2] + make_point(0, accuracy, "")[3:] if accuracy else None
 
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.8})
-    assert accuracy(found(), None, "all") == pytest.approx(Score(80, 78, 83))
+    assert drawn(None) == pytest.approx((80, 78, 83))
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.9}, seed=1)
     deviation = 50**0.5
-    assert accuracy(found(), "n16", "all") == pytest.approx(Score(85, 85 - deviation, 85 + deviation))
-    assert accuracy(found(), "n4", "all") is None
-    assert accuracy([{"dataset": "msvd"}], None, "all") is None
+    assert drawn("n16") == pytest.approx((85, 85 - deviation, 85 + deviation))
+    assert drawn("n4") is None
+    write_run(tmp_path / "linear", {}, types=())
+    assert not Evidence(tmp_path).cite_accuracy(Side("linear"))
 
 
 def test_labels_keep_apart_and_stay_near():
-    assert spread([1, 10, 20], 5, 0, 100) == [1, 10, 20]
-    assert spread([10, 11, 30], 5, 0, 100) == pytest.approx([8, 13, 30])
-    assert spread([98, 99, 100], 5, 0, 100) == pytest.approx([90, 95, 100])
-    assert spread([], 5, 0, 100) == []
+    assert spread_apart([1, 10, 20], 5, 0, 100) == [1, 10, 20]
+    assert spread_apart([10, 11, 30], 5, 0, 100) == pytest.approx([8, 13, 30])
+    assert spread_apart([98, 99, 100], 5, 0, 100) == pytest.approx([90, 95, 100])
+    assert spread_apart([], 5, 0, 100) == []

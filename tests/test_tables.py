@@ -474,6 +474,24 @@ def test_three_seeds_fit_two_hundred_columns(synthetic, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 200
 
 
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_narrow_terminal_shows_blocks_of_columns(width, synthetic, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for seed in range(3):
+        write_run(synthetic, "cdc_mmpg_session", seed, 0.7 + 0.1 * seed)
+    assert tables.main([str(synthetic)]) == 0
+    printed = capsys.readouterr().out.splitlines()[:-1]
+    heads = [line.split() for line in printed if line.startswith(" method ")]
+    assert (len(heads) == 1) == (width == 200)
+    if width < 200:
+        assert max(len(line) for line in printed if not line.startswith("- ")) <= width
+    header, *rows = columns_of(synthetic), *rows_of(synthetic)
+    assert " ".join(header[1:]).split() == [name for head in heads for name in head[1:]]
+    for label, *cells in rows:
+        lines = [line.removeprefix(f" {label}") for line in printed if line.startswith(f" {label}  ")]
+        assert " ".join(cells).split() == " ".join(lines).split()
+
+
 def test_a_folder_without_runs_says_what_to_do(tmp_path, capsys):
     assert tables.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -4,18 +4,27 @@ import csv
 from math import isfinite
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSION, SESSIONS, color_of, with_frames
+from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSIONS, color_of, with_frames
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
 from cdc_mmpg.evidence.findings import list_payloads
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
 from cdc_mmpg.evidence.selection import describe_group, find_adaptive_side, find_static_side
+from cdc_mmpg.report.anchor_chart import ANCHORS_LABEL, collect_anchor_curves, find_anchor_counts
 from cdc_mmpg.report.cells import cite_or_empty
 from cdc_mmpg.report.document import Page
-from cdc_mmpg.report.figures import LINES, REFERENCES
 from cdc_mmpg.report.paper_tables import find_frame_seeds
-from cdc_mmpg.report.plots import Point, Series, bars, lines, pairs, scatter, stacked
+from cdc_mmpg.report.plots import (
+    Point,
+    Series,
+    chart_bars,
+    chart_lines,
+    chart_pairs,
+    chart_scatter,
+    chart_stacked,
+    make_point,
+)
 
 BETTER, WORSE = "#0b5cad", "#cf3f2e"  # colors of bars above and below zero
 
@@ -43,7 +52,7 @@ def add_bytes(page: Page, evidence: Evidence) -> None:
         page.add_paragraph("No run has both.")
         return
     page.add_chart(
-        scatter(f"Accuracy, {describe_group(evidence)}, against bytes down", series, "bytes down", "% right"),
+        chart_scatter(f"Accuracy, {describe_group(evidence)}, against bytes down", series, "bytes down", "% right"),
         f"Accuracy, {describe_group(evidence)}, against the bytes of a download: squares, one for every question; "
         "dots, one for a session, or none. Bars: 95 % interval of one seed, or standard deviation.",
     )
@@ -52,51 +61,27 @@ def add_bytes(page: Page, evidence: Evidence) -> None:
 def _mark_point(page: Page, name: str, x: Fact, accuracy: CitedText, label: str, unit: str) -> Point:
     """Return a mark whose figures the page keeps."""
     page.keep(f"{name}/bytes", x)
-    low, high = _ends(accuracy)
     page.keep_all(f"{name}/accuracy", accuracy)
-    return Point(x.amount, accuracy.facts[0].amount, f"{label}: {accuracy.text} %, {x.shown} bytes {unit}", low, high)
-
-
-def _ends(accuracy: CitedText) -> tuple[float | None, float | None]:
-    """Return the ends of an interval, or of mean and deviation; None where there is neither."""
-    value, *rest = (fact.amount for fact in accuracy.facts)
-    if len(rest) == 2:
-        return rest[0], rest[1]
-    return (value - rest[0], value + rest[0]) if rest else (None, None)
+    return make_point(x.amount, accuracy, f"{label}: {accuracy.text} %, {x.shown} bytes {unit}")
 
 
 def add_anchors(page: Page, evidence: Evidence) -> None:
     """Add accuracy against the size of a session; the lines are those of anchors.png."""
-    cases = sorted({
-        int(case[1:])
-        for run in evidence.find_runs(SESSION)
-        for case in run.results["accuracy"]
-        if case[:1] == "n" and case[1:].isdecimal()
-    })  # fmt: skip
-    if len(cases) < 2:
+    counts = find_anchor_counts(evidence)
+    if len(counts) < 2:
         return
     page.begin("session", "Accuracy and the size of a session")
-    series = []
-    for kind, label, color in LINES:
-        points = []
-        for place, case in enumerate(cases):
-            if accuracy := evidence.cite_accuracy(Side(SESSION, f"n{case}"), kind=kind):
-                page.keep_all(f"plots/session/{label}/{case}", accuracy)
-                title = f"{label}, {case} anchors: {accuracy.text} %"
-                points.append(Point(place, accuracy.facts[0].amount, title, *_ends(accuracy)))
-        if points:
-            series.append(Series(label, color, points))
-    for name, condition, label, color in REFERENCES:
-        if accuracy := evidence.cite_accuracy(Side(name, condition)):
-            page.keep_all(f"plots/session/{label}", accuracy)
-            points = [Point(0, accuracy.facts[0].amount, f"{label}: {accuracy.text} %")]
-            series.append(Series(label, color, points, dashed=True))
+    curves = collect_anchor_curves(evidence)
+    for curve in curves:
+        for count, accuracy in curve.accuracies:
+            page.keep_all(f"plots/session/{curve.label}" + ("" if count is None else f"/{count}"), accuracy)
+    series = [curve.to_series(counts) for curve in curves]
+    ticks = [(float(place), str(count)) for place, count in enumerate(counts)]
     page.add_chart(
-        lines("Accuracy against the number of anchors", series, "n, anchors of the device's other clips", "% right",
-              [(place, str(case)) for place, case in enumerate(cases)]),
+        chart_lines("Accuracy against the number of anchors", series, ANCHORS_LABEL, "% right", ticks),
         f"Accuracy, {describe_group(evidence)}, against the number of other, unlabelled clips whose mean is uploaded. "
         "Band: 95 % interval of one seed, or standard deviation. Dashed: all questions.",
-    )  # fmt: skip
+    )
 
 
 def add_frames(page: Page, evidence: Evidence) -> None:
@@ -109,13 +94,13 @@ def add_frames(page: Page, evidence: Evidence) -> None:
             if accuracy := evidence.cite_accuracy(Side(with_frames(method, number)), seeds=seeds):
                 page.keep_all(f"plots/frames/{NAMES[method]}/{number}", accuracy)
                 title = f"{NAMES[method]}, {number} frames: {accuracy.text} %"
-                points.append(Point(number, accuracy.facts[0].amount, title, *_ends(accuracy)))
+                points.append(make_point(number, accuracy, title))
         if len(points) > 1:
             series.append(Series(NAMES[method], color_of(method), points))
     if series:
         page.begin("frames", "Accuracy and frames")
         page.add_chart(
-            lines("Accuracy against frames", series, "frames of a clip", "% right", [(n, str(n)) for n in FRAMES],
+            chart_lines("Accuracy against frames", series, "frames of a clip", "% right", [(n, str(n)) for n in FRAMES],
                   bands=False),
             f"Accuracy, {describe_group(evidence)}, against the frames that are taken of a clip; "
             "intervals are in the table.",
@@ -150,7 +135,7 @@ def add_devices(page: Page, evidence: Evidence) -> None:
     more = {"minus": own[order[0]][2].more["minus"], "group": evidence.group}
     count = page.keep("devices/better", Fact(better, str(better), "devices better", sources, more))
     page.add_chart(
-        bars(
+        chart_bars(
             f"Difference of {NAMES[first.name]} to {NAMES[second.name]} by device",
             [Point(0, own[device][2].amount, f"{device}: {own[device][2].shown} points") for device in order],
             f"{evidence.group} devices, sorted", "points", (BETTER, WORSE),
@@ -159,7 +144,7 @@ def add_devices(page: Page, evidence: Evidence) -> None:
         f"points: more than nothing on {count.shown}. A device has few questions, so single bars are noisy.",
     )  # fmt: skip
     page.add_chart(
-        pairs(
+        chart_pairs(
             f"Accuracy of {NAMES[second.name]} and {NAMES[first.name]} by device",
             [
                 (Point(0, others[device].amount, f"{device}, {NAMES[second.name]}: {others[device].shown} %"),
@@ -200,7 +185,7 @@ def add_curves(page: Page, evidence: Evidence) -> None:
     if series:
         page.begin("training", "Training")
         page.add_chart(
-            lines("Validation accuracy by epoch", series, "epoch", "validation, % right"),
+            chart_lines("Validation accuracy by epoch", series, "epoch", "validation, % right"),
             "Validation accuracy after every epoch, of the first seed of every run; the best epoch was tested, once.",
         )
 
@@ -240,6 +225,6 @@ def add_time(page: Page, evidence: Evidence) -> None:
         return
     parts.sort(key=lambda row: -sum(part.x for part in row[1]))
     page.begin("time", "Where the time goes")
-    page.add_chart(stacked("Seconds by run", parts, ("training", "test"), (BETTER, "#9db9d6")),
+    page.add_chart(chart_stacked("Seconds by run", parts, ("training", "test"), (BETTER, "#9db9d6")),
               "Seconds of training and test, a bar a run, mean over its seeds.")  # fmt: skip
     page.add_table(Table("time", "Seconds", ["run", "training", "test", "seeds"], rows))

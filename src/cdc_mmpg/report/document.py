@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cdc_mmpg.evidence.facts import CitedText, Fact, Table
+from cdc_mmpg.report.plots import Chart, LegendEntry
 
 
 class Piece(NamedTuple):
@@ -83,9 +84,10 @@ class TableBlock:
 
 @dataclass(frozen=True)
 class ChartBlock:
-    """A chart with its caption."""
+    """A chart with its legend and caption."""
 
     svg: Markup
+    legend: Sequence[LegendEntry]
     caption: str
     kind: ClassVar = "chart"
 
@@ -171,9 +173,9 @@ class Page:
         notes = [self.mark(f"{table.name}/note {number}", note) for number, note in enumerate(table.notes)]
         self.add(TableBlock(table.title, table.header, rows, notes, summary))
 
-    def add_chart(self, svg: str, caption: str) -> None:
-        """Add a chart, which is markup, with what it shows."""
-        self.add(ChartBlock(Markup(svg), caption))
+    def add_chart(self, chart: Chart, caption: str) -> None:
+        """Add a chart with what it shows."""
+        self.add(ChartBlock(Markup(chart.svg), chart.legend, caption))
 
     def render(self, title: str, lead: str) -> str:
         """Return the document as HTML."""

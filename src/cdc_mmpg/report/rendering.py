@@ -1,6 +1,7 @@
 """Tables and lists as Markdown and in the terminal."""
 
 from collections.abc import Sequence
+from shutil import get_terminal_size
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.text import Text
 
 from cdc_mmpg.evidence.facts import Table
 from cdc_mmpg.program import escape_controls
+
+FULL_WIDTH = 1000  # letters, more than any table has: the methods take less than 200
 
 
 def render_markdown(table: Table) -> str:
@@ -26,19 +29,44 @@ def render_bullets(lines: Sequence[str]) -> str:
 
 
 def print_table(table: Table, below: str, title: str | None = None) -> None:
-    """Print a table with a text below it."""
-    grid = Grid(
-        collapse_padding=True, pad_edge=False, box=SIMPLE_HEAD, caption=_plain(below), caption_justify="left",
-        title=title and _plain(title), title_justify="left",
-    )  # fmt: skip
-    for number, name in enumerate(table.header):
-        grid.add_column(_plain(name), justify="right" if number else "left", no_wrap=True)
-    for row in table.texts():
-        grid.add_row(*map(_plain, row))
-    console = Console(width=1000)  # as wide as its figures, below 200 columns; a narrower terminal wraps it
+    """Print a table with a text below it; one that is wider than the terminal in blocks of columns.
+
+    Each block begins with the rows' labels. COLUMNS is the width where it is set; output that is no terminal is as
+    wide as the figures.
+    """
+    width = get_terminal_size((FULL_WIDTH, 24)).columns
+    console = Console(width=FULL_WIDTH)
+    blocks = _split_columns(console, table, width)
     with console.capture() as captured:
-        console.print(grid)
+        for number, columns in enumerate(blocks):
+            heading = title if number == 0 else None
+            console.print(_make_grid(table, columns, heading, below if len(blocks) == 1 else None))
+        if len(blocks) > 1:
+            console.print(_plain(below), width=width)
     print(captured.get(), end="")  # rich has an exit code of its own for a reader that leaves
+
+
+def _split_columns(console: Console, table: Table, width: int) -> list[list[int]]:
+    """Return the columns (without the labels) in groups, each as many as fit into `width` letters, at least one."""
+    groups: list[list[int]] = [[]]
+    for column in range(1, len(table.header)):
+        if groups[-1] and console.measure(_make_grid(table, [*groups[-1], column])).maximum > width:
+            groups.append([])
+        groups[-1].append(column)
+    return groups
+
+
+def _make_grid(table: Table, columns: Sequence[int], title: str | None = None, below: str | None = None) -> Grid:
+    """Return the labels and these columns of a table."""
+    grid = Grid(
+        collapse_padding=True, pad_edge=False, box=SIMPLE_HEAD, caption=below and _plain(below),
+        caption_justify="left", title=title and _plain(title), title_justify="left",
+    )  # fmt: skip
+    for column in (0, *columns):
+        grid.add_column(_plain(table.header[column]), justify="right" if column else "left", no_wrap=True)
+    for row in table.texts():
+        grid.add_row(*(_plain(row[column]) for column in (0, *columns)))
+    return grid
 
 
 def _plain(text: str) -> Text:

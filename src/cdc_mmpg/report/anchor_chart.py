@@ -1,0 +1,123 @@
+"""Accuracy against the number of anchors: curves of the session, lines of other methods; for the page and as PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cdc_mmpg.catalogue import BASELINE, CONCATENATED, SESSION, color_of
+from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.evidence.comparisons import Evidence
+from cdc_mmpg.evidence.facts import CitedText
+from cdc_mmpg.evidence.pairing import Side
+from cdc_mmpg.evidence.runs import Run
+from cdc_mmpg.report.canvas import (
+    HEAD,
+    INK,
+    MUTED,
+    SMALL,
+    TEXT,
+    EndLabel,
+    encode_png,
+    label_ends,
+    open_canvas,
+    style_axes,
+)
+from cdc_mmpg.report.plots import Series, draw_curves, make_point
+
+ANCHORS_LABEL = "n, anchors of the device's other clips"
+
+# Lines beside the session's: method, condition (none: the run's first), label, color.
+REFERENCES = (
+    (BASELINE, None, "Fine-tuning", color_of(BASELINE)),
+    ("cdc_mmpg", None, "CDC-MMPG per sample", color_of("cdc_mmpg")),
+    (SESSION, "shuffled_n16", "another device's 16 anchors", "#8250df"),
+    (CONCATENATED, None, "concatenated", color_of(CONCATENATED)),
+    ("session_oracle", None, "oracle: the true cast", color_of("session_oracle")),
+)
+# Curves of the session: type of questions, label, color.
+CURVES = (("all", "session, all questions", color_of(SESSION)), ("color", "session, color questions", "#cf3f2e"))
+
+
+class AnchorCurve(NamedTuple):
+    """Accuracies by number of anchors; of another method one accuracy, which has no number."""
+
+    label: str
+    color: str
+    accuracies: Sequence[tuple[int | None, CitedText]]
+
+    def to_series(self, counts: Sequence[int]) -> Series:
+        """Return the points at the places of their numbers among `counts`."""
+        points = []
+        for count, accuracy in self.accuracies:
+            title = f"{self.label}: {accuracy.text} %" if count is None else (
+                f"{self.label}, {count} anchors: {accuracy.text} %"
+            )  # fmt: skip
+            points.append(make_point(0 if count is None else counts.index(count), accuracy, title))
+        return Series(self.label, self.color, points, dashed=self.accuracies[0][0] is None)
+
+
+def find_anchor_counts(evidence: Evidence) -> list[int]:
+    """Return the numbers of anchors with which sessions were tested."""
+    cases = (case for run in evidence.find_runs(SESSION) for case in run.results["accuracy"])
+    return sorted({int(case[1:]) for case in cases if case[:1] == "n" and case[1:].isdecimal()})
+
+
+def collect_anchor_curves(evidence: Evidence) -> list[AnchorCurve]:
+    """Return the curves of the session, then the lines of other methods."""
+    curves = []
+    for kind, label, color in CURVES:
+        accuracies = [
+            (count, accuracy)
+            for count in find_anchor_counts(evidence)
+            if (accuracy := evidence.cite_accuracy(Side(SESSION, f"n{count}"), kind=kind))
+        ]
+        if accuracies:
+            curves.append(AnchorCurve(label, color, accuracies))
+    for name, condition, label, color in REFERENCES:
+        if accuracy := evidence.cite_accuracy(Side(name, condition)):
+            curves.append(AnchorCurve(label, color, [(None, accuracy)]))
+    return curves
+
+
+def draw_anchors(folder: Path) -> bytes:
+    """Return accuracy on unseen devices against the number of anchors, as PNG.
+
+    Raises:
+        ConfigError: no finished run has these figures.
+    """
+    evidence = Evidence(folder)
+    counts = find_anchor_counts(evidence)
+    series = [curve.to_series(counts) for curve in collect_anchor_curves(evidence)]
+    references = [each for each in series if each.dashed]
+    if evidence.group != "unseen" or len(references) == len(series):
+        raise ConfigError(
+            f"{folder / SESSION}: no finished run with accuracies on unseen devices for n anchors; train one first "
+            "(make train)"
+        )
+    with open_canvas(1000, 540) as figure:
+        axes = figure.add_axes((0.075, 0.12, 0.615, 0.735))
+        axes.set_xlim(-0.2, max(len(counts) - 1, 0.2))
+        draw_curves(axes, series)
+        ends = [
+            EndLabel(each.points[-1].y, f"{each.points[-1].y:.1f}  {each.label}", each.color,
+                     "normal" if each.dashed else "bold")
+            for each in series
+        ]  # fmt: skip
+        label_ends(axes, ends, SMALL, gap=21)
+        axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+        style_axes(axes, ANCHORS_LABEL, "accuracy, %", TEXT, SMALL)
+        caption = _write_caption(evidence.find_runs(SESSION), bool(references))
+        figure.text(0.02, 0.945, "Accuracy on unseen devices", fontsize=HEAD, weight="bold", color=INK, va="center")
+        figure.text(0.02, 0.897, caption, fontsize=SMALL, color=MUTED, va="center")
+        return encode_png(figure)
+
+
+def _write_caption(runs: Sequence[Run], has_references: bool) -> str:
+    """Return what the band is, and what it was counted on."""
+    cells = [run.find("accuracy", "n0", "unseen", "all") or {} for run in runs]
+    counts = dict.fromkeys(f"{cell['questions']:,}" for cell in cells if "questions" in cell)
+    parts = [f"{' / '.join(counts)} test questions"] if counts else []
+    parts.append(
+        "band: 95 % interval, one seed" if len(cells) == 1 else f"band: ± standard deviation, {len(cells)} seeds"
+    )
+    return " · ".join([*parts, *(["dashed: all questions"] if has_references else [])])
