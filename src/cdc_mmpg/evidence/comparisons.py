@@ -256,13 +256,13 @@ class Evidence:
         for place, device in enumerate(paired.questions.devices):
             places.setdefault(device, []).append(place)
         by_device = {}
-        for device, own in places.items():
+        for device, asked in places.items():
             sources, more = cite_pairs(pairs, first, second, ALL_GROUPS, times=100, device=device)
-            difference = 100 * float(paired.differences[own].mean())
-            share = 100 * float(paired.first_correct[own].mean())
+            difference = 100 * float(paired.differences[asked].mean())
+            share = 100 * float(paired.first_correct[asked].mean())
             of_first = {key: value for key, value in more.items() if key != "minus"}
             by_device[device] = (
-                paired.questions.groups[own[0]],
+                paired.questions.groups[asked[0]],
                 Fact(share, f"{share:.1f}", "share", sources, of_first),
                 Fact(difference, format_difference(difference), "difference", sources, more),
             )

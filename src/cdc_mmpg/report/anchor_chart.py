@@ -88,7 +88,7 @@ def draw_anchors(folder: Path) -> bytes:
     evidence = Evidence(folder)
     counts = find_anchor_counts(evidence)
     series = [curve.to_series(counts) for curve in collect_anchor_curves(evidence)]
-    references = [each for each in series if each.dashed]
+    references = [line for line in series if line.dashed]
     if evidence.group != "unseen" or len(references) == len(series):
         raise ConfigError(
             f"{folder / SESSION}: no finished run with accuracies on unseen devices for n anchors; train one first "
@@ -99,9 +99,9 @@ def draw_anchors(folder: Path) -> bytes:
         axes.set_xlim(-0.2, max(len(counts) - 1, 0.2))
         draw_curves(axes, series)
         ends = [
-            EndLabel(each.points[-1].y, f"{each.points[-1].y:.1f}  {each.label}", each.color,
-                     "normal" if each.dashed else "bold")
-            for each in series
+            EndLabel(line.points[-1].y, f"{line.points[-1].y:.1f}  {line.label}", line.color,
+                     "normal" if line.dashed else "bold")
+            for line in series
         ]  # fmt: skip
         label_ends(axes, ends, SMALL, gap=21)
         axes.set_xticks(range(len(counts)), [str(count) for count in counts])

@@ -124,20 +124,20 @@ def add_devices(page: Page, evidence: Evidence) -> None:
         rows.append((group, [*both, gain.format() if gain else NO_TEXT]))
     header = ["devices", f"{NAMES[second.name]} %", f"{NAMES[first.name]} %", "difference"]
     page.add_table(Table("groups", "Static against adapted", header, rows))
-    own = {device: row for device, row in compared.items() if row[0] == evidence.group}
-    order = sorted(own, key=lambda device: (-own[device][2].amount, device))
+    in_group = {device: row for device, row in compared.items() if row[0] == evidence.group}
+    order = sorted(in_group, key=lambda device: (-in_group[device][2].amount, device))
     for device in order:
         page.keep(f"devices/{device}/{NAMES[second.name]}", others[device])
-        page.keep(f"devices/{device}/{NAMES[first.name]}", own[device][1])
-        page.keep(f"devices/{device}/difference", own[device][2])
-    better = sum(own[device][2].amount > 0 for device in order)
-    sources = tuple(source for device in order[:1] for source in own[device][2].sources)
-    more = {"minus": own[order[0]][2].more["minus"], "group": evidence.group}
+        page.keep(f"devices/{device}/{NAMES[first.name]}", in_group[device][1])
+        page.keep(f"devices/{device}/difference", in_group[device][2])
+    better = sum(in_group[device][2].amount > 0 for device in order)
+    sources = tuple(source for device in order[:1] for source in in_group[device][2].sources)
+    more = {"minus": in_group[order[0]][2].more["minus"], "group": evidence.group}
     count = page.keep("devices/better", Fact(better, str(better), "devices better", sources, more))
     page.add_chart(
         chart_bars(
             f"Difference of {NAMES[first.name]} to {NAMES[second.name]} by device",
-            [Point(0, own[device][2].amount, f"{device}: {own[device][2].shown} points") for device in order],
+            [Point(0, in_group[device][2].amount, f"{device}: {in_group[device][2].shown} points") for device in order],
             f"{evidence.group} devices, sorted", "points", (BETTER, WORSE),
         ),
         f"What {NAMES[first.name]} adds to {NAMES[second.name]} on each of {len(order)} {evidence.group} devices, in "
@@ -148,7 +148,7 @@ def add_devices(page: Page, evidence: Evidence) -> None:
             f"Accuracy of {NAMES[second.name]} and {NAMES[first.name]} by device",
             [
                 (Point(0, others[device].amount, f"{device}, {NAMES[second.name]}: {others[device].shown} %"),
-                 Point(0, own[device][1].amount, f"{device}, {NAMES[first.name]}: {own[device][1].shown} %"))
+                 Point(0, in_group[device][1].amount, f"{device}, {NAMES[first.name]}: {in_group[device][1].shown} %"))
                 for device in order
             ],
             f"{evidence.group} devices, in the same order", "% right",
@@ -158,7 +158,7 @@ def add_devices(page: Page, evidence: Evidence) -> None:
     )  # fmt: skip
     if len(order) <= 48:
         rows = [
-            (device, [cite("{}", others[device]), cite("{}", own[device][1]), cite("{}", own[device][2])])
+            (device, [cite("{}", others[device]), cite("{}", in_group[device][1]), cite("{}", in_group[device][2])])
             for device in order
         ]
         by_device = Table("devices", f"By device, {evidence.group}", ["device", *header[1:]], rows)

@@ -85,25 +85,25 @@ def draw_curves(axes: "Axes", series: Sequence[Series], bands: bool = True) -> N
         series: at least one.
         bands: draw intervals.
     """
-    ends = [end for each in series for point in each.points for end in _ends(point, bands and not each.dashed)]
+    ends = [end for curve in series for point in curve.points for end in _ends(point, bands and not curve.dashed)]
     low, high = min(ends), max(ends)
     margin = 0.06 * max(high - low, 1)
     axes.set_ylim(max(low - margin, 0), min(high + margin, 100))
-    for each in series:
-        if each.dashed:
-            (point,) = each.points
-            line = axes.axhline(point.y, color=each.color, linewidth=1.4, linestyle=(0, (5, 3)))
+    for curve in series:
+        if curve.dashed:
+            (point,) = curve.points
+            line = axes.axhline(point.y, color=curve.color, linewidth=1.4, linestyle=(0, (5, 3)))
             set_tooltip(line, point.title)
             continue
-        banded = [point for point in each.points if point.low is not None and point.high is not None]
+        banded = [point for point in curve.points if point.low is not None and point.high is not None]
         if bands and len(banded) > 1:
             lows, highs = [point.low or 0 for point in banded], [point.high or 0 for point in banded]
-            axes.fill_between([point.x for point in banded], lows, highs, color=each.color, alpha=0.15, linewidth=0)
-        (line,) = axes.plot([point.x for point in each.points], [point.y for point in each.points], color=each.color,
+            axes.fill_between([point.x for point in banded], lows, highs, color=curve.color, alpha=0.15, linewidth=0)
+        (line,) = axes.plot([point.x for point in curve.points], [point.y for point in curve.points], color=curve.color,
                             linewidth=2, clip_on=False, zorder=5)  # fmt: skip
-        set_tooltip(line, each.label)
-        for point in each.points if len(each.points) <= MAX_DOTS else ():
-            _draw_dot(axes, point, each.color, 6, "o")
+        set_tooltip(line, curve.label)
+        for point in curve.points if len(curve.points) <= MAX_DOTS else ():
+            _draw_dot(axes, point, curve.color, 6, "o")
 
 
 def chart_lines(
@@ -115,7 +115,7 @@ def chart_lines(
         from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
         axes = _add_axes(figure, x_label, y_label, right=46)
-        places = [point.x for each in series if not each.dashed for point in each.points]
+        places = [point.x for curve in series if not curve.dashed for point in curve.points]
         begin, end = min(places), max(places)
         axes.set_xlim(begin, end if end > begin else begin + 1)
         draw_curves(axes, series, bands)
@@ -123,21 +123,21 @@ def chart_lines(
             axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks])
         else:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ranked = sorted(series, key=lambda each: -each.points[-1].y)
-        ends = [EndLabel(each.points[-1].y, str(n), each.color) for n, each in enumerate(ranked, 1)]
+        ranked = sorted(series, key=lambda curve: -curve.points[-1].y)
+        ends = [EndLabel(curve.points[-1].y, str(n), curve.color) for n, curve in enumerate(ranked, 1)]
         label_ends(axes, ends, TEXT_SIZE, LABEL_GAP)
         legend = [
             LegendEntry(
-                "dashed" if each.dashed else "line", each.color, f"{each.label}, {each.points[-1].y:.1f}", str(n)
+                "dashed" if curve.dashed else "line", curve.color, f"{curve.label}, {curve.points[-1].y:.1f}", str(n)
             )
-            for n, each in enumerate(ranked, 1)
+            for n, curve in enumerate(ranked, 1)
         ]
         return Chart(encode_svg(figure, title), legend)
 
 
 def chart_scatter(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Chart:
     """Return numbered marks over a logarithmic x axis, at whose left end stands 0."""
-    marks = [(point, each) for each in series for point in each.points]
+    marks = [(point, group) for group in series for point in group.points]
     positive = [point.x for point, _ in marks if point.x > 0]
     begin, end = (floor(log10(min(positive))), ceil(log10(max(positive)) + 0.15)) if positive else (0, 1)
     zero = begin - 0.8 if len(positive) < len(marks) else begin
@@ -147,15 +147,15 @@ def chart_scatter(title: str, series: Sequence[Series], x_label: str, y_label: s
         axes.set_ylim(*_widen([end for point, _ in marks for end in _ends(point, True)]))
         ticks = {zero: "0"} | {float(power): f"{10**power:,}" for power in range(begin, end + 1)}
         axes.set_xticks(list(ticks), list(ticks.values()))
-        placed = [(point._replace(x=log10(point.x) if point.x > 0 else zero), each) for point, each in marks]
-        for point, each in placed:
+        placed = [(point._replace(x=log10(point.x) if point.x > 0 else zero), group) for point, group in marks]
+        for point, group in placed:
             if point.low is not None and point.high is not None:
-                axes.plot([point.x] * 2, [point.low, point.high], color=each.color, linewidth=1, alpha=0.45)
-            _draw_dot(axes, point, each.color, 8, "s" if each.square else "o")
-        _number_marks(axes, [(point.x, point.y, each.color) for point, each in placed])
+                axes.plot([point.x] * 2, [point.low, point.high], color=group.color, linewidth=1, alpha=0.45)
+            _draw_dot(axes, point, group.color, 8, "s" if group.square else "o")
+        _number_marks(axes, [(point.x, point.y, group.color) for point, group in placed])
         legend = [
-            LegendEntry("square" if each.square else "dot", each.color, each.label, str(n))
-            for n, (_, each) in enumerate(marks, 1)
+            LegendEntry("square" if group.square else "dot", group.color, group.label, str(n))
+            for n, (_, group) in enumerate(marks, 1)
         ]
         return Chart(encode_svg(figure, title), legend)
 
