@@ -7,7 +7,6 @@ that they lie in the system's memory, as a dataset does that was read once and f
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -131,7 +130,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 table.add_row(frame_cache, str(processes), transfer, f"{rate:,.0f}", f"{1000 / rate:.3f}")
     Console(width=100).print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -444,3 +445,26 @@ def test_no_path_of_this_machine_is_tracked():
         ["git", "grep", "-lIF", f"{ROOT.parent}/"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_alone(tmp_path):
+    """With the report's templates; `data_modules` stays in the checkout, which training needs."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    command = [str(ROOT / ".venv/bin/uv"), "build", "--quiet", "--wheel", "--out-dir", str(tmp_path / "out"), str(copy)]
+    subprocess.run(command, check=True, env=OUTSIDE)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        (scripts,) = (archive.read(name).decode() for name in held if name.endswith("entry_points.txt"))
+    sources = {str(path.relative_to(ROOT / "src")) for path in SOURCES if path.is_relative_to(ROOT / "src")}
+    assert sources <= held
+    templates = {str(path.relative_to(ROOT / "src")) for path in ROOT.glob("src/cdc_mmpg/report/templates/*")}
+    assert templates
+    assert templates <= held
+    assert {name.split("/")[0].split("-")[0] for name in held} == {"cdc_mmpg"}
+    assert "cdc-mmpg = cdc_mmpg.commands.main:main" in scripts

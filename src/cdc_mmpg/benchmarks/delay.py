@@ -15,7 +15,6 @@ import csv
 import logging
 import platform
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -366,7 +365,3 @@ def read_processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

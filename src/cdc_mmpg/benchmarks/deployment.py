@@ -8,7 +8,6 @@ only within one run. `service`, `device` and `generator` measure a part each; he
 import argparse
 import platform
 import re
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -159,7 +158,3 @@ def make_size_table(found: Mapping[str, Mapping[str, int]]) -> Table:
     table.add_section()
     table.add_row("together", *(f"{sum(files.values()) / 1e6:.3f}" for files in found.values()))
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())

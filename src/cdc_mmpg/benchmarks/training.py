@@ -7,7 +7,6 @@ MSVD-QA's and MSRVTT-QA's. What brings the batches is measured apart (`data_modu
 import argparse
 import json
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -273,7 +272,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file.write(json.dumps(found, indent=1).encode())
     Console(width=130).print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
 """Look into a checkpoint: which of its weights the encoder takes, drops, lacks or fits to its own size."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from cdc_mmpg.errors import CheckpointError
@@ -49,7 +48,3 @@ def inspect(file: str) -> None:
     print(
         f"{sum(value.numel() for value in taken.values()):,} of {sum(v.numel() for v in own.values()):,} values taken"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

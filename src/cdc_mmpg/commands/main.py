@@ -77,7 +77,12 @@ def _execute(word: str, given: dict[str, str], only_lists: bool) -> int:
 def run_program(word: str, arguments: Sequence[str]) -> int:
     """Run a program in this process; return its exit code."""
     before = {"tables": ["--paper"], "fit": ["fit"], "validate": ["validate"], "test": ["test"], "check": ["check"]}
-    module = importlib.import_module(PROGRAMS[word][0])
+    try:
+        module = importlib.import_module(PROGRAMS[word][0])
+    except ModuleNotFoundError as error:
+        where = "this folder: go to a checkout of the project" if error.name == "data_modules" else "this environment"
+        print_error(f"ConfigError: `cdc-mmpg {word}` needs {error.name}, which is not in {where}")
+        return ConfigError.exit_code
     code: int = module.main([*before.get(word, []), *arguments])
     return code
 

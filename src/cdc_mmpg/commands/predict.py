@@ -1,7 +1,6 @@
 """Answer a question about a video file, or rank texts for it, with a trained run: device and cloud in one process."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,7 +114,3 @@ def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
     if task != "open_ended" and len(choices) < 2:
         raise ConfigError(f"{run} is for {task}: give the texts to choose from (CHOICES='one | another | ...')")
     return task
-
-
-if __name__ == "__main__":
-    sys.exit(main())

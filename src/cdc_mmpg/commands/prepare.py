@@ -101,7 +101,3 @@ def table(found: dict[str, Any], task: str) -> Table:
         ready = [f"{row['ready'][what]:,}" for what in ("questions", "clips")]
         shown.add_row(name, f"{row['questions']:,}", f"{row['clips']:,}", *known[: len(answers)], *ready)
     return shown
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -308,7 +308,3 @@ def _words(combination: Combination) -> str:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -433,7 +433,3 @@ def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: floa
                 value.copy_(before[name])
                 value.grad = None
     return torch.cat(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -373,7 +373,3 @@ def interval(scores: Array, devices: Places, seed: int) -> tuple[float, float]:
     times = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), DRAWS)
     low, high = np.percentile((times @ sums) / (times @ counts), [2.5, 97.5])
     return float(low), float(high)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

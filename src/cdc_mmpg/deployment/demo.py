@@ -4,7 +4,6 @@ import argparse
 import csv
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -129,7 +128,3 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
 def clip_path(data: Path, clip: str) -> Path:
     """Return the file of a clip of the embedded dataset."""
     return data / "YouTubeClips" / f"{clip}.mp4"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -191,7 +191,3 @@ def format_summary(report: dict[str, Any], out: Path) -> str:
     kind = report["layout"]["kind"]
     lines.append(f"  a layer: {report['bytes']['up']} bytes up, {report['bytes']['down'][kind]:,} down ({kind})")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

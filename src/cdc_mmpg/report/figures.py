@@ -4,7 +4,6 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +41,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     log_to_terminal()
     return exit_code(draw_all)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

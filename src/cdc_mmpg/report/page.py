@@ -7,7 +7,6 @@ and of what (see `evidence.facts`).
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,3 @@ def write_page(folder: Path, root: Path | None) -> None:
         publish(folder, html, numbers)
     for name in ("report.html", "report.json"):
         print(f"written: {folder / name}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ its datasets.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,7 +112,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     log_to_terminal()
     return exit_code(partial(show_all_tables if options.paper else show_method_table, options.folder))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
