@@ -9,7 +9,7 @@ import pytest
 
 from cdc_mmpg.controls import privacy
 from cdc_mmpg.controls.privacy import Target, area_under_curve, constant, fit, interval, probe_all, score, uploads
-from cdc_mmpg.data.batch import Content
+from cdc_mmpg.data.interface import Content
 from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic

@@ -29,10 +29,10 @@ from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import lock_folder
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, made_of, reopen, results_of
+from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
 
 if TYPE_CHECKING:
-    from cdc_mmpg.data.batch import Content
+    from cdc_mmpg.data.interface import Content
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,12 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     results_of(run)
     if not (run / WEIGHTS).is_file():
         raise ConfigError(f"{run}: left no {WEIGHTS}; take a run of encoder_pretraining or fine_tuning")
-    folder, source = folder_of(run, NAME), made_of(run, WEIGHTS)
+    folder, source = folder_of(run, NAME), provenance_of(run, WEIGHTS)
     if is_done(folder, source):
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.batch import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `cli`
     from cdc_mmpg.models.weights import read_state_dict  # noqa: PLC0415
     from cdc_mmpg.training.sessions import SessionDataModule  # noqa: PLC0415
 
