@@ -19,11 +19,12 @@ Field = TypeVar("Field", str, int)
 Count = int | Mapping[int, str]
 Published = Mapping[str, Mapping[str, Mapping[str, Count]]]  # see `VideoTextDataModule.PUBLISHED`
 
-DAMAGED = "the file is damaged or cut short; fetch it again"
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # characters that end a line somewhere, or show as nothing
+DAMAGED_FILE = "the file is damaged or cut short; fetch it again"
+# Characters that end a line somewhere, or show as nothing.
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIST, OBJECT, LINES = "a JSON list", "a JSON object", "JSON lines, an object a line"
 TABS, COMMAS = "a table whose fields are separated by TABs", "a table whose fields are separated by commas"
-KINDS = {  # of files, by how they begin
+FILE_BEGINNINGS = {  # of files, by how they begin
     "a pointer of Git LFS in place of the file, which `git lfs pull` fetches": "version https://git-lfs",
     "a web page": r"(?i)<!doctype|<html|<\?xml",
     LINES: r"\{.*\}\s*\n\s*\{",
@@ -36,18 +37,18 @@ KINDS = {  # of files, by how they begin
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
 
-class Row(NamedTuple):
+class AnnotationRow(NamedTuple):
     """A row of an annotation file."""
 
     place: str  # for messages: "<path>, line 4", or "<path>: [3]" of a JSON list
     fields: dict[str, Any]
 
     def value(self, *keys: str) -> Any:
-        """What is under the first of the keys that is there; None without any."""
+        """Return what is under the first of the keys that is there; None without any."""
         return next((self.fields[key] for key in keys if key in self.fields), None)
 
     def refusal(self, keys: Sequence[str], expected: str) -> DataError:
-        """The error that says what a field is and what it should be."""
+        """Return the error that says what a field is and what it should be."""
         where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
         if not any(key in self.fields for key in keys):
             there = ", ".join(map(str, self.fields))
@@ -55,7 +56,7 @@ class Row(NamedTuple):
         return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; mend the file, or fetch it again")
 
     def field(self, kind: type[Field], *keys: str) -> Field:
-        """A field, under the first of the keys that is there: conventions call the same thing by several names.
+        """Return a field, under the first of the keys that is there: conventions call the same thing by several names.
 
         Raises:
             DataError: it is absent, of another kind, or no proper text.
@@ -74,12 +75,12 @@ class Row(NamedTuple):
             DataError: see `field`; also a control character.
         """
         text = self.field(str, *keys)
-        if CONTROL.search(text):
+        if CONTROL_CHARACTERS.search(text):
             raise self.refusal(keys, "a text on one line, without control characters")
         return text
 
     def texts(self, number: int, key: str) -> tuple[str, ...]:
-        """A list of as many texts."""
+        """Return a list of as many texts."""
         values = self.value(key)
         if not isinstance(values, list) or len(values) != number or not all(isinstance(text, str) for text in values):
             raise self.refusal([key], f"a list of {number} texts")
@@ -88,7 +89,7 @@ class Row(NamedTuple):
         return tuple(values)
 
     def clip(self, *keys: str) -> str:
-        """The name of a clip.
+        """Return the name of a clip.
 
         Raises:
             DataError: also where it would lead out of the clips' folder.
@@ -99,7 +100,7 @@ class Row(NamedTuple):
         return name
 
     def which(self, number: int, *keys: str) -> int:
-        """The place of the right one among as many candidates, counted from 0; as a number or its digits."""
+        """Return the place of the right candidate, counted from 0; the file has a number or its digits."""
         value = self.value(*keys)
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
             value = int(value)
@@ -108,18 +109,18 @@ class Row(NamedTuple):
         return value
 
     def _check(self, keys: Sequence[str], text: str) -> None:
-        """JSON can write half of a surrogate pair, which no tokenizer takes."""
+        """Refuse half of a surrogate pair, which JSON can write and no tokenizer takes."""
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise self.refusal(keys, "text: it holds half of a character")
 
 
 def leads_out(name: str) -> bool:
-    """Whether a clip's name would lead out of the clips' folder."""
+    """Return whether a clip's name would lead out of the clips' folder."""
     return "/" in name or "\\" in name or name in ("", ".", "..")
 
 
-def question_type(row: Row, question: str) -> str:
-    """The type that an annotation states, or the question's first word among `QUESTION_WORDS`, or "other"."""
+def question_type(row: AnnotationRow, question: str) -> str:
+    """Return the type that an annotation states, or the question's first word among `QUESTION_WORDS`, or "other"."""
     for key in ("type", "answer_type"):
         if key in row.fields:
             return row.field(str, key)
@@ -134,9 +135,9 @@ def another_convention(expected: str) -> str:
 
 
 def recognise(text: str) -> str:
-    """Return which of `KINDS` a text seems to be, as far as its beginning shows; "" for none."""
+    """Return which of `FILE_BEGINNINGS` a text seems to be, as far as its beginning shows; "" for none."""
     start = text[:10_000].lstrip()
-    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, start)), "")
+    return next((kind for kind, pattern in FILE_BEGINNINGS.items() if re.match(pattern, start)), "")
 
 
 def refuse_other_kind(text: str, path: Path, expected: Sequence[str]) -> None:
@@ -145,7 +146,7 @@ def refuse_other_kind(text: str, path: Path, expected: Sequence[str]) -> None:
     Args:
         text: the file's content.
         path: the file.
-        expected: those of `KINDS` that the reader reads.
+        expected: those of `FILE_BEGINNINGS` that the reader reads.
 
     Raises:
         DataError: names both kinds.
@@ -170,7 +171,7 @@ def is_file(path: Path) -> bool:
 
 
 def find_file(paths: Sequence[Path]) -> Path | None:
-    """The first of the files that is there; the log says which convention that is."""
+    """Return the first of the files that is there; log which convention that is."""
     found = next((path for path in paths if is_file(path)), None)
     if found is not None and len(paths) > 1:
         logger.info("reading %s", found)
@@ -212,7 +213,7 @@ def clips_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def read_text(path: Path) -> str:
-    """The text of an annotation file, with or without a byte order mark; lines end in \\n.
+    """Read the text of an annotation file, with or without a byte order mark; lines end in \\n.
 
     Raises:
         DataError: not UTF-8, or not to be read.
@@ -226,7 +227,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read the content of a JSON file.
 
     Raises:
         DataError: with line and column.
@@ -239,8 +240,8 @@ def read_json(path: Path) -> Any:
         raise
 
 
-def as_rows(content: Any, path: Path, key: str = "") -> list[Row]:
-    """A list of JSON objects, the whole file or what it has under a key.
+def as_rows(content: Any, path: Path, key: str = "") -> list[AnnotationRow]:
+    """Return a list of JSON objects as rows: the whole file, or what it has under a key.
 
     Raises:
         DataError: anything else, or an empty list.
@@ -254,11 +255,11 @@ def as_rows(content: Any, path: Path, key: str = "") -> list[Row]:
     for number, row in enumerate(content):
         if not isinstance(row, dict):
             raise DataError(f"{place}[{number}] is {row!r:.80}, not an object; mend the file, or fetch it again")
-    return [Row(f"{place}[{number}]", row) for number, row in enumerate(content)]
+    return [AnnotationRow(f"{place}[{number}]", row) for number, row in enumerate(content)]
 
 
-def read_json_list(path: Path) -> list[Row]:
-    """The rows of a file that is one JSON list.
+def read_json_list(path: Path) -> list[AnnotationRow]:
+    """Read the rows of a file that is one JSON list.
 
     Raises:
         DataError: see `read_json` and `as_rows`.
@@ -266,8 +267,8 @@ def read_json_list(path: Path) -> list[Row]:
     return as_rows(read_json(path), path)
 
 
-def read_json_lines(path: Path) -> list[Row]:
-    """The rows of a file with a JSON object a line; blank lines are skipped.
+def read_json_lines(path: Path) -> list[AnnotationRow]:
+    """Read the rows of a file with a JSON object a line; blank lines are skipped.
 
     Raises:
         DataError: with the line.
@@ -280,14 +281,14 @@ def read_json_lines(path: Path) -> list[Row]:
         row = _parse(line, str(path), number)
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: {row!r:.80} is not an object; mend the file, or fetch it again")
-        rows.append(Row(f"{path}, line {number}", row))
+        rows.append(AnnotationRow(f"{path}, line {number}", row))
     if not rows:
         raise DataError(f"{path}: empty; fetch it again")
     return rows
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[Row]:
-    """The rows of a csv file with a header; blank lines are skipped.
+def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[AnnotationRow]:
+    """Read the rows of a csv file with a header; blank lines are skipped.
 
     In TAB-separated files a row is a line and a quote is a character, so that a stray one cannot swallow the rows after
     it; only a field that is quoted as a whole is unquoted.
@@ -324,36 +325,36 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list
                     )
                 continue
             if len(values) != len(header):
-                raise DataError(f"{place}: {len(values)} fields where the header has {len(header)}; {DAMAGED}")
-            rows.append(Row(place, dict(zip(header, map(_unquote, values) if tabs else values, strict=True))))
+                raise DataError(f"{place}: {len(values)} fields where the header has {len(header)}; {DAMAGED_FILE}")
+            rows.append(AnnotationRow(place, dict(zip(header, map(_unquote, values) if tabs else values, strict=True))))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; {DAMAGED}") from error
+        raise DataError(f"{path}, line {reader.line_num}: {error}; {DAMAGED_FILE}") from error
     if not rows:
         raise DataError(f"{path}: no rows; fetch it again")
     return rows
 
 
 def _unquote(field: str) -> str:
-    """What a field stands for that was quoted as a whole, its own quotes doubled; any other stays as it is."""
+    """Return a field without the quotes around it, its own quotes no longer doubled; any other field as it is."""
     inner = field[1:-1]
     quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if quoted else field
 
 
 def _parse(text: str, path: str, line: int | None = None) -> Any:
-    """JSON; `line` where the text is but a line of the file."""
+    """Parse JSON; `line` where the text is but a line of the file."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"{path}, line {line or error.lineno}, column {error.colno}: {error.msg}"
     except RecursionError:
         place = f"{path}{f', line {line}' if line else ''}: nested too deep"
     except ValueError as error:  # a number of thousands of digits, a key twice, NaN
         place = f"{path}{f', line {line}' if line else ''}: {error}"
-    raise DataError(f"{place}: {DAMAGED}")
+    raise DataError(f"{place}: {DAMAGED_FILE}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON whose keys are all different; a reader would take one of the values at random."""
     found = dict(pairs)
     if len(found) < len(pairs):

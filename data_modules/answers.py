@@ -6,9 +6,16 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from cdc_mmpg.data.batch import UNKNOWN
+from cdc_mmpg.data.batch import UNKNOWN_LABEL
 from cdc_mmpg.errors import DataError
-from data_modules.annotations import CONTROL, Row, another_convention, is_file, read_json, read_text
+from data_modules.annotations import (
+    CONTROL_CHARACTERS,
+    AnnotationRow,
+    another_convention,
+    is_file,
+    read_json,
+    read_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +32,12 @@ class Answers:
         self._labels = {word: label for label, word in enumerate(words)}
 
     def label(self, answer: str) -> int:
-        """The class of an answer, `UNKNOWN` outside the vocabulary."""
-        return self._labels.get(answer, UNKNOWN)
+        """Return the class of an answer, `UNKNOWN_LABEL` outside the vocabulary."""
+        return self._labels.get(answer, UNKNOWN_LABEL)
 
     @classmethod
     def read(cls, path: Path, num_classes: int, training_answers: Iterable[str]) -> "Answers":
-        """The distributed vocabulary, or, where it is absent, the most frequent training answers.
+        """Read the distributed vocabulary, or, where it is absent, take the most frequent training answers.
 
         A text file has an answer a line, its class the line's number; a JSON file {answer: class}.
 
@@ -63,7 +70,7 @@ def _read_lines(path: Path) -> list[str]:
     """
     words = read_text(path).rstrip("\n").split("\n")
     for number, word in enumerate(words, start=1):
-        if not word.strip() or CONTROL.search(word):
+        if not word.strip() or CONTROL_CHARACTERS.search(word):
             raise DataError(f"{path}, line {number}: {word!r:.80} is no answer; mend the file, or fetch it again")
     return words
 
@@ -79,13 +86,13 @@ def _warn_of_ties(path: Path, taken: int, different: int) -> None:
 
 
 def _read_labels(path: Path) -> list[str]:
-    """The answers of {answer: class} in the order of their classes."""
+    """Read the answers of {answer: class}, in the order of their classes."""
     labels = read_json(path)
     if not isinstance(labels, dict):
         raise DataError(f"{path}: holds a {type(labels).__name__}: {another_convention('{answer: class}')}")
-    row = Row(str(path), labels)
+    row = AnnotationRow(str(path), labels)
     for word in labels:
-        if not word.strip() or CONTROL.search(word):
+        if not word.strip() or CONTROL_CHARACTERS.search(word):
             raise DataError(f"{path}: {word!r:.80} is no answer; mend the file, or fetch it again")
         if isinstance(labels[word], str) and word.isdigit():
             raise DataError(f"{path}: {{{word!r}: {labels[word]!r:.80}}}: {another_convention('{answer: class}')}")

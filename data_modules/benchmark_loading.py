@@ -20,9 +20,11 @@ from rich.table import Table
 
 from cdc_mmpg.data.batch import Split, Task
 from cdc_mmpg.program import protect_output
-from data_modules.base import QADataset, Sample, VideoTextDataModule
-from data_modules.cache import Entry, FrameCache
+from data_modules.base import VideoTextDataModule
+from data_modules.cache import FrameCache
+from data_modules.clip_dataset import QADataset, Sample
 from data_modules.device_cache import DeviceCache
+from data_modules.frame_index import Entry
 
 QUESTION = (101, 2054, 2003, 1996, 2158, 2725, 1029, 102)  # WordPieces
 

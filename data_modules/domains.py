@@ -14,7 +14,7 @@ import numpy as np
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import Frames
 
-Kind = Literal["categories", "casts", "corruptions"]
+DomainKind = Literal["categories", "casts", "corruptions"]
 
 # MSR-VTT's, category k in place k, as its authors name them.
 CATEGORIES = (
@@ -34,17 +34,17 @@ SEVERITIES: Mapping[str, tuple[float, ...]] = {
 }
 BLURRED_SIDE = 268
 
-NAMES: Mapping[Kind, tuple[str, ...]] = {
+DOMAIN_NAMES: Mapping[DomainKind, tuple[str, ...]] = {
     "categories": CATEGORIES,
     "casts": tuple(f"camera{number:02}" for number in range(CAMERAS)),
     "corruptions": ("clean", *(f"{what}-{place}" for what in SEVERITIES for place in range(1, 6))),
 }
 # A fifth, unless told: every fifth category and every fifth camera, whose casts lie between seen ones, 15 degrees from
 # the next; the severest of every corruption, which is beyond those seen.
-HELD_OUT: Mapping[Kind, tuple[str, ...]] = {
-    "categories": NAMES["categories"][2::5],
-    "casts": NAMES["casts"][2::5],
-    "corruptions": NAMES["corruptions"][5::5],
+DEFAULT_HELD_OUT: Mapping[DomainKind, tuple[str, ...]] = {
+    "categories": DOMAIN_NAMES["categories"][2::5],
+    "casts": DOMAIN_NAMES["casts"][2::5],
+    "corruptions": DOMAIN_NAMES["corruptions"][5::5],
 }
 
 
@@ -56,7 +56,7 @@ class Effect(NamedTuple):
 
 
 EFFECTS: Mapping[str, Effect] = {
-    **{name: Effect("hue", 360 * place / CAMERAS) for place, name in enumerate(NAMES["casts"]) if place},
+    **{name: Effect("hue", 360 * place / CAMERAS) for place, name in enumerate(DOMAIN_NAMES["casts"]) if place},
     **{
         f"{what}-{place}": Effect(what, amount)
         for what, amounts in SEVERITIES.items()
@@ -65,14 +65,14 @@ EFFECTS: Mapping[str, Effect] = {
 }  # by domain; none of categories, the first camera and "clean"
 
 
-def unseen_domains(kind: Kind, names: Sequence[str] | None) -> list[str]:
-    """The domains that training does not see, in the order of `NAMES`; the default where `names` is None.
+def choose_held_out(kind: DomainKind, names: Sequence[str] | None) -> list[str]:
+    """Return the domains that training does not see, in the order of `DOMAIN_NAMES`; `names` None is the default.
 
     Raises:
         ConfigError: a name that does not exist; none, or all.
     """
-    known = NAMES[kind]
-    chosen = HELD_OUT[kind] if names is None else names
+    known = DOMAIN_NAMES[kind]
+    chosen = DEFAULT_HELD_OUT[kind] if names is None else names
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(
             f"data.init_args.held_out names {', '.join(map(repr, unknown))}, none of the domains of {kind}: "
@@ -81,7 +81,7 @@ def unseen_domains(kind: Kind, names: Sequence[str] | None) -> list[str]:
     if not chosen or set(chosen) == set(known):
         raise ConfigError(
             f"data.init_args.held_out names {'all' if chosen else 'none'} of the domains of {kind}: some must be "
-            f"left to train on, and some to be unseen; null takes {', '.join(HELD_OUT[kind])}"
+            f"left to train on, and some to be unseen; null takes {', '.join(DEFAULT_HELD_OUT[kind])}"
         )
     return [name for name in known if name in chosen]
 
@@ -89,32 +89,32 @@ def unseen_domains(kind: Kind, names: Sequence[str] | None) -> list[str]:
 class Shift(NamedTuple):
     """The domains of a dataset's clips."""
 
-    kind: Kind
+    kind: DomainKind
     held_out: frozenset[str]
     categories: Mapping[str, str]  # by clip, where that is the kind
 
     def domain(self, clip: str) -> str:
-        """Whose a clip is; empty where its category is not known."""
+        """Return the domain of a clip; empty where its category is not known."""
         if self.kind == "categories":
             return self.categories.get(clip, "")
         # The kind is hashed, too: splits are made by hashes of names alone (TGIF's validation, for one), and a split
         # must not have cameras of its own.
-        return NAMES[self.kind][_number(f"{self.kind} {clip}") % len(NAMES[self.kind])]
+        return DOMAIN_NAMES[self.kind][_hash_name(f"{self.kind} {clip}") % len(DOMAIN_NAMES[self.kind])]
 
     def unseen(self, clip: str) -> bool:
-        """Whether a clip is of a domain that is held out."""
+        """Return whether a clip is of a domain that is held out."""
         return self.domain(clip) in self.held_out
 
     def effect(self, clip: str) -> str:
-        """What tells a clip's frames from those in the cache, for a digest; empty where nothing does."""
+        """Describe how a clip's frames differ from those in the cache, for a digest; empty where they do not."""
         effect = EFFECTS.get(self.domain(clip))
         if effect is None:
             return ""
         drawn = f" {clip}" if effect.what == "noise" else ""
         return f" {effect.what} {effect.amount:g}{drawn}"
 
-    def changed(self, clip: str, frames: Frames) -> Frames:
-        """Frames (T, H, W, 3) of a clip as its domain has them."""
+    def apply(self, clip: str, frames: Frames) -> Frames:
+        """Return frames (T, H, W, 3) of a clip as its domain has them."""
         effect = EFFECTS.get(self.domain(clip))
         if effect is None:
             return frames
@@ -127,15 +127,15 @@ class Shift(NamedTuple):
         return darken(frames, effect.amount)
 
     def casts(self) -> dict[str, float]:
-        """Every domain's rotation of the hues in degrees; of categories nobody knows one."""
+        """Return every domain's rotation of the hues in degrees; of categories nobody knows one."""
         if self.kind == "categories":
             return dict.fromkeys(CATEGORIES, float("nan"))
-        effects = {name: EFFECTS.get(name) for name in NAMES[self.kind]}
+        effects = {name: EFFECTS.get(name) for name in DOMAIN_NAMES[self.kind]}
         return {name: each.amount if each and each.what == "hue" else 0.0 for name, each in effects.items()}
 
 
 def rotate_hues(frames: Frames, degrees: float) -> Frames:
-    """All hues rotated; saturation and value, as HSV has them, stay."""
+    """Rotate all hues; saturation and value, as HSV has them, stay."""
     red, green, blue = (frames[..., channel].astype(np.float32) for channel in range(3))
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
@@ -154,7 +154,7 @@ def rotate_hues(frames: Frames, degrees: float) -> Frames:
 
 
 def blur(frames: Frames, deviation: float) -> Frames:
-    """Blurred by a Gaussian, which the border cuts off; its deviation is in pixels of a `BLURRED_SIDE`."""
+    """Blur by a Gaussian, which the border cuts off; its deviation is in pixels of a `BLURRED_SIDE`."""
     _, height, width, _ = frames.shape
     own = deviation * min(height, width) / BLURRED_SIDE
     planes = np.moveaxis(frames, -1, 1).astype(np.float32)  # (T, 3, H, W)
@@ -163,23 +163,23 @@ def blur(frames: Frames, deviation: float) -> Frames:
 
 
 def _gaussian(size: int, deviation: float) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """(size, size) what every place takes of every other; rows sum up to 1."""
+    """Return what every place takes of every other, (size, size); rows sum up to 1."""
     places = np.arange(size)
     weights = np.exp(-((places[:, None] - places) ** 2) / (2 * deviation**2))
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def add_noise(frames: Frames, deviation: float, name: str) -> Frames:
-    """With Gaussian noise of so many levels, which follows from a name: the same whenever the clip is read."""
-    noise = np.random.default_rng(_number(name)).standard_normal(frames.shape, dtype=np.float32)
+    """Add Gaussian noise of so many levels, which follows from a name: the same whenever the clip is read."""
+    noise = np.random.default_rng(_hash_name(name)).standard_normal(frames.shape, dtype=np.float32)
     return np.rint(frames + np.float32(deviation) * noise).clip(0, 255).astype(np.uint8)
 
 
 def darken(frames: Frames, factor: float) -> Frames:
-    """Darker, and so in fewer levels."""
+    """Multiply all levels by a factor, which leaves fewer of them."""
     return np.rint(frames * np.float32(factor)).astype(np.uint8)
 
 
-def _number(name: str) -> int:
-    """A whole number that follows from a name alone."""
+def _hash_name(name: str) -> int:
+    """Return a whole number that follows from a name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

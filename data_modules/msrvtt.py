@@ -11,14 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import write_listing
-from data_modules.annotations import Row, as_rows, choose_file, clips_in, find_file, is_file, read_json
+from data_modules.annotations import AnnotationRow, as_rows, choose_file, clips_in, find_file, is_file, read_json
 from data_modules.base import VideoTextDataModule
-from data_modules.domains import CATEGORIES, Kind
+from data_modules.domains import CATEGORIES, DomainKind
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".mp4", ".webm", ".avi", ".mkv")
-FOLDERS = ("videos/all", "videos", "TrainValVideo", "TestVideo", ".")
+CLIP_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv")
+CLIP_FOLDERS = ("videos/all", "videos", "TrainValVideo", "TestVideo", ".")
 CLIP = re.compile(r"video([0-9]{1,9})")
 CAPTION_FILES = ("MSRVTT_data.json", "MSR_VTT.json", "annotation/MSR_VTT.json")
 MICROSOFTS = ("train_val_videodatainfo.json", "test_videodatainfo.json")  # the same layout in two files
@@ -42,8 +42,8 @@ class Captioned(NamedTuple):
     categories: dict[str, int]  # by clip; empty where the files know none
 
 
-def clip_name(row: Row, *keys: str) -> str:
-    """`video<N>`, which one convention writes out and the other as N.
+def clip_name(row: AnnotationRow, *keys: str) -> str:
+    """Return `video<N>`, which one convention writes out and the other as N.
 
     Raises:
         DataError: anything else, so also a name that leads out of the clips' folder.
@@ -57,12 +57,12 @@ def clip_name(row: Row, *keys: str) -> str:
 
 
 def clip_number(clip: str) -> int:
-    """N of `video<N>`."""
+    """Return N of `video<N>`."""
     return int(clip.removeprefix("video"))
 
 
 def split_of(clip: str) -> Split | None:
-    """The official split of a clip; None for those of a later edition."""
+    """Return the official split of a clip; None for those of a later edition."""
     number = clip_number(clip)
     if number < 7010:
         return "train" if number < 6513 else "val"
@@ -76,22 +76,22 @@ class MSRVTT(VideoTextDataModule):
         see `VideoTextDataModule`.
     """
 
-    DOMAINS: ClassVar[tuple[Kind, ...]] = ("casts", "corruptions", "categories")
+    DOMAINS: ClassVar[tuple[DomainKind, ...]] = ("casts", "corruptions", "categories")
     _counted = ""
 
     def find_clips(self) -> dict[str, Path]:
-        """The clips on disk by their name, of all folders that have some; where several have it, of the first."""
+        """Return the clips on disk by their name; where several folders have one, that of the first."""
         found: dict[str, Path] = {}
         counts = []
-        for folder in FOLDERS:
+        for folder in CLIP_FOLDERS:
             clips = {
-                name: path for name, path in clips_in(self.root / folder, SUFFIXES).items() if CLIP.fullmatch(name)
+                name: path for name, path in clips_in(self.root / folder, CLIP_SUFFIXES).items() if CLIP.fullmatch(name)
             }
             if clips:
                 counts.append(f"{len(clips)} in {folder}")
             found = clips | found
         if not found:
-            raise DataError(f"{self.root}: no clip video<N>.mp4 in any of {', '.join(FOLDERS)}\n{self.remedy()}")
+            raise DataError(f"{self.root}: no clip video<N>.mp4 in any of {', '.join(CLIP_FOLDERS)}\n{self.remedy()}")
         if self._counted != str(counts):
             self._counted = str(counts)
             logger.info("%s: clips: %s", self.root, ", ".join(counts))
@@ -124,8 +124,8 @@ class MSRVTT(VideoTextDataModule):
         )  # fmt: skip
         return Captioned(captions, categories)
 
-    def categories(self) -> dict[str, str]:
-        """The category of every clip, from the captions' files; see the base class."""
+    def read_categories(self) -> dict[str, str]:
+        """Read the category of every clip from the captions' files; see the base class."""
         there = find_file(self.files(*CAPTION_FILES, *MICROSOFTS))
         numbers = self.captioned.categories if there else {}
         if not numbers:
@@ -141,7 +141,7 @@ class MSRVTT(VideoTextDataModule):
         return {clip: CATEGORIES[number] for clip, number in numbers.items()}
 
     def _sentences(self, content: Any, path: Path) -> list[tuple[str, str]]:
-        """Clips and their captions."""
+        """Read clips and their captions."""
         for key, clip in (("sentences", "video_id"), ("annotations", "image_id")):
             if isinstance(content, dict) and key in content:
                 return [(clip_name(row, clip), row.field(str, "caption")) for row in as_rows(content[key], path, key)]
@@ -151,14 +151,14 @@ class MSRVTT(VideoTextDataModule):
         )
 
     def _categories(self, content: dict[str, Any], path: Path) -> dict[str, int]:
-        """Categories by clip, of those that have one."""
+        """Read categories by clip, of those that have one."""
         rows = as_rows(content["videos"], path, "videos") if "videos" in content else []
         return {clip_name(row, "video_id"): row.field(int, "category") for row in rows if "category" in row.fields}
 
     def clips_by_number(self, split: Split) -> list[str]:
-        """The captioned clips of an official split, in the order of their numbers."""
+        """Return the captioned clips of an official split, in the order of their numbers."""
         return sorted((clip for clip in self.captioned.captions if split_of(clip) == split), key=clip_number)
 
     def files(self, *names: str) -> Sequence[Path]:
-        """Files below root."""
+        """Return files below root."""
         return [self.root / name for name in names]

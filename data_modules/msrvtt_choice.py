@@ -10,18 +10,18 @@ from typing import ClassVar
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import Published, choose_file, read_json_lines
-from data_modules.base import Sample
+from data_modules.clip_dataset import Sample
 from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, clip_name
 from data_modules.tasks import MultipleChoiceDataModule
 
 logger = logging.getLogger(__name__)
 
 CHOICES = 5
-DRAWS = 10_000  # after so many the captions of other clips are too few or too much alike
+MAX_CAPTION_DRAWS = 10_000  # after so many the captions of other clips are too few or too much alike
 
 
 def draws(name: str) -> Iterator[int]:
-    """Whole numbers that follow from a name alone; random generators promise less between versions."""
+    """Yield whole numbers that follow from a name alone; random generators promise less between versions."""
     for number in itertools.count():
         yield int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "big")
 
@@ -63,16 +63,16 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
     }
 
     def remedy(self) -> str:
-        """What to fetch, from where, under which terms, and where to put it."""
+        """Return what to fetch, from where, under which terms, and where to put it."""
         return (
             f"MSRVTT multiple choice belongs below {self.root.absolute()}: msrvtt_retrieval_mc_test.jsonl "
             f"(https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh); {GET_CAPTIONS}; {GET_CLIPS}. {TERMS}"
         )
 
     def read_split(self, split: Split) -> list[Sample]:
-        """All samples of a split; see the base class."""
+        """Read all samples of a split; see the base class."""
         if split != "test":
-            return self._make(split)
+            return self._draw_items(split)
         paths = self.files("msrvtt_mc_test.jsonl", "msrvtt_retrieval_mc_test.jsonl")
         rows = read_json_lines(choose_file(paths, self.remedy()))
         return [
@@ -83,8 +83,8 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
             for row in rows
         ]  # fmt: skip
 
-    def _make(self, split: Split) -> list[Sample]:
-        """Items from captions; see the class."""
+    def _draw_items(self, split: Split) -> list[Sample]:
+        """Build items from captions; see the class."""
         clips, categories = self.clips_by_number(split), self.captioned.categories
         if not clips:
             raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
@@ -108,7 +108,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
         return samples
 
     def _items(self, clip: str, clips: list[str], categories: dict[str, int]) -> list[Sample]:
-        """Those of one clip."""
+        """Yield the items of one clip."""
         captions, draw, items = self.captioned.captions, draws(clip), []
         own = list(dict.fromkeys(captions[clip]))
         # Texts that differ in case are the same to an uncased vocabulary.
@@ -117,7 +117,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
             right = own.pop(next(draw) % len(own))
             options: dict[str, str] = {}  # by clip
             taken = set(fitting)
-            for _ in range(DRAWS):
+            for _ in range(MAX_CAPTION_DRAWS):
                 other = clips[next(draw) % len(clips)]
                 caption = captions[other][next(draw) % len(captions[other])]
                 if other in options or categories[other] == categories[clip] or caption.lower() in taken:
@@ -128,8 +128,8 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
                     break
             else:
                 raise DataError(
-                    f"{self.root}: {clip}: {DRAWS} draws among the captions of other clips gave no {CHOICES - 1} that "
-                    f"differ from its own and from each other\n{self.remedy()}"
+                    f"{self.root}: {clip}: {MAX_CAPTION_DRAWS} draws among the captions of other clips gave no "
+                    f"{CHOICES - 1} that differ from its own and from each other\n{self.remedy()}"
                 )
             place, texts = next(draw) % CHOICES, list(options.values())
             items.append(Sample(clip, "", options=(*texts[:place], right, *texts[place:]), right=place))

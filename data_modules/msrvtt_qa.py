@@ -6,7 +6,7 @@ from typing import ClassVar
 from cdc_mmpg.data.batch import Split
 from data_modules.annotations import Published, choose_file, find_file, question_type, read_json_lines, read_json_list
 from data_modules.answers import Answers
-from data_modules.base import Sample
+from data_modules.clip_dataset import Sample
 from data_modules.msrvtt import GET_CLIPS, MSRVTT, TERMS, clip_name
 from data_modules.tasks import VideoQADataModule
 
@@ -50,7 +50,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
     }
 
     def remedy(self) -> str:
-        """What to fetch, from where, under which terms, and where to put it."""
+        """Return what to fetch, from where, under which terms, and where to put it."""
         return (
             f"MSRVTT-QA belongs below {self.root.absolute()}: train_qa.json, val_qa.json and test_qa.json "
             "(https://github.com/xudejing/video-question-answering), or train.jsonl, val.jsonl, test.jsonl and "
@@ -59,7 +59,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
         )
 
     def read_split(self, split: Split) -> list[Sample]:
-        """All samples of a split; see the base class."""
+        """Read all samples of a split; see the base class."""
         names = (f"{split}_qa.json", f"msrvtt_qa_{split}.jsonl", f"{split}.jsonl")
         path = choose_file(self.files(*names), self.remedy())
         samples = []
@@ -71,6 +71,6 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
         return samples
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """The 1,500 answers of the vocabulary file; see the class."""
+        """Read the 1,500 answers of the vocabulary file; see the class."""
         paths = self.files("msrvtt_train_ans2label.json", "train_ans2label.json")
         return Answers.read(find_file(paths) or paths[0], self.num_classes, training_answers)

@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
-from data_modules.annotations import Published, Row, choose_file, find_file, read_table
-from data_modules.base import Sample
+from data_modules.annotations import AnnotationRow, Published, choose_file, find_file, read_table
+from data_modules.clip_dataset import Sample
 from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, clip_name
 from data_modules.tasks import RetrievalDataModule
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 500
-WHOLE = 5_000  # a training list with fewer clips is a part of one
+VALIDATION_CLIPS = 500
+MIN_WHOLE_LIST_CLIPS = 5_000  # a training list with fewer clips is a part of one
 
 
 class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
@@ -60,24 +60,26 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
     }
 
     def remedy(self) -> str:
-        """What to fetch, from where, under which terms, and where to put it."""
+        """Return what to fetch, from where, under which terms, and where to put it."""
         lists = f"MSRVTT_train.{self.protocol}.csv, MSRVTT_JSFUSION_test.csv and " if self.protocol != "full" else ""
         return f"MSRVTT retrieval belongs below {self.root.absolute()}: {lists}{GET_CAPTIONS}; {GET_CLIPS}. {TERMS}"
 
     def read_split(self, split: Split) -> list[Sample]:
-        """All samples of a split; see the base class."""
+        """Read all samples of a split; see the base class."""
         if self.protocol == "full":
             path = find_file(self.files(f"MSRVTT_{split}.full.csv"))
-            samples = self._with_captions([clip for clip, _ in _listed(path)] if path else self.clips_by_number(split))
+            samples = self._with_captions(
+                [clip for clip, _ in _read_list(path)] if path else self.clips_by_number(split)
+            )
             source = path.name if path else "the clips' numbers"
         elif split == "test":
             path = choose_file(self.files("MSRVTT_JSFUSION_test.csv"), self.remedy())
-            samples = [Sample(clip, "", options=(_sentence(row),)) for clip, row in _listed(path, "sentence")]
+            samples = [Sample(clip, "", options=(_sentence(row),)) for clip, row in _read_list(path, "sentence")]
             source = path.name
         else:
             path = choose_file(self.files(f"MSRVTT_train.{self.protocol}.csv"), self.remedy())
-            listed = [clip for clip, _ in _listed(path)]
-            number = HELD_OUT if len(listed) >= WHOLE else max(1, len(listed) // 10)
+            listed = [clip for clip, _ in _read_list(path)]
+            number = VALIDATION_CLIPS if len(listed) >= MIN_WHOLE_LIST_CLIPS else max(1, len(listed) // 10)
             held_out = set(sorted(listed, key=lambda clip: hashlib.sha256(clip.encode()).digest())[:number])
             samples = self._with_captions([clip for clip in listed if (clip in held_out) == (split == "val")])
             source = f"{path.name}, of whose {len(listed)} clips {number} are held out for validation"
@@ -85,13 +87,13 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
             raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
         logger.info(
             "protocol %s, split %s: %d clips with %d captions, by %s", self.protocol, split, len(samples),
-            self.questions(samples), source,
+            self.count_questions(samples), source,
         )  # fmt: skip
         self.notes[split] = f"protocol {self.protocol}, by {source}"
         return samples
 
     def _with_captions(self, clips: Sequence[str]) -> list[Sample]:
-        """Clips with all of their captions, in the files' order."""
+        """Return clips with all of their captions, in the files' order."""
         captions = self.captioned.captions
         bare = [clip for clip in clips if clip not in captions]
         if bare and self.only_present:
@@ -104,9 +106,9 @@ class MSRVTTRetrieval(MSRVTT, RetrievalDataModule):
         return [Sample(clip, "", options=tuple(captions[clip])) for clip in clips if clip in captions]
 
 
-def _listed(path: Path, *columns: str) -> list[tuple[str, Row]]:
-    """The clips of a list with their rows."""
-    rows: dict[str, Row] = {}
+def _read_list(path: Path, *columns: str) -> list[tuple[str, AnnotationRow]]:
+    """Read the clips of a list with their rows."""
+    rows: dict[str, AnnotationRow] = {}
     for row in read_table(path, ["video_id", *columns]):
         clip = clip_name(row, "video_id")
         if clip in rows:
@@ -115,7 +117,7 @@ def _listed(path: Path, *columns: str) -> list[tuple[str, Row]]:
     return list(rows.items())
 
 
-def _sentence(row: Row) -> str:
+def _sentence(row: AnnotationRow) -> str:
     sentence = row.field(str, "sentence").strip()
     if not sentence:
         raise row.refusal(["sentence"], "a caption")

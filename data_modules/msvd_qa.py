@@ -18,10 +18,10 @@ from data_modules.annotations import (
     read_text,
 )
 from data_modules.answers import Answers
-from data_modules.base import Sample
+from data_modules.clip_dataset import Sample
 from data_modules.tasks import VideoQADataModule
 
-SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
+CLIP_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
 
 
 class MSVDQA(VideoQADataModule):
@@ -59,7 +59,7 @@ class MSVDQA(VideoQADataModule):
     }
 
     def remedy(self) -> str:
-        """What to fetch, from where, under which terms, and where to put it."""
+        """Return what to fetch, from where, under which terms, and where to put it."""
         return (
             f"MSVD-QA belongs below {self.root.absolute()}: train_qa.json, val_qa.json, test_qa.json, "
             "youtube_mapping.txt and answer_set.txt (questions: https://github.com/xudejing/video-question-answering) "
@@ -67,11 +67,11 @@ class MSVDQA(VideoQADataModule):
         )
 
     def read_split(self, split: Split) -> list[Sample]:
-        """All samples of a split; see the base class."""
+        """Read all samples of a split; see the base class."""
         return self.read_questions(f"{split}_qa.json")
 
     def read_questions(self, name: str) -> list[Sample]:
-        """All samples of an annotation file; what its rows have beside, such as their id, is left unread."""
+        """Read all samples of an annotation file; what its rows have beside, such as their id, is left unread."""
         names = self._read_mapping()
         path = self.root / name
         samples = []
@@ -83,22 +83,22 @@ class MSVDQA(VideoQADataModule):
         return samples
 
     def read_json(self, path: Path) -> Any:
-        """The content of an annotation file."""
+        """Read the content of an annotation file."""
         return read_json(choose_file([path], self.remedy()))
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """The 1,000 answers of `answer_set.txt`; see the class."""
+        """Read the 1,000 answers of `answer_set.txt`; see the class."""
         return Answers.read(self.root / "answer_set.txt", self.num_classes, training_answers)
 
     def find_clips(self) -> dict[str, Path]:
-        """The clips on disk by their name without suffix."""
+        """Return the clips on disk by their name without suffix."""
         folder = self.root / "YouTubeClips"
-        if not (found := clips_in(folder, SUFFIXES)) and not folder.is_dir():
+        if not (found := clips_in(folder, CLIP_SUFFIXES)) and not folder.is_dir():
             raise DataError(f"{folder}: no such folder\n{self.remedy()}")
         return found
 
     def _read_mapping(self) -> dict[int, str]:
-        """Clip names by video id."""
+        """Read clip names by video id."""
         path = choose_file([self.root / "youtube_mapping.txt"], self.remedy())
         names: dict[int, str] = {}
         for number, line in enumerate(read_text(path).split("\n"), start=1):

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch.utils.data import Dataset
 
-from cdc_mmpg.data.batch import CaptionBatch, Captions, Content, DeviceLabels, Origin, Sessions, Split, View
+from cdc_mmpg.data.batch import CaptionBatch, Split, View
+from cdc_mmpg.data.interface import Captions, Content, DeviceLabels, SampleOrigin, Sessions
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.media.text import pad
 from data_modules.annotations import Published, as_rows
-from data_modules.base import ClipDataset, Sample
-from data_modules.domains import Kind
+from data_modules.clip_dataset import ClipDataset, Sample
+from data_modules.domains import DomainKind
 from data_modules.msvd_qa import MSVDQA
-from data_modules.synthetic_clips import DIGESTS, as_it_looks, scene_of
+from data_modules.synthetic_clips import DIGESTS, draw_scene, rename_colors_as_seen
 
 
 class CaptionDataset(Dataset[CaptionBatch]):
@@ -73,11 +74,11 @@ class Synthetic(MSVDQA):
     """
 
     views: ClassVar[frozenset[View]] = frozenset({"samples", "sessions", "captions"})
-    DOMAINS: ClassVar[tuple[Kind, ...]] = ()
+    DOMAINS: ClassVar[tuple[DomainKind, ...]] = ()
     PUBLISHED: ClassVar[Published] = {}  # no paper has figures of it
 
     def remedy(self) -> str:
-        """What to fetch, from where, and where to put it."""
+        """Return what to fetch, from where, and where to put it."""
         return f"make it: python -m data_modules.synthetic_clips {self.root}"
 
     @cached_property
@@ -91,20 +92,20 @@ class Synthetic(MSVDQA):
                 raise DataError(f"{path}: {clip!r} is {row!r}, not {{device, role, cast}}\n{self.remedy()}")
         return rows
 
-    def further_clips(self) -> set[str]:
-        """Unlabelled and captioned ones."""
+    def list_further_clips(self) -> set[str]:
+        """Return the names of unlabelled and captioned clips."""
         return set(self.devices)
 
-    def origins(self, split: Split) -> list[Origin]:
-        """Where each sample comes from; a device is seen if it has training clips."""
+    def origins(self, split: Split) -> list[SampleOrigin]:
+        """Return where each sample comes from; a device is seen if it has training clips."""
         return self._origins(self._splits[split].samples)
 
-    def _origins(self, samples: Sequence[Sample]) -> list[Origin]:
+    def _origins(self, samples: Sequence[Sample]) -> list[SampleOrigin]:
         found = []
         for sample in samples:
             device = str(self.devices[sample.clip]["device"])
             group = "seen" if device in self._seen else "unseen"
-            found.append(Origin(sample.clip, device, group, sample.type, sample.question, sample.answer))
+            found.append(SampleOrigin(sample.clip, device, group, sample.type, sample.question, sample.answer))
         return found
 
     @cached_property
@@ -113,22 +114,22 @@ class Synthetic(MSVDQA):
         return {str(row["device"]) for row in self.devices.values() if row["role"] == "train"}
 
     def sessions(self) -> Sessions:
-        """Training and history clips, by device."""
+        """Return training and history clips, by device."""
         devices = {
             clip: str(row["device"])
             for clip, row in self.devices.items()
             if row["role"] in ("train", "history") and self.is_ready(clip)
         }
         recording = (row for row in self.devices.values() if row["role"] != "pretraining")
-        return self.pooled(devices, {str(row["device"]): float(row["cast"]) for row in recording})
+        return self.pool_sessions(devices, {str(row["device"]): float(row["cast"]) for row in recording})
 
     def device_labels(self) -> DeviceLabels:
-        """Questions about the unseen devices' unlabelled clips, with their answers: for controls only."""
+        """Return questions about the unseen devices' unlabelled clips, with their answers: for controls only."""
         samples = [sample for sample in self.read_questions("history_qa.json") if self.is_ready(sample.clip)]
         return DeviceLabels(self.build(samples), self._origins(samples))
 
     def contents(self) -> dict[str, Content]:
-        """What the generator has put into every unlabelled clip: for controls only."""
+        """Return what the generator has put into every unlabelled clip: for controls only."""
         path = self.root / DIGESTS
         record = self.read_json(path)
         if not isinstance(record, dict) or not isinstance(record.get("seed"), int):
@@ -136,18 +137,18 @@ class Synthetic(MSVDQA):
         found = {}
         for clip, row in self.devices.items():
             if row["role"] in ("train", "history") and self.is_ready(clip):
-                scene, cast = scene_of(record["seed"], clip), float(row["cast"])
+                scene, cast = draw_scene(record["seed"], clip), float(row["cast"])
                 found[clip] = Content(
                     row["device"] in self._seen,
                     tuple(thing.shape for thing in scene.things),
                     tuple(thing.color for thing in scene.things),
-                    tuple(thing.color for thing in as_it_looks(scene, cast).things),
+                    tuple(thing.color for thing in rename_colors_as_seen(scene, cast).things),
                     (scene.hue + cast) % 360,
                 )
         return found
 
     def answered_in_words(self, samples: Sequence[Sample]) -> ClipDataset:
-        """Questions whose labels are the answers' places in the vocabulary of WordPieces."""
+        """Build questions whose labels are the answers' places in the vocabulary of WordPieces."""
         words = [ids[1:-1] for ids in self.text([sample.answer for sample in samples])]
         if several := {sample.answer for sample, ids in zip(samples, words, strict=True) if len(ids) != 1}:
             raise DataError(f"{self.vocab}: {', '.join(sorted(several))} are no single words there\n{self.remedy()}")
@@ -156,7 +157,7 @@ class Synthetic(MSVDQA):
         return questions
 
     def captions(self) -> Captions:
-        """Captioned clips with their questions; a twenty-fourth of them, by a hash of the name, is for validation."""
+        """Build captioned clips with their questions; a twenty-fourth, by a hash of the name, is for validation."""
         path = self.root / "captions.json"
         content = self.read_json(path)
         if not isinstance(content, dict) or "sentences" not in content:
@@ -176,7 +177,7 @@ class Synthetic(MSVDQA):
         each = min(map(len, asked.values()))
         train, val = (
             CaptionDataset(
-                self.build(samples).augmented(not held_out),
+                self.build(samples).with_augmentation(not held_out),
                 self.answered_in_words([question for sample in samples for question in asked[sample.clip][:each]]),
                 self.text.neutral(),
             )
@@ -184,5 +185,5 @@ class Synthetic(MSVDQA):
         )
         digest = hashlib.sha256()
         for part in (train, val):
-            digest.update((self.digest(part.captions, False) + self.digest(part.questions, False)).encode())
+            digest.update((part.captions.digest(False) + part.questions.digest(False)).encode())
         return Captions(train, val, len(train), len(train.questions), digest.hexdigest())

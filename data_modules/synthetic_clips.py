@@ -33,25 +33,25 @@ from cdc_mmpg.processors import count_processors
 
 logger = logging.getLogger(__name__)
 
-COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
+COLOR_NAMES = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
 HUES = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
 SHAPES = ("disk", "ring", "bar", "pole")
 SIZES = ("small", "big")
 SIDES = ("left", "right")
 COUNTS = ("one", "two")
-ANSWERS = (*COLORS, *SHAPES, *SIZES, *SIDES, *COUNTS)
-TYPES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
+ANSWER_WORDS = (*COLOR_NAMES, *SHAPES, *SIZES, *SIDES, *COUNTS)
+QUESTION_SHARES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
 
 DIGESTS = "digests.json"  # written last
 EDITION = 2  # of what is written; 1 asked in pretraining for six colours
 
-SIDE = 64  # pixels of a frame, what the model sees: nothing is resampled
-FRAMES = 6
+FRAME_PIXELS = 64  # pixels of a frame, what the model sees: nothing is resampled
+CLIP_FRAMES = 6
 HUE_JITTER = 8.0  # degrees, uniform, of a colour's hue
 WORLD = (240.0, 50.0)  # mean and deviation in degrees of the backgrounds' hue, the same wherever a camera is
 
 
-class Counts(NamedTuple):
+class DatasetCounts(NamedTuple):
     """How many devices and clips of each kind."""
 
     seen: int = 96  # devices that train
@@ -68,8 +68,8 @@ class Counts(NamedTuple):
 # What `--size` names: the embedded dataset, and one that shows in minutes that a machine can train it, and not what a
 # method is worth.
 DATASET_SIZES = {
-    "full": Counts(),
-    "toy": Counts(seen=16, unseen=8, val=6, captioned=480),
+    "full": DatasetCounts(),
+    "toy": DatasetCounts(seen=16, unseen=8, val=6, captioned=480),
 }
 
 
@@ -116,14 +116,14 @@ class Clip(NamedTuple):
 
 
 def generator(seed: int, *place: object) -> np.random.Generator:
-    """Random numbers that depend on the seed and on the name of what they are for, not on the order of making."""
+    """Return random numbers that depend on the seed and on what they are for, not on the order of making."""
     return np.random.default_rng(
         int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, *place))).encode()).digest()[:8], "big")
     )
 
 
-def plan(counts: Counts) -> list[Clip]:
-    """All clips, in order."""
+def plan(counts: DatasetCounts) -> list[Clip]:
+    """Return all clips, in order."""
     clips: list[Clip] = []
 
     def add(device: str, role: str, number: int) -> None:
@@ -141,8 +141,8 @@ def plan(counts: Counts) -> list[Clip]:
     return clips
 
 
-def camera_of(seed: int, device: str) -> Camera:
-    """A device's camera."""
+def draw_camera(seed: int, device: str) -> Camera:
+    """Draw a device's camera."""
     draw = generator(seed, "camera", device)
     return Camera(
         cast=draw.uniform(-180, 180),
@@ -155,24 +155,24 @@ def camera_of(seed: int, device: str) -> Camera:
     )
 
 
-def scene_of(seed: int, clip: str) -> Scene:
-    """What a clip shows."""
+def draw_scene(seed: int, clip: str) -> Scene:
+    """Draw what a clip shows."""
     draw = generator(seed, "scene", clip)
     number = int(draw.integers(1, 3))
     shapes = draw.permutation(len(SHAPES))[:number]
     first = int(draw.integers(2))
     things = []
     for i in range(number):
-        side, color = (first + i) % 2, int(draw.integers(len(COLORS)))
+        side, color = (first + i) % 2, int(draw.integers(len(COLOR_NAMES)))
         across = draw.uniform(14, 19)
         things.append(
             Thing(
                 shape=SHAPES[shapes[i]],
-                color=COLORS[color],
+                color=COLOR_NAMES[color],
                 size=SIZES[int(draw.integers(2))],
                 side=SIDES[side],
                 hue=60 * color + draw.uniform(-HUE_JITTER, HUE_JITTER),
-                place=(across if side == 0 else SIDE - across, draw.uniform(18, SIDE - 18)),
+                place=(across if side == 0 else FRAME_PIXELS - across, draw.uniform(18, FRAME_PIXELS - 18)),
                 drift=(draw.uniform(-1.5, 1.5), draw.uniform(-4, 4)),
             )
         )
@@ -181,20 +181,20 @@ def scene_of(seed: int, clip: str) -> Scene:
     )  # fmt: skip
 
 
-def apparent(hue: float, names: Sequence[str] = COLORS) -> str:
-    """The name of a hue as a viewer sees it."""
+def name_hue(hue: float, names: Sequence[str] = COLOR_NAMES) -> str:
+    """Return the name of a hue as a viewer sees it."""
     return names[round(hue * len(names) / 360) % len(names)]
 
 
-def questions_of(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[str, str, str]]:
-    """(type, question, answer) about the scene as it is, all different."""
+def draw_questions(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[str, str, str]]:
+    """Draw (type, question, answer) about the scene as it is, all different."""
     draw = generator(seed, "questions", clip)
     asked: list[tuple[str, str, str]] = []
     alone = len(scene.things) == 1
     while len(asked) < number:
-        # The first asks for a colour; with half its weight in the others the shares come out as in `TYPES`.
-        weights = np.array([share / 2 if kind == "color" else share for kind, share in TYPES.items()])
-        kind = str(draw.choice(list(TYPES), p=weights / weights.sum())) if asked else "color"
+        # The first asks for a colour; with half its weight in the others the shares come out as in `QUESTION_SHARES`.
+        weights = np.array([share / 2 if kind == "color" else share for kind, share in QUESTION_SHARES.items()])
+        kind = str(draw.choice(list(QUESTION_SHARES), p=weights / weights.sum())) if asked else "color"
         thing = scene.things[int(draw.integers(len(scene.things)))]
         question, answer = {
             "color": (f"what color is the {thing.shape}?", thing.color),
@@ -208,27 +208,27 @@ def questions_of(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[
     return asked
 
 
-def as_it_looks(scene: Scene, cast: float, names: Sequence[str] = COLORS) -> Scene:
-    """The scene with the colours' names that somebody would give who sees the clip and knows nothing of the camera."""
-    return scene._replace(things=[thing._replace(color=apparent(thing.hue + cast, names)) for thing in scene.things])
+def rename_colors_as_seen(scene: Scene, cast: float, names: Sequence[str] = COLOR_NAMES) -> Scene:
+    """Return the scene with the names of colours that a viewer of the clip gives who does not know the camera."""
+    return scene._replace(things=[thing._replace(color=name_hue(thing.hue + cast, names)) for thing in scene.things])
 
 
-def caption_of(scene: Scene, cast: float) -> str:
-    """A sentence by somebody who sees the clip."""
+def describe_scene(scene: Scene, cast: float) -> str:
+    """Return a sentence by somebody who sees the clip."""
     left, *right = (
-        f"a {thing.size} {apparent(thing.hue + cast, HUES)} {thing.shape}"
+        f"a {thing.size} {name_hue(thing.hue + cast, HUES)} {thing.shape}"
         for thing in sorted(scene.things, key=lambda thing: SIDES.index(thing.side))
     )
     where = f"left of {right[0]}" if right else f"at {scene.things[0].side}"
-    return f"{left} {where} on {apparent(scene.hue + cast, HUES)}"
+    return f"{left} {where} on {name_hue(scene.hue + cast, HUES)}"
 
 
 def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
-    """The frames (6, 77, 77, 3) of a clip."""
+    """Render the frames (6, 77, 77, 3) of a clip."""
     draw = generator(seed, "noise", clip)
-    time = np.linspace(-0.5, 0.5, FRAMES, dtype=np.float32)[:, None, None] * camera.speed
-    y, x = (grid.astype(np.float32) for grid in np.mgrid[:SIDE, :SIDE])
-    middle = (SIDE - 1) / 2
+    time = np.linspace(-0.5, 0.5, CLIP_FRAMES, dtype=np.float32)[:, None, None] * camera.speed
+    y, x = (grid.astype(np.float32) for grid in np.mgrid[:FRAME_PIXELS, :FRAME_PIXELS])
+    middle = (FRAME_PIXELS - 1) / 2
     x, y = middle + (x - middle) / camera.zoom, middle + (y - middle) / camera.zoom
     # The background: two brightnesses of one hue.
     along = np.cos(scene.angle) * x + np.sin(scene.angle) * y + 6 * time
@@ -260,7 +260,7 @@ def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
 
 
 def paint(hue: float, saturation: float) -> NDArray[np.float32]:
-    """(3,) RGB of a hue in degrees at full brightness."""
+    """Return RGB (3,) of a hue in degrees at full brightness."""
     distance = np.abs((hue / 60 - np.array([0, 2, 4]) + 3) % 6 - 3)  # from red, green, blue, in sixths
     return (1 - saturation + saturation * np.clip(2 - distance, 0, 1)).astype(np.float32)
 
@@ -270,10 +270,10 @@ def write_clip(folder: Path, seed: int, clip: Clip) -> None:
     path = folder / f"{clip.name}.mp4"
     if path.exists():
         return
-    frames = render(seed, clip.name, scene_of(seed, clip.name), camera_of(seed, clip.device))
+    frames = render(seed, clip.name, draw_scene(seed, clip.name), draw_camera(seed, clip.device))
     temporary = path.with_name(f".{clip.name}.{os.getpid()}.tmp")
     try:
-        encode(temporary, frames)
+        write_video(temporary, frames)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -281,7 +281,7 @@ def write_clip(folder: Path, seed: int, clip: Clip) -> None:
         raise CDCError(f"{path}: cannot be written ({error.strerror}): make room, or choose another folder") from error
 
 
-def encode(path: Path, frames: Frames) -> None:
+def write_video(path: Path, frames: Frames) -> None:
     """Write frames as an MP4 file without loss of colour.
 
     Raises:
@@ -290,7 +290,7 @@ def encode(path: Path, frames: Frames) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         # Hue is the signal: no chroma subsampling.
         stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "crf": "10"})
-        stream.width = stream.height = SIDE
+        stream.width = stream.height = FRAME_PIXELS
         stream.pix_fmt = "yuv444p"
         stream.codec_context.thread_count = 1  # the same bytes on any machine
         for frame in frames:
@@ -299,18 +299,18 @@ def encode(path: Path, frames: Frames) -> None:
 
 
 def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]:
-    """The text of every annotation file, by name."""
+    """Return the text of every annotation file, by name."""
     videos = {clip.name: video for video, clip in enumerate(clips)}
-    casts = {clip.device: camera_of(seed, clip.device).cast for clip in clips}
+    casts = {clip.device: draw_camera(seed, clip.device).cast for clip in clips}
 
     def questions(role: str, group: str = "") -> list[dict[str, object]]:
         rows: list[dict[str, object]] = []
         for clip in clips:
             if clip.role == role and clip.device.startswith(group):
-                scene = scene_of(seed, clip.name)
+                scene = draw_scene(seed, clip.name)
                 if role == "pretraining":
-                    scene = as_it_looks(scene, casts[clip.device], HUES)
-                for kind, question, answer in questions_of(seed, clip.name, scene, number):
+                    scene = rename_colors_as_seen(scene, casts[clip.device], HUES)
+                for kind, question, answer in draw_questions(seed, clip.name, scene, number):
                     row = {"answer": answer, "id": len(rows), "question": question, "type": kind}
                     rows.append(row | {"video_id": videos[clip.name]})
         return rows
@@ -326,7 +326,7 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
         "pretraining_qa.json": questions("pretraining"),
         "captions.json": {
             "sentences": [
-                {"caption": caption_of(scene_of(seed, clip.name), casts[clip.device]), "video_id": clip.name}
+                {"caption": describe_scene(draw_scene(seed, clip.name), casts[clip.device]), "video_id": clip.name}
                 for clip in captioned
             ]
         },
@@ -337,15 +337,15 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
     }
     texts = {name: json.dumps(rows, indent=0) + "\n" for name, rows in content.items()}
     texts["youtube_mapping.txt"] = "".join(f"{clip.name} vid{videos[clip.name]}\n" for clip in clips)
-    texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWERS)
+    texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWER_WORDS)
     asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
     captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
-    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWERS]))
+    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWER_WORDS]))
     return texts
 
 
 def wordpieces(texts: Sequence[str]) -> list[str]:
-    """A WordPiece vocabulary trained on texts: special tokens, letters, whole words.
+    """Return a WordPiece vocabulary trained on texts: special tokens, letters, whole words.
 
     The trainer breaks ties between parts of words at random; they are left out, so that the same texts give the same
     vocabulary.
@@ -360,13 +360,13 @@ def wordpieces(texts: Sequence[str]) -> list[str]:
     return special + sorted(kept)
 
 
-def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
+def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None:
     """Make the dataset below `root`, or what is missing of it; check it when it is complete.
 
     Raises:
         DataError: what is there is another dataset, or was changed.
     """
-    counts = counts or Counts()
+    counts = counts or DatasetCounts()
     clips = plan(counts)
     settings = {"edition": EDITION, "seed": seed, "counts": counts._asdict()}
     record, folder = root / DIGESTS, root / "YouTubeClips"
@@ -397,7 +397,7 @@ def make(root: Path, counts: Counts | None = None, seed: int = 0) -> None:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """sha256 of every annotation file, and one of all clips with their names."""
+    """Return sha256 of every annotation file, and one of all clips with their names."""
     found = {}
     for path in sorted(root.iterdir()):
         if path.is_file() and path.name != DIGESTS and not path.name.startswith("."):

@@ -8,9 +8,10 @@ import torch
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, Split, Task
 from cdc_mmpg.errors import DataError
-from data_modules.annotations import CONTROL
+from data_modules.annotations import CONTROL_CHARACTERS
 from data_modules.answers import Answers
-from data_modules.base import ClipDataset, QADataset, Sample, VideoTextDataModule
+from data_modules.base import VideoTextDataModule
+from data_modules.clip_dataset import ClipDataset, QADataset, Sample
 
 
 class VideoQADataModule(VideoTextDataModule):
@@ -26,12 +27,12 @@ class VideoQADataModule(VideoTextDataModule):
 
     @abstractmethod
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """The answer vocabulary, of `self.num_classes` - 1 answers; `training_answers` are read when asked for."""
+        """Read the answer vocabulary, of `self.num_classes` - 1 answers; `training_answers` are read when asked for."""
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
         """Refuse answers with line feeds and other control characters: answers are kept one a line."""
         for place, sample in enumerate(samples):
-            if CONTROL.search(sample.answer):
+            if CONTROL_CHARACTERS.search(sample.answer):
                 raise DataError(
                     f"{self.root}, split {split}: the answer of sample {place}, of clip {sample.clip}, is "
                     f"{sample.answer!r:.80}: control characters, such as line feeds, are refused"
@@ -39,7 +40,7 @@ class VideoQADataModule(VideoTextDataModule):
 
     def check_answers(self, split: Split, samples: Sequence[Sample]) -> None:
         """Refuse samples of which no answer is in the vocabulary: all of them would be wrong for ever."""
-        if not samples or self.unknown_answers(samples) < len(samples):
+        if not samples or self.count_unknown_answers(samples) < len(samples):
             return
         known = {word.strip().lower(): word for word in self._answers.words}
         alike = (sample.answer for sample in samples if sample.answer.strip().lower() in known)
@@ -52,15 +53,15 @@ class VideoQADataModule(VideoTextDataModule):
         )
 
     def read_vocabulary(self) -> None:
-        """Of the answers."""
+        """Read the vocabulary of the answers."""
 
         def training_answers() -> Iterator[str]:
             yield from (sample.answer for sample in self.samples("train"))
 
         self._answers = self.read_answers(training_answers())
 
-    def unknown_answers(self, samples: Sequence[Sample]) -> int:
-        """Answers outside the vocabulary."""
+    def count_unknown_answers(self, samples: Sequence[Sample]) -> int:
+        """Count answers outside the vocabulary."""
         return sum(self._answers.label(sample.answer) < 0 for sample in samples)
 
     def build(self, samples: Sequence[Sample]) -> QADataset:
@@ -97,7 +98,7 @@ class MultipleChoiceDataModule(VideoTextDataModule):
     task: ClassVar[Task] = "multiple_choice"
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
-        """As many candidates for each, and a right one among them."""
+        """Refuse samples with different numbers of candidates, or with no right one among them."""
         number = len(samples[0].options)
         for place, sample in enumerate(samples):
             if len(sample.options) != number or not 0 <= sample.right < number:
@@ -142,10 +143,10 @@ class RetrievalDataModule(VideoTextDataModule):
         labels = torch.zeros(len(samples), dtype=torch.long)
         return ClipDataset(samples, texts, labels, self.cache, draw=True, seed=self.seed, shift=self.shift)
 
-    def questions(self, samples: Sequence[Sample]) -> int:
-        """Captions."""
+    def count_questions(self, samples: Sequence[Sample]) -> int:
+        """Count the captions of samples."""
         return sum(len(sample.options) for sample in samples)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """The clip's first caption, or the rank of its best one."""
+        """Return the clip's first caption, or the rank of its best one."""
         return self._splits[split].samples[index].options[0] if label is None else f"rank {label}"

@@ -9,22 +9,31 @@ from typing import ClassVar
 
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
-from data_modules.annotations import Published, Row, choose_file, clips_in, find_file, read_json_lines, read_table
+from data_modules.annotations import (
+    AnnotationRow,
+    Published,
+    choose_file,
+    clips_in,
+    find_file,
+    read_json_lines,
+    read_table,
+)
 from data_modules.answers import Answers
-from data_modules.base import Sample, VideoTextDataModule
+from data_modules.base import VideoTextDataModule
+from data_modules.clip_dataset import Sample
 from data_modules.tasks import MultipleChoiceDataModule, VideoQADataModule
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".gif", ".mp4", ".webm")
-FOLDERS = (".", "dataset", "annotations")
-NAME = ("gif_name", "video_id", "clip_name")
-TYPES = ("object", "number", "color", "location")
+CLIP_SUFFIXES = (".gif", ".mp4", ".webm")
+ANNOTATION_FOLDERS = (".", "dataset", "annotations")
+CLIP_NAME_KEYS = ("gif_name", "video_id", "clip_name")
+QUESTION_TYPES = ("object", "number", "color", "location")
 OPTIONS = ("a1", "a2", "a3", "a4", "a5")
 
 
-def held_out(clip: str) -> bool:
-    """Whether a training GIF is for validation: every tenth by a hash of its name, the same ones everywhere."""
+def is_held_out(clip: str) -> bool:
+    """Return whether a training GIF is for validation: every tenth by a hash of its name, the same ones everywhere."""
     return int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 10 == 0
 
 
@@ -61,7 +70,7 @@ class TGIF(VideoTextDataModule):
     columns: ClassVar[tuple[str, ...]]  # of the csv files, those that are read
 
     def remedy(self) -> str:
-        """What to fetch, from where, under which terms, and where to put it."""
+        """Return what to fetch, from where, under which terms, and where to put it."""
         return (
             f"TGIF-QA belongs below {self.root.absolute()}: Train_{self.part}_question.csv and "
             f"Test_{self.part}_question.csv (https://github.com/YunseokJANG/tgif-qa, folder dataset; academic purposes "
@@ -71,11 +80,11 @@ class TGIF(VideoTextDataModule):
         )
 
     def read_split(self, split: Split) -> list[Sample]:
-        """All samples of a split; see the base class."""
+        """Read all samples of a split; see the base class."""
         if split == "test" or find_file(self._paths("val")):
             return self._read(split)
         samples = self._read("train")
-        chosen = [sample for sample in samples if held_out(sample.clip) == (split == "val")]
+        chosen = [sample for sample in samples if is_held_out(sample.clip) == (split == "val")]
         if not chosen:
             raise DataError(
                 f"{self.root}: none of the training GIFs is for split {split}, by the hash of their names: put "
@@ -91,15 +100,15 @@ class TGIF(VideoTextDataModule):
         return chosen
 
     def find_clips(self) -> dict[str, Path]:
-        """The GIFs on disk by their name."""
-        found = clips_in(self.root / "gifs", SUFFIXES)
+        """Return the GIFs on disk by their name."""
+        found = clips_in(self.root / "gifs", CLIP_SUFFIXES)
         if not found:
             raise DataError(f"{self.root / 'gifs'}: no GIFs there\n{self.remedy()}")
         return found
 
     @abstractmethod
-    def sample(self, row: Row) -> Sample:
-        """What a row of either convention says."""
+    def sample(self, row: AnnotationRow) -> Sample:
+        """Return the sample of a row of either convention."""
 
     def _paths(self, split: Split) -> list[Path]:
         names = (
@@ -107,7 +116,7 @@ class TGIF(VideoTextDataModule):
             f"{self.part}_{split}.jsonl",
             f"{split.capitalize()}_{self.part}_question.csv",
         )
-        return [self.root / folder / name for folder in FOLDERS for name in names]
+        return [self.root / folder / name for folder in ANNOTATION_FOLDERS for name in names]
 
     def _read(self, split: Split) -> list[Sample]:
         path = choose_file(self._paths(split), self.remedy())
@@ -134,27 +143,27 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
         "official": {"train+val": {"questions": 39_392, "answers": 1_540}, "test": {"questions": 13_691}}
     }
 
-    def sample(self, row: Row) -> Sample:
+    def sample(self, row: AnnotationRow) -> Sample:
         """See `TGIF`."""
-        return Sample(row.clip(*NAME), row.field(str, "question"), row.line("answer"), self._type(row))
+        return Sample(row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), row.line("answer"), self._type(row))
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """The vocabulary; see the class."""
+        """Read the vocabulary; see the class."""
         names = ("frameqa_trainval_ans2label.json", "frameqa_train_ans2label.json", "train_ans2label.json")
-        paths = [self.root / folder / name for folder in FOLDERS for name in names]
+        paths = [self.root / folder / name for folder in ANNOTATION_FOLDERS for name in names]
         if path := find_file(paths):
             return Answers.read(path, self.num_classes, training_answers)
         held = [sample.answer for sample in self.samples("val")]
         return Answers.read(paths[0], self.num_classes, [*training_answers, *held])
 
-    def _type(self, row: Row) -> str:
-        """A jsonl file may state none."""
+    def _type(self, row: AnnotationRow) -> str:
+        """Return the type of a question; a jsonl file may state none."""
         stated = row.value("type", "answer_type")
         if stated is None:
             return ""
-        if stated in TYPES:
+        if stated in QUESTION_TYPES:
             return str(stated)
-        return TYPES[row.which(len(TYPES), "type", "answer_type")]
+        return QUESTION_TYPES[row.which(len(QUESTION_TYPES), "type", "answer_type")]
 
 
 class TGIFChoice(TGIF, MultipleChoiceDataModule):
@@ -162,11 +171,13 @@ class TGIFChoice(TGIF, MultipleChoiceDataModule):
 
     columns = ("gif_name", "question", *OPTIONS, "answer")
 
-    def sample(self, row: Row) -> Sample:
+    def sample(self, row: AnnotationRow) -> Sample:
         """See `TGIF`."""
         named = "options" in row.fields
         options = row.texts(5, "options") if named else tuple(row.field(str, key) for key in OPTIONS)
-        return Sample(row.clip(*NAME), row.field(str, "question"), options=options, right=row.which(5, "answer"))
+        return Sample(
+            row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), options=options, right=row.which(5, "answer")
+        )
 
 
 class TGIFAction(TGIFChoice):

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from data_modules.synthetic_clips import Counts, make
+from data_modules.synthetic_clips import DatasetCounts, make
 
 if TYPE_CHECKING:
     from deployments import FakeCloud
@@ -84,7 +84,7 @@ def own_msvd(tmp_path: Path) -> Path:
     return write_msvd(tmp_path / "msvd")
 
 
-TINY = Counts(
+TINY = DatasetCounts(
     seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3
 )  # of the embedded dataset
 

@@ -12,7 +12,7 @@ import pytest
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.results import annotations_digest
 from data_modules.annotations import (
-    Row,
+    AnnotationRow,
     choose_file,
     clips_in,
     find_file,
@@ -167,11 +167,11 @@ def test_wrong_fields_are_refused(read, message):
     fields = {"text": "yes", "number": 7, "truth": True, "half": "\ud800", "list": ["a", "b"], "mixed": ["a", 2],
               "minus": "-1", "out": "../x", "lines": "a\nb", "separated": "a\u2028b"}  # fmt: skip
     with pytest.raises(DataError, match=message):
-        read(Row("f, line 3", fields))
+        read(AnnotationRow("f, line 3", fields))
 
 
 def test_right_fields_are_read():
-    row = Row("f: [0]", {"text": "é", "number": 4, "digits": "4", "list": ["a", "b"], "clip": "-aB_0_5"})
+    row = AnnotationRow("f: [0]", {"text": "é", "number": 4, "digits": "4", "list": ["a", "b"], "clip": "-aB_0_5"})
     assert (row.field(str, "nothing", "text"), row.field(int, "number")) == ("é", 4)
     assert (row.which(5, "number"), row.which(5, "digits")) == (4, 4)
     assert (row.texts(2, "list"), row.clip("clip")) == (("a", "b"), "-aB_0_5")
@@ -184,14 +184,14 @@ def test_names_that_lead_out(name):
 
 
 def test_types_of_questions():
-    bare = Row("f", {})
+    bare = AnnotationRow("f", {})
     asked = ["What is it?", "who's there", " HOW many", "when", "where to", "whose is it", "", "?"]
     types = ["what", "who", "how", "when", "where", "other", "other", "other"]
     assert [question_type(bare, question) for question in asked] == types
-    assert question_type(Row("f", {"type": "colour"}), "what?") == "colour"
-    assert question_type(Row("f", {"answer_type": "who"}), "what?") == "who"
+    assert question_type(AnnotationRow("f", {"type": "colour"}), "what?") == "colour"
+    assert question_type(AnnotationRow("f", {"answer_type": "who"}), "what?") == "who"
     with pytest.raises(DataError, match="type is 3"):
-        question_type(Row("f", {"type": 3}), "what?")
+        question_type(AnnotationRow("f", {"type": 3}), "what?")
 
 
 def test_the_first_convention_that_is_there(tmp_path, caplog):

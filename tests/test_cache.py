@@ -25,8 +25,9 @@ from cdc_mmpg.media.frames import candidate_indices, middle_candidates
 from cdc_mmpg.media.video import read_frames
 from conftest import TINY, write_clip
 from data_modules import cache as module
-from data_modules import synthetic_clips
-from data_modules.cache import Entry, FrameCache
+from data_modules import decoding, synthetic_clips
+from data_modules.cache import FrameCache
+from data_modules.frame_index import Entry
 from data_modules.msvd_qa import MSVDQA
 
 FILL = """
@@ -66,7 +67,8 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """forbid("file_digest"): from here on the cache may not use it."""
 
     def forbid(what: str) -> None:
-        monkeypatch.setattr(module, what, None)
+        for place in (module, decoding):
+            monkeypatch.setattr(place, what, None, raising=False)
 
     return forbid
 
@@ -96,28 +98,28 @@ def test_what_it_holds(tmp_path):
 
 def test_what_becomes_of_one_clip(tmp_path, forbid):
     """As a decoding process does it, without one."""
-    settings = tmp_path / "frames", 3, 3, 32, 38, "pyav"
-    settings[0].mkdir()
+    settings = decoding.DecodingSettings(tmp_path / "frames", 3, 3, 32, 38, "pyav")
+    settings.folder.mkdir()
     for frames, kept in ((40, 9), (10, 9), (9, 9), (8, 8), (2, 2), (1, 1)):
         path = write_clip(tmp_path / f"{frames}.avi", frames=frames)
-        entry = module._prepare("a clip", path, [], *settings)
+        entry = decoding.decode_clip("a clip", path, [], settings)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert entry == Entry(path.stat().st_size, path.stat().st_mtime_ns, frames, digest)
-        array = np.load(settings[0] / f"a_clip.{digest[:12]}.{frames}.npy")
+        array = np.load(settings.folder / f"a_clip.{digest[:12]}.{frames}.npy")
         assert array.shape == (kept, 38, 51, 3)
         greys = ((array.mean((1, 2, 3)) - 4) / 6).round().astype(int).tolist()
         assert greys == (candidate_indices(frames, 3) if frames > 9 else list(range(frames)))
     page = tmp_path / "page.avi"
     page.write_text("<html>")
-    entry = module._prepare("page", page, [], *settings)
+    entry = decoding.decode_clip("page", page, [], settings)
     assert (entry.size, entry.frames, entry.sha256) == (6, 0, hashlib.sha256(b"<html>").hexdigest())
     assert entry.error.startswith("pyav cannot decode it")
-    assert not list(settings[0].glob("page*"))
+    assert not list(settings.folder.glob("page*"))
     forbid("read_frames")  # what is there under the clip's name and content is taken
     others = ["a_clip.000000000000.1.npy", f"a_clip.{digest[:12]}.1.npy"]
-    assert module._prepare("a clip", path, others, *settings).frames == 1
+    assert decoding.decode_clip("a clip", path, others, settings).frames == 1
     with pytest.raises(DataError, match="cannot be read"):
-        module._prepare("absent", tmp_path / "absent.avi", [], *settings)
+        decoding.decode_clip("absent", tmp_path / "absent.avi", [], settings)
 
 
 def test_a_decoder_that_is_not_installed_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
@@ -346,7 +348,7 @@ def test_what_cannot_be_decoded_is_remembered(tmp_path, forbid, monkeypatch):
     assert cache.entry("no").frames == 0
     assert cache.ready == {"c0"}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "ProcessPool", None)
+        patch.setattr(decoding, "ProcessPool", None)
         assert make_cache(tmp_path).fill(clips, 1) == failures
         os.utime(clips["no"])
         assert make_cache(tmp_path).fill(clips, 1) == failures
@@ -433,24 +435,25 @@ def test_a_clip_that_is_still_being_written_is_not_prepared(tmp_path, monkeypatc
             file.write(b"more")
         return read_frames(path, *arguments)
 
-    monkeypatch.setattr(module, "read_frames", read)
+    monkeypatch.setattr(decoding, "read_frames", read)
+    settings = decoding.DecodingSettings(tmp_path / "frames", 3, 3, 32, 38, "pyav")
     with pytest.raises(DataError, match=r"growing\.avi: changes while it is decoded"):
-        module._prepare("growing", clip, [], tmp_path / "frames", 3, 3, 32, 38, "pyav")
+        decoding.decode_clip("growing", clip, [], settings)
     assert not (tmp_path / "frames").exists()
 
 
 def test_few_clips_wait_in_the_decoders_at_a_time(tmp_path, monkeypatch):
     waiting, most = [], 0
 
-    class Pool(module.ProcessPool):
+    class Pool(decoding.ProcessPool):
         def schedule(self, *arguments, **keywords):
             nonlocal most
             waiting.append(super().schedule(*arguments, **keywords))
             most = max(most, sum(not future.done() for future in waiting))
             return waiting[-1]
 
-    monkeypatch.setattr(module, "ProcessPool", Pool)
-    monkeypatch.setattr(module, "AT_ONCE", 4)
+    monkeypatch.setattr(decoding, "ProcessPool", Pool)
+    monkeypatch.setattr(decoding, "MAX_QUEUED_CLIPS", 4)
     assert make_cache(tmp_path).fill(make_clips(tmp_path, 12), 1) == {}
     assert len(waiting) == 12
     assert 2 <= most <= 4

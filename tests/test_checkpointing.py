@@ -12,7 +12,12 @@ from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import HOST
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.training.checkpointing import AtomicCheckpointIO, StopOnSignal, checkpoint_callbacks, newest_state
+from cdc_mmpg.training.checkpointing import (
+    AtomicCheckpointIO,
+    StopOnSignal,
+    build_checkpoint_callbacks,
+    find_newest_state,
+)
 
 
 def save(path: Path, step: int) -> Path:
@@ -34,10 +39,10 @@ def test_a_checkpoint_is_saved_loaded_and_removed(tmp_path):
 
 
 def test_the_newest_state_is_that_of_the_most_steps(tmp_path):
-    assert newest_state(tmp_path) is None
+    assert find_newest_state(tmp_path) is None
     folder = tmp_path / RESUME
     folder.mkdir()
-    assert newest_state(tmp_path) is None
+    assert find_newest_state(tmp_path) is None
     for epoch, step in ((0, 8), (1, 9), (2, 10), (3, 100)):
         save(folder / f"epoch={epoch}-step={step}.ckpt", step)
     stopped = save(folder / "stopped-step=99.ckpt", 99)
@@ -45,7 +50,7 @@ def test_the_newest_state_is_that_of_the_most_steps(tmp_path):
     leftovers = [parent / f".state.ckpt.{HOST}.999999999.tmp" for parent in (tmp_path, folder)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
-    newest = newest_state(tmp_path)
+    newest = find_newest_state(tmp_path)
     assert newest == folder / "epoch=3-step=100.ckpt"
     assert sorted(folder.iterdir()) == sorted([newest, stopped])  # the last two stay, the rest goes
     assert not any(leftover.exists() for leftover in leftovers)
@@ -59,25 +64,25 @@ def test_an_old_state_may_be_cleared_by_another_process_first(tmp_path, monkeypa
         return load_checkpoint(path)
 
     monkeypatch.setattr("cdc_mmpg.training.checkpointing.load_checkpoint", meanwhile)
-    assert newest_state(tmp_path) == states[2]
+    assert find_newest_state(tmp_path) == states[2]
 
 
 def test_a_damaged_state_is_skipped_and_all_damaged_are_an_error(tmp_path, caplog):
     folder = tmp_path / RESUME
     states = [save(folder / f"epoch={n}-step={n}.ckpt", n) for n in range(4)]
     states[3].write_bytes(states[3].read_bytes()[:-20])
-    assert newest_state(tmp_path) == states[2]
+    assert find_newest_state(tmp_path) == states[2]
     assert "epoch=3-step=3.ckpt" in caplog.text
     assert "going on from the state before it" in caplog.text
     assert sorted(folder.iterdir()) == states[1:]  # the sound one and the one before it; the damaged one to look at
     for state in states[1:]:
         state.write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"{RESUME}: all 3 states are damaged: delete {tmp_path}"):
-        newest_state(tmp_path)
+        find_newest_state(tmp_path)
 
 
 def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_path):
-    best, last = checkpoint_callbacks(tmp_path, "val/accuracy", "max")
+    best, last = build_checkpoint_callbacks(tmp_path, "val/accuracy", "max")
     assert (best.dirpath, best.filename, best.monitor, best.mode) == (str(tmp_path), "best", "val/accuracy", "max")
     assert (best.save_weights_only, best.save_top_k) == (True, 1)
     assert (last.dirpath, last.filename) == (str(tmp_path / RESUME), "{epoch}-{step}")
@@ -85,7 +90,7 @@ def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_pa
     for callback in (best, last):
         assert callback._save_on_train_epoch_end
         assert not callback._enable_version_counter
-    assert checkpoint_callbacks(tmp_path, "val/loss", "min")[0].mode == "min"
+    assert build_checkpoint_callbacks(tmp_path, "val/loss", "min")[0].mode == "min"
 
 
 class FakeTrainer:

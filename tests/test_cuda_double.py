@@ -24,7 +24,7 @@ from test_session import captions, encoder, sessions
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, SessionBatch, VideoTextBatch
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, SessionBatch, VideoTextBatch
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -86,7 +86,7 @@ def frames(task: str, training: bool) -> VideoTextBatch:
     elif task == "choice":
         ids, mask = ids[:, :3], mask[:, :3]
     else:
-        labels = torch.tensor([199, UNKNOWN, 3])
+        labels = torch.tensor([199, UNKNOWN_LABEL, 3])
     return VideoTextBatch(pictures, ids, mask, labels, indices)
 
 

@@ -29,7 +29,7 @@ from communities import (
     write_tgif,
 )
 from conftest import write_clip
-from data_modules.base import Sample
+from data_modules.clip_dataset import Sample
 from data_modules.msrvtt_choice import MSRVTTChoice
 from data_modules.msrvtt_qa import MSRVTTQA
 from data_modules.tgif_qa import TGIFAction

@@ -31,22 +31,22 @@ from communities import (
 )
 from data_modules.domains import (
     CATEGORIES,
-    HELD_OUT,
-    NAMES,
+    DEFAULT_HELD_OUT,
+    DOMAIN_NAMES,
     SEVERITIES,
     Shift,
     add_noise,
     blur,
+    choose_held_out,
     darken,
     rotate_hues,
-    unseen_domains,
 )
 from data_modules.msrvtt_choice import MSRVTTChoice
 from data_modules.msrvtt_qa import MSRVTTQA
 from data_modules.msrvtt_retrieval import MSRVTTRetrieval
 from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
-from data_modules.tgif_qa import TGIFFrameQA, held_out
+from data_modules.tgif_qa import TGIFFrameQA, is_held_out
 
 CASTS = {"domains": "casts", "held_out": ["camera04", "camera12", "camera20"]}
 CORRUPTIONS = {"domains": "corruptions", "held_out": ["hue-4", "noise-2"]}
@@ -111,16 +111,20 @@ def numbers(samples):
 def test_the_domains_have_these_names_for_good():
     assert len(CATEGORIES) == 20
     assert [CATEGORIES[number] for number in (0, 6, 17, 19)] == ["music", "tv shows", "cooking", "advertisement"]
-    assert (NAMES["casts"][0], NAMES["casts"][-1], len(NAMES["casts"])) == ("camera00", "camera23", 24)
-    assert NAMES["corruptions"][:3] == ("clean", "hue-1", "hue-2")
-    assert len(NAMES["corruptions"]) == 21
-    assert HELD_OUT == {
+    assert (DOMAIN_NAMES["casts"][0], DOMAIN_NAMES["casts"][-1], len(DOMAIN_NAMES["casts"])) == (
+        "camera00",
+        "camera23",
+        24,
+    )
+    assert DOMAIN_NAMES["corruptions"][:3] == ("clean", "hue-1", "hue-2")
+    assert len(DOMAIN_NAMES["corruptions"]) == 21
+    assert DEFAULT_HELD_OUT == {
         "categories": ("gaming", "movie/comedy", "science/technology", "cooking"),
         "casts": ("camera02", "camera07", "camera12", "camera17", "camera22"),
         "corruptions": ("hue-5", "blur-5", "noise-5", "low-light-5"),
     }
-    for kind, names in HELD_OUT.items():
-        assert unseen_domains(kind, None) == list(names)
+    for kind, names in DEFAULT_HELD_OUT.items():
+        assert choose_held_out(kind, None) == list(names)
 
 
 def test_a_clip_stays_where_it_is_for_good():
@@ -131,17 +135,17 @@ def test_a_clip_stays_where_it_is_for_good():
 @pytest.mark.parametrize("kind", ["casts", "corruptions"])
 def test_the_domains_share_the_clips_evenly_in_every_split(kind):
     clips = [f"tumblr_{number}" for number in range(60_000)]
-    for part in (clips, [clip for clip in clips if held_out(clip)]):  # a tenth, by the same hash of the name
+    for part in (clips, [clip for clip in clips if is_held_out(clip)]):  # a tenth, by the same hash of the name
         counts = Counter(map(shift(kind).domain, part))
-        assert counts.keys() == set(NAMES[kind])
-        expected = len(part) / len(NAMES[kind])
+        assert counts.keys() == set(DOMAIN_NAMES[kind])
+        expected = len(part) / len(DOMAIN_NAMES[kind])
         assert max(abs(count - expected) for count in counts.values()) < 5 * expected**0.5
 
 
 def test_casts_are_evenly_spaced_and_known():
     assert list(shift("casts").casts().values()) == [15.0 * number for number in range(24)]
     known = shift("corruptions").casts()
-    assert list(known) == list(NAMES["corruptions"])
+    assert list(known) == list(DOMAIN_NAMES["corruptions"])
     assert [known[f"hue-{place}"] for place in range(1, 6)] == [30, 60, 90, 120, 150]
     assert {known[name] for name in known if not name.startswith("hue")} == {0.0}
     assert np.isnan(list(shift("categories").casts().values())).all()
@@ -185,7 +189,7 @@ def test_a_rotation_lands_where_colorsys_says(degrees):
 def test_severities_are_ordered_and_the_clean_domain_is_clean(what, picture):
     clips = {shift("corruptions").domain(clip): clip for clip in (f"clip{number}" for number in range(400))}
     changes = [
-        np.abs(shift("corruptions").changed(clips[name], picture).astype(float) - picture).mean()
+        np.abs(shift("corruptions").apply(clips[name], picture).astype(float) - picture).mean()
         for name in ("clean", *(f"{what}-{severity}" for severity in range(1, 6)))
     ]
     assert changes[0] == 0 < changes[1]
@@ -231,11 +235,11 @@ def test_each_corruption_by_its_formula():
 
 
 def test_what_tells_frames_from_those_in_the_cache():
-    corruptions, found = shift("corruptions", *HELD_OUT["corruptions"]), {}
+    corruptions, found = shift("corruptions", *DEFAULT_HELD_OUT["corruptions"]), {}
     for number in range(400):
         clip = f"clip{number}"
         found[corruptions.domain(clip)] = corruptions.effect(clip).replace(clip, "NAME")
-        assert corruptions.unseen(clip) == (corruptions.domain(clip) in HELD_OUT["corruptions"])
+        assert corruptions.unseen(clip) == (corruptions.domain(clip) in DEFAULT_HELD_OUT["corruptions"])
     assert (found["clean"], found["hue-1"], found["blur-5"]) == ("", " hue 30", " blur 9")
     assert (found["noise-2"], found["low-light-4"]) == (" noise 20 NAME", " low-light 0.2")
     cameras = {shift("casts").domain(clip): shift("casts").effect(clip) for clip in map(str, range(400))}
@@ -247,13 +251,13 @@ def test_what_tells_frames_from_those_in_the_cache():
     [
         (["camera01", "camera99", "red"], "names 'camera99', 'red', none of the domains of casts: camera00, camera01,"),
         ([], "names none of the domains of casts: some must be left"),
-        (list(NAMES["casts"]), "names all of the domains of casts.*null takes camera02, camera07"),
+        (list(DOMAIN_NAMES["casts"]), "names all of the domains of casts.*null takes camera02, camera07"),
     ],
 )
 def test_domains_to_hold_out_are_some_of_those_there_are(names, message):
     with pytest.raises(ConfigError, match=message):
-        unseen_domains("casts", names)
-    assert unseen_domains("casts", ["camera03", "camera01"]) == ["camera01", "camera03"]  # in their order
+        choose_held_out("casts", names)
+    assert choose_held_out("casts", ["camera03", "camera01"]) == ["camera01", "camera03"]  # in their order
 
 
 @pytest.mark.parametrize("kind", ["casts", "corruptions"])
@@ -265,7 +269,7 @@ def test_frames_are_changed_when_they_are_read(kind, folders):
         dataset = data.dataset(split, augment=False)
         for place, sample in enumerate(dataset.samples):
             stored = data.cache.read(sample.clip, middle_candidates(3))
-            expected = crop(data.shift.changed(sample.clip, stored), 64)
+            expected = crop(data.shift.apply(sample.clip, stored), 64)
             assert np.array_equal(dataset.frames(0, place), expected)
             assert np.array_equal(data.example(split, place).frames, expected)
             before = plain.dataset(split, augment=False).frames(0, where[sample.clip]).numpy()
@@ -338,7 +342,7 @@ def test_unseen_domains_leave_training_and_validation_and_stay_in_the_test(kind,
 def test_categories_are_the_datasets_own(folders):
     data = ready(folders, domains="categories")
     assert data.held_out == ["gaming", "movie/comedy", "science/technology", "cooking"]
-    assert data.categories() == {
+    assert data.read_categories() == {
         f"video{number}": CATEGORIES[number % 4] for numbers in CLIPS.values() for number in numbers
     }
     assert numbers(data.dataset("train", False).samples) == [0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15]
@@ -359,7 +363,7 @@ def test_a_pool_holds_the_training_clips_of_its_domain_and_no_other(kind, task, 
     sessions = data.sessions()
     clips = [sample.clip for sample in sessions.anchors.samples]
     assert len(clips) == len(set(clips)) == 16
-    names = NAMES[kind]
+    names = DOMAIN_NAMES[kind]
     assert len(sessions.pools) == len(sessions.casts) == len(names)
     training = {f"video{number}" for number in CLIPS["train"]}
     for name, pool in zip(names, sessions.pools, strict=True):
@@ -374,7 +378,7 @@ def test_a_pool_holds_the_training_clips_of_its_domain_and_no_other(kind, task, 
     neutral = [2, *[4] * 8, 3]  # [CLS], eight [MASK], [SEP]
     assert batch.text_ids.tolist() == [neutral] * 2 if task == "qa" else [[neutral]] * 2
     for place, clip in enumerate(clips):
-        expected = crop(data.shift.changed(clip, data.cache.read(clip, middle_candidates(3))), 64)
+        expected = crop(data.shift.apply(clip, data.cache.read(clip, middle_candidates(3))), 64)
         assert np.array_equal(sessions.anchors.frames(0, place), expected)
 
 
@@ -441,7 +445,7 @@ def test_validation_held_out_by_a_hash_has_all_cameras(tmp_path):
         ({"domains": "cameras"}, "domains is 'cameras', but MSRVTTQA can be given casts or corruptions or categories"),
         ({"held_out": ["camera00"]}, "held_out names domains, but data.init_args.domains gives none"),
         ({"domains": "casts", "held_out": []}, "none of the domains of casts: some must be left"),
-        ({"domains": "casts", "held_out": list(NAMES["casts"])}, "all of the domains of casts"),
+        ({"domains": "casts", "held_out": list(DOMAIN_NAMES["casts"])}, "all of the domains of casts"),
         ({"domains": "casts", "held_out": ["camera24"]}, r"'camera24', none of the domains of casts: camera00, .*23$"),
         ({"domains": "categories", "held_out": ["dance"]}, "'dance', none of .* categories: music, .*, advertisement"),
         ({"domains": "corruptions", "held_out": ["hue-6"]}, "'hue-6', none of .*: clean, hue-1, .*, low-light-5"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.data.batch import UNKNOWN, UNKNOWN_ANSWER, Origin
+from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
+from cdc_mmpg.data.interface import SampleOrigin
 from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, ranked, ranks, recalls
 
@@ -24,13 +25,15 @@ class Questions:
     """Open-ended questions: three in training, four in the test, as `evaluation` reads a dataset."""
 
     task = "open_ended"
-    LABELS: ClassVar = {"train": [0, 0, UNKNOWN, 1, 2], "test": [1, 0, UNKNOWN, 2], "val": [2, 2, 2, 2]}
+    LABELS: ClassVar = {"train": [0, 0, UNKNOWN_LABEL, 1, 2], "test": [1, 0, UNKNOWN_LABEL, 2], "val": [2, 2, 2, 2]}
     TYPES: ClassVar = {"train": ["size", "size", "color", "color", "color"], "test": ["color", "size", "size", "shape"]}
 
-    def origins(self, split: str) -> list[Origin]:
+    def origins(self, split: str) -> list[SampleOrigin]:
         assert split != "val"
         return [
-            Origin(f"{split}{place}", f"device{place // 2}", ("seen", "unseen")[place % 2], kind, f"{kind}, no?", "-")
+            SampleOrigin(
+                f"{split}{place}", f"device{place // 2}", ("seen", "unseen")[place % 2], kind, f"{kind}, no?", "-"
+            )
             for place, kind in enumerate(self.TYPES[split])
         ]
 
@@ -72,7 +75,7 @@ def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
     }
     assert values("floors", "majority_per_type", "test") == values("floors", "majority", "test")
     table = rows_of(tmp_path / "table.csv")
-    assert list(table[0]) == [*Origin._fields, "own", "other", "some", RIGHT]
+    assert list(table[0]) == [*SampleOrigin._fields, "own", "other", "some", RIGHT]
     assert [row["some"] for row in table] == ["", f"test 1: {UNKNOWN_ANSWER}", "", f"test 3: {UNKNOWN_ANSWER}"]
     assert [row[RIGHT] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, a letter a case
     assert [row["clip"] for row in table] == ["test0", "test1", "test2", "test3"]
@@ -86,8 +89,8 @@ class Choices:
 
     task = "multiple_choice"
 
-    def origins(self, split: str) -> list[Origin]:
-        return [Origin(clip, clip, "", "", "who?", "me") for clip in "ab"]
+    def origins(self, split: str) -> list[SampleOrigin]:
+        return [SampleOrigin(clip, clip, "", "", "who?", "me") for clip in "ab"]
 
     def texts(self, split: str, index: int) -> list[str]:
         return [f"{split} candidate {place}" for place in range([2, 5][index])]
@@ -110,9 +113,9 @@ class Pairs:
 
     task = "retrieval"
 
-    def origins(self, split: str) -> list[Origin]:
+    def origins(self, split: str) -> list[SampleOrigin]:
         assert split == "test"
-        return [Origin(f"clip{i}", f"device{i // 2}", ("seen", "unseen")[i % 2], "", "", "") for i in range(12)]
+        return [SampleOrigin(f"clip{i}", f"device{i // 2}", ("seen", "unseen")[i % 2], "", "", "") for i in range(12)]
 
     def texts(self, split: str, index: int) -> list[str]:
         assert split == "test"
@@ -203,7 +206,7 @@ def test_ranked_takes_the_clips_in_any_order_of_samples():
 
 def test_few_captions_make_every_rank_a_hit_by_chance(tmp_path):
     class Few(Pairs):
-        def origins(self, split: str) -> list[Origin]:
+        def origins(self, split: str) -> list[SampleOrigin]:
             return super().origins(split)[:3]
 
     eye = np.eye(3, dtype=np.float32)

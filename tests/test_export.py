@@ -233,7 +233,7 @@ def test_offline_a_generating_method_answers_with_its_mean_layer():
     torch.nn.init.normal_(method.fda.mean_latent)
     hidden = torch.randn(3, 96)
     with torch.no_grad():
-        layer = method.served().offline
+        layer = method.deployment_parts().offline
         assert_agree(hidden @ layer[:, :-1].T + layer[:, -1], method.fda.average(hidden))
 
 

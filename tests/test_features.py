@@ -9,7 +9,10 @@ import torch
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from cdc_mmpg.data.batch import CASES, SPLITS, EpochDataModule, EpochOrder, Sessions, draw_text, normalise
+from cdc_mmpg.data.batch import SPLITS, normalise
+from cdc_mmpg.data.control_cases import SESSION_CASES
+from cdc_mmpg.data.interface import Sessions
+from cdc_mmpg.data.sampling import EpochDataModule, EpochOrder, draw_text
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.media.text import vocabulary_size
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -287,7 +290,7 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
         labels = data.labels(split)
         for given in loader:
             assert torch.equal(given.labels, labels[given.indices])
-            assert given.uploads.shape[1:] == ((1 if split == "train" else len(CASES)), 192)
+            assert given.uploads.shape[1:] == ((1 if split == "train" else len(SESSION_CASES)), 192)
             alone = SessionDataset(module._splits[split].samples, anchors, sessions, split, 3)
             again = alone.__getitems__([(0, index) for index in given.indices.tolist()])
             assert torch.equal(given.uploads, again.uploads)
@@ -306,7 +309,7 @@ def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another()
     assert len(dataset) == 4
     assert torch.equal(batch.uploads[0], batch.uploads[2])  # the same device
     assert batch.samples.labels.tolist() == [0, 1, 2, 3]
-    names = list(CASES)
+    names = list(SESSION_CASES)
     members = [[set(upload.nonzero().flatten().tolist()) for upload in sample] for sample in batch.uploads]
     lenders = []
     for sample, device in ((0, 1), (1, 0), (3, 2)):

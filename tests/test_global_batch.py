@@ -12,14 +12,8 @@ import pytest
 import torch
 import torch.distributed
 
-from cdc_mmpg.data.batch import (
-    UNKNOWN,
-    BatchPlan,
-    EpochBatches,
-    EpochDataModule,
-    EpochOrder,
-    plan_batches,
-)
+from cdc_mmpg.data.batch import UNKNOWN_LABEL
+from cdc_mmpg.data.sampling import BatchPlan, EpochBatches, EpochDataModule, EpochOrder, plan_batches
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
 from cdc_mmpg.results import RESUME
@@ -57,7 +51,7 @@ class Samples(EpochDataModule):
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
     labels = np.random.default_rng(size).integers(3, size=size) - 1
-    labels[labels < 0] = UNKNOWN
+    labels[labels < 0] = UNKNOWN_LABEL
     values = np.random.default_rng(0).standard_normal(size)
     order = EpochOrder(size, 3, True).draw(2)
     modules = [Samples(labels.tolist(), plan, rank) for rank in range(plan.world)]
@@ -78,24 +72,24 @@ def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
                 else:
                     assert own.tolist() == [step[0]]  # the stand-in
                 for known in (False, True):
-                    used = own[labels[own] != UNKNOWN] if known else own
+                    used = own[labels[own] != UNKNOWN_LABEL] if known else own
                     mean = values[used].mean() if len(used) else 0.0
                     # What Lightning and DDP do with the losses of a step.
                     means[known] += module.weigh(place, known) * mean / plan.accumulated / plan.world
         assert sorted(drawn) == sorted(step)
         assert means[False] == pytest.approx(values[step].mean())
-        known = step[labels[step] != UNKNOWN]
+        known = step[labels[step] != UNKNOWN_LABEL]
         assert means[True] == pytest.approx(values[known].mean() if len(known) else 0.0)
 
 
 def test_weights_are_exactly_one_where_a_device_has_all_of_a_step():
-    module = Samples([0, UNKNOWN, 1, 1, UNKNOWN, 2, 0], BatchPlan(4, 4, 1))
+    module = Samples([0, UNKNOWN_LABEL, 1, 1, UNKNOWN_LABEL, 2, 0], BatchPlan(4, 4, 1))
     list(module.batches(module, shuffle=True))
     assert [module.weigh(place, known) for place in range(2) for known in (False, True)] == [1.0] * 4
 
 
 def test_a_step_in_which_no_answer_is_known_weighs_nothing():
-    module = Samples([UNKNOWN] * 4, BatchPlan(4, 1, 2))
+    module = Samples([UNKNOWN_LABEL] * 4, BatchPlan(4, 1, 2))
     list(module.batches(module, shuffle=True))
     assert [module.weigh(place, known=True) for place in range(2)] == [0.0, 0.0]
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdc_mmpg.data.batch import EpochDataModule
+from cdc_mmpg.data.sampling import EpochDataModule
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import LOCK
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.training.checkpointing import AtomicCheckpointIO, newest_state
+from cdc_mmpg.training.checkpointing import AtomicCheckpointIO, find_newest_state
 from cdc_mmpg.training.cli import main
 from conftest import write_clip, write_msvd
-from data_modules.base import QADataset
+from data_modules.clip_dataset import QADataset
 from processes import finish, kill, recording, start, steps, until
 
 SLOW = 0.07  # seconds a step: time to be interrupted in, on a busy machine too
@@ -148,7 +148,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(run, expected, tmp_path):
     assert [state.name for state in states] == ["epoch=0-step=6.ckpt", "epoch=1-step=12.ckpt"]
     whole = states[1].read_bytes()
     states[1].write_bytes(whole[: len(whole) // 2])
-    assert newest_state(folder) == states[0]
+    assert find_newest_state(folder) == states[0]
     process = start(tmp_path / "log", main, command)
     assert finish(process) == 0, (tmp_path / "log").read_text()
     assert "epoch=1-step=12.ckpt: not a readable checkpoint" in (tmp_path / "log").read_text()
@@ -161,7 +161,7 @@ def test_when_all_states_are_damaged_the_run_says_so(run, tmp_path):
     for state in (folder / RESUME).glob("*.ckpt"):
         state.write_bytes(b"")
     with pytest.raises(CheckpointError, match="all 2 states are damaged"):
-        newest_state(folder)
+        find_newest_state(folder)
     process = start(tmp_path / "log", main, command)
     assert finish(process) == 4
 

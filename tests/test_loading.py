@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from cdc_mmpg.data import batch as contract
+from cdc_mmpg.data import sampling
 from cdc_mmpg.data.batch import SPLITS, FeatureBatch, SessionBatch, VideoTextBatch
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -159,7 +159,7 @@ def test_an_array_is_opened_once_and_holds_no_descriptor(folder, monkeypatch):
     data, opened = module(folder), Counter()
     load = np.load
     monkeypatch.setattr(cache_module.np, "load", lambda path, **how: opened.update([path]) or load(path, **how))
-    cache_module._map.cache_clear()
+    cache_module._map_array.cache_clear()
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         arrays = [data.cache.array(clip) for clip in sorted(data.cache.ready)]
@@ -170,7 +170,7 @@ def test_an_array_is_opened_once_and_holds_no_descriptor(folder, monkeypatch):
         arrays[0][0] = 0
     assert str(data.cache.folder) in Path("/proc/self/maps").read_text()
     del arrays
-    cache_module._map.cache_clear()
+    cache_module._map_array.cache_clear()
     assert str(data.cache.folder) not in Path("/proc/self/maps").read_text(), "what is let go is unmapped"
 
 
@@ -207,7 +207,7 @@ def test_a_gpu_gathers_frames_and_the_host_does_not_wait(place, folder, monkeypa
 def test_processes_that_load_are_a_ranks_share_of_the_processors(
     processors, devices, environment, expected, folder, monkeypatch
 ):
-    monkeypatch.setattr(contract, "count_processors", lambda: processors)
+    monkeypatch.setattr(sampling, "count_processors", lambda: processors)
     data = module(folder, num_workers=None)
     data.trainer = SimpleNamespace(
         num_devices=devices, world_size=1, global_rank=0,

@@ -7,10 +7,13 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, Origin, VideoTextBatch, normalise, others
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, VideoTextBatch, normalise
+from cdc_mmpg.data.control_cases import draw_control_partners
+from cdc_mmpg.data.interface import SampleOrigin
 from cdc_mmpg.errors import ConfigError, DivergedError
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
-from cdc_mmpg.methods.base import Answering, Method
+from cdc_mmpg.methods.answering import Answering
+from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
@@ -188,14 +191,14 @@ def test_a_reasoner_of_an_earlier_version_opens(tmp_path):
 def test_unknown_answers_teach_nothing_and_count_as_wrong():
     head = OpenEnded(3)
     scores = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]], requires_grad=True)
-    labels = torch.tensor([0, UNKNOWN, UNKNOWN])
+    labels = torch.tensor([0, UNKNOWN_LABEL, UNKNOWN_LABEL])
     known = FeatureBatch(torch.empty(0), labels, torch.arange(3))
     (rows,) = head.outcomes({"own": scores.detach()}, known).values()
     assert head.evaluate({"own": (rows[0].numpy(), rows[1].numpy())}) == {"accuracy": pytest.approx(1 / 3)}
     assert_agree(head.loss(scores, known), torch.nn.functional.cross_entropy(scores[:1], labels[:1]))
     head.loss(scores, known).backward()
     assert scores.grad[1:].abs().sum() == 0
-    assert head.loss(scores, known._replace(labels=torch.full((3,), UNKNOWN))).item() == 0
+    assert head.loss(scores, known._replace(labels=torch.full((3,), UNKNOWN_LABEL))).item() == 0
 
 
 def test_a_loss_that_is_no_number_stops_the_run(phase_one, tmp_path):
@@ -249,14 +252,14 @@ def test_defaults_are_the_papers():
     assert default(Hyper, "init") == "printed"
 
 
-def origin(device: str, kind: str) -> Origin:
-    return Origin("", device, "", kind, "", "")
+def origin(device: str, kind: str) -> SampleOrigin:
+    return SampleOrigin("", device, "", kind, "", "")
 
 
 def test_others_are_elsewhere_and_of_the_same_type():
     origins = [origin(f"d{place % 5}", "color" if place % 2 else "size") for place in range(60)]
     origins.append(origin("alone", "count"))
-    found = others(origins, seed=0)
+    found = draw_control_partners(origins, seed=0)
     assert list(found) == ["shuffled", "shuffled_device"]
     assert sorted(found["shuffled"]) == list(range(61))
     assert all(other != place for place, other in enumerate(found["shuffled"]))
@@ -264,9 +267,9 @@ def test_others_are_elsewhere_and_of_the_same_type():
         assert origins[other].device != origins[place].device
         assert origins[other].type == origins[place].type
     assert origins[found["shuffled_device"][-1]].device != "alone"  # the only one of its type
-    assert others(origins, seed=0) == found
-    assert others(origins, seed=1) != found
-    single = others([origin("a", ""), origin("a", "")], seed=0)  # no other device: any other sample
+    assert draw_control_partners(origins, seed=0) == found
+    assert draw_control_partners(origins, seed=1) != found
+    single = draw_control_partners([origin("a", ""), origin("a", "")], seed=0)  # no other device: any other sample
     assert single["shuffled_device"] == [1, 0]
 
 
@@ -281,7 +284,7 @@ class Data(LightningDataModule):
         halves = [VideoTextBatch(*(part[rows] for part in self.data)) for rows in ([0, 2, 4], [1, 3, 5])]
         return DataLoader(halves, batch_size=None)
 
-    def origins(self, split: str) -> list[Origin]:
+    def origins(self, split: str) -> list[SampleOrigin]:
         return [origin(f"d{place}", "") for place in range(len(self.data.labels))]
 
 
@@ -300,8 +303,11 @@ def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one
     with torch.no_grad():
         features = method.encode(data.data).frame_features
         weight, bias = method.device_layers(features)
-        hidden = method.head.phi(method.fused(features))
-        given = {case: torch.tensor(other) for case, other in others(data.origins("test"), method.seed).items()}
+        hidden = method.head.phi(method.fuse(features))
+        given = {
+            case: torch.tensor(other)
+            for case, other in draw_control_partners(data.origins("test"), method.seed).items()
+        }
         for case, other in {"own": torch.arange(6), "float32": torch.arange(6), **given}.items():
             scores = torch.einsum("bld,bd->bl", weight[other], hidden) + bias[other]
             where, rows = outcomes[case]

@@ -22,6 +22,7 @@ from communities import (
     write_table,
 )
 from conftest import ANSWERS
+from data_modules.checks import find_shared_clips
 from data_modules.msrvtt import split_of
 from data_modules.msrvtt_choice import MSRVTTChoice
 from data_modules.msrvtt_qa import MSRVTTQA
@@ -124,7 +125,7 @@ def test_the_vocabulary_is_read_or_counted(own, name, caplog):
 def test_clips_in_two_splits_are_found(own):
     root = own("original")
     change(root / "val_qa.json", '"video_id": 6513', '"video_id": 7')
-    assert questions(root).shared_clips(SPLITS) == {("train", "val"): ["video7"]}
+    assert find_shared_clips(questions(root), SPLITS) == {("train", "val"): ["video7"]}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ def test_damaged_choices_are_refused_with_the_place(own, old, new, message):
 def test_a_test_clip_that_is_trained_on_is_found(own):
     root = own("choice")
     change(root / "msrvtt_mc_test.jsonl", '"video7010"', '"video4"')
-    assert small(MSRVTTChoice, root).shared_clips(SPLITS) == {("train", "test"): ["video4"]}
+    assert find_shared_clips(small(MSRVTTChoice, root), SPLITS) == {("train", "test"): ["video4"]}
 
 
 def test_the_whole_takes_seconds(tmp_path):
@@ -348,7 +349,7 @@ def test_the_full_protocol_by_lists_or_by_number(own, lists):
         samples = data.samples(split)
         assert [sample.clip for sample in samples] == [f"video{number}" for number in CLIPS[split]]
         assert [sample.options for sample in samples] == [tuple(captions_of(number)) for number in CLIPS[split]]
-        assert data.questions(samples) == CAPTIONS * len(samples)
+        assert data.count_questions(samples) == CAPTIONS * len(samples)
 
 
 def test_a_list_decides_where_there_is_one(own):
@@ -375,7 +376,7 @@ def test_the_other_protocols_hold_out_and_test_on_1k_a(folders, protocol, caplog
     }
     assert f"protocol {protocol}, split val: {len(clips['val'])} clips" in caplog.text
     assert f"of whose {listed} clips {len(clips['val'])} are held out for validation" in caplog.text
-    assert not data.shared_clips(SPLITS)
+    assert not find_shared_clips(data, SPLITS)
 
 
 def test_another_protocol_is_refused(folders):
@@ -444,7 +445,7 @@ def test_real_lists_at_their_published_counts(captioned):
         counts[protocol, split] = len(samples)
         if protocol == "full":
             assert {split_of(sample.clip) for sample in samples} == {split}
-        assert not data.shared_clips(SPLITS)
+        assert not find_shared_clips(data, SPLITS)
     assert [counts["full", split] for split in SPLITS] == [6_513, 497, 2_990]
     assert [counts["9k", split] for split in SPLITS] == [8_500, 500, 1_000]
     assert [counts["7k", split] for split in SPLITS] == [6_510, 500, 1_000]

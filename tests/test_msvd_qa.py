@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.data.batch import UNKNOWN, normalise
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, normalise
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import HOST
 from conftest import write_clip
-from data_modules.base import Sample
+from data_modules.clip_dataset import Sample
 from data_modules.msvd_qa import MSVDQA
 
 
@@ -48,7 +48,7 @@ def test_counts_and_the_vocabulary_rule(msvd, tmp_path):
         labels = data.labels(split)
         answers = [sample.answer for sample in data.dataset(split, augment=False).samples]
         assert [data.answers()[label] if label >= 0 else "dog" for label in labels.tolist()] == answers
-        assert summary[split]["ceiling"] == pytest.approx(1 - (labels == UNKNOWN).float().mean().item())
+        assert summary[split]["ceiling"] == pytest.approx(1 - (labels == UNKNOWN_LABEL).float().mean().item())
 
 
 def test_the_batch_holds_the_annotated_frames(msvd, tmp_path):

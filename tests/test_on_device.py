@@ -11,7 +11,8 @@ import torch
 
 from cdc_mmpg.controls import on_device
 from cdc_mmpg.controls.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
-from cdc_mmpg.data.batch import Controls, Origin, VideoTextBatch
+from cdc_mmpg.data.batch import VideoTextBatch
+from cdc_mmpg.data.interface import Controls, SampleOrigin
 from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -233,9 +234,9 @@ class FourQuestions:
 
     task = "open_ended"
 
-    def origins(self, split: str) -> list[Origin]:
+    def origins(self, split: str) -> list[SampleOrigin]:
         places = [("a", "p", "seen"), ("b", "q", "unseen"), ("c", "q", "unseen"), ("d", "p", "seen")]
-        return [Origin(clip, device, group, "", "what?", "yes") for clip, device, group in places]
+        return [SampleOrigin(clip, device, group, "", "what?", "yes") for clip, device, group in places]
 
     def labels(self, split: str) -> torch.Tensor:
         return torch.zeros(4, dtype=torch.long)

@@ -8,10 +8,12 @@ from test_methods import encoder, origin
 from test_session import captions, sessions
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import FeatureBatch, Origin, SessionBatch, VideoTextBatch
+from cdc_mmpg.data.batch import FeatureBatch, SessionBatch, VideoTextBatch
+from cdc_mmpg.data.interface import SampleOrigin
 from cdc_mmpg.evaluation.metrics import CAPTIONS
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
-from cdc_mmpg.methods.base import READ, Answering, Method
+from cdc_mmpg.methods.answering import KEPT_INPUTS, Answering
+from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
@@ -48,7 +50,7 @@ class Data(LightningDataModule):
 
     val_dataloader = test_dataloader = train_dataloader
 
-    def origins(self, split: str) -> list[Origin]:
+    def origins(self, split: str) -> list[SampleOrigin]:
         return [origin(f"d{place}", "") for place in range(len(self.data.labels))]
 
     def history(self) -> tuple[torch.Tensor, list[list[int]]]:
@@ -109,7 +111,7 @@ def test_every_method_trains_and_tests_in_bfloat16(name, task, reasoner):
     logged = run(method, data, "bf16-mixed")
     assert all(np.isfinite(value) for value in logged.values())
     outcomes = method.outcomes["test"]
-    assert kept.pop(READ, torch.float32) == torch.float32
+    assert kept.pop(KEPT_INPUTS, torch.float32) == torch.float32
     assert set(kept.values()) == {torch.float32 if task == "retrieval" else torch.int64}
     assert ("shuffled" in outcomes) == (name in ("cdc_mmpg", "hyper"))
     for case, (where, rows) in outcomes.items():
@@ -179,7 +181,7 @@ def test_modules_of_the_cloud_are_float32_wherever_they_are_called():
         cases.append((
             fda.eval(),
             lambda module: [module.average(hidden), *module.generate(feature),
-                            *(module.sent(feature, hidden, name) for name in PAYLOAD_PRECISIONS)],
+                            *(module.apply_sent(feature, hidden, name) for name in PAYLOAD_PRECISIONS)],
         ))  # fmt: skip
     for module, call in cases:
         before = {key: value.clone() for key, value in module.state_dict().items()}

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from cdc_mmpg.controls import privacy
-from cdc_mmpg.controls.privacy import Target, area_under_curve, constant, fit, interval, probe_all, score, uploads
-from cdc_mmpg.data.batch import Content
+from cdc_mmpg.controls.privacy import (
+    Target,
+    area_under_curve,
+    bootstrap_interval,
+    draw_uploads,
+    fit_probe,
+    ignore_uploads,
+    probe_all,
+    score_outputs,
+)
+from cdc_mmpg.data.interface import Content
 from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic
@@ -66,7 +75,7 @@ def test_what_was_planted_is_found(planted):
     assert planted["cast", 1]["degrees"] < 20
     assert planted["background", 1]["degrees"] < 20
     for what in ("shape present", "look present"):
-        curve = [planted[what, number]["area_under_curve"] for number in privacy.NUMBERS]
+        curve = [planted[what, number]["area_under_curve"] for number in privacy.UPLOAD_SIZES]
         assert curve[0] > 0.95
         assert curve == sorted(curve, reverse=True)  # the more clips, the less about one of them
 
@@ -88,7 +97,7 @@ def test_every_figure_says_what_it_is_of(planted):
     assert (identity["learned_from"], identity["number"]) == (16 * 8, 16 * 16)
     assert planted["device", 16]["number"] == 16  # all sixteen that are left: one upload of each
     assert planted["device", 16]["from"] == "mean of 16"
-    for number in privacy.NUMBERS:
+    for number in privacy.UPLOAD_SIZES:
         content = planted["shape present", number]
         assert (content["number"], content["devices"]) == (8 * 24, 8)
         assert content["low"] <= content["accuracy"] <= content["high"]
@@ -99,7 +108,7 @@ def test_every_figure_says_what_it_is_of(planted):
 
 def test_an_upload_is_the_mean_of_clips_of_one_device():
     anchors = np.eye(12)
-    found = uploads(anchors, {0: [0, 1, 2, 3, 4, 5], 1: [6, 7, 8, 9], 2: [10]}, 4, 2, 0)
+    found = draw_uploads(anchors, {0: [0, 1, 2, 3, 4, 5], 1: [6, 7, 8, 9], 2: [10]}, 4, 2, 0)
     assert found.devices.tolist() == [0] * 12 + [1] * 8  # the third has too few
     for feature, first, device in zip(found.features, found.first, found.devices, strict=True):
         members = np.flatnonzero(feature)
@@ -107,21 +116,23 @@ def test_an_upload_is_the_mean_of_clips_of_one_device():
         assert first in members
         assert feature[members].tolist() == [0.25] * 4
         assert {int(member) // 6 for member in members} == {device}
-    alone = uploads(anchors, {0: [0, 1, 2]}, 1, 3, 0, np.arange(12) == 1)
+    alone = draw_uploads(anchors, {0: [0, 1, 2]}, 1, 3, 0, np.arange(12) == 1)
     assert alone.first.tolist() == [1]
     assert np.array_equal(alone.features, anchors[1:2])
 
 
 def test_scores_are_those_by_hand():
     angle = Target("cast", "angle", np.array([]))
-    assert score(angle, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([350.0, -90.0])) == pytest.approx([10, 180])
+    assert score_outputs(angle, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([350.0, -90.0])) == pytest.approx(
+        [10, 180]
+    )
     presence = Target("shape present", "presence", np.array([]))
-    assert score(presence, np.array([[1.0, -1.0]]), np.array([[True, True]])).tolist() == [0.5]
+    assert score_outputs(presence, np.array([[1.0, -1.0]]), np.array([[True, True]])).tolist() == [0.5]
     classes = Target("count", "classes", np.array([]), 3)
-    assert constant(classes, np.array([2, 2, 0]), 2).argmax(1).tolist() == [2, 2]
-    assert constant(angle, np.array([350.0, 10.0]), 1)[0] == pytest.approx([np.cos(np.deg2rad(10)), 0], abs=1e-9)
+    assert ignore_uploads(classes, np.array([2, 2, 0]), 2).argmax(1).tolist() == [2, 2]
+    assert ignore_uploads(angle, np.array([350.0, 10.0]), 1)[0] == pytest.approx([np.cos(np.deg2rad(10)), 0], abs=1e-9)
     assert area_under_curve(np.array([[3.0], [2.0], [2.0], [1.0]]), np.array([[1], [1], [0], [0]])) == 0.875
-    assert interval(np.array([1.0, 1.0, 0.0, 0.0]), np.array([5, 5, 7, 7]), 0) == (0.0, 1.0)
+    assert bootstrap_interval(np.array([1.0, 1.0, 0.0, 0.0]), np.array([5, 5, 7, 7]), 0) == (0.0, 1.0)
 
 
 def test_a_probe_is_a_linear_function_that_shrinks_with_its_penalty():
@@ -132,12 +143,14 @@ def test_a_probe_is_a_linear_function_that_shrinks_with_its_penalty():
         (Target("shape present", "presence", np.array([])), features[:, :2] > 0),
         (Target("cast", "angle", np.array([])), np.rad2deg(np.arctan2(features[:, 0], features[:, 1]))),
     ):
-        loose, tight = (fit(target, features, values, penalty) for penalty in (1e-4, 100.0))
+        loose, tight = (fit_probe(target, features, values, penalty) for penalty in (1e-4, 100.0))
         both = loose(features[:2])
         assert np.allclose(loose(features[:2].mean(0, keepdims=True))[0], both.mean(0), atol=1e-4)
         spread = [float(np.std(probe(features), axis=0).max()) for probe in (loose, tight)]
         assert spread[1] < 0.1 * spread[0], target.what
-        assert score(target, loose(features), values).mean() > (0.9 if target.kind != "angle" else 1), target.what
+        assert score_outputs(target, loose(features), values).mean() > (0.9 if target.kind != "angle" else 1), (
+            target.what
+        )
 
 
 @pytest.fixture(scope="module")

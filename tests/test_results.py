@@ -13,7 +13,7 @@ import pytest
 from test_tables import cell, write_run
 
 from cdc_mmpg import results
-from cdc_mmpg.data.batch import Origin
+from cdc_mmpg.data.interface import SampleOrigin
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.evidence.comparisons import Evidence
@@ -29,7 +29,7 @@ def choices(number: int = 8) -> SimpleNamespace:
     clips = [f"clip{i}" for i in range(number)]
     return SimpleNamespace(
         task="multiple_choice",
-        origins=lambda split: [Origin(clip, clip, "", "", "which?", CANDIDATES[0]) for clip in clips],
+        origins=lambda split: [SampleOrigin(clip, clip, "", "", "which?", CANDIDATES[0]) for clip in clips],
         texts=lambda split, index: CANDIDATES,
         word=lambda split, index, label: CANDIDATES[label],
     )
@@ -71,7 +71,7 @@ def test_answers_are_right_by_label_everywhere(tmp_path):
     page = (root / "report.html").read_text()
     assert page.count('class="wrong">a dog ✗') == 2
     with (root / "cdc_mmpg" / "seed0" / "predictions.test.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == [*Origin._fields, "own", "some", "right"]
+        assert next(csv.reader(file)) == [*SampleOrigin._fields, "own", "some", "right"]
 
 
 def test_on_a_full_disk_the_old_answers_stay(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import CASES, CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.data.batch import CaptionBatch, FeatureBatch, SessionBatch
+from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
@@ -29,9 +30,9 @@ def sessions() -> SessionBatch:
     """Two devices that answer the same question about the same clip differently."""
     torch.manual_seed(1)
     feature = torch.randn(1, 3, 192).expand(2, -1, -1)
-    uploads = torch.randn(2, 1, 192).repeat(1, len(CASES), 1)
-    anchors = torch.tensor([[case.anchors for case in CASES.values()]] * 2)
-    shuffled = [place for place, case in enumerate(CASES.values()) if case.shuffled]
+    uploads = torch.randn(2, 1, 192).repeat(1, len(SESSION_CASES), 1)
+    anchors = torch.tensor([[case.anchors for case in SESSION_CASES.values()]] * 2)
+    shuffled = [place for place, case in enumerate(SESSION_CASES.values()) if case.shuffled]
     uploads[:, shuffled] = uploads[:, shuffled].flip(0)
     casts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     samples = FeatureBatch(feature, torch.tensor([0, 1]), torch.arange(2))
@@ -70,7 +71,7 @@ def test_what_only_the_session_tells_is_learned(name):
     with torch.no_grad():
         cases = method.scores(sessions(), "test")
     further = [] if name == "concatenated" else ["mean_head", *PAYLOAD_PRECISIONS]
-    assert list(cases) == (["own"] if name == "oracle" else [*CASES, *further])
+    assert list(cases) == (["own"] if name == "oracle" else [*SESSION_CASES, *further])
     if name != "oracle":
         assert cases["n16"].argmax(-1).tolist() == [0, 1]
         assert cases["shuffled_n16"].argmax(-1).tolist() == [1, 0]  # the other's upload gives the other's answers
@@ -82,7 +83,7 @@ def test_without_anchors_the_device_answers_with_its_own_layer(name):
     method, batch = build(name).eval(), sessions()
     with torch.no_grad():
         fallback = method.scores(batch, "test")["n0"]
-        assert torch.equal(fallback, method.head(method.fused(batch.samples.frame_features), method.shared))
+        assert torch.equal(fallback, method.head(method.fuse(batch.samples.frame_features), method.shared))
         assert torch.equal(fallback, method(batch.samples.frame_features))
         weight, bias = method.device_layers(batch.samples.frame_features)
     assert torch.equal(weight[0], method.shared.weight)

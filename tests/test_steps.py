@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import CASES, UNKNOWN, CaptionBatch, FeatureBatch, SessionBatch, VideoTextBatch, normalise
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, CaptionBatch, FeatureBatch, SessionBatch, VideoTextBatch, normalise
+from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import CAPTIONS
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining, anchor_feature
@@ -112,12 +113,12 @@ def known(labels: list[int], seed: int, first: int = 0) -> FeatureBatch:
 def test_validation_weighs_samples_not_batches(phase_one):
     """The loss is the mean over the questions whose answer is known, the accuracy over all."""
     method = build("linear", phase_one)
-    batches = [known([0, 1, 2, 3, UNKNOWN], 0), known([4, UNKNOWN], 1, 5)]
+    batches = [known([0, 1, 2, 3, UNKNOWN_LABEL], 0), known([4, UNKNOWN_LABEL], 1, 5)]
     (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
     features = torch.cat([batch.frame_features for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     scores = method.layer(method.head.phi(torch.tanh(method.encoder.pooler["dense"](features.mean(1)))))
-    losses = F.cross_entropy(scores, labels.clamp(min=0), reduction="none")[labels != UNKNOWN]
+    losses = F.cross_entropy(scores, labels.clamp(min=0), reduction="none")[labels != UNKNOWN_LABEL]
     assert logged["val/loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert logged["val/accuracy"] == pytest.approx((scores.argmax(-1) == labels).float().mean().item())
     where, rows = method.outcomes["val"]["own"]
@@ -207,8 +208,8 @@ def test_bypassed_the_hypernetwork_reads_the_anchor_itself(phase_one):
 def session(anchors: list[int]) -> SessionBatch:
     number = len(anchors)
     generator = torch.Generator().manual_seed(2)
-    uploads = torch.randn(number, len(CASES), 192, generator=generator).tanh()
-    counts = torch.tensor(anchors)[:, None].expand(-1, len(CASES))
+    uploads = torch.randn(number, len(SESSION_CASES), 192, generator=generator).tanh()
+    counts = torch.tensor(anchors)[:, None].expand(-1, len(SESSION_CASES))
     casts = torch.tensor([[0.6, 0.8], [-1.0, 0.0], [0.0, 0.0]])[:number]
     return SessionBatch(known(list(range(number)), 3), uploads, counts, casts)
 
@@ -220,10 +221,10 @@ def test_a_sessions_layer_is_made_of_its_upload_and_sent_rounded(generated, phas
     for parameter in method.fda.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     batch = session([16, 0, 4])
-    hidden = method.head.phi(method.fused(batch.samples.frame_features))
+    hidden = method.head.phi(method.fuse(batch.samples.frame_features))
     alone = hidden @ method.shared.weight.T + method.shared.bias
     cases = method.scores(batch, "test")
-    for place, case in enumerate(CASES):
+    for place, case in enumerate(SESSION_CASES):
         upload = batch.uploads[:, place]
         feature = (upload - upload.mean(-1, keepdim=True)) / (upload.var(-1, correction=0, keepdim=True) + 1e-5) ** 0.5
         parts = method.fda.parts(feature)
@@ -252,7 +253,7 @@ def test_the_oracle_reads_the_cast_and_nothing_else():
     feature = torch.zeros(3, 192)
     feature[:, :2] = torch.tensor([[0.6, 0.8], [-1.0, 0.0], [0.0, 0.0]]) * 192**0.5
     (scores,) = method.scores(batch, "test").values()
-    hidden = method.head.phi(method.fused(batch.samples.frame_features))
+    hidden = method.head.phi(method.fuse(batch.samples.frame_features))
     assert_agree(scores, method.fda(feature, hidden))
 
 
@@ -263,11 +264,11 @@ def test_the_control_without_a_generator_reads_both_features_side_by_side():
     fused = torch.tanh(method.encoder.pooler["dense"](batch.samples.frame_features.mean(1)))
     weight, bias = method.mix.weight, method.mix.bias
     for case, scores in method.scores(batch, "test").items():
-        upload = F.layer_norm(batch.uploads[:, list(CASES).index(case)], (192,))
+        upload = F.layer_norm(batch.uploads[:, list(SESSION_CASES).index(case)], (192,))
         upload[1] = 0  # nothing was uploaded
         mixed = fused @ weight[:, :192].T + upload @ weight[:, 192:].T + bias
         assert_agree(scores, method.layer(method.head.phi(mixed)))
-    assert_agree(method.fused(batch.samples.frame_features), fused @ weight[:, :192].T + bias)
+    assert_agree(method.fuse(batch.samples.frame_features), fused @ weight[:, :192].T + bias)
 
 
 def test_the_axes_are_the_generalised_eigenvectors_of_both_covariances():

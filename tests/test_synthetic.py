@@ -13,7 +13,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from cdc_mmpg.data.batch import CASES, SPLITS
+from cdc_mmpg.data.batch import SPLITS
+from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -28,18 +29,18 @@ from data_modules import synthetic_clips
 from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import (
-    ANSWERS,
+    ANSWER_WORDS,
     HUES,
-    TYPES,
+    QUESTION_SHARES,
     Camera,
-    Counts,
+    DatasetCounts,
     annotations,
-    apparent,
-    caption_of,
+    describe_scene,
+    draw_questions,
+    draw_scene,
+    name_hue,
     plan,
-    questions_of,
     render,
-    scene_of,
 )
 from processes import finish, kill, recording, start, steps, until
 
@@ -47,7 +48,7 @@ from processes import finish, kill, recording, start, steps, until
 @pytest.fixture(scope="module")
 def everything() -> dict[str, list[dict[str, object]]]:
     """All annotation files of the full dataset."""
-    texts = annotations(0, plan(Counts()), Counts().questions)
+    texts = annotations(0, plan(DatasetCounts()), DatasetCounts().questions)
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()}
 
 
@@ -63,9 +64,9 @@ def test_the_full_dataset_has_the_counts_of_its_data_sheet(everything):
     assert len(everything["devices.json"]) == len(everything["youtube_mapping.txt"].splitlines()) == 11344
     for name, count in (("train_qa.json", 768), ("val_qa.json", 240), ("test_qa.json", 1056)):
         assert len({row["video_id"] for row in everything[name]}) == count
-    assert {row["answer"] for row in everything["train_qa.json"]} == set(ANSWERS)
+    assert {row["answer"] for row in everything["train_qa.json"]} == set(ANSWER_WORDS)
     share = Counter(row["type"] for row in everything["train_qa.json"])
-    for kind, wanted in TYPES.items():
+    for kind, wanted in QUESTION_SHARES.items():
         assert abs(share[kind] / 2304 - wanted) < 0.06, (kind, share)
 
 
@@ -84,22 +85,22 @@ def test_every_word_has_a_piece_of_its_own(everything):
 
 def test_labels_say_what_is_there_and_captions_what_it_looks_like():
     for clip in (f"web{i:05}" for i in range(0, 200, 2)):
-        scene = scene_of(0, clip)
+        scene = draw_scene(0, clip)
         colors = {thing.shape: thing.color for thing in scene.things}
-        for kind, question, answer in questions_of(0, clip, scene, 3):
+        for kind, question, answer in draw_questions(0, clip, scene, 3):
             if kind == "color":
                 assert answer == colors[question.removeprefix("what color is the ").rstrip("?")]
             if kind == "count":
                 assert answer == ("one", "two")[len(colors) - 1]
         thing = scene.things[0]
-        assert f"{thing.size} {thing.color} {thing.shape}" in caption_of(scene, 0.0)  # without a cast, as it is
-        assert f"{thing.size} {apparent(thing.hue + 180, HUES)} {thing.shape}" in caption_of(scene, 180.0)
-        assert apparent(thing.hue + 180) != thing.color
+        assert f"{thing.size} {thing.color} {thing.shape}" in describe_scene(scene, 0.0)  # without a cast, as it is
+        assert f"{thing.size} {name_hue(thing.hue + 180, HUES)} {thing.shape}" in describe_scene(scene, 180.0)
+        assert name_hue(thing.hue + 180) != thing.color
 
 
 @pytest.mark.parametrize("cast", [0.0, 90.0, -120.0])
 def test_a_cast_rotates_the_hues_of_objects_and_background_alike(cast):
-    scene = scene_of(0, "web00000")
+    scene = draw_scene(0, "web00000")
     frames = render(0, "web00000", scene, Camera(cast, 1, 1, 0, 0, 1, 1))
     rgb = frames[0].reshape(-1, 3) / 255.0
     hue = np.degrees(np.arctan2(math.sqrt(3) * (rgb[:, 1] - rgb[:, 2]), 2 * rgb[:, 0] - rgb[:, 1] - rgb[:, 2]))
@@ -153,8 +154,8 @@ def test_msvds_loader_reads_it(synthetic, data, tmp_path):
 
 def test_the_frames_are_those_that_were_drawn(synthetic, data):
     sample = data.dataset("test", augment=False).samples[0]
-    camera = synthetic_clips.camera_of(0, str(data.devices[sample.clip]["device"]))
-    drawn = render(0, sample.clip, scene_of(0, sample.clip), camera)[[1, 3, 5]]
+    camera = synthetic_clips.draw_camera(0, str(data.devices[sample.clip]["device"]))
+    drawn = render(0, sample.clip, draw_scene(0, sample.clip), camera)[[1, 3, 5]]
     seen = data.example("test", 0).frames
     assert seen.shape == (3, 64, 64, 3)
     assert np.abs(seen.astype(float) - drawn).mean() < 3  # the codec's
@@ -165,7 +166,7 @@ def test_groups_and_devices_are_what_the_names_say(data):
         origins = data.origins(split)
         assert {origin.group for origin in origins} == groups
         assert all(origin.clip.startswith(origin.device) for origin in origins)
-        assert {origin.type for origin in origins} <= set(TYPES)
+        assert {origin.type for origin in origins} <= set(QUESTION_SHARES)
 
 
 def test_anchors_are_other_unlabelled_clips_of_the_same_device(data):
@@ -215,7 +216,7 @@ def test_a_device_uploads_the_same_for_all_its_questions(data):
         first = sessions.devices["test"].index(device)
         assert torch.equal(batch.uploads[index], batch.uploads[first])
         pool = set(sessions.pools[device])
-        for place, (name, case) in enumerate(CASES.items()):
+        for place, (name, case) in enumerate(SESSION_CASES.items()):
             members = set(batch.uploads[index, place].nonzero().flatten().tolist())
             assert len(members) == batch.anchors[index, place] == min(case.anchors, len(pool)), name
             assert not members or (members <= pool) != case.shuffled
@@ -294,7 +295,7 @@ def test_damaged_files_are_refused_by_name(synthetic, data, tmp_path, name, text
     damaged.cache = data.cache
     if name == "devices.json":
         with pytest.raises(DataError, match=message):
-            damaged.further_clips()
+            damaged.list_further_clips()
         return
     damaged.setup("fit")
     with pytest.raises(DataError, match=message):

@@ -13,7 +13,7 @@ from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, TIE, accuracies, ranks, recalls
 from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.methods.adr_pretraining import ADRPretraining
-from cdc_mmpg.methods.base import Answering, Rows
+from cdc_mmpg.methods.answering import Answering, SampleRows
 from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.methods.hyper import Hyper
@@ -112,7 +112,7 @@ def test_one_layer_serves_the_candidates_or_each_has_its_own(phase_one):
             features = method.encode(data).frame_features
             weight, bias = method.device_layers(features)
             assert weight.shape == (4, 5 if own else 1, 1, 192)
-            served = (weight @ method.fused(features).unsqueeze(-1)).squeeze(-1) + bias
+            served = (weight @ method.fuse(features).unsqueeze(-1)).squeeze(-1) + bias
             assert_agree(method(features), served.squeeze(-1))
             assert method.traffic() == ((3840, 3860) if own else (768, 772))
             # In another order the candidates get the same scores, in that order.
@@ -225,7 +225,7 @@ def test_ranks_at_the_size_of_msrvtt_stay_within_memory():
 
 
 def test_rows_come_in_the_samples_order_each_once():
-    rows = Rows()
+    rows = SampleRows()
     rows.update(torch.tensor([3, 1]), torch.tensor([[30], [10]]))
     rows.update(torch.tensor([0, 1]), torch.tensor([[0], [11]]))
     indices, values = rows.compute()

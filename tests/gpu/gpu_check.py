@@ -61,11 +61,15 @@ def machine() -> dict[str, Any]:
 
 def clips() -> dict[str, Any]:
     """Some hundred real clips of the embedded dataset, made here."""
-    from data_modules.synthetic_clips import Counts, make
+    from data_modules.synthetic_clips import DatasetCounts, make
 
     started = time.perf_counter()
-    small = Counts(seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3)
-    many = Counts(seen=12, unseen=6, val=4, labelled=8, history=6, test_seen=2, test=4, captioned=40, questions=3)
+    small = DatasetCounts(
+        seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3
+    )
+    many = DatasetCounts(
+        seen=12, unseen=6, val=4, labelled=8, history=6, test_seen=2, test=4, captioned=40, questions=3
+    )
     make(WORK / "clips", small if SMALL else many)
     number = len(list((WORK / "clips" / "YouTubeClips").iterdir()))
     return {"clips": number, "seconds": round(time.perf_counter() - started, 1)}

@@ -62,7 +62,7 @@ def predict(
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
     from cdc_mmpg.media.text import TextEncoder, pad  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
-    from cdc_mmpg.training.experiment import ANSWERS  # noqa: PLC0415
+    from cdc_mmpg.training.experiment import ANSWERS_FILE  # noqa: PLC0415
 
     experiment = reopen(run, vocab, reads_data=False)
     model, data = experiment.model, experiment.settings["data"]["init_args"]
@@ -75,7 +75,7 @@ def predict(
     text = TextEncoder(data["vocab"], data["text_length"])
     words = list(choices)
     if task == "open_ended":
-        words = [*(run / ANSWERS).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
+        words = [*(run / ANSWERS_FILE).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
         texts = text([question])
     else:
         texts = text.choices([(question, choices)])[0] if task == "multiple_choice" else text(choices)
@@ -86,7 +86,7 @@ def predict(
         encoded = model.encode(batch)
         features = encoded.frame_features  # on the device, which uploads one row of it
         weight, bias = model.device_layers(features)  # in the cloud, which sends these
-        outputs = model.head(model.fused(features), lambda hidden: (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias)
+        outputs = model.head(model.fuse(features), lambda hidden: (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias)
         if task == "retrieval":
             scores = (model.head.captions(encoded.texts) @ outputs.unsqueeze(-1)).squeeze(-1)
         else:

@@ -69,9 +69,9 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     refused, rest = list(found["problems"]), ", all named in data.json"
     for pair, names in found["shared_between_splits"].items():
         refused.append(f"{pair} share {len(names)} clips:{listing(names, rest)}")
-    lost = dataset.lost(found["missing"], found["unreadable"])
+    lost = dataset.list_lost(found["missing"], found["unreadable"])
     if len(lost) > dataset.max_missing:
-        refused.append(dataset.refusal(lost, found["clips"]))
+        refused.append(dataset.describe_lost(lost, found["clips"]))
     elif lost:
         logger.warning("left out with their questions:%s", listing(lost, rest))
     if alike := found["same_content_in_splits"]:

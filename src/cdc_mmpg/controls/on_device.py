@@ -5,7 +5,7 @@ anew, and writes `checkpoints/<dataset>/on_device/seed<N>/results.json`:
 
 - `own`: the run's weights as they are;
 - `labels_2`, `labels_5`, `labels_15`: fine-tuned on so many labelled questions about the device's own clips, which no
-  method has (see `batch.DeviceLabels`);
+  method has (see `interface.DeviceLabels`);
 - `tent`: entropy minimisation over the test questions themselves (Wang et al. 2021, "Tent: Fully Test-Time Adaptation
   by Entropy Minimization").
 
@@ -30,13 +30,14 @@ from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import lock_folder
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, made_of, reopen, results_of
+from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from cdc_mmpg.data.batch import Origin, VideoTextBatch
+    from cdc_mmpg.data.batch import VideoTextBatch
+    from cdc_mmpg.data.interface import SampleOrigin
     from cdc_mmpg.methods.fine_tuning import FineTuning
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,12 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         DataError: no device has labels, or its files changed.
     """
     results = results_of(run)
-    folder, source = folder_of(run, NAME), made_of(run, WEIGHTS)
+    folder, source = folder_of(run, NAME), provenance_of(run, WEIGHTS)
     if is_done(folder, source):
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.batch import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `cli`
     from cdc_mmpg.evaluation.evaluate import evaluation  # noqa: PLC0415
     from cdc_mmpg.methods.fine_tuning import FineTuning  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
@@ -141,7 +142,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
 
 
 class Comparison:
-    """The cases of a fine-tuned model and a dataset that knows labels of its devices (`batch.Controls`).
+    """The cases of a fine-tuned model and a dataset that knows labels of its devices (`interface.Controls`).
 
     Args:
         model: with the run's weights, which are back in it whenever a method ends.
@@ -292,7 +293,7 @@ class Comparison:
         import torch  # noqa: PLC0415  see `cli`
         import torch.nn.functional as F  # noqa: PLC0415
 
-        from cdc_mmpg.data.batch import UNKNOWN  # noqa: PLC0415
+        from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415
 
         weights = {
             name: value.detach().expand(len(chosen), *value.shape).clone().requires_grad_()
@@ -301,12 +302,14 @@ class Comparison:
         }
         optimizer = torch.optim.AdamW(weights.values(), rate, weight_decay=self.model.weight_decay, fused=True)
         own = features[chosen.clamp(min=0)]
-        wanted = labels[chosen.clamp(min=0)].masked_fill(chosen < 0, UNKNOWN)
-        known = (wanted != UNKNOWN).sum(1).clamp(min=1)
+        wanted = labels[chosen.clamp(min=0)].masked_fill(chosen < 0, UNKNOWN_LABEL)
+        known = (wanted != UNKNOWN_LABEL).sum(1).clamp(min=1)
         found = []
         for step in range(1, steps[-1] + 1):
             scores = self._side_by_side(weights, own)
-            losses = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=UNKNOWN, reduction="none")
+            losses = F.cross_entropy(
+                scores.flatten(0, 1), wanted.flatten(), ignore_index=UNKNOWN_LABEL, reduction="none"
+            )
             optimizer.zero_grad()
             (losses.view_as(wanted).sum(1) / known).sum().backward()
             optimizer.step()
@@ -330,7 +333,7 @@ class Comparison:
 
         return vmap(one)(dict(weights), features)
 
-    def tent(self, dataset: Any, origins: Sequence["Origin"]) -> "Tensor":
+    def tent(self, dataset: Any, origins: Sequence["SampleOrigin"]) -> "Tensor":
         """(N,) answers to a split's questions, after the recipe was picked on the validation devices."""
         validation, asked = self.data.dataset("val", augment=False), by_device(self.data.origins("val"))
         labels = self.data.labels("val")
@@ -367,7 +370,7 @@ def pick(figures: "NDArray[np.int64]") -> "NDArray[np.int64]":
     return best
 
 
-def by_device(origins: Sequence["Origin"]) -> dict[str, list[int]]:
+def by_device(origins: Sequence["SampleOrigin"]) -> dict[str, list[int]]:
     """The places of each device's samples."""
     found: dict[str, list[int]] = {}
     for place, origin in enumerate(origins):

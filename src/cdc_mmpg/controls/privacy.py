@@ -17,6 +17,7 @@ picked by cross-validation within the training part, folds by device, or by clip
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -24,27 +25,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import lock_folder
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, made_of, reopen, results_of
+from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
 
 if TYPE_CHECKING:
-    from cdc_mmpg.data.batch import Content
+    from cdc_mmpg.data.interface import Content
 
 logger = logging.getLogger(__name__)
 
-NAME = "privacy"
-WEIGHTS = "encoder.safetensors"
+EVALUATION_NAME = "privacy"
+ENCODER_FILE = "encoder.safetensors"
 
-NUMBERS = (1, 4, 8, 16)  # of clips in an upload
+UPLOAD_SIZES = (1, 4, 8, 16)  # of clips in an upload
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the squared weights, beside a mean loss
 FOLDS = 4
-DRAWS = 1000  # of the bootstrap over devices
-LEARNED_FROM = 1 / 3  # of a seen device's clips, where devices are told apart; its other clips are the test's
-REPEATS = 4  # in training, how often each clip is the first of a mean, each time with others
+MAX_STEPS = 1000  # of L-BFGS, for a probe
+BOOTSTRAP_DRAWS = 1000  # of the bootstrap over devices
+TRAINING_SHARE = 1 / 3  # of a seen device's clips, where devices are told apart; its other clips are the test's
+TRAINING_REPEATS = 4  # in training, how often each clip is the first of a mean, each time with others
 
 Array = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -69,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         results_of(options.run)  # before the evaluation's folder is made
-        with lock_folder(folder_of(options.run, NAME)):
+        with lock_folder(folder_of(options.run, EVALUATION_NAME)):
             evaluate(options.run, arguments)
 
     return exit_code(run)
@@ -83,14 +91,14 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         ConfigError: it left no encoder, or the dataset does not know what its clips show.
     """
     results_of(run)
-    if not (run / WEIGHTS).is_file():
-        raise ConfigError(f"{run}: left no {WEIGHTS}; take a run of encoder_pretraining or fine_tuning")
-    folder, source = folder_of(run, NAME), made_of(run, WEIGHTS)
+    if not (run / ENCODER_FILE).is_file():
+        raise ConfigError(f"{run}: left no {ENCODER_FILE}; take a run of encoder_pretraining or fine_tuning")
+    folder, source = folder_of(run, EVALUATION_NAME), provenance_of(run, ENCODER_FILE)
     if is_done(folder, source):
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.batch import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `cli`
     from cdc_mmpg.models.weights import read_state_dict  # noqa: PLC0415
     from cdc_mmpg.training.sessions import SessionDataModule  # noqa: PLC0415
 
@@ -102,7 +110,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         )
     start = perf_counter()
     encoder = model.encoder
-    encoder.load_state_dict(read_state_dict(run / WEIGHTS))
+    encoder.load_state_dict(read_state_dict(run / ENCODER_FILE))
     data.prepare_data()
     data.setup("test")
     sessions, contents = data.sessions(), data.contents()
@@ -110,7 +118,8 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     view.trainer = experiment.trainer
     anchors = view.anchors(sessions).double().numpy()
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
-    probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
+    with threadpool_limits(1):  # products are tiny here: further threads only wait for each other
+        probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
     write_json(
         {
             **identity(folder, experiment, source, arguments),
@@ -141,7 +150,7 @@ class Target(NamedTuple):
 def probe_all(
     anchors: Array, pools: Sequence[Sequence[int]], casts: Sequence[float], shown: Sequence["Content"], seed: int
 ) -> list[dict[str, Any]]:
-    """The figures of all probes that there are clips enough for.
+    """Return the figures of all probes that there are clips enough for.
 
     Args:
         anchors: (A, 192) anchor features.
@@ -158,12 +167,14 @@ def probe_all(
     if not seen or not others:
         raise DataError("probes learn from devices that train and are tested on others: here is one kind only")
     whole = {device: list(pool) for device, pool in enumerate(pools)}
-    found = [_identity(anchors, {device: whole[device] for device in seen}, number, seed) for number in NUMBERS]
-    for target in _targets(casts, shown):
-        for number in NUMBERS:
+    found = [
+        _probe_identity(anchors, {device: whole[device] for device in seen}, number, seed) for number in UPLOAD_SIZES
+    ]
+    for target in _list_targets(casts, shown):
+        for number in UPLOAD_SIZES:
             if number == 1 or target.of_device or target.what in AFTER_AVERAGING:
-                train = uploads(anchors, {d: whole[d] for d in seen}, number, REPEATS, seed, target.asked)
-                test = uploads(anchors, {d: whole[d] for d in others}, number, 1, seed, target.asked)
+                train = draw_uploads(anchors, {d: whole[d] for d in seen}, number, TRAINING_REPEATS, seed, target.asked)
+                test = draw_uploads(anchors, {d: whole[d] for d in others}, number, 1, seed, target.asked)
                 found.append(_probe(target, train, test, number, seed))
     return [probe for probe in found if probe is not None]
 
@@ -171,8 +182,8 @@ def probe_all(
 AFTER_AVERAGING = ("shape present", "look present", "background")  # of the first clip of a mean
 
 
-def _targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Target]:
-    """Everything but the device's identity."""
+def _list_targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Target]:
+    """Return all targets but the device's identity."""
     shapes = sorted({shape for content in shown for shape in content.shapes})
     colors = sorted({color for content in shown for color in (*content.colors, *content.looks)})
     alone = np.array([len(content.shapes) == 1 for content in shown])
@@ -195,22 +206,22 @@ def _targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Target]
     ]
 
 
-def _identity(anchors: Array, pools: dict[int, list[int]], number: int, seed: int) -> dict[str, Any] | None:
-    """Which of these devices sent an upload, learned from a part of the clips of each."""
+def _probe_identity(anchors: Array, pools: dict[int, list[int]], number: int, seed: int) -> dict[str, Any] | None:
+    """Probe which of these devices sent an upload, learned from a part of the clips of each."""
     learned, asked = {}, {}
     for device, pool in pools.items():
         order = np.random.default_rng((seed, device)).permutation(pool).tolist()
-        cut = max(1, round(len(order) * LEARNED_FROM))
+        cut = max(1, round(len(order) * TRAINING_SHARE))
         learned[device], asked[device] = order[:cut], order[cut:]
     most = max(1, min(map(len, learned.values())) // 2)  # so that means of a few clips differ
-    train = uploads(anchors, learned, min(number, most), REPEATS, seed)
-    test = uploads(anchors, asked, number, 1, seed)
+    train = draw_uploads(anchors, learned, min(number, most), TRAINING_REPEATS, seed)
+    test = draw_uploads(anchors, asked, number, 1, seed)
     names = {device: place for place, device in enumerate(pools)}
     values = np.array([names.get(device, -1) for device in range(max(pools) + 1)])
     return _probe(Target("device", "classes", values, len(names), of_device=True), train, test, number, seed)
 
 
-def uploads(
+def draw_uploads(
     anchors: Array,
     pools: dict[int, list[int]],
     number: int,
@@ -218,7 +229,7 @@ def uploads(
     seed: int,
     asked: NDArray[np.bool_] | None = None,
 ) -> Uploads:
-    """Every clip of every device as the first of `number`, the others drawn from the device's.
+    """Draw uploads: every clip of every device as the first of `number`, the others drawn from the device's.
 
     Args:
         anchors: (A, 192).
@@ -253,22 +264,21 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
         test = Uploads(test.features[kept], test.first[kept], test.devices[kept])
     wanted, true = (target.values[part.devices if target.of_device else part.first] for part in (train, test))
     groups = train.first if target.what == "device" else train.devices
-    fold_of = {group: place for place, group in enumerate(np.random.default_rng(seed).permutation(np.unique(groups)))}
-    folds = np.array([fold_of[group] % FOLDS for group in groups.tolist()])
+    folds = min(FOLDS, len(np.unique(groups)))
+    splits = (
+        GroupKFold(folds, shuffle=True, random_state=seed).split(train.features, groups=groups) if folds > 1 else ()
+    )
     sign = -1.0 if target.kind == "angle" else 1.0
-    figures = []
-    for penalty in PENALTIES:
-        parts = []
-        for fold in np.unique(folds):
-            inside, outside = folds != fold, folds == fold
-            if inside.any():
-                outputs = fit(target, train.features[inside], wanted[inside], penalty)(train.features[outside])
-                parts.append(score(target, outputs, wanted[outside]))
-        figures.append(sign * float(np.concatenate(parts).mean()) if parts else 0.0)
+    parts: dict[float, list[Array]] = {penalty: [] for penalty in PENALTIES}
+    for inside, outside in splits:
+        for penalty in PENALTIES:
+            outputs = fit_probe(target, train.features[inside], wanted[inside], penalty)(train.features[outside])
+            parts[penalty].append(score_outputs(target, outputs, wanted[outside]))
+    figures = [sign * float(np.concatenate(scores).mean()) if scores else 0.0 for scores in parts.values()]
     penalty = PENALTIES[int(np.argmax(figures))]
-    outputs = fit(target, train.features, wanted, penalty)(test.features)
-    scores = score(target, outputs, true)
-    low, high = interval(scores, test.devices, seed)
+    outputs = fit_probe(target, train.features, wanted, penalty)(test.features)
+    scores = score_outputs(target, outputs, true)
+    low, high = bootstrap_interval(scores, test.devices, seed)
     unit = "degrees" if target.kind == "angle" else "accuracy"
     found = {
         "what": target.what,
@@ -278,7 +288,7 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
         "low": low,
         "high": high,
         "chance": {"classes": 1 / max(1, target.classes), "presence": 0.5, "angle": 90.0}[target.kind],
-        "majority": float(score(target, constant(target, wanted, len(true)), true).mean()),
+        "majority": float(score_outputs(target, ignore_uploads(target, wanted, len(true)), true).mean()),
         "number": len(true),
         "devices": len(np.unique(test.devices)),
         "learned_from": len(wanted),
@@ -290,48 +300,47 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
     return found
 
 
-def fit(target: Target, features: Array, values: NDArray[Any], penalty: float) -> Callable[[Array], Array]:
-    """A linear probe, learned: from features (M, 192) to scores (M, C), logits (M, K), or cosine and sine (M, 2).
+def fit_probe(target: Target, features: Array, values: NDArray[Any], penalty: float) -> Callable[[Array], Array]:
+    """Return a learned linear probe: from features (M, 192) to scores (M, C), logits (M, K), or cosine and sine (M, 2).
 
-    Features are standardised by those that it learns from.
+    Features are standardised by those that it learns from. Scores of classes that it has not seen are -inf.
+
+    Args:
+        target: what it tells.
+        features: (N, 192) to learn from.
+        values: theirs, see `Target`.
+        penalty: weight of half the squared weights, beside the mean loss; scikit-learn's own are beside its sum.
     """
-    import torch  # noqa: PLC0415  see `cli`
-    import torch.nn.functional as F  # noqa: PLC0415
-
-    mean, deviation = features.mean(0), features.std(0) + 1e-8
-
-    def inputs(rows: Array) -> Array:
-        return np.column_stack([(rows - mean) / deviation, np.ones(len(rows))])
-
-    own = inputs(features)
+    scaler = StandardScaler().fit(features)
+    inputs = scaler.transform(features)
     if target.kind == "angle":
         angles = np.deg2rad(values)
-        normal = own.T @ own / len(own) + penalty * np.diag([1.0] * (own.shape[1] - 1) + [0.0])
-        solved: Array = np.linalg.solve(normal, own.T @ np.column_stack([np.cos(angles), np.sin(angles)]) / len(own))
-        return lambda rows: inputs(rows) @ solved
-    rows, wanted = torch.from_numpy(own).float(), torch.from_numpy(values)
-    weights = torch.zeros(own.shape[1], target.classes or values.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+        ridge = Ridge(alpha=penalty * len(inputs)).fit(inputs, np.column_stack([np.cos(angles), np.sin(angles)]))
+        return lambda rows: ridge.predict(scaler.transform(rows))
+    if target.kind == "presence":  # the mean is over clips and over what is present
+        logistic = LogisticRegression(C=1 / (penalty * values.size), max_iter=MAX_STEPS)
+        with warnings.catch_warnings():  # that a fold shows something in every clip or in none
+            warnings.simplefilter("ignore", UserWarning)
+            several = OneVsRestClassifier(logistic).fit(inputs, values.astype(np.int64))
+        return lambda rows: several.decision_function(scaler.transform(rows)).reshape(len(rows), -1)
+    present = np.unique(values)
+    if len(present) == 1:
+        return lambda rows: ignore_uploads(target, values, len(rows))
+    # Of two classes scikit-learn has one vector of weights: half its squares are the squares of one for each class.
+    halved = 2 if len(present) == 2 else 1
+    logistic = LogisticRegression(C=halved / (penalty * len(inputs)), max_iter=MAX_STEPS).fit(inputs, values)
 
-    def loss() -> float:
-        optimizer.zero_grad()
-        scores = rows @ weights
-        mistakes = (
-            F.cross_entropy(scores, wanted)
-            if target.kind == "classes"
-            else F.binary_cross_entropy_with_logits(scores, wanted.float())
-        )
-        total = mistakes + penalty * weights[:-1].square().sum() / 2
-        total.backward()
-        return float(total.detach())
+    def scores(rows: Array) -> Array:
+        found = np.full((len(rows), target.classes), -np.inf)
+        decided = logistic.decision_function(scaler.transform(rows))
+        found[:, present] = np.column_stack([-decided, decided]) / 2 if decided.ndim == 1 else decided
+        return found
 
-    optimizer.step(loss)
-    learned: Array = weights.detach().double().numpy()
-    return lambda rows: inputs(rows) @ learned
+    return scores
 
 
-def score(target: Target, outputs: Array, values: NDArray[Any]) -> Array:
-    """(M,) whether each is right, the share of its truth values that are, or by how many degrees it is wrong."""
+def score_outputs(target: Target, outputs: Array, values: NDArray[Any]) -> Array:
+    """Return whether each is right, the share of its truth values that are, or its error in degrees, (M,)."""
     if target.kind == "angle":
         angles = np.rad2deg(np.arctan2(outputs[:, 1], outputs[:, 0]))
         wrong: Array = np.abs((angles - values + 180) % 360 - 180)
@@ -342,8 +351,8 @@ def score(target: Target, outputs: Array, values: NDArray[Any]) -> Array:
     return (outputs.argmax(1) == values).astype(np.float64)
 
 
-def constant(target: Target, values: NDArray[Any], number: int) -> Array:
-    """Outputs that know no upload: the most frequent class or truth value, the mean angle, of training."""
+def ignore_uploads(target: Target, values: NDArray[Any], number: int) -> Array:
+    """Return outputs that know no upload: the most frequent class or truth value, the mean angle, of training."""
     if target.kind == "angle":
         angles = np.deg2rad(values)
         row = np.array([np.cos(angles).mean(), np.sin(angles).mean()])
@@ -355,21 +364,19 @@ def constant(target: Target, values: NDArray[Any], number: int) -> Array:
 
 
 def area_under_curve(outputs: Array, values: NDArray[Any]) -> float:
-    """How often something present scores higher than something absent; mean over the K, 0.5 for chance."""
-    areas = []
-    for scores, there in zip(outputs.T, values.T.astype(bool), strict=True):
-        positive, negative = np.sort(scores[there]), scores[~there]
-        if len(positive) and len(negative):
-            above = len(positive) - np.searchsorted(positive, negative, side="right")
-            level = np.searchsorted(positive, negative, side="right") - np.searchsorted(positive, negative)
-            areas.append(float((above + level / 2).mean() / len(positive)))
+    """Return how often something present scores higher than something absent; mean over the K, 0.5 for chance."""
+    areas = [
+        float(roc_auc_score(present, scores))
+        for scores, present in zip(outputs.T, values.T.astype(bool), strict=True)
+        if 0 < present.sum() < len(present)
+    ]
     return float(np.mean(areas)) if areas else 0.5
 
 
-def interval(scores: Array, devices: Places, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean, the devices resampled with all of their uploads."""
+def bootstrap_interval(scores: Array, devices: Places, seed: int) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean, the devices resampled with all of their uploads."""
     _, places = np.unique(devices, return_inverse=True)
     sums, counts = np.bincount(places, scores), np.bincount(places)
-    times = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), DRAWS)
+    times = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), BOOTSTRAP_DRAWS)
     low, high = np.percentile((times @ sums) / (times @ counts), [2.5, 97.5])
     return float(low), float(high)

@@ -1,36 +1,19 @@
-"""The contract between datasets and methods: what a batch holds, in which order samples come, what a dataset offers."""
+"""Typed batches: what a dataset hands to a method, and the names of tasks, views and splits."""
 
-import logging
-from abc import abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from functools import cache
-from math import ceil
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from lightning import LightningDataModule
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.media.frames import MEAN, STD, Frames
-from cdc_mmpg.processors import count_processors
-from cdc_mmpg.program import ignore_stop_signals
-
-logger = logging.getLogger(__name__)
+from cdc_mmpg.media.frames import MEAN, STD
 
 Task = Literal["open_ended", "multiple_choice", "retrieval"]
 View = Literal["samples", "sessions", "captions"]  # how a method reads a dataset
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-TRIES = 64  # to find a sample of another device
 UNKNOWN_ANSWER = "(unknown)"  # the word of the class that stands for all other answers
-UNKNOWN = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
+UNKNOWN_LABEL = -100  # label of an answer outside the vocabulary: no loss in training, wrong in evaluation
 
 
 class VideoTextBatch(NamedTuple):
@@ -39,7 +22,7 @@ class VideoTextBatch(NamedTuple):
     frames: Tensor  # (B, T, S, S, 3) uint8 RGB
     text_ids: Tensor  # (B, L) or (B, K, L) int64, padded with 0 at the end
     text_mask: Tensor  # the same, 1 where there is a token; of K texts those without any are not there
-    labels: Tensor  # (B,) int64, `UNKNOWN` for an answer outside the vocabulary; which candidate is right
+    labels: Tensor  # (B,) int64, `UNKNOWN_LABEL` for an answer outside the vocabulary; which candidate is right
     indices: Tensor  # (B,) int64, place of the sample in its split
 
 
@@ -61,18 +44,17 @@ class SessionBatch(NamedTuple):
     samples: FeatureBatch
     uploads: Tensor  # (B, C, 192) means of the anchor features of n other clips of a device
     anchors: Tensor  # (B, C) n, 0 where nothing is uploaded
-    casts: (
-        Tensor  # (B, 2) cosine and sine of the device's true hue cast, for the oracle; not numbers where it is unknown
-    )
+    # (B, 2) cosine and sine of the device's true hue cast, for the oracle; NaN where it is unknown
+    casts: Tensor
 
     @property
     def labels(self) -> Tensor:
-        """(B,)."""
+        """Labels of the samples, (B,)."""
         return self.samples.labels
 
     @property
     def indices(self) -> Tensor:
-        """(B,)."""
+        """Places of the samples in their split, (B,)."""
         return self.samples.indices
 
 
@@ -89,498 +71,16 @@ class CaptionBatch(NamedTuple):
     indices: Tensor  # (B,)
 
 
-LEVELS = torch.tensor([MEAN, STD]) * 255  # (2, 3) mean and deviation of ImageNet's levels, from 0 to 255
+IMAGENET_LEVELS = torch.tensor([MEAN, STD]) * 255  # (2, 3) mean and standard deviation of ImageNet's RGB levels, of 255
 
 
 def normalise(frames: Tensor) -> Tensor:
-    """uint8 frames (B, T, H, W, 3) as the encoder takes them: (B, T, 3, H, W) floats, ImageNet mean and deviation."""
-    mean, std = LEVELS if frames.device.type == "cpu" else _levels(frames.device)
+    """Return uint8 frames (B, T, H, W, 3) as the encoder reads them: (B, T, 3, H, W) float32, ImageNet-normalised."""
+    mean, std = IMAGENET_LEVELS if frames.device.type == "cpu" else _levels_on(frames.device)
     return ((frames - mean) / std).movedim(-1, 2)
 
 
 @cache
-def _levels(device: torch.device) -> Tensor:
-    """Return `LEVELS` on a GPU, where they are copied once: a copy waits for all that is computed there."""
-    return LEVELS.to(device)
-
-
-class EpochOrder(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs of all samples, in an order that depends on seed and epoch alone.
-
-    Args:
-        size: samples in the split.
-        seed: of the order.
-        shuffle: draw a new order every epoch (training); else as annotated.
-    """
-
-    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, index) for index in self.draw(self.epoch).tolist()])
-
-    def draw(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch, (size,)."""
-        order = np.arange(self.size)
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-        return order
-
-
-class BatchPlan(NamedTuple):
-    """How the samples of an optimizer step are shared out to processes, and accumulated on each of them."""
-
-    step: int  # samples of an optimizer step
-    at_once: int  # most samples of a batch, on each process
-    world: int  # processes
-
-    @property
-    def accumulated(self) -> int:
-        """Batches of a process in a whole step."""
-        return ceil(self.step / (self.world * self.at_once))
-
-    def share(self, samples: NDArray[np.int64], rank: int) -> list[NDArray[np.int64]]:
-        """Return the batches of a process, of the samples of a step; as many on all processes, some perhaps empty."""
-        own, longest = samples[rank :: self.world], ceil(len(samples) / self.world)
-        return [own[start : start + self.at_once] for start in range(0, longest, self.at_once)]
-
-    def count(self, size: int) -> int:
-        """Return how many training batches each process has of an epoch of `size` samples."""
-        rest = ceil(size % self.step / self.world)
-        return size // self.step * self.accumulated + ceil(rest / self.at_once)
-
-
-def plan_batches(step: int, per_device: int | None, world: int) -> BatchPlan:
-    """Return how optimizer steps of so many samples are shared out to `world` processes.
-
-    Args:
-        step: samples of an optimizer step, over all processes.
-        per_device: most samples that a device holds at once; None is its whole share of a step.
-        world: processes, one a device.
-
-    Raises:
-        ConfigError: the numbers do not divide; names some that do.
-    """
-    if step % world:
-        raise ConfigError(
-            f"a step of {step} questions (data.init_args.batch_size) cannot be shared out evenly to {world} devices: "
-            f"take {_nearest_divisors(step, world)} devices (DEVICES=), or another batch_size"
-        )
-    share = step // world
-    at_once = min(per_device or share, share)
-    if share % at_once:
-        raise ConfigError(
-            f"a device's share of a step, {share} of {step} questions, does not divide into batches of {at_once} "
-            f"(data.init_args.per_device): take {_nearest_divisors(share, at_once)}"
-        )
-    return BatchPlan(step, at_once, world)
-
-
-def _nearest_divisors(number: int, to: int) -> str:
-    """Return the divisors of a number around another one, as "2 or 4"."""
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    below, above = [d for d in divisors if d < to], [d for d in divisors if d > to]
-    return " or ".join(map(str, [*below[-1:], *above[:1]]))
-
-
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) pairs of one process.
-
-    In training every optimizer step is made of the same samples, however many processes there are and however much each
-    of them holds at once. Where the last step of an epoch leaves a process without a sample for a batch, the step's
-    first sample stands in, so that all processes take as many batches; `EpochDataModule.weigh` counts it as nothing. In
-    evaluation every sample is in exactly one batch of one process.
-
-    Args:
-        sampler: the order of all samples; under this name Lightning tells it the epoch.
-        plan: of training; of evaluation, which has no steps, its `at_once` and `world`.
-        rank: this process among all.
-        even: stand in for every sample that another process has more, for a loss that needs as many of all.
-        skip: steps to leave out in the first epoch that is drawn: those that a run has taken before it was stopped in
-            the middle of an epoch.
-    """
-
-    def __init__(self, sampler: EpochOrder, plan: BatchPlan, rank: int, even: bool = False, skip: int = 0) -> None:
-        self.sampler, self.plan, self.rank, self.even, self.skip = sampler, plan, rank, even, skip
-
-    def __len__(self) -> int:
-        if self.sampler.shuffle:
-            return self.plan.count(self.sampler.size)
-        return ceil(len(range(self.rank, self.sampler.size, self.plan.world)) / self.plan.at_once)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, training = self.sampler.epoch, self.sampler.shuffle
-        order = self.sampler.draw(epoch)
-        step = self.plan.step if training else len(order)
-        first, self.skip = self.skip * step, 0
-        for start in range(first, len(order), step):
-            samples = order[start : start + step]
-            longest = self.plan.share(samples, 0)  # the first process has as many as any
-            for part, most in zip(self.plan.share(samples, self.rank), longest, strict=True):
-                indices = part.tolist()
-                if training and (not indices or (self.even and len(indices) < len(most))):
-                    indices.append(int(samples[0]))
-                if indices:
-                    yield [(epoch, index) for index in indices]
-
-
-def draw_text(seed: int, epoch: int, index: int, number: int) -> int:
-    """Which of a sample's texts, of so many, is this epoch's in training: the same from frames and from features."""
-    return int(np.random.default_rng((seed, epoch, index, 1)).integers(number))
-
-
-class EpochDataModule(LightningDataModule):
-    """A DataModule whose order is a function of seed and epoch, and which can go on in the middle of an epoch.
-
-    Its datasets fetch whole batches: `__getitems__` takes (epoch, index) pairs.
-
-    Args:
-        batch_size: samples of an optimizer step, over all devices and accumulated batches.
-        seed: of the order.
-        per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
-    """
-
-    TIMEOUT_SECONDS = 30  # for a batch; a worker that hangs longer is reported
-    even: bool = False  # see `EpochBatches`
-
-    def __init__(self, batch_size: int, seed: int, per_device: int | None = None) -> None:
-        super().__init__()
-        self.batch_size, self.seed, self.per_device = batch_size, seed, per_device
-        self._epoch = self._seen_steps = 0
-        self._training: EpochBatches | None = None
-        self._step_weights: tuple[int, dict[bool, list[float]]] = (-1, {})  # of an epoch, see `weigh`
-
-    @property
-    def plan(self) -> BatchPlan:
-        """How an optimizer step is shared out to the processes of the run.
-
-        Raises:
-            ConfigError: see `plan_batches`.
-        """
-        return plan_batches(self.batch_size, self.per_device, self.trainer.world_size if self.trainer else 1)
-
-    def loading_processes(self) -> int:
-        """Return how many processes load batches unless told: as many as this one has processors, from 1 to 16.
-
-        The processes of a run share a machine's processors; under SLURM, with a task for each, a task is given its own.
-        """
-        sharing = 1
-        if self.trainer is not None:
-            environment = getattr(self.trainer.strategy, "cluster_environment", None)
-            sharing = 1 if isinstance(environment, SLURMEnvironment) else self.trainer.num_devices
-        return min(16, max(1, count_processors() // sharing))
-
-    def batches(
-        self, dataset: Dataset[Any], shuffle: bool, num_workers: int | None = 0, at_once: int | None = None
-    ) -> DataLoader[Any]:
-        """Return this process's share of a dataset as batches; in evaluation, of `at_once` samples at most.
-
-        So many processes load them, None is `loading_processes`.
-        """
-        if num_workers is None:
-            num_workers = self.loading_processes()
-        size, plan = len(dataset), self.plan  # type: ignore[arg-type]
-        if at_once is not None:
-            plan = plan._replace(at_once=min(at_once, plan.at_once))
-        if size < plan.world:
-            raise ConfigError(
-                f"a split of {size} samples cannot be shared out to {plan.world} processes: take fewer devices"
-            )
-        order = EpochOrder(size, self.seed, shuffle)
-        order.set_epoch(self._epoch)  # Lightning does so too, but after worker processes have begun to fetch
-        rank = self.trainer.global_rank if self.trainer else 0
-        sampler = EpochBatches(order, plan, rank, self.even, self._seen_steps if shuffle else 0)
-        if shuffle:
-            self._training, self._step_weights = sampler, (-1, {})
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            worker_init_fn=ignore_stop_signals,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            timeout=self.TIMEOUT_SECONDS if num_workers else 0,
-        )
-
-    def weigh(self, batch_idx: int, known: bool) -> float:
-        """Return what the mean over a training batch is multiplied by, for the mean over its whole optimizer step.
-
-        Lightning divides by the number of accumulated batches and takes the mean over the processes. What is left is
-        how many of the step's samples this batch has: 1 where all batches have as many.
-
-        Args:
-            batch_idx: of this process in this epoch.
-            known: count the samples with a known answer only.
-        """
-        assert self.trainer is not None
-        if self._step_weights[0] != (epoch := self.trainer.current_epoch):
-            self._step_weights = epoch, self._weigh_epoch(epoch)
-        return self._step_weights[1][known][batch_idx]
-
-    def _weigh_epoch(self, epoch: int) -> dict[bool, list[float]]:
-        """Return what `weigh` says of all batches of an epoch, by `known`."""
-        assert self._training is not None
-        plan, order = self._training.plan, self._training.sampler.draw(epoch)
-        is_known = (self.labels("train") != UNKNOWN).numpy()
-        weights: dict[bool, list[float]] = {False: [], True: []}
-        for start in range(0, len(order), plan.step):
-            samples = order[start : start + plan.step]
-            number, number_known = len(samples), max(1, int(is_known[samples].sum()))
-            for part in plan.share(samples, self._training.rank):
-                weights[False].append(len(part) * plan.world * plan.accumulated / number)
-                weights[True].append(int(is_known[part].sum()) * plan.world * plan.accumulated / number_known)
-        return weights
-
-    def count_taken(self, processed: int) -> int:
-        """Return how many batches the steps are that were taken in the epoch to go on with.
-
-        Args:
-            processed: how many they were when the state was saved, perhaps on another number of devices.
-        """
-        if processed and not self._seen_steps:  # the whole epoch
-            return self.plan.count(len(self.labels("train")))
-        return self._seen_steps * self.plan.accumulated
-
-    @abstractmethod
-    def labels(self, split: Split) -> Tensor:
-        """Return the label of every sample of a split, (N,)."""
-
-    @abstractmethod
-    def fingerprint(self, split: Split, frames: bool) -> str:
-        """A digest of a split's clips, questions and labels, and of what decides its frames."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the epoch to go on with, its steps that were taken, and of which data and to whom they were."""
-        trainer = self.trainer
-        assert trainer is not None
-        finished, seen = divmod(
-            trainer.fit_loop.epoch_loop.batch_progress.current.processed, int(trainer.num_training_batches)
-        )
-        return {
-            "epoch": trainer.current_epoch + finished,
-            "seen_steps": seen // self.plan.accumulated,
-            "plan": self.plan._asdict(),
-            "fingerprints": {split: self.fingerprint(split, frames=False) for split in SPLITS},
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, after these steps, when training goes on.
-
-        The run may have been shared out to another number of devices: its steps are of the same samples.
-
-        Raises:
-            ConfigError: the run was of other data; names the splits. Or its steps were of another number of samples.
-        """
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        before = state_dict.get("fingerprints", {})
-        changed = [split for split in SPLITS if before.get(split) != self.fingerprint(split, frames=False)]
-        if changed:
-            raise ConfigError(
-                f"this run began on other data: {', '.join(changed)} differ (questions, labels, vocabulary or clips). "
-                "Give it the data it began with, or delete or rename its folder"
-            )
-        before, now = BatchPlan(**state_dict["plan"]), self.plan
-        if before.step != now.step:
-            raise ConfigError(f"this run began with steps of {before.step} questions, not {now.step}: type its command")
-        if before != now:
-            logger.info(
-                "begun as %d x %d x %d (devices, accumulated batches, questions at once), goes on as %d x %d x %d: the "
-                "same questions in every step and the same schedule, but not the same to the last bit",
-                *(part for plan in (before, now) for part in (plan.world, plan.accumulated, plan.at_once)),
-            )
-        self._epoch, self._seen_steps = state_dict["epoch"], state_dict["seen_steps"]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-class Example(NamedTuple):
-    """A sample as a person looks at it."""
-
-    clip: str
-    frames: Frames  # (T, H, W, 3)
-    question: str
-    answer: str
-
-
-class Origin(NamedTuple):
-    """Where a sample comes from: what accuracies are broken down by, and resampled by."""
-
-    clip: str
-    device: str  # or the domain that stands for one; the clip's own name where devices are unknown
-    group: str  # "seen" or "unseen" in training; "" where devices are unknown
-    type: str  # of the question; "" where there are none
-    question: str
-    answer: str
-
-
-def others(origins: Sequence[Origin], seed: int) -> dict[str, list[int]]:
-    """For every sample another one, whose anchor it is given in a control: any, or of the same question elsewhere.
-
-    Returns:
-        shuffled: any other sample; shuffled_device: one of another device with the same type of question, or of another
-        device where there is none with that type.
-    """
-    generator = np.random.default_rng(seed)
-    circle = generator.permutation(len(origins))
-    following = dict(zip(circle.tolist(), np.roll(circle, -1).tolist(), strict=True))
-    types: dict[str, list[int]] = {}
-    for index, origin in enumerate(origins):
-        types.setdefault(origin.type, []).append(index)
-    elsewhere = []
-    for index, origin in enumerate(origins):
-        for pool in (types[origin.type], range(len(origins))):
-            tried = (pool[place] for place in generator.integers(len(pool), size=TRIES).tolist())
-            other = next((i for i in tried if origins[i].device != origin.device), None)
-            if other is not None:
-                break
-        elsewhere.append(following[index] if other is None else other)
-    return {"shuffled": [following[index] for index in range(len(origins))], "shuffled_device": elsewhere}
-
-
-class Sessions(NamedTuple):
-    """Unlabelled clips of devices: what a session can be drawn from."""
-
-    anchors: Dataset[VideoTextBatch]  # every such clip once, with the neutral prompt for a question
-    pools: list[list[int]]  # by device: its anchors; never a validation or test clip
-    devices: dict[Split, list[int]]  # by split: the device of each sample
-    own: dict[Split, list[int]]  # by split: the anchor that is the sample's own clip, -1 where none is
-    casts: list[float]  # by device: its true hue cast in degrees, not a number where it is unknown
-    fingerprint: str  # of the anchors' frames
-
-
-class Case(NamedTuple):
-    """What is uploaded when a session is evaluated."""
-
-    anchors: int  # n, 0 for no upload
-    shuffled: bool  # another device's
-
-
-# Evaluated one by one; the first decides the best epoch.
-CASES = {
-    "n16": Case(16, False),
-    "n8": Case(8, False),
-    "n4": Case(4, False),
-    "n1": Case(1, False),
-    "n0": Case(0, False),
-    "shuffled_n8": Case(8, True),
-    "shuffled_n16": Case(16, True),
-}
-
-
-class Captions(NamedTuple):
-    """Captioned clips with a question each, for pretraining."""
-
-    train: Dataset[CaptionBatch]
-    val: Dataset[CaptionBatch]
-    clips: int  # in training
-    questions: int  # answered questions about them
-    fingerprint: str
-
-
-class DeviceLabels(NamedTuple):
-    """Questions with answers about clips that are unlabelled to every method: for controls only."""
-
-    questions: Dataset[VideoTextBatch]
-    origins: list[Origin]
-
-
-class Content(NamedTuple):
-    """What an unlabelled clip shows: for controls only."""
-
-    seen: bool  # whether its device trains
-    shapes: tuple[str, ...]  # of its objects
-    colors: tuple[str, ...]  # theirs in truth
-    looks: tuple[str, ...]  # theirs as the device sees them
-    background: float  # hue in degrees as the device sees it
-
-
-@runtime_checkable
-class Controls(Protocol):
-    """What a dataset knows that no method may: labels of the devices' unlabelled clips, for controls only."""
-
-    def device_labels(self) -> DeviceLabels:
-        """Of test devices."""
-
-    def contents(self) -> dict[str, Content]:
-        """Of every anchor of `VideoTextData.sessions`, by clip."""
-
-
-class VideoTextData(Protocol):
-    """What the feature cache, the results and the logs ask of a DataModule."""
-
-    task: ClassVar[Task]
-    views: ClassVar[frozenset[View]]
-    DOMAINS: ClassVar[tuple[str, ...]]  # kinds of domains that it can be given in place of devices
-    protocol: str
-    domains: str | None  # which of these it was given
-    held_out: list[str]  # domains that training does not see
-    notes: dict[Split, str]  # where a split comes from, where that has to be said
-    cache_dir: Path
-    batch_size: int
-    per_device: int | None
-    even: bool
-    num_workers: int | None
-    seed: int
-
-    def check(self) -> dict[str, Any]:
-        """What is here, ready, absent or wrong, after the caches were filled; does not stop at what is wrong."""
-
-    def prepare_data(self) -> None:
-        """Check everything and fill the caches."""
-
-    def setup(self, stage: str) -> None:
-        """Build the splits."""
-
-    def dataset(self, split: Split, augment: bool) -> Dataset[VideoTextBatch]:
-        """A split, its frames drawn anew for every epoch or always the same."""
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return a batch of its datasets on a device, with its frames."""
-
-    def labels(self, split: Split) -> Tensor:
-        """(N,) the class of every sample."""
-
-    def fingerprint(self, split: Split, frames: bool) -> str:
-        """A digest of a split's clips by name, its questions and labels, and, if asked for, of its frames."""
-
-    def published(self) -> list[dict[str, Any]]:
-        """Return every published count of the dataset beside the number here; see `VideoTextDataModule.published`."""
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Questions, clips, questions left out and held out, unknown answers and the accuracy's ceiling, by split."""
-
-    def example(self, split: Split, index: int) -> Example:
-        """A sample to look at."""
-
-    def answers(self) -> list[str]:
-        """The word of every class but the last, which stands for all others; none where there are no classes."""
-
-    def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """The right answer to a sample as an annotation has it, or what the prediction `label` says."""
-
-    def texts(self, split: Split, index: int) -> Sequence[str]:
-        """A sample's candidates or captions; none of an open-ended question."""
-
-    def origins(self, split: Split) -> list[Origin]:
-        """Where each sample comes from."""
-
-    def word_counts(self, split: Split) -> Counter[int]:
-        """How often each WordPiece is in a split's texts."""
-
-    def sessions(self) -> Sessions:
-        """Unlabelled clips by device, of a dataset whose `views` have "sessions", or that was given domains."""
-
-    def captions(self) -> Captions:
-        """Captioned clips, of a dataset whose `views` have "captions"."""
+def _levels_on(device: torch.device) -> Tensor:
+    """Return `IMAGENET_LEVELS` on a GPU, where they are copied once: a copy waits for all that is computed there."""
+    return IMAGENET_LEVELS.to(device)

@@ -42,7 +42,7 @@ from cdc_mmpg.results import provenance
 from cdc_mmpg.wire.messages import digest
 
 if TYPE_CHECKING:
-    from cdc_mmpg.methods.base import Answering
+    from cdc_mmpg.methods.answering import Answering
 
 MAX_SCORE_DIFFERENCE = 1e-4  # between scores of the float32 bundle and torch's
 
@@ -59,7 +59,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     start = perf_counter()
     method = source.method
     with torch.no_grad():
-        served = method.served()
+        served = method.deployment_parts()
     layouts = {layout.kind: layout for layout in served.generator.layouts()}
     kind = served.generator.native
     layout = layouts[getattr(method, "payload", kind) if kind == "float32" else kind]

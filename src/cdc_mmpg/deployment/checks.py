@@ -16,7 +16,7 @@ from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
 if TYPE_CHECKING:
-    from cdc_mmpg.data.batch import VideoTextData
+    from cdc_mmpg.data.interface import VideoTextData
     from cdc_mmpg.models.generator import Generator
 
 MAX_TEST_QUESTIONS = 1_000  # that bundles are evaluated on
@@ -52,7 +52,7 @@ def compare_with_torch(source: Source, bundle: Path) -> float:
             with torch.no_grad():
                 encoded = method.head.encode(method.encoder, batch).frame_features
                 scores = method.head(
-                    method.fused(encoded), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1]
+                    method.fuse(encoded), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1]
                 ).flatten()
                 upload = method.upload(method.head.condition(encoded)).flatten()
             features = model.features(frames, texts.tolist())
@@ -71,7 +71,8 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     Raises:
         CheckpointError: the run's own answers are not there, or of other questions.
     """
-    from cdc_mmpg.data.batch import UNKNOWN, Origin  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import SampleOrigin  # noqa: PLC0415  see `cli`
     from cdc_mmpg.evaluation.metrics import RIGHT  # noqa: PLC0415
 
     labels = data.labels("test").tolist()
@@ -80,11 +81,11 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     try:
         with predictions.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        given = [row[len(Origin._fields)] for row in rows]
+        given = [row[len(SampleOrigin._fields)] for row in rows]
         if len(rows) != len(labels):
             raise ValueError(f"{len(rows)} questions, where the dataset has {len(labels)}")
         by_label = header[-1] == RIGHT
-        answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN else "" for i in range(len(labels))]
+        answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN_LABEL else "" for i in range(len(labels))]
         # By label, but of a run of an earlier version, whose table has words alone.
         right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     except (OSError, ValueError, IndexError, csv.Error) as error:

@@ -142,7 +142,7 @@ def check_servable(method: Any, task: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    from cdc_mmpg.methods.base import Answering  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.methods.answering import Answering  # noqa: PLC0415  see `cli`
 
     if not isinstance(method, Answering):
         raise ConfigError(f"{type(method).__name__} answers no questions: export a run that does")
@@ -150,7 +150,7 @@ def check_servable(method: Any, task: str) -> None:
         raise ConfigError("retrieval compares stored clips with each other: a device that answers has no use for it")
     if method.head.layers > 1:
         raise ConfigError("a layer for every candidate: one upload has one layer (per_candidate: false)")
-    method.served()
+    method.deployment_parts()
 
 
 def _frame_settings(settings: dict[str, Any]) -> dict[str, int]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-    from cdc_mmpg.methods.base import Answering
+    from cdc_mmpg.methods.answering import Answering
     from cdc_mmpg.models.all_in_one import AllInOne
 
 MAX_FOLDED_NUMBERS = 1 << 22  # of a constant that is computed at export
@@ -66,7 +66,7 @@ def export_head(method: "Answering") -> "onnx.ModelProto":
         def forward(self, features: "Tensor", layer: "Tensor") -> tuple["Tensor", "Tensor"]:
             sample = features[None] if choosing else features  # (1, K, T, 192) or (1, T, 192)
             upload = method.upload(method.head.condition(sample))
-            scores = method.head(method.fused(sample), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1])
+            scores = method.head(method.fuse(sample), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1])
             return scores.flatten(), upload.flatten()
 
     most = max(3, method.encoder.num_frames) if method.reads == "sessions" else method.encoder.num_frames

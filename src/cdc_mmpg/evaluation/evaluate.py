@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cdc_mmpg.data.batch import UNKNOWN, UNKNOWN_ANSWER, Origin, VideoTextData
+from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
+from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
 from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, Outcomes, accuracies, majorities, ranked
 from cdc_mmpg.files import atomic_write
 
@@ -35,10 +36,10 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
     if data.task == "open_ended":
         trained = [(label, origin.type) for label, origin in
                    zip(data.labels("train").tolist(), data.origins("train"), strict=True)
-                   if label != UNKNOWN]  # fmt: skip
+                   if label != UNKNOWN_LABEL]  # fmt: skip
         words = [*data.answers(), UNKNOWN_ANSWER]
         guesses = majorities([words[label] for label, _ in trained], [kind for _, kind in trained], types)
-        labels = [words[label] if label != UNKNOWN else "" for label in data.labels("test").tolist()]
+        labels = [words[label] if label != UNKNOWN_LABEL else "" for label in data.labels("test").tolist()]
         floors: dict[str, ArrayLike] = {
             name: [given == true for given, true in zip(given, labels, strict=True)] for name, given in guesses.items()
         }
@@ -56,7 +57,7 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
             found |= accuracies({case: rows[:, 0] == rows[:, 1]}, own[0], own[1], own[2], own[3])
     right = map("".join, zip(*marks, strict=True))
     lines = ([*origin, *own] for origin, *own in zip(origins, *given, right, strict=True))
-    _write(table, [*Origin._fields, *outcomes, RIGHT], lines)
+    _write(table, [*SampleOrigin._fields, *outcomes, RIGHT], lines)
     return {"accuracy": {case: found[case] for case in outcomes}, "floors": {name: found[name] for name in floors}}
 
 

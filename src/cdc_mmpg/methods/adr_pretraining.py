@@ -14,7 +14,7 @@ from cdc_mmpg.models.heads import Head
 
 
 def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
-    """The feature f (..., 192) of one frame of each clip, from the pass over all its frames (..., T, 192).
+    """Return the feature f (..., 192) of one frame of each clip, from the pass over all its frames (..., T, 192).
 
     Deviation: the paper draws the frame when serving, too; there the middle one is taken, so that the same clip gets
     the same head.
@@ -76,11 +76,11 @@ class ADRPretraining(Method):
         return losses.total
 
     def parameter_counts(self) -> ParameterCounts:
-        """The encoder, the reasoner, and the reasoner again."""
+        """Count the encoder, the reasoner, and the reasoner again."""
         return ParameterCounts(count(self.encoder), count(self.adr), count(self.adr))
 
     def traffic(self) -> Traffic:
-        """None: there is nothing to install yet."""
+        """Return no bytes: there is nothing to install yet."""
         return Traffic(0, 0)
 
     def export(self, folder: Path) -> None:

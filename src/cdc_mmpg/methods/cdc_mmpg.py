@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
-from cdc_mmpg.methods.base import Generating, Served, check_rate
+from cdc_mmpg.methods.answering import DeploymentParts, Generating
+from cdc_mmpg.methods.base import check_rate
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -60,29 +61,29 @@ class CDCMMPG(Generating):
         self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
 
     def frozen(self) -> list[nn.Module]:
-        """The reasoner always, the encoder by recipe."""
+        """Return the reasoner always, the encoder by recipe."""
         return [self.adr, *super().frozen()]
 
     def upload(self, frame_features: Tensor) -> Tensor:
-        """The anchor feature f of one frame: drawn in training, the middle one when serving."""
+        """Return the anchor feature f of one frame: drawn in training, the middle one when serving."""
         return anchor_feature(self.encoder, frame_features, draw=self.training)
 
-    def served(self) -> Served:
-        """With the reasoner."""
-        return Served(Generator(self.adr, self.fda), super().served().offline)
+    def deployment_parts(self) -> DeploymentParts:
+        """Return reasoner and hypernetwork; offline, the mean of the layers that training generated."""
+        return DeploymentParts(Generator(self.adr, self.fda), super().deployment_parts().offline)
 
     def generator_input(self, frame_features: Tensor) -> Tensor:
-        """The generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
+        """Return the generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
         anchor = self.upload(frame_features)
         return self.adr(anchor.flatten(0, -2), sample=self.training).generated.view_as(anchor)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """Also, in the test: without the reasoner, the hypernetwork reading the anchor feature itself."""
+        """Add, in the test, the case without the reasoner, the hypernetwork reading the anchor feature itself."""
         features = batch.frame_features
         cases = super().scores(batch, split)
         if split == "test":
             anchor = anchor_feature(self.encoder, self.head.condition(features), draw=False)
-            cases["bypassed"] = self.head(self.fused(features), lambda hidden: self.fda(anchor, hidden))
+            cases["bypassed"] = self.head(self.fuse(features), lambda hidden: self.fda(anchor, hidden))
         return cases
 
     def export(self, folder: Path) -> None:
@@ -90,5 +91,5 @@ class CDCMMPG(Generating):
         self.adr.save(folder / "adr.safetensors")
 
     def cloud_modules(self) -> list[nn.Module]:
-        """Reasoner and hypernetwork."""
+        """Return the modules of reasoner and hypernetwork."""
         return [self.adr, *super().cloud_modules()]

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.data.batch import CASES, Split, View
+from cdc_mmpg.data.batch import Split, View
+from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.methods.base import ANCHOR_BYTES, Answering, ParameterCounts, Served, Traffic
+from cdc_mmpg.methods.answering import Answering, DeploymentParts
+from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
@@ -46,7 +48,7 @@ class Session(Answering):
 
     @abstractmethod
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
-        """The head's outputs for clips with features (B, ..., T, 192).
+        """Return the head's outputs for clips with features (B, ..., T, 192).
 
         Args:
             frame_features: of the samples.
@@ -55,8 +57,8 @@ class Session(Answering):
         """
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """In the test, a case for every number of anchors, and for another device's; in training, the one drawn."""
-        cases = list(CASES) if split == "test" else list(CASES)[:1]
+        """Return the case drawn in training; in the test, one for every number of anchors and for another device's."""
+        cases = list(SESSION_CASES) if split == "test" else list(SESSION_CASES)[:1]
         features = batch.samples.frame_features
         return {
             case: self.answer(features, batch.uploads[:, place], batch.anchors[:, place])
@@ -115,7 +117,7 @@ class CDCMMPGSession(Session):
         Where nothing was uploaded the layer is not used, and the mean of the layers that training makes does not hold
         it.
         """
-        fused = self.fused(frame_features)
+        fused = self.fuse(frame_features)
         several = [1] * (fused.dim() - 2)  # hidden vectors of a sample, which share its layer
         feature, told = (part.unflatten(0, (-1, *several)) for part in (feature, anchors > 0))
 
@@ -123,7 +125,7 @@ class CDCMMPGSession(Session):
             if precision == "float32":
                 adapted = self.fda(feature, hidden, told)
             else:
-                adapted = self.fda.sent(feature, hidden, precision)
+                adapted = self.fda.apply_sent(feature, hidden, precision)
             return torch.where(told.unsqueeze(-1), adapted, self.shared(hidden))
 
         return self.head(fused, layer)
@@ -138,38 +140,38 @@ class CDCMMPGSession(Session):
         cases = super().scores(batch, split)
         if split == "test":
             feature, anchors = self.axes(batch.uploads[:, 0]), batch.anchors[:, 0]
-            cases["mean_head"] = self.head(self.fused(features), self.fda.average)
+            cases["mean_head"] = self.head(self.fuse(features), self.fda.average)
             cases |= {name: self._answer(features, feature, anchors, name) for name in PAYLOAD_PRECISIONS}
         return cases
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Without a session: the shared one."""
+        """Return the layer without a session: the shared one."""
         return self.shared
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Without a session: the shared one, repeated."""
+        """Return the layer without a session: the shared one, repeated."""
         return self.shared.repeated(len(frame_features))
 
-    def served(self) -> Served:
-        """Axes and what generates; offline, the shared layer."""
+    def deployment_parts(self) -> DeploymentParts:
+        """Return axes and what generates; offline, the shared layer."""
         if self.oracle:
             raise ConfigError("the oracle is told the camera's cast, which no device knows: it cannot be served")
         layer = torch.cat([self.shared.weight, self.shared.bias.unsqueeze(-1)], dim=-1)
-        return Served(Generator(self.axes, self.fda), layer)
+        return DeploymentParts(Generator(self.axes, self.fda), layer)
 
     def cloud_modules(self) -> list[nn.Module]:
-        """Axes and what generates; the shared layer is the device's."""
+        """Return axes and what generates; the shared layer is the device's."""
         return [self.axes, *self.fda.cloud_modules()]
 
     def parameter_counts(self) -> ParameterCounts:
-        """A basis is on the device, too."""
+        """Count a basis on the device, too."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + self.fda.stored())
 
     def traffic(self) -> Traffic:
-        """One mean feature up; the generated numbers down, once a session."""
+        """Return the bytes of one mean feature up and the generated numbers down, once a session."""
         return Traffic(ANCHOR_BYTES, self.payloads()[self.payload])
 
     def payloads(self) -> dict[Precision, int]:
-        """By precision."""
+        """Return the bytes of the generated numbers, by precision."""
         return {name: count_matrix_bytes(self.fda.shapes, name) for name in PAYLOAD_PRECISIONS}

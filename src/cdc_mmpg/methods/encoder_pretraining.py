@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.data.batch import CaptionBatch, EpochDataModule, FeatureBatch, Split, View, normalise
+from cdc_mmpg.data.batch import CaptionBatch, FeatureBatch, Split, View, normalise
+from cdc_mmpg.data.sampling import EpochDataModule
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Averages, Method, ParameterCounts, Traffic, count
@@ -129,7 +130,7 @@ class EncoderPretraining(Method):
             return loss, right
 
     def anchors_loss(self, batch: CaptionBatch) -> Tensor:
-        """Which words the caption has, from the anchor feature of one frame; a scalar."""
+        """Return the loss of telling the caption's words from the anchor feature of one frame, a scalar."""
         part = slice(max(1, int(len(batch.labels) * self.ANCHORS)))
         captions = batch.caption_ids[part]
         frame = int(torch.randint(batch.frames.shape[1], ()))
@@ -143,7 +144,7 @@ class EncoderPretraining(Method):
         return self._average(self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there), len(captions))
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """The head's loss, and the share of right answers; scalars."""
+        """Return the head's loss, and the share of right answers; scalars."""
         encoded = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask)
         with self.float32():
             fused = encoded.fused
@@ -187,7 +188,7 @@ class EncoderPretraining(Method):
         return words + loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """`Method`'s, after a warm-up: attention that starts at random is easily broken by the first steps."""
+        """Return `Method`'s, after a warm-up: attention that starts at random is easily broken by the first steps."""
         configured = super().configure_optimizers()
         optimizer, decay = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
         steps = min(self.WARM_UP, decay.total_iters)
@@ -196,12 +197,12 @@ class EncoderPretraining(Method):
         return configured
 
     def parameter_counts(self) -> ParameterCounts:
-        """The encoder; the heads of the pretraining go nowhere."""
+        """Count the encoder; the heads of the pretraining go nowhere."""
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return ParameterCounts(count(self.encoder), 0, trained)
 
     def traffic(self) -> Traffic:
-        """None."""
+        """Return no bytes: nothing is sent."""
         return Traffic(0, 0)
 
     def export(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """F-hyper (paper section 4.4.1): the encoder is frozen, a hypernetwork makes the last layer from the fused feature."""
 
-from cdc_mmpg.methods.base import Generating
+from cdc_mmpg.methods.answering import Generating
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
 from cdc_mmpg.models.heads import Head

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from cdc_mmpg.methods.base import Answering, Traffic
+from cdc_mmpg.methods.answering import Answering
+from cdc_mmpg.methods.base import Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head, LastLayer
@@ -26,13 +27,13 @@ class Linear(Answering):
         self.layer = StaticLayer(head.inputs, head.outputs)
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """The one layer."""
+        """Return the one layer."""
         return self.layer
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The one layer, repeated."""
+        """Return the one layer, repeated."""
         return self.layer.repeated(len(frame_features))
 
     def traffic(self) -> Traffic:
-        """None."""
+        """Return no bytes: nothing is sent."""
         return Traffic(0, 0)

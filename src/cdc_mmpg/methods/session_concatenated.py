@@ -34,30 +34,30 @@ class SessionConcatenated(Session):
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""
-        fused = super().fused(frame_features)
+        fused = super().fuse(frame_features)
         session = torch.where(anchors[:, None] > 0, self.axes(upload), 0.0)
         session = session.unflatten(0, (-1, *[1] * (fused.dim() - 2))).expand_as(fused)
         both = torch.cat([fused, session], dim=-1)
         return self.head(self.mix(both), self.layer)
 
-    def fused(self, frame_features: Tensor) -> Tensor:
-        """Without a session: the clip's feature beside zeros."""
-        fused = super().fused(frame_features)
+    def fuse(self, frame_features: Tensor) -> Tensor:
+        """Return the clip's feature beside zeros: without a session."""
+        fused = super().fuse(frame_features)
         return self.mix(torch.cat([fused, torch.zeros_like(fused)], dim=-1))
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """The one layer."""
+        """Return the one layer."""
         return self.layer
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The one layer, repeated."""
+        """Return the one layer, repeated."""
         return self.layer.repeated(len(frame_features))
 
     def parameter_counts(self) -> ParameterCounts:
-        """Axes and mixing layer are on the device, too."""
+        """Count axes and mixing layer on the device, too."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + count(self.axes) + count(self.mix))
 
     def traffic(self) -> Traffic:
-        """None."""
+        """Return no bytes: nothing is sent."""
         return Traffic(0, 0)

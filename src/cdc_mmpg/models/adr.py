@@ -128,7 +128,7 @@ class ADR(nn.Module):
             return Reasoned(self._renormalise(anchor, decoded), decoded, mean, log_variance)
 
     def _renormalise(self, anchor: Tensor, decoded: Tensor) -> Tensor:
-        """Eq. 16: the anchor with the mean and deviation of the decoded feature, (B, 192) all."""
+        """Return the anchor with the mean and deviation of the decoded feature (eq. 16), (B, 192) all."""
         if self.axis != "batch":
             parts = anchor.unflatten(-1, (self.groups, -1)), decoded.unflatten(-1, (self.groups, -1))
             (std, mean), (new_std, new_mean) = (
@@ -148,7 +148,7 @@ class ADR(nn.Module):
         return std[1] * (anchor - mean[0]) / (std[0] + self.EPSILON) + mean[1]
 
     def losses(self, anchor: Tensor, global_feature: Tensor, reasoned: Reasoned) -> ReasonerLosses:
-        """Eq. 14, 15 and 17 for anchors f and the global features m̄ of their clips, (B, 192) both.
+        """Return eq. 14, 15 and 17 for anchors f and the global features m̄ of their clips, (B, 192) both.
 
         Deviation: the KL divergence is the mean over the latent's dimensions, where the evidence lower bound sums:
         the other terms are means over dimensions, too.
@@ -168,7 +168,7 @@ class ADR(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "ADR":
-        """A reasoner as `save` left it.
+        """Load a reasoner as `save` left it.
 
         Raises:
             CheckpointError: absent, unreadable, or not a reasoner.

@@ -138,7 +138,7 @@ class AllInOne(nn.Module):
             self.load_reference(checkpoint)
 
     def _initialise(self) -> None:
-        """Random weights from which a small encoder learns within minutes, where timm's deviation of 0.02 takes hours.
+        """Draw weights from which a small encoder learns within minutes, where timm's deviation of 0.02 takes hours.
 
         Linear layers keep the variance of their inputs, times two; patches, their positions and words begin at one
         scale, so that none drowns the others.
@@ -163,7 +163,7 @@ class AllInOne(nn.Module):
         self._but_last = torch.compile(self._run_but_last, dynamic=True)
 
     def pool(self, cls: Tensor) -> Tensor:
-        """tanh(pooler(x)): the fused feature of a mean [CLS], the anchor feature of one frame's. (..., 192) both."""
+        """Return tanh(pooler(x)): fused feature of a mean [CLS], anchor feature of one frame's. (..., 192) both."""
         return torch.tanh(self.pooler["dense"](cls))
 
     def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> Encoded:
@@ -184,7 +184,7 @@ class AllInOne(nn.Module):
         return Encoded(cls.view(len(text_ids), frames, FEATURE_DIM).float(), self.pool)
 
     def one_clip(self, video: Tensor, text_ids: Tensor) -> Tensor:
-        """`forward` of one clip (1, T, 3, H, W) and one text (1, L) without padding, for a device: (T, 192).
+        """Do `forward` of one clip (1, T, 3, H, W) and one text (1, L) without padding, for a device: (T, 192).
 
         Nothing in it depends on values, so that it can be exported for any T and L.
         """
@@ -206,18 +206,18 @@ class AllInOne(nn.Module):
         return words.view(batch, frames, length, FEATURE_DIM).mean(1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
-        """The text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
+        """Return the text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
         text = self._embed_text(text_ids, text_mask)
         mask = None if text_mask is None else text_mask.bool()[:, None, None]
         return self._transform(text, mask).float()
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """Every frame's visual [CLS] (B, T, 192) of a pass without text or rolling; video (B, T, 3, H, W)."""
+        """Return every frame's visual [CLS] (B, T, 192) of a pass without text or rolling; video (B, T, 3, H, W)."""
         batch, frames = video.shape[:2]
         return self._transform(self._embed_video(video), None).view(batch, frames, FEATURE_DIM).float()
 
     def _embed_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Text tokens (B, L, 192)."""
+        """Return text tokens (B, L, 192)."""
         most = self.text_embeddings.position_embeddings.num_embeddings
         if ids.dim() != 2 or ids.shape[1] > most or (mask is not None and ids.shape != mask.shape):
             shape = None if mask is None else tuple(mask.shape)
@@ -225,7 +225,7 @@ class AllInOne(nn.Module):
         return self.text_embeddings(ids) + self.token_type_embeddings.weight[0]
 
     def _embed_video(self, video: Tensor) -> Tensor:
-        """Visual tokens (B*T, V, 192): [CLS], then the patches in raster order."""
+        """Return visual tokens (B*T, V, 192): [CLS], then the patches in raster order."""
         if video.dim() != 5 or video.shape[2] != 3 or video.shape[3] % PATCH or video.shape[4] % PATCH:
             raise ValueError(f"video {tuple(video.shape)} is not (B, T, 3, H, W) with H and W multiples of {PATCH}")
         batch, frames = video.shape[:2]
@@ -243,7 +243,7 @@ class AllInOne(nn.Module):
         return vit.pos_drop(torch.cat([cls, patches], dim=1)) + self.token_type_embeddings.weight[1]
 
     def _transform(self, tokens: Tensor, mask: Tensor | None, frames: int = 1, text_tokens: int = 0) -> Tensor:
-        """Token 0 after all blocks and the final norm: (B*T, N, 192) -> (B*T, 192).
+        """Return token 0 after all blocks and the final norm: (B*T, N, 192) -> (B*T, 192).
 
         The last block computes keys and values for every token but the rest of itself for token 0 alone, since
         nothing reads the other tokens.
@@ -252,13 +252,13 @@ class AllInOne(nn.Module):
         return self.transformer.norm(block_of_first_token(self.transformer.blocks[-1], tokens, mask))
 
     def _run_but_last(self, tokens: Tensor, mask: Tensor | None, frames: int, text_tokens: int) -> Tensor:
-        """What the last block reads: tokens after the other blocks, each of which reads them rolled; (B*T, N, 192)."""
+        """Return tokens (B*T, N, 192) before the last block; each of the other blocks reads them rolled."""
         for block in self.transformer.blocks[:-1]:
             tokens = block(roll_tokens(tokens, frames, text_tokens), attn_mask=mask)
         return roll_tokens(tokens, frames, text_tokens)
 
     def _fuse(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """[text; frame] for every text and frame: tokens (N*T, ., 192), which to attend to, the text's length."""
+        """Join [text; frame] for every text and frame: tokens (N*T, ., 192), which to attend to, the text's length."""
         frames = video.shape[1]
         text = self._embed_text(text_ids, text_mask)  # (B, L, 192)
         if len(text_ids) % len(video):
@@ -277,7 +277,7 @@ class AllInOne(nn.Module):
     def from_reference(
         cls, path_or_state_dict: str | Path | Mapping[str, Tensor], num_frames: int = 3, image_size: int = 224
     ) -> "AllInOne":
-        """An encoder with the weights of a published checkpoint; see `load_reference`."""
+        """Return an encoder with the weights of a published checkpoint; see `load_reference`."""
         encoder = cls(num_frames=num_frames, image_size=image_size)
         encoder.load_reference(path_or_state_dict)
         return encoder
@@ -297,7 +297,7 @@ class AllInOne(nn.Module):
         return report
 
     def take(self, used: Mapping[str, Tensor], report: ImportReport, source: str) -> None:
-        """The second half of `load_reference`, after `compare`; `source` is for messages.
+        """Do the second half of `load_reference`, after `compare`; `source` is for messages.
 
         Raises:
             CheckpointError: an encoder key is missing, or a shape differs.
@@ -317,7 +317,7 @@ class AllInOne(nn.Module):
         )  # fmt: skip
 
     def compare(self, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ImportReport]:
-        """What `load_reference` would take over, by this encoder's names, and what becomes of every key.
+        """Return what `load_reference` would take over, by this encoder's names, and how each key is handled.
 
         Raises:
             CheckpointError: not a checkpoint.
@@ -345,7 +345,7 @@ class AllInOne(nn.Module):
         return used, ImportReport(list(used), dropped, unexpected, missing, absent)
 
     def _fit(self, key: str, value: Tensor, own: Tensor, source: str) -> Tensor:
-        """The foreign `value` in the shape of this encoder's `own`, for the embeddings whose size is a setting."""
+        """Return the foreign `value` in the shape of this encoder's `own`, for embeddings whose size is a setting."""
         if value.shape == own.shape:
             return value
         if key == "transformer.temporal_embed" and value.shape[::2] == own.shape[::2]:
@@ -367,7 +367,7 @@ def _fetch_deit() -> dict[str, Tensor]:
 
 
 def roll_tokens(tokens: Tensor, frames: int, text_tokens: int) -> Tensor:
-    """Token rolling (Wang et al. 2023, section 3.2): an eighth of a frame's patches from either neighbour in time.
+    """Roll tokens (Wang et al. 2023, section 3.2): an eighth of a frame's patches from either neighbour in time.
 
     The text and the visual [CLS] stay; the first eighth of the patches come from the previous frame, the last from the
     next, around the ends of the clip. (B*T, N, 192) both.
@@ -389,7 +389,7 @@ def roll_tokens(tokens: Tensor, frames: int, text_tokens: int) -> Tensor:
 
 
 def block_of_first_token(block: Block, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """What `block` makes of token 0, attending to all tokens: (B, N, D) -> (B, D)."""
+    """Return what `block` makes of token 0, attending to all tokens: (B, N, D) -> (B, D)."""
     attention = block.attn
     normed = block.norm1(tokens)
     width, heads = tokens.shape[-1], attention.num_heads

@@ -20,12 +20,12 @@ class StaticLayer(nn.Linear):
     """A last layer that is trained, not generated: the same for every sample."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., L), in float32 as the generated ones."""
+        """Apply the layer, (..., D) -> (..., L), in float32 as the generated ones."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.float())
 
     def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
-        """As `batch` devices install it: weight (B, L, D), bias (B, L)."""
+        """Return the layer as `batch` devices install it: weight (B, L, D), bias (B, L)."""
         return self.weight.expand(batch, -1, -1), self.bias.expand(batch, -1)
 
 
@@ -61,7 +61,7 @@ class Adaptor(nn.Module):
 
     @abstractmethod
     def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
-        """What the cloud sends for features (..., 192), one matrix for each of `shapes`.
+        """Return what the cloud sends for features (..., 192), one matrix for each of `shapes`.
 
         Args:
             feature: see above.
@@ -70,11 +70,11 @@ class Adaptor(nn.Module):
 
     @abstractmethod
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
-        """Outputs (..., L) of the layers that the parts make on hidden units (..., D)."""
+        """Return outputs (..., L) of the layers that the parts make on hidden units (..., D)."""
 
     @abstractmethod
     def install(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """The layers as a device installs them: weight (..., L, D) and bias (..., L)."""
+        """Return the layers as a device installs them: weight (..., L, D) and bias (..., L)."""
 
     @abstractmethod
     def apply_mean(self, hidden: Tensor) -> Tensor:
@@ -82,29 +82,29 @@ class Adaptor(nn.Module):
 
     @abstractmethod
     def cloud_modules(self) -> list[nn.Module]:
-        """What a device does not have."""
+        """Return the modules that a device does not have."""
 
     def stored(self) -> int:
-        """Parameters that the device keeps to make a layer of what is sent, beside that layer."""
+        """Count parameters that the device keeps to make a layer of what is sent, beside that layer."""
         return 0
 
     def forward(self, feature: Tensor, hidden: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Outputs (..., L) of every feature's own layer on hidden units (..., D); see `parts` for `counted`."""
+        """Return outputs (..., L) of every feature's own layer on hidden units (..., D); see `parts` for `counted`."""
         with torch.autocast(feature.device.type, enabled=False):
             return self.apply_parts(self.parts(feature.float(), counted), hidden.float())
 
-    def sent(self, feature: Tensor, hidden: Tensor, precision: Precision) -> Tensor:
-        """The same outputs after the layers were sent in that precision."""
+    def apply_sent(self, feature: Tensor, hidden: Tensor, precision: Precision) -> Tensor:
+        """Return the same outputs after the layers were sent in that precision."""
         with torch.autocast(feature.device.type, enabled=False):
             return self.apply_parts(as_sent(self.parts(feature.float()), precision), hidden.float())
 
     def generate(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Every feature's own layer: weight (..., L, D) and bias (..., L)."""
+        """Return every feature's own layer: weight (..., L, D) and bias (..., L)."""
         with torch.autocast(feature.device.type, enabled=False):
             return self.install(self.parts(feature.float()))
 
     def average(self, hidden: Tensor) -> Tensor:
-        """Outputs (..., L) of one layer for everyone: the mean of those that training generated."""
+        """Return outputs (..., L) of one layer for everyone: the mean of those that training generated."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.apply_mean(hidden.float())
 
@@ -131,7 +131,7 @@ class Adaptor(nn.Module):
 
 
 def as_sent(parts: Parts, precision: Precision) -> Parts:
-    """The parts as they arrive: what `decode_matrices` makes of their bytes, with a gradient where nothing is rounded.
+    """Return parts as they arrive: what `payloads.decode` makes of their bytes, with a gradient if nothing is rounded.
 
     Over "int8" the gradient passes as if nothing were rounded (straight through), so that training may know of it.
     """
@@ -207,7 +207,7 @@ class FDA(Adaptor):
             return self._contract(self._latent(feature.float(), counted), hidden.float())
 
     def _contract(self, latent: Tensor, hidden: Tensor) -> Tensor:
-        """Outputs (..., L) for latents (..., 192)."""
+        """Return outputs (..., L) for latents (..., 192)."""
         rows = with_one(hidden)  # (..., D + 1)
         products = (rows.unsqueeze(-1) * latent.unsqueeze(-2)).flatten(-2)  # (..., (D + 1) * 192)
         return F.linear(products, self.hyper.weight.view(self.outputs, -1)) + F.linear(
@@ -215,13 +215,13 @@ class FDA(Adaptor):
         )
 
     def _latent(self, feature: Tensor, counted: Tensor | None) -> Tensor:
-        """What H reads."""
+        """Return what H reads."""
         latent: Tensor = self.mlp(feature)
         self.remember(latent, counted)
         return latent
 
     def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
-        """The layer with its bias as the last column."""
+        """Return the layer with its bias as the last column."""
         return (self.hyper(self._latent(feature, counted)).unflatten(-1, (self.outputs, self.inputs + 1)),)
 
     def apply_parts(self, parts: Parts, hidden: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class FDA(Adaptor):
         return F.linear(hidden, layer[:, :-1], layer[:, -1])
 
     def cloud_modules(self) -> list[nn.Module]:
-        """MLP and H."""
+        """Return MLP and H."""
         return [self.mlp, self.hyper]
 
 
@@ -280,7 +280,7 @@ class LowRankFDA(Adaptor):
         return self.mean_residual
 
     def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
-        """U transposed (..., r, L), and V (..., r, D + 1)."""
+        """Return U transposed (..., r, L), and V (..., r, D + 1)."""
         left, right = self.hyper(self.mlp(feature)).split([length * self.rank for _, length in self.shapes], dim=-1)
         left, right = left.unflatten(-1, self.shapes[0]), right.unflatten(-1, self.shapes[1])
         if self.training:
@@ -309,7 +309,7 @@ class LowRankFDA(Adaptor):
         return self.shared(hidden) + F.linear(with_one(hidden), self.mean_residual)
 
     def cloud_modules(self) -> list[nn.Module]:
-        """MLP and H; the shared layer is the device's."""
+        """Return MLP and H; the shared layer is the device's."""
         return [self.mlp, self.hyper]
 
 
@@ -346,7 +346,7 @@ class BasisFDA(Adaptor):
         return self.mean_coefficients
 
     def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
-        """The coefficients (..., 1, k), between -1 and 1."""
+        """Return the coefficients (..., 1, k), between -1 and 1."""
         coefficients = torch.tanh(self.mlp(feature))
         self.remember(coefficients, counted)
         return (coefficients.unsqueeze(-2),)
@@ -367,16 +367,16 @@ class BasisFDA(Adaptor):
         return self.apply_parts((self.mean_coefficients[None],), hidden)
 
     def cloud_modules(self) -> list[nn.Module]:
-        """What reads the feature; the layers are the device's."""
+        """Return what reads the feature; the layers are the device's."""
         return [self.mlp]
 
     def stored(self) -> int:
-        """The basis."""
+        """Count the basis."""
         return self.basis.numel()
 
 
 def projection() -> nn.Sequential:
-    """The MLP of eq. 5 and 11: two linears, then a LayerNorm."""
+    """Build the MLP of eq. 5 and 11: two linears, then a LayerNorm."""
     return nn.Sequential(
         nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.LayerNorm(FEATURE_DIM)
     )
@@ -388,10 +388,10 @@ def count_rows(rows: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def with_one(hidden: Tensor) -> Tensor:
-    """Hidden units with a one behind them, which a bias multiplies: (..., D) -> (..., D + 1)."""
+    """Append a one to hidden units, which a bias multiplies: (..., D) -> (..., D + 1)."""
     return torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
 
 
 def _joined(layer: nn.Linear) -> Tensor:
-    """Weight and bias: (L, D + 1)."""
+    """Join weight and bias: (L, D + 1)."""
     return torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1)

@@ -40,7 +40,7 @@ class Generator(nn.Module):
         return isinstance(self.adaptor, BasisFDA)
 
     def layouts(self) -> list[Layout]:
-        """All that can be sent: the whole layer in every precision, and what the adaptor makes itself."""
+        """Return all that can be sent: the whole layer in every precision, and what the adaptor makes itself."""
         outputs, columns = self.adaptor.outputs, self.adaptor.inputs + 1
         whole: tuple[LayerKind, ...] = ("float32", "float16", "int8")
         found = [Layout(kind, outputs, columns) for kind in whole]
@@ -50,24 +50,24 @@ class Generator(nn.Module):
         return found
 
     def read(self, uploads: Tensor) -> Tensor:
-        """What the adaptor reads: (B, 192) both."""
+        """Return what the adaptor reads: (B, 192) both."""
         if isinstance(self.reader, ADR):
             return self.reader(uploads, sample=False).generated
         return self.reader(uploads)
 
     def forward(self, uploads: Tensor) -> Parts:
-        """What the adaptor makes of uploads (B, 192)."""
+        """Return what the adaptor makes of uploads (B, 192)."""
         return self.adaptor.parts(self.read(uploads))
 
     def matrices(self, parts: Parts, kind: LayerKind) -> Parts:
-        """What is sent of them, matrices (B, vectors, length): the parts themselves, or the layers they make."""
+        """Return what is sent of them, matrices (B, vectors, length): the parts themselves, or the layers they make."""
         if kind == self.native or isinstance(self.adaptor, FDA):
             return parts
         weight, bias = self.adaptor.install(parts)
         return (torch.cat([weight, bias.unsqueeze(-1)], dim=-1),)
 
     def round_weights(self) -> None:
-        """The hypernetwork's linear layer in bfloat16: half to read from memory, which is what a request waits for."""
+        """Round the hypernetwork's linear layer to bfloat16: half to read from memory, which requests wait for."""
         hyper = getattr(self.adaptor, "hyper", None)
         if hyper is not None:
             hyper.bfloat16()
@@ -94,7 +94,7 @@ class Generator(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "Generator":
-        """A generator as `save` left it, in evaluation.
+        """Load a generator as `save` left it, in evaluation.
 
         Raises:
             CheckpointError: absent, unreadable, or not a generator.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdc_mmpg.data.batch import UNKNOWN, FeatureBatch, Task, VideoTextBatch, normalise
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, Task, VideoTextBatch, normalise
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import CAPTIONS, Outcomes, recalls
@@ -16,7 +16,7 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.processes import count_processes, gather_rows
 
-Rows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
+KeptRows = tuple[Tensor, Tensor]  # which sample each is about (R,), and what it says (R, X)
 
 
 class LastLayer(Protocol):
@@ -44,48 +44,48 @@ class Head(nn.Module):
     layers: int = 1
 
     def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
-        """What the encoder tells about a batch: every clip fused with its text, or with each of its texts."""
+        """Encode a batch: every clip fused with its text, or with each of its texts."""
         ids, mask = batch.text_ids.flatten(0, -2), batch.text_mask.flatten(0, -2)
         features = encoder(normalise(batch.frames), ids, mask).frame_features
         shape = batch.text_ids.shape[:-1]
         return FeatureBatch(features.unflatten(0, shape), batch.labels, batch.indices)
 
     def condition(self, frame_features: Tensor) -> Tensor:
-        """What an adaptation of clips with features (B, ..., T, 192) starts from: (B, ..., T, 192), 1 where shared."""
+        """Return what an adaptation of clips (B, ..., T, 192) starts from: (B, ..., T, 192), 1 where shared."""
         return frame_features
 
     @abstractmethod
     def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
-        """The task's outputs for what it reads (B, ..., 192)."""
+        """Return the task's outputs for what it reads (B, ..., 192)."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """A scalar."""
+        """Return the loss of a batch, a scalar."""
 
     def compare(self, outputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
         """Return what rounding a last layer does to outputs (B, ...), scalars by name: the mean absolute difference."""
         return {"error": (rounded - outputs).abs().mean()}
 
     @abstractmethod
-    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
-        """What has to be kept of an evaluated batch, given its outputs by case."""
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, KeptRows]:
+        """Return what has to be kept of an evaluated batch, given its outputs by case."""
 
     @abstractmethod
     def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """Of what is kept, the rows of a case: (B, X)."""
+        """Return the rows of a case, of what is kept: (B, X)."""
 
     @abstractmethod
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
-        """Metrics of a whole split, its rows in the samples' order, of the first case."""
+        """Return metrics of a whole split, its rows in the samples' order, of the first case."""
 
 
 class Choosing(Head):
     """A task with one score for everything that can be answered: the highest is the answer."""
 
     def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """Mean cross-entropy over the samples whose answer is known, 0 where none is."""
-        total = F.cross_entropy(outputs.float(), batch.labels, ignore_index=UNKNOWN, reduction="sum")
-        return total / (batch.labels != UNKNOWN).sum().clamp(min=1)
+        """Return the mean cross-entropy over the samples whose answer is known, 0 where none is."""
+        total = F.cross_entropy(outputs.float(), batch.labels, ignore_index=UNKNOWN_LABEL, reduction="sum")
+        return total / (batch.labels != UNKNOWN_LABEL).sum().clamp(min=1)
 
     def compare(self, outputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
         """See `Head`; also the share of samples with the same answer."""
@@ -94,16 +94,16 @@ class Choosing(Head):
             **super().compare(outputs, rounded),
         }
 
-    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
-        """Prediction and label."""
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, KeptRows]:
+        """Return prediction and label."""
         return {case: (batch.indices, self.predictions(scores, batch)) for case, scores in cases.items()}
 
     def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """The answer and the right one: (B, 2)."""
+        """Return the answer and the right one: (B, 2)."""
         return torch.stack([outputs.argmax(-1), batch.labels], dim=-1)
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
-        """The accuracy over all samples; an unknown answer is never right."""
+        """Return the accuracy over all samples; an unknown answer is never right."""
         predicted, labels = next(iter(outcomes.values()))[1].T
         return {"accuracy": float(np.mean(predicted == labels))}
 
@@ -129,7 +129,7 @@ class OpenEnded(Choosing):
         self.phi = nn.Sequential(nn.Linear(FEATURE_DIM, hidden), nn.LayerNorm(hidden), nn.GELU())
 
     def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
-        """Scores (B, L) of fused features m̄ (B, 192)."""
+        """Return scores (B, L) of fused features m̄ (B, 192)."""
         return last_layer(self.phi(hidden))
 
 
@@ -171,11 +171,11 @@ class MultipleChoice(Choosing):
         return super().encode(encoder, batch)
 
     def condition(self, frame_features: Tensor) -> Tensor:
-        """(B, K, T, 192) as it is, or the mean over the candidates (B, 1, T, 192)."""
+        """Return (B, K, T, 192) as it is, or the mean over the candidates (B, 1, T, 192)."""
         return frame_features if self.per_candidate else frame_features.mean(1, keepdim=True)
 
     def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
-        """Scores (B, K) of fused features m̄ (B, K, 192)."""
+        """Return scores (B, K) of fused features m̄ (B, K, 192)."""
         return last_layer(hidden).squeeze(-1)
 
 
@@ -207,7 +207,7 @@ class Retrieval(Head):
         self.text_projection = StaticLayer(FEATURE_DIM, hidden)
 
     def encode(self, encoder: AllInOne, batch: VideoTextBatch) -> FeatureBatch:
-        """Clips and captions apart from each other."""
+        """Encode clips and captions apart from each other."""
         there = batch.text_mask.any(-1)  # (B, K)
         if there.shape[1] == 1:  # in training: every clip has one, and nothing has to be picked out
             texts = encoder.encode_text(batch.text_ids[:, 0], batch.text_mask[:, 0])[:, None]
@@ -220,15 +220,15 @@ class Retrieval(Head):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, last_layer: LastLayer) -> Tensor:
-        """Embeddings (B, L) of clips with mean [CLS] (B, 192), of length one."""
+        """Return embeddings (B, L) of clips with mean [CLS] (B, 192), of length one."""
         return F.normalize(last_layer(hidden), dim=-1)
 
     def captions(self, texts: Tensor) -> Tensor:
-        """Embeddings (..., L) of captions (..., 192), of length one."""
+        """Return embeddings (..., L) of captions (..., 192), of length one."""
         return F.normalize(self.text_projection(texts), dim=-1)
 
     def loss(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """Mean of the cross-entropies in both directions, every clip with its first caption.
+        """Return the mean of the cross-entropies in both directions, every clip with its first caption.
 
         Every process computes the loss over all processes' embeddings, with the gradient of its own: multiplied by
         their number, DDP's mean over processes is the gradient of one process with the whole step. A clip that comes
@@ -244,8 +244,8 @@ class Retrieval(Head):
         loss = contrast(scores, clips)
         return loss + (world - 1) * (loss - loss.detach())
 
-    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, Rows]:
-        """The embeddings of clips, by case, and of captions."""
+    def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, KeptRows]:
+        """Return the embeddings of clips, by case, and of captions."""
         assert batch.texts is not None
         assert batch.there is not None
         own = batch.indices[:, None].expand_as(batch.there)[batch.there]
@@ -254,7 +254,7 @@ class Retrieval(Head):
         }
 
     def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """The embeddings."""
+        """Return the embeddings."""
         return outputs
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
@@ -275,6 +275,6 @@ def contrast(scores: Tensor, clips: Tensor) -> Tensor:
     places = torch.arange(len(clips), device=clips.device)
     again = ((clips[:, None] == clips) & (places[:, None] > places)).any(1)  # (N,)
     scores = scores.masked_fill(again[:, None] ^ again, float("-inf"))
-    places = places.masked_fill(again, UNKNOWN)
-    rows, columns = (F.cross_entropy(part, places, ignore_index=UNKNOWN) for part in (scores, scores.T))
+    places = places.masked_fill(again, UNKNOWN_LABEL)
+    rows, columns = (F.cross_entropy(part, places, ignore_index=UNKNOWN_LABEL) for part in (scores, scores.T))
     return (rows + columns) / 2

@@ -26,7 +26,7 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that `save_safetensors` put beside the weights; empty where there are none."""
+    """Read the texts that `save_safetensors` put beside the weights; empty where there are none."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -34,8 +34,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # of files of weights
-MAGIC = {  # first bytes of files that are taken for checkpoints
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # of files of weights
+CHECKPOINT_BEGINNINGS = {  # first bytes of files that are taken for checkpoints
     b"\x1f\x8b": "a gzip archive: unpack it and name a checkpoint file",
     b"BZh": "a bzip2 archive: unpack it and name a checkpoint file",
     b"\xfd7zXZ": "an xz archive: unpack it and name a checkpoint file",
@@ -66,7 +66,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: absent, unreadable, or it names code to run.
     """
     if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in SUFFIXES)
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in WEIGHT_SUFFIXES)
         raise CheckpointError(f"{path}: a folder, not a checkpoint file" + (f": name one in it: {', '.join(inside)}"
                                                                             if inside else ""))  # fmt: skip
     if not path.is_file():
@@ -102,7 +102,7 @@ def strip_prefix(state: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: with the length of a JSON header, and the header."""
+    """Return whether a file begins as safetensors do: with the length of a JSON header, and the header."""
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
@@ -130,7 +130,9 @@ def _explain_unreadable(path: Path, reason: str) -> str:
             inside = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
             reason = f"a zip archive of something else ({inside}): unpack it and name a checkpoint file"
     else:
-        known = (kind for magic, kind in MAGIC.items() if start.startswith(magic) or start[257:262] == magic)
+        known = (
+            kind for magic, kind in CHECKPOINT_BEGINNINGS.items() if start.startswith(magic) or start[257:262] == magic
+        )
         reason = next(known, reason)
     return f"{path}: {reason}"
 
@@ -157,7 +159,7 @@ def _describe_json(path: Path) -> str:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a file that `torch.save` wrote, every checksum in it verified.
+    """Load the content of a file that `torch.save` wrote, every checksum in it verified.
 
     Extras that old Lightning versions pickled beside the weights (callback classes, hyper-parameters) become inert
     placeholders; anything else that is not data is refused.

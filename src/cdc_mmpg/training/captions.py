@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cdc_mmpg.data.batch import CaptionBatch, EpochDataModule, Split, VideoTextData
+from cdc_mmpg.data.batch import CaptionBatch, Split
+from cdc_mmpg.data.interface import VideoTextData
+from cdc_mmpg.data.sampling import EpochDataModule
 
 
 class CaptionDataModule(EpochDataModule):
@@ -21,7 +23,7 @@ class CaptionDataModule(EpochDataModule):
         self.data = data
 
     def prepare_data(self) -> None:
-        """The dataset's own."""
+        """Prepare the dataset."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
@@ -35,15 +37,15 @@ class CaptionDataModule(EpochDataModule):
         return self.batches(dataset, shuffle=training, num_workers=self.data.num_workers)
 
     def train_dataloader(self) -> DataLoader[CaptionBatch]:
-        """Augmented, in a new order every epoch."""
+        """Return training batches: augmented, in a new order every epoch."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[CaptionBatch]:
-        """Held-out clips."""
+        """Return batches of held-out clips."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[CaptionBatch]:
-        """The same held-out clips."""
+        """Return batches of the same held-out clips."""
         return self._loader("val")
 
     def labels(self, split: Split) -> Tensor:
@@ -56,10 +58,10 @@ class CaptionDataModule(EpochDataModule):
         return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """A digest of clips, captions, questions and labels."""
+        """Return a digest of clips, captions, questions and labels."""
         return self.captions.fingerprint
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """What the encoder was taught with."""
+        """Return the numbers of clips, captions and questions that the encoder was taught with."""
         return {"train": {"clips": self.captions.clips, "captions": self.captions.clips,
                           "questions": self.captions.questions}}  # fmt: skip

@@ -52,8 +52,8 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callback]:
-    """Best weights in `best.ckpt`, then the last two complete states for resuming.
+def build_checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callback]:
+    """Return callbacks that keep the best weights in `best.ckpt`, then the last two complete states for resuming.
 
     The best comes first: a state must never know of a best epoch whose weights are not on the disk.
     """
@@ -69,8 +69,8 @@ def checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callback]:
     ]  # fmt: skip
 
 
-def newest_state(run: Path) -> Path | None:
-    """The newest complete state of a run, None where there is none yet; clears what a killed process left.
+def find_newest_state(run: Path) -> Path | None:
+    """Return the newest complete state of a run, None where there is none yet; clear what a killed process left.
 
     A damaged state is reported, and the one before it taken.
 
@@ -163,7 +163,7 @@ class StopOnSignal(StepCheck):
             self._leave(trainer)
 
     def _is_asked_to_stop(self, trainer: Trainer) -> bool:
-        """The same answer on every process."""
+        """Return the same answer on every process."""
         return trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
 
     def _leave(self, trainer: Trainer) -> None:

@@ -15,16 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cdc_mmpg.data.batch import (
-    SPLITS,
-    EpochDataModule,
-    FeatureBatch,
-    Origin,
-    Split,
-    VideoTextBatch,
-    VideoTextData,
-    draw_text,
-)
+from cdc_mmpg.data.batch import SPLITS, FeatureBatch, Split, VideoTextBatch
+from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
+from cdc_mmpg.data.sampling import EpochDataModule, draw_text
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -35,7 +28,7 @@ from cdc_mmpg.training.matmul import exact_matmul
 logger = logging.getLogger(__name__)
 
 
-Features = dict[str, Tensor]  # of a split: "frame_features", and in retrieval "texts" and "there" (`FeatureBatch`)
+SplitFeatures = dict[str, Tensor]  # of a split: "frame_features", and in retrieval "texts" and "there" (`FeatureBatch`)
 
 
 class FeatureDataset(Dataset[FeatureBatch]):
@@ -48,7 +41,7 @@ class FeatureDataset(Dataset[FeatureBatch]):
         seed: of the draws.
     """
 
-    def __init__(self, features: Features, labels: Tensor, draw: bool = False, seed: int = 0) -> None:
+    def __init__(self, features: SplitFeatures, labels: Tensor, draw: bool = False, seed: int = 0) -> None:
         self.features, self.labels, self.draw, self.seed = features, labels, draw, seed
 
     def __len__(self) -> int:
@@ -91,7 +84,7 @@ class FeatureDataModule(EpochDataModule):
         self._splits: dict[Split, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
-        """The dataset's own."""
+        """Prepare the dataset."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
@@ -103,18 +96,18 @@ class FeatureDataModule(EpochDataModule):
             features = self.features(split, self.data.dataset(split, augment=False), self.data.fingerprint(split, True))
             self._splits[split] = self.view(split, features)
 
-    def origins(self, split: Split) -> list[Origin]:
-        """The dataset's own."""
+    def origins(self, split: Split) -> list[SampleOrigin]:
+        """Return the dataset's own."""
         return self.data.origins(split)
 
-    def view(self, split: Split, features: Features) -> Any:
-        """A split with its features."""
+    def view(self, split: Split, features: SplitFeatures) -> Any:
+        """Return a split with its features."""
         return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed)
 
     def features(
         self, name: str, dataset: Dataset[VideoTextBatch], fingerprint: str, frame: int | None = None
-    ) -> Features:
-        """The features of a dataset as they are kept, or are from now on.
+    ) -> SplitFeatures:
+        """Return the features of a dataset as they are kept, or are from now on.
 
         Args:
             name: of the file.
@@ -143,15 +136,15 @@ class FeatureDataModule(EpochDataModule):
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _read(self, path: Path) -> Features | None:
-        """Those of a file, None where there is no whole one."""
+    def _read(self, path: Path) -> SplitFeatures | None:
+        """Read the features of a file, None where there is no whole one."""
         try:
             return load_file(path)
         except (OSError, SafetensorError):
             return None
 
     def _make(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None, path: Path) -> None:
-        """Every process computes its share; the first one joins them."""
+        """Compute features: every process its share; the first one joins them."""
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
@@ -171,8 +164,8 @@ class FeatureDataModule(EpochDataModule):
 
     @torch.no_grad()
     @exact_matmul()
-    def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> Features:
-        """Of this process's share of a dataset, in order."""
+    def _compute(self, name: str, dataset: Dataset[VideoTextBatch], frame: int | None) -> SplitFeatures:
+        """Compute the features of this process's share of a dataset, in order."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         encoder = self.encoder.to(device).eval()
@@ -187,28 +180,28 @@ class FeatureDataModule(EpochDataModule):
         return {part: torch.cat(_alike(values)) for part, values in found.items()}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """In a new order every epoch."""
+        """Return training batches in a new order every epoch."""
         return self.batches(self._splits["train"], shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """As annotated."""
+        """Return validation batches, as annotated."""
         return self.batches(self._splits["val"], shuffle=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """As annotated."""
+        """Return test batches, as annotated."""
         return self.batches(self._splits["test"], shuffle=False)
 
     def labels(self, split: Split) -> Tensor:
-        """The dataset's own."""
+        """Return the dataset's own."""
         return self.data.labels(split)
 
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """The dataset's own."""
+        """Return the dataset's own."""
         return self.data.fingerprint(split, frames)
 
 
 def _join(shares: Sequence[Tensor]) -> Tensor:
-    """The processes' shares in the samples' order: as `EpochBatches` shares out."""
+    """Join the processes' shares in the samples' order: as `EpochBatches` shares out."""
     shares = _alike(shares)
     whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
     for rank, share in enumerate(shares):
@@ -217,6 +210,6 @@ def _join(shares: Sequence[Tensor]) -> Tensor:
 
 
 def _alike(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Parts with as many captions each, zeros where there are fewer."""
+    """Pad parts to as many captions each, with zeros where there are fewer."""
     most = max(part.shape[1] for part in parts)
     return [F.pad(part, (0, 0) * (part.dim() - 2) + (0, most - part.shape[1])) for part in parts]

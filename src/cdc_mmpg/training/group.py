@@ -127,7 +127,7 @@ def end_started(strategy: Strategy, seconds: float, terminate: bool = False) -> 
 
 
 @contextmanager
-def parting(trainer: Trainer) -> Iterator[None]:
+def leave_group(trainer: Trainer) -> Iterator[None]:
     """After a run, leave its group, end what Lightning started for it, and take back what it set for it.
 
     While it runs, signals are ours alone: Lightning's handler of SIGTERM waits for the other processes, and before each

@@ -15,15 +15,16 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from cdc_mmpg.data.batch import Split, VideoTextData
+from cdc_mmpg.data.batch import Split
+from cdc_mmpg.data.interface import VideoTextData
 from cdc_mmpg.evaluation.metrics import CAPTIONS, ranked
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.methods.base import Answering
+from cdc_mmpg.methods.answering import Answering
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "cdc-mmpg"
-EXAMPLES = 8  # in a table
+MAX_TABLE_EXAMPLES = 8  # in a table
 PATIENCE_SECONDS = 15  # with a server that does not answer
 UPLOAD_SECONDS = 120  # for what is not uploaded when a run ends; it stays on the disk
 # What `loggers` sets by itself, and what cannot stop a run.
@@ -32,7 +33,7 @@ AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # how a sw
 
 
 def loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
-    """CSV in `logs/`, and W&B in `wandb/` unless WANDB_MODE is disabled.
+    """Return loggers: CSV in `logs/`, and W&B in `wandb/` unless WANDB_MODE is disabled.
 
     W&B works offline unless a key is configured (WANDB_API_KEY or ~/.netrc) or WANDB_MODE says otherwise; a server
     that does not answer costs some seconds at the start or at the end and then nothing. Where its settings are wrong it
@@ -132,7 +133,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_agent() -> Iterator[None]:
-    """As if no sweep's agent had started this process."""
+    """Run as if no sweep's agent had started this process."""
     hidden = {name: os.environ.pop(name) for name in AGENT if name in os.environ}
     try:
         yield
@@ -169,7 +170,7 @@ def close(boards: Sequence[Logger], results: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, page: str, figures: Mapping[str, float]) -> None:
-    """A dataset's report as a W&B run of its own, beside those of the methods.
+    """Publish a dataset's report as a W&B run of its own, beside those of the methods.
 
     Args:
         folder: `checkpoints/<dataset>`.
@@ -200,11 +201,11 @@ class ExampleTable(Callback):
         self.run, self.data, self.tables = run, data, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of validation samples."""
+        """Write the table of validation samples."""
         self._log(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of test samples."""
+        """Write the table of test samples."""
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
@@ -216,7 +217,7 @@ class ExampleTable(Callback):
             labels = ranked({case: outcomes[case] for case in (first, CAPTIONS)})[first][0]
         else:
             labels = outcomes[first][1][:, 0]
-        chosen = range(0, len(labels), -(-len(labels) // EXAMPLES))  # from all over the split
+        chosen = range(0, len(labels), -(-len(labels) // MAX_TABLE_EXAMPLES))  # from all over the split
         examples = [(self.data.example(split, i), self.data.word(split, i, int(labels[i]))) for i in chosen]
         rows = [(example.clip, example.question, word, example.answer) for example, word in examples]
         text = io.StringIO(newline="")

@@ -26,12 +26,12 @@ from cdc_mmpg.results import (
 if TYPE_CHECKING:
     from cdc_mmpg.training.experiment import Experiment
 
-OWN_PACKAGES = ("cdc_mmpg", "data_modules")  # whose classes a run's configuration may name
+ALLOWED_PACKAGES = ("cdc_mmpg", "data_modules")  # whose classes a run's configuration may name
 IMPORTS = "CDC_MMPG_IMPORTS"  # in the environment: further packages that it may name, with commas between them
 
 
 def results_of(run: Path) -> dict[str, Any]:
-    """What a finished run has written.
+    """Return what a finished run has written.
 
     Raises:
         CheckpointError: it is none.
@@ -66,19 +66,19 @@ def _finished_beside(run: Path) -> list[Path]:
 
 
 def folder_of(run: Path, evaluation: str) -> Path:
-    """Where an evaluation of a run goes: beside the methods, under its own name and the run's seed."""
+    """Return where an evaluation of a run goes: beside the methods, under its own name and the run's seed."""
     run = run.absolute()
     return run.parents[1] / evaluation / run.name
 
 
-def made_of(run: Path, weights: str) -> dict[str, str]:
-    """Which run an evaluation is of, and the digest of its weights: for `is_done`."""
+def provenance_of(run: Path, weights: str) -> dict[str, str]:
+    """Return which run an evaluation is of, and the digest of its weights: for `is_done`."""
     run = run.absolute()
     return {"run": f"{run.parent.name}/{run.name}", weights: file_digest(run / weights)}
 
 
 def is_done(folder: Path, source: Mapping[str, str]) -> bool:
-    """Whether a folder holds this evaluation of this very run; says so."""
+    """Return whether a folder holds this evaluation of this very run; print it where it does."""
     results = read_results(folder)
     if results is None or results.get("made_of") != source:
         return False
@@ -136,7 +136,7 @@ def _refuse_foreign_classes(run: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names them, and how to allow them.
     """
-    allowed = {*OWN_PACKAGES, *filter(None, os.environ.get(IMPORTS, "").split(","))}
+    allowed = {*ALLOWED_PACKAGES, *filter(None, os.environ.get(IMPORTS, "").split(","))}
     foreign = sorted({path for path in _class_paths(settings) if path.partition(".")[0] not in allowed})
     if foreign:
         packages = ",".join(sorted({path.partition(".")[0] for path in foreign}))
@@ -161,12 +161,12 @@ def _class_paths(tree: Any) -> Iterator[str]:
 def identity(
     folder: Path, experiment: "Experiment", source: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """What the results of an evaluation begin with.
+    """Return what the results of an evaluation begin with.
 
     Args:
         folder: where they go, see `folder_of`.
         experiment: of the run.
-        source: see `made_of`.
+        source: see `provenance_of`.
         arguments: of the command.
     """
     data = experiment.dataset

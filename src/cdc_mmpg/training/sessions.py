@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cdc_mmpg.data.batch import CASES, SessionBatch, Sessions, Split, VideoTextData
+from cdc_mmpg.data.batch import SessionBatch, Split
+from cdc_mmpg.data.control_cases import SESSION_CASES
+from cdc_mmpg.data.interface import Sessions, VideoTextData
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, Features
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures
 
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
 
@@ -43,7 +45,7 @@ class SessionDataset(Dataset[SessionBatch]):
             self.uploads, self.counts = self._fixed()
 
     def _fixed(self) -> tuple[Tensor, Tensor]:
-        """Every device's uploads (D, C, 192) with their numbers of anchors (D, C)."""
+        """Return every device's uploads (D, C, 192) with their numbers of anchors (D, C)."""
         devices = sorted(set(self.devices))
         drawn = [
             np.random.default_rng((self.seed, device)).permutation(pool)
@@ -52,10 +54,10 @@ class SessionDataset(Dataset[SessionBatch]):
         # Each borrows from the next in a random circle.
         circle = np.random.default_rng(self.seed).permutation(devices).tolist()
         lender = dict(zip(circle, [*circle[1:], *circle[:1]], strict=True))
-        uploads = torch.zeros(len(drawn), len(CASES), self.anchors.shape[-1])
-        counts = torch.zeros(len(drawn), len(CASES), dtype=torch.long)
+        uploads = torch.zeros(len(drawn), len(SESSION_CASES), self.anchors.shape[-1])
+        counts = torch.zeros(len(drawn), len(SESSION_CASES), dtype=torch.long)
         for device in devices:
-            for place, case in enumerate(CASES.values()):
+            for place, case in enumerate(SESSION_CASES.values()):
                 chosen = drawn[lender[device] if case.shuffled else device][: case.anchors]
                 counts[device, place] = len(chosen)
                 if len(chosen):
@@ -66,7 +68,7 @@ class SessionDataset(Dataset[SessionBatch]):
         return len(self.samples)
 
     def _rest(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """A training sample's upload (192,) and its number of anchors; its own clip is not among them."""
+        """Return a training sample's upload (192,) and its number of anchors; its own clip is not among them."""
         own, pool = self.sessions.own[self.split][index], self.sessions.pools[self.devices[index]]
         number = len(pool) - (own >= 0)
         if not number or np.random.default_rng((self.seed, epoch, index)).random() < WITHOUT:
@@ -119,7 +121,7 @@ class SessionDataModule(FeatureDataModule):
         super().setup(stage)
 
     def anchors(self, sessions: Sessions) -> Tensor:
-        """(A, 192) the anchor features of all unlabelled clips, loaded or computed."""
+        """Return the anchor features of all unlabelled clips, (A, 192), loaded or computed."""
         middle = self.encoder.num_frames // 2
         features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)["frame_features"]
         with torch.no_grad():
@@ -127,9 +129,9 @@ class SessionDataModule(FeatureDataModule):
             return self.encoder.pool(features.flatten(1, -2)[:, 0].to(device)).cpu()
 
     def history(self) -> tuple[Tensor, list[list[int]]]:
-        """The anchor features (A, 192), and which of them each device that trains has."""
+        """Return the anchor features (A, 192), and which of them each device that trains has."""
         return self._anchors, [self._sessions.pools[device] for device in sorted(set(self._sessions.devices["train"]))]
 
-    def view(self, split: Split, features: Features) -> SessionDataset:
-        """A split with its features and its uploads."""
+    def view(self, split: Split, features: SplitFeatures) -> SessionDataset:
+        """Return a split with its features and its uploads."""
         return SessionDataset(super().view(split, features), self._anchors, self._sessions, split, self.seed)

@@ -1,0 +1,184 @@
+"""Decoding clips into the arrays of the frame cache, in processes of which one may hang or die without the others."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+from rich.progress import track
+
+from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.files import atomic_write, file_digest
+from cdc_mmpg.media.frames import candidate_indices
+from cdc_mmpg.media.video import Decoder, read_frames
+from data_modules.frame_index import ARRAY_FILE_NAME, NOT_DECODED, Entry, array_file_name, file_stem
+
+MAX_QUEUED_CLIPS = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
+# Exit codes of who is ended from outside, as for memory, or by SLURM, which signals all processes of a job.
+EXTERNAL_STOP_EXIT_CODES = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGUSR1)
+
+
+class DecodingSettings(NamedTuple):
+    """What decides the array of a clip."""
+
+    folder: Path  # of the arrays
+    num_frames: int  # segments of a clip
+    candidates: int  # frames kept of each segment
+    image_size: int  # pixels of a side of what the model sees
+    side: int  # pixels of a frame's shorter side
+    decoder: Decoder
+
+
+def decode_clips(
+    clips: Mapping[str, Path],
+    statuses: Mapping[str, os.stat_result],
+    files: Collection[str],
+    settings: DecodingSettings,
+    workers: int,
+    timeout_seconds: float,
+    record: Callable[[str, Entry], None],
+) -> None:
+    """Decode clips into their arrays, in `workers` processes.
+
+    Args:
+        clips: where each clip lies.
+        statuses: sizes and times of the clips' files, as the index is to have them.
+        files: names of the arrays that are there.
+        settings: of the decoding.
+        workers: processes.
+        timeout_seconds: for a clip to be decoded in.
+        record: is given every clip as soon as it is done, with what the index is to know of it.
+
+    Raises:
+        DataError: decoding processes cannot be started.
+        CDCError: the disk is full or may not be written.
+    """
+    kept: defaultdict[str, list[str]] = defaultdict(list)
+    for file in filter(ARRAY_FILE_NAME.fullmatch, files):
+        kept[file.partition(".")[0]].append(file)
+    waiting, running, done = iter(clips.items()), dict[Future[Entry], str](), SimpleQueue[Future[Entry]]()
+    # Fresh processes: a forked copy of a process with running threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPool(min(workers, len(clips)), initializer=_start_worker, context=context)
+    try:
+        for _ in track(range(len(clips)), description="decoding clips"):
+            for name, path in islice(waiting, max(MAX_QUEUED_CLIPS, 2 * workers) - len(running)):
+                arguments = (name, path, kept[file_stem(name)], settings)
+                future = pool.schedule(decode_clip, arguments, timeout=timeout_seconds)
+                running[future] = name
+                future.add_done_callback(done.put)
+            finished = _wait_for_next(done, pool)
+            name = running.pop(finished)
+            record(name, _entry_of(finished, clips[name], statuses[name], settings.decoder, timeout_seconds))
+    except RuntimeError as error:  # of the pool
+        raise DataError(
+            f"the decoding processes end or do not start ({error}): free memory, if it is short, and type the "
+            "same command again; what was decoded stays"
+        ) from error
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _entry_of(
+    future: "Future[Entry]", path: Path, status: os.stat_result, decoder: Decoder, timeout_seconds: float
+) -> Entry:
+    """Return what the index is to know of a clip: permanent failures are stored, transient ones are not."""
+    remedy = "fetch it again" + (", or try decoder pyav" if decoder == "decord" else "")
+    fatal = Entry(status.st_size, status.st_mtime_ns, 0, "")
+    try:
+        return future.result()
+    except DataError as error:
+        return NOT_DECODED._replace(error=str(error).removeprefix(f"{path}: "))
+    except (CDCError, BrokenProcessPool):
+        raise
+    except TimeoutError:
+        return fatal._replace(error=f"hangs the decoder (no end within {timeout_seconds:g} s): {remedy}")
+    except ProcessExpired as error:
+        entry = NOT_DECODED if error.exitcode in EXTERNAL_STOP_EXIT_CODES else fatal
+        return entry._replace(error=f"kills the decoder (exit code {error.exitcode}): {remedy}")
+    except Exception as error:  # nothing that one clip does may keep the others from being decoded
+        return NOT_DECODED._replace(error=f"{type(error).__name__} while decoding it ({error}): {remedy}")
+
+
+def _wait_for_next(done: "SimpleQueue[Future[Entry]]", pool: ProcessPool) -> "Future[Entry]":
+    """Wait for a clip to be done.
+
+    Raises:
+        RuntimeError: the pool is broken, and may have forgotten the clip.
+    """
+    while True:
+        try:
+            return done.get(timeout=1)
+        except Empty:
+            if not pool.active:
+                raise RuntimeError("Unexpected error within the Pool") from None
+
+
+def _start_worker() -> None:
+    """End this process with the one that started it; Ctrl-C, which reaches both, is left to that one by pebble."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSettings) -> Entry:
+    """Decode one clip into its array, unless one of the `kept` files of its name is just that.
+
+    Raises:
+        DataError: the clip cannot be read now, or changes meanwhile.
+        CDCError: the array cannot be written.
+    """
+    folder, num_frames, candidates, image_size, side, decoder = settings
+    before = _read_status(path)
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for file in kept:
+        count = int(file.split(".")[-2])
+        if file == array_file_name(name, digest, count):
+            return Entry(*before, count, digest)
+    count = 0
+
+    def choose(frames: int) -> Sequence[int]:
+        """Return which frames to keep: all, without repetitions, of a clip with fewer frames than candidates."""
+        nonlocal count
+        count = frames
+        return candidate_indices(count, num_frames, candidates) if count > num_frames * candidates else range(count)
+
+    reason = ""
+    try:
+        frames = read_frames(path, choose, image_size, decoder, side)
+    except DataError as error:
+        count, reason = 0, str(error).removeprefix(f"{path}: ")
+    if _read_status(path) != before:
+        raise DataError(f"{path}: changes while it is decoded: wait until it is complete")
+    if count:
+        with atomic_write(folder / array_file_name(name, digest, count)) as array:
+            np.save(array, frames)
+    return Entry(*before, count, digest, reason)
+
+
+def _read_status(path: Path) -> tuple[int, int]:
+    """Return size in bytes and time of modification in nanoseconds."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,57 @@
+"""Control cases of a test: other samples whose anchors are taken, and numbers of anchors in a session."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cdc_mmpg.data.interface import SampleOrigin
+
+MAX_PARTNER_DRAWS = 64  # draws of a partner from another device, before any other sample is taken
+
+
+def draw_control_partners(origins: Sequence[SampleOrigin], seed: int) -> dict[str, list[int]]:
+    """Draw for every sample another one whose anchor it is given in a control.
+
+    Args:
+        origins: of all samples, in their order.
+        seed: of the draws.
+
+    Returns:
+        shuffled: any other sample; shuffled_device: one of another device with the same type of question, or of another
+        device where there is none with that type.
+    """
+    generator = np.random.default_rng(seed)
+    circle = generator.permutation(len(origins))
+    following = dict(zip(circle.tolist(), np.roll(circle, -1).tolist(), strict=True))
+    types: dict[str, list[int]] = {}
+    for index, origin in enumerate(origins):
+        types.setdefault(origin.type, []).append(index)
+    elsewhere = []
+    for index, origin in enumerate(origins):
+        for pool in (types[origin.type], range(len(origins))):
+            tried = (pool[place] for place in generator.integers(len(pool), size=MAX_PARTNER_DRAWS).tolist())
+            other = next((i for i in tried if origins[i].device != origin.device), None)
+            if other is not None:
+                break
+        elsewhere.append(following[index] if other is None else other)
+    return {"shuffled": [following[index] for index in range(len(origins))], "shuffled_device": elsewhere}
+
+
+class SessionCase(NamedTuple):
+    """What is uploaded when a session is evaluated."""
+
+    anchors: int  # n, 0 for no upload
+    shuffled: bool  # another device's
+
+
+# Evaluated one by one; the first decides the best epoch.
+SESSION_CASES = {
+    "n16": SessionCase(16, False),
+    "n8": SessionCase(8, False),
+    "n4": SessionCase(4, False),
+    "n1": SessionCase(1, False),
+    "n0": SessionCase(0, False),
+    "shuffled_n8": SessionCase(8, True),
+    "shuffled_n16": SessionCase(16, True),
+}
