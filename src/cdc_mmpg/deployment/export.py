@@ -25,6 +25,7 @@ from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import write_json
 from cdc_mmpg.training.reopen import reopen, results_of
 
+RETRIEVAL_REFUSAL = "retrieval compares stored clips with each other: a device that answers has no use for it"
 MAX_WORDS = 6_000  # that are kept: 1.2 MB in int8
 
 
@@ -73,6 +74,7 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
         DataError: its dataset is not there any more.
     """
     results = results_of(run)
+    refuse_unservable(results)
 
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `cli`
     from cdc_mmpg.media.text import TextEncoder  # noqa: PLC0415
@@ -136,6 +138,23 @@ def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool 
     return report
 
 
+def refuse_unservable(results: dict[str, Any]) -> None:
+    """Refuse by its results a finished run that cannot be served, before anything slow is imported.
+
+    Raises:
+        ConfigError: it answers no questions, ranks clips, or sent nothing from a cloud.
+    """
+    if not results.get("accuracy"):
+        raise ConfigError(f"{results['method']} answers no questions: export a run that does")
+    if results.get("task") == "retrieval":
+        raise ConfigError(RETRIEVAL_REFUSAL)
+    if results.get("bytes", {}).get("down") == 0:
+        raise ConfigError(
+            f"{results['method']} sends nothing from a cloud: take a method that generates its last layer "
+            "(METHOD=cdc_mmpg_session, cdc_mmpg or hyper)"
+        )
+
+
 def check_servable(method: Any, task: str) -> None:
     """Refuse a method that cannot be served.
 
@@ -147,7 +166,7 @@ def check_servable(method: Any, task: str) -> None:
     if not isinstance(method, Answering):
         raise ConfigError(f"{type(method).__name__} answers no questions: export a run that does")
     if task == "retrieval":
-        raise ConfigError("retrieval compares stored clips with each other: a device that answers has no use for it")
+        raise ConfigError(RETRIEVAL_REFUSAL)
     if method.head.layers > 1:
         raise ConfigError("a layer for every candidate: one upload has one layer (per_candidate: false)")
     method.deployment_parts()
