@@ -360,6 +360,11 @@ def workers(running: Cloud) -> list[int]:
 # What is answered
 
 
+def test_the_service_says_where_it_is_reached(cloud):
+    (ready,) = (line for line in cloud.lines() if line["event"] == "ready")
+    assert ready["address"] == f"http://{HOST}:{cloud.port}"
+
+
 @pytest.mark.parametrize(
     ("kind", "running", "offered", "weights"),
     [

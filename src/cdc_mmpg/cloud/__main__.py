@@ -75,7 +75,9 @@ def serve(options: argparse.Namespace) -> None:
         logger.warning("keys are sent without encryption: end https here (CERTIFICATE=) or in what stands before")
     raise_file_limit()
     supervisor = os.getpid() if options.workers > 1 else 0
-    settings = Settings(str(options.bundle), options.keys, options.places, options.weights, supervisor)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http{'s' if options.certificate else ''}://{host}:{listener.getsockname()[1]}"
+    settings = Settings(str(options.bundle), options.keys, options.places, options.weights, supervisor, address)
     os.environ[SETTINGS_VARIABLE] = json.dumps(settings._asdict())
     config = uvicorn.Config(
         "cdc_mmpg.cloud.app:app",

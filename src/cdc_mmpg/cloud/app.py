@@ -57,6 +57,7 @@ class Settings(NamedTuple):
     places: int  # requests that may wait, be answered or be sent
     weights: str  # "float32" or "bfloat16"; "" is the bundle's choice
     supervisor: int  # process that replaces a lost one; 0 where there is none
+    address: str = ""  # where it listens, for its log
 
 
 class Metrics:
@@ -134,7 +135,8 @@ class Service:
         gc.collect()
         gc.freeze()  # what is there stays: looking through it again and again makes every hundredth request late
         self.batcher = Batcher(served)
-        log_event("ready", **describe_model(served), device=str(served.device), processors=count_processors())
+        place = {"address": self.settings.address, "device": str(served.device), "processors": count_processors()}
+        log_event("ready", **describe_model(served), **place)
 
     async def _watch(self) -> None:
         """End this process when its supervisor is gone: it would hold the port, and nobody would replace it."""

@@ -58,7 +58,7 @@ from cdc_mmpg.training.group import GROUPS, GroupStrategy, cluster_environment, 
 from cdc_mmpg.training.loggers import ExampleTable, close, loggers
 from cdc_mmpg.training.matmul import Matmul, set_matmul
 from cdc_mmpg.training.parser import LINKED_KEYS, Parser, explain_unknown_key, flatten, list_given_paths
-from cdc_mmpg.training.progress import EpochLines, draws_bar
+from cdc_mmpg.training.progress import choose_progress, draws_bar
 from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
@@ -227,14 +227,13 @@ class Experiment(LightningCLI):
         config, launch = self._get(self.config_init, "trainer"), find_launch()
         kwargs["devices"], kwargs["num_nodes"] = devices, nodes = launch.share(config["devices"], config["num_nodes"])
         several = wants_several_processes(devices, nodes)
-        bar = draws_bar(config["enable_progress_bar"])
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
-        kwargs["enable_progress_bar"] = bar
+        kwargs["enable_progress_bar"] = draws_bar(config["enable_progress_bar"])
         if self.subcommand == "fit":
             kwargs["callbacks"] = [
                 *(config["callbacks"] or []),
                 Timer(),
-                *([] if bar else [EpochLines()]),
+                *choose_progress(config["enable_progress_bar"], config["callbacks"] or []),
                 StopOnSignal(self.folder),
                 ExampleTable(self.folder, self.dataset),
                 *build_checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),

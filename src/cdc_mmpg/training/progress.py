@@ -1,11 +1,13 @@
-"""A line an epoch, where no progress bar is drawn: into a file, or beside other runs."""
+"""How far a run is: a progress bar on a terminal; a line an epoch into a file, or beside other runs."""
 
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -13,6 +15,27 @@ logger = logging.getLogger(__name__)
 def draws_bar(enabled: bool | None) -> bool:
     """Return whether a progress bar is wanted and there is a terminal to draw it on."""
     return enabled is not False and sys.stderr is not None and sys.stderr.isatty()
+
+
+def choose_progress(enabled: bool | None, callbacks: Sequence[Callback]) -> list[Callback]:
+    """Return what shows how far a run is, none where its configuration names a progress bar.
+
+    Args:
+        enabled: whether the configuration wants a bar.
+        callbacks: of the configuration.
+    """
+    if not draws_bar(enabled):
+        return [EpochLines()]
+    return [] if any(isinstance(callback, ProgressBar) for callback in callbacks) else [RunBar()]
+
+
+class RunBar(TQDMProgressBar):
+    """Lightning's progress bar, without the number of the log's version."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the figures beside the bar."""
+        shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in shown.items() if name != "v_num"}
 
 
 class EpochLines(Callback):
