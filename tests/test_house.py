@@ -16,6 +16,7 @@ import yaml
 
 from cdc_mmpg import catalogue
 from cdc_mmpg.commands.main import run_program
+from cdc_mmpg.commands.request import READS
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.training.cli import main
 from conftest import write_clip, write_msvd
@@ -218,7 +219,8 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
         if command[0] == "train":
             named["ARGS"] = f"{extra} {'' if embedded else small} {named.get('ARGS', '')}"
             named["SEED"] = seeds[embedded] = str(number)  # another run each time
-        lines = make(command[0], *(f"{key}={value}" for key, value in named.items()))
+        reads = {*READS[command[0]], *(f"ARGS_{method}" for method in catalogue.BY_NAME)}
+        lines = make(command[0], *(f"{key}={value}" for key, value in named.items() if key in reads))
         for program, *arguments in lines[-1:] if command[0] == "tables" else lines:  # its runs are train's, many times
             process = start(tmp_path / "log", run_program, program, arguments)
             assert finish(process) == 0, f"{command}: {(tmp_path / 'log').read_text()}"

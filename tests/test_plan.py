@@ -16,6 +16,7 @@ from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.plan import PLANS, Plan
 from cdc_mmpg.commands.request import Request, find_dataset_name, read_make
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.training.cli import _is_same_value
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -230,3 +231,15 @@ def test_a_new_method_is_three_files(tmp_path, msvd):
     assert "| F-linear, dropout |" in (tmp_path / "out/msvd/table.md").read_text()
     results = json.loads((tmp_path / "out/msvd/dropped/seed0/results.json").read_text())
     assert results["method"] == "dropped"
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "same"),
+    [
+        ("1e-4", 0.0001, True), ("1e-4", 0.001, False), ("40", 40, True), ("true", True, True), ("1", True, False),
+        ("null", None, True), ("0.5", None, False), ("printed", "printed", True), ("a/../x.pt", "x.pt", False),
+        ("32", "32", True),
+    ],
+)  # fmt: skip
+def test_an_option_is_compared_by_what_it_means(given, there, same):
+    assert _is_same_value(given, there) == same

@@ -207,6 +207,9 @@ def test_every_command_that_reopens_a_run_refuses_foreign_code_unless_told_other
     settings = yaml.safe_load((own_run / "config.yaml").read_text())
     poison(settings, "head")
     (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    results = json.loads((own_run / "results.json").read_text())
+    sent = results | {"bytes": {"up": 768, "down": 344}}  # as of one that can be exported
+    (own_run / "results.json").write_text(json.dumps(sent))
     clip = write_clip(tmp_path / "own.mp4", codec="libx264")
     for command in (
         lambda: predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]),

@@ -447,7 +447,8 @@ def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypa
     assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in caption_of(synthetic)
 
 
-def test_it_is_printed_and_written(synthetic, capsys):
+def test_it_is_printed_and_written(synthetic, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert tables.main([str(synthetic)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= 200

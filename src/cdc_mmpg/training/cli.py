@@ -10,7 +10,6 @@ a wrong path or finding a run finished takes no time.
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -99,21 +98,20 @@ def refuse_other_settings(arguments: Sequence[str]) -> None:
         ConfigError: names them, with both values.
     """
     folder = Path(expand_home(option(arguments, "trainer.default_root_dir") or ""))
-    if not (folder / CONFIG).is_file() or read_results(folder) is None:
+    try:
+        if not (folder / CONFIG).is_file() or read_results(folder) is None:
+            return
+    except OSError:  # no file system holds such a path, which is refused later
         return
-    import yaml  # noqa: PLC0415  a run that is not there yet takes none
-
     settings, lines = read_settings(folder), []
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
+    given = {name: value for name, equals, value in (word[2:].partition("=") for word in arguments) if equals}
+    for name, value in given.items():
         there: Any = settings
         for key in name.split("."):
             there = there.get(key, KeyError) if isinstance(there, dict) else KeyError
-        if not equals or name in SURROUNDINGS or there is KeyError or isinstance(there, dict):
-            continue
-        with suppress(yaml.YAMLError):
-            if yaml.safe_load(value) != there and value != str(there) and not _is_same_path(value, there):
-                lines.append(f"  {name}: {there!r} there, {value!r} asked for")
+        free = name in (*SURROUNDINGS, "trainer.default_root_dir") or name.endswith("class_path")
+        if not free and (there is None or isinstance(there, str | int | float)) and not _is_same_value(value, there):
+            lines.append(f"  {name}: {there!r} there, {value!r} asked for")
     if lines:
         raise ConfigError(
             f"{folder} holds a finished run with another configuration:\n" + "\n".join(lines) + "\n"
@@ -121,8 +119,16 @@ def refuse_other_settings(arguments: Sequence[str]) -> None:
         )
 
 
-def _is_same_path(first: str, second: Any) -> bool:
-    return isinstance(second, str) and Path(expand_home(first)).absolute() == Path(expand_home(second)).absolute()
+def _is_same_value(given: str, there: str | int | float | None) -> bool:
+    """Return whether an option's word means the value that a configuration holds."""
+    if there is None or isinstance(there, bool):
+        return given.lower() == {None: "null", True: "true", False: "false"}[there]
+    if isinstance(there, int | float):
+        try:
+            return float(given) == there
+        except ValueError:
+            return False
+    return given == there or Path(expand_home(given)).absolute() == Path(expand_home(there)).absolute()
 
 
 def check_paths(arguments: Sequence[str]) -> None:
