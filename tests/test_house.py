@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import mutate
 import pytest
 import torch
 import yaml
@@ -440,6 +441,13 @@ def test_the_page_on_adding_a_dataset_is_true(tmp_path, monkeypatch):
     assert main(command) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["questions"] == {"train": 3, "val": 3, "test": 3}
+
+
+@pytest.mark.parametrize("room", mutate.ROOMS)
+def test_what_is_mutated_and_what_tests_it_are_there(room):
+    assert mutate.sources(room)
+    for name in mutate.ROOMS[room][1].split():
+        assert (ROOT / "tests" / f"test_{name}.py").is_file()
 
 
 def test_no_path_of_this_machine_is_tracked():

@@ -135,6 +135,15 @@ def test_each_of_the_runs_side_by_side_sees_its_own_gpu(tmp_path, msvd):
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["6", "7"]
 
 
+def test_what_trains_nothing_is_done_in_order(tmp_path):
+    done = []
+    executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: done.append(program) or 0)
+    assert executor.execute() == 0
+    assert done == ["clips", "data"]
+    failing = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: 4)
+    assert failing.execute() == 4
+
+
 # Refusals before anything is trained
 
 

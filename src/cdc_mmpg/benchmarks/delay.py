@@ -202,7 +202,7 @@ def measure_delay(
 
 def write_random_bundles(cases: Sequence[DelayCase], folder: Path) -> list[tuple[Versions, bytes]]:
     """Write cloud bundles 0, 1, ... with random weights; return their versions and public keys."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
     from cdc_mmpg.models.adr import ADR  # noqa: PLC0415

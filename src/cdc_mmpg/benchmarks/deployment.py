@@ -69,7 +69,7 @@ def benchmark(bundles: Path | None, seconds: float) -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as scratch:
         if bundles is None:
-            from cdc_mmpg.deployment.export import export_untrained  # noqa: PLC0415  see `cli`
+            from cdc_mmpg.deployment.export import export_untrained  # noqa: PLC0415  see `training.cli`
 
             bundles = Path(scratch) / "deployment"
             console.print("making bundles of random weights at the paper's size ...")
@@ -100,7 +100,7 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
         settings = read_bundle(bundles / folder)
     layout = Layout(*settings["layout"])
 
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415
     from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
@@ -125,7 +125,7 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
 
 def describe_machine() -> Report:
     """Return what this runs on, and with how many threads."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ def compare_encoders(bundles: Path, seconds: float) -> Report:
     The first run of a turn is not counted: threads that another runtime left spinning end in it. Beside the median the
     least: where others use the processors, the threads of an inference wait for each other far longer than they work.
     """
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     found: Report = {"threads": {}}
     frames, text = make_example(bundles)
@@ -74,7 +74,7 @@ def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
 
 def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
     """Return a run of the same encoder in torch, with random weights."""
-    import onnx  # noqa: PLC0415  see `cli`
+    import onnx  # noqa: PLC0415  see `training.cli`
     import torch  # noqa: PLC0415
 
     from cdc_mmpg.data.batch import normalise  # noqa: PLC0415
@@ -161,7 +161,7 @@ def make_encoder_table(found: Report) -> Table:
 
 def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
     """Measure from a received message to a layer in use, by kind: verifying it, and the swap."""
-    from cdc_mmpg.cloud.model import load_model  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import load_model  # noqa: PLC0415  see `training.cli`
 
     model = DeviceModel(bundles / "device")
     served = {kind: load_model(folder) for kind, folder in clouds.items()}
@@ -196,7 +196,7 @@ def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Rep
 
 def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, ExpectedLayer]:
     """Return an upload, the message that answers it, and what is expected of that."""
-    from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `training.cli`
 
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     feature = np.tanh(np.random.default_rng(1).standard_normal(FEATURE_DIM)).astype(np.float32)

@@ -24,7 +24,7 @@ def measure_generator(seconds: float) -> Report | None:
     `host` is what the service does: uploads there, layers back in ordinary memory. `pinned` takes them back into memory
     that the card writes by itself. `device` is the generator alone, by the card's clock.
     """
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     if not torch.cuda.is_available():
         return None
@@ -73,7 +73,7 @@ def measure_generator(seconds: float) -> Report | None:
 
 def measure_copy_bandwidth() -> float:
     """Return the bytes per second that the GPU's memory reads and writes, together, in a large copy."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -90,7 +90,7 @@ def measure_copy_bandwidth() -> float:
 
 def time_batch(generator: "Generator", batch: int, seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of a batch of float32 layers, in three ways that take turns; at least 20 of each."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     uploads = torch.rand(batch, FEATURE_DIM) * 2 - 1
     there = uploads.cuda()

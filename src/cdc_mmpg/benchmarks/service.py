@@ -47,7 +47,7 @@ def plain_service() -> "FastAPI":
     """Return what the service is measured against: a request, a product, a reply."""
     from typing import Annotated  # noqa: PLC0415
 
-    from fastapi import Body, FastAPI  # noqa: PLC0415  see `cli`
+    from fastapi import Body, FastAPI  # noqa: PLC0415  see `training.cli`
     from fastapi.responses import JSONResponse, Response  # noqa: PLC0415
 
     from cdc_mmpg.cloud.app import OCTET_STREAM  # noqa: PLC0415
@@ -98,7 +98,7 @@ def start_servers(bundle: Path) -> Iterator[dict[str, int]]:
 
 def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
     """Measure service and plain endpoint under the same loads, by concurrency, and the service with hostile clients."""
-    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
 
     settings = read_cloud_bundle(bundle)
@@ -128,7 +128,7 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
     Raises:
         CDCError: a layer is not what it should be.
     """
-    from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `training.cli`
 
     raise_file_limit()
     sources = find_local_addresses(SOURCE_ADDRESSES)

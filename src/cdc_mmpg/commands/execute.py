@@ -109,7 +109,7 @@ class Executor:
         needed = {name for step in waiting.values() for name in step.needs}
         others = [step for step in self.steps if not step.folder]
         first = [step for step in others if step.name in needed]
-        last = [step for step in others if step not in first and step.program != "clips"]
+        last = [step for step in others if step not in first and (step.program != "clips" or not self.runs)]
         self._check_settings([step for step in waiting.values() if step.trains])
         if waiting:
             leave_on_signals()

@@ -51,7 +51,7 @@ def predict(
         CheckpointError: the run is not finished, or damaged.
         DataError: the clip is absent or cannot be decoded.
     """
-    from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.media.video import read_frames  # noqa: PLC0415
 
     task = _task(run, video, question, choices)

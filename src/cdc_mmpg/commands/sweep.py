@@ -85,7 +85,7 @@ def _run(path: Path, out: Path) -> None:
 
 
 def is_online() -> bool:
-    """Whether W&B's server takes part, as for any run: see `dashboard.loggers`."""
+    """Whether W&B's server takes part, as for any run: see `training.loggers`."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode == "online"
     import wandb  # noqa: PLC0415  takes a second
@@ -191,7 +191,7 @@ def by_agent(sweep: Sweep, out: Path) -> None:
             f"{place}: cannot be made ({error.strerror}): name another place with --out, or make it writable"
         ) from error
     os.environ["WANDB_DIR"] = str(place.absolute())  # the agent would use the working directory
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `dashboard.loggers`
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `training.loggers`
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make above, whose job server is not for these
         os.environ.pop(name, None)
     project = os.environ.get("WANDB_PROJECT") or sweep.config.get("project")

@@ -102,7 +102,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.evaluation.evaluate import evaluation  # noqa: PLC0415
     from cdc_mmpg.methods.fine_tuning import FineTuning  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
@@ -160,7 +160,7 @@ class Comparison:
 
     def outcomes(self) -> dict[str, tuple[Any, Any]]:
         """By case: which test questions it answers, and prediction and label of each."""
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
 
         start = perf_counter()
         test = self.data.dataset("test", augment=False)
@@ -182,7 +182,7 @@ class Comparison:
 
     def features(self, dataset: Any) -> "Tensor":
         """(N, T, 192) of all its samples, in the batches of a test."""
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
 
         with torch.no_grad():
             found = [self.model.encode(batch).frame_features for batch in self.data.batches(dataset, shuffle=False)]
@@ -194,7 +194,7 @@ class Comparison:
         Args:
             test: (N, T, 192) features of the test questions.
         """
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
 
         questions, origins = self.data.device_labels()
         theirs, asked = by_device(origins), by_device(self.data.origins("test"))
@@ -290,7 +290,7 @@ class Comparison:
             rate: of AdamW.
             steps: in rising order.
         """
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
         import torch.nn.functional as F  # noqa: PLC0415
 
         from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415
@@ -319,14 +319,14 @@ class Comparison:
 
     def answers(self, weights: Mapping[str, "Tensor"], features: "Tensor", asked: "Tensor") -> "Tensor":
         """(D, Q) what devices with such weights answer to questions `asked` (D, Q) of those with features (N, ...)."""
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
 
         with torch.no_grad():
             return self._side_by_side(weights, features[asked.clamp(min=0)]).argmax(-1)
 
     def _side_by_side(self, weights: Mapping[str, "Tensor"], features: "Tensor") -> "Tensor":
         """(D, K, L) scores of features (D, K, T, 192), each device with its own weights (D, ...)."""
-        from torch.func import functional_call, vmap  # noqa: PLC0415  see `cli`
+        from torch.func import functional_call, vmap  # noqa: PLC0415  see `training.cli`
 
         def one(own: dict[str, "Tensor"], theirs: "Tensor") -> Any:
             return functional_call(self.model, own, (theirs,))
@@ -350,7 +350,7 @@ class Comparison:
 
     def _tent_by_device(self, dataset: Any, asked: Mapping[str, Sequence[int]], recipe: TentRecipe) -> "Tensor":
         """(N,) answers to all questions, every device's own adaptation beginning with the run's weights."""
-        import torch  # noqa: PLC0415  see `cli`
+        import torch  # noqa: PLC0415  see `training.cli`
 
         found = torch.empty(len(dataset), dtype=torch.long)
         for own in asked.values():
@@ -380,7 +380,7 @@ def by_device(origins: Sequence["SampleOrigin"]) -> dict[str, list[int]]:
 
 def padded(rows: Sequence[Sequence[int]]) -> "Tensor":
     """(R, most) of rows of numbers, -1 where a row has fewer."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     most = max(map(len, rows))
     return torch.tensor([[*row, *[-1] * (most - len(row))] for row in rows])
@@ -388,7 +388,7 @@ def padded(rows: Sequence[Sequence[int]]) -> "Tensor":
 
 def layer_norms(model: Any) -> dict[str, "Tensor"]:
     """Scales and shifts of a model's LayerNorms, by name."""
-    from torch import nn  # noqa: PLC0415  see `cli`
+    from torch import nn  # noqa: PLC0415  see `training.cli`
 
     return {
         f"{name}.{own}": value
@@ -413,7 +413,7 @@ def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: floa
     Returns:
         (N,) the class that each question is answered with.
     """
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     weights = layer_norms(model)
     before = {name: value.detach().clone() for name, value in weights.items()}

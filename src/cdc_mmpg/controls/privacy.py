@@ -98,7 +98,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.models.weights import read_state_dict  # noqa: PLC0415
     from cdc_mmpg.training.sessions import SessionDataModule  # noqa: PLC0415
 

@@ -54,7 +54,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         CheckpointError: the float32 bundle's scores differ from torch's.
         CDCError: a file cannot be written.
     """
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     start = perf_counter()
     method = source.method

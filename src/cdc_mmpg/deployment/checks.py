@@ -28,7 +28,7 @@ def compare_with_torch(source: Source, bundle: Path) -> float:
 
     Inputs are noise, in every number of frames that the bundle takes.
     """
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     from cdc_mmpg.data.batch import VideoTextBatch  # noqa: PLC0415
 
@@ -71,8 +71,8 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     Raises:
         CheckpointError: the run's own answers are not there, or of other questions.
     """
-    from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415  see `cli`
-    from cdc_mmpg.data.interface import SampleOrigin  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415  see `training.cli`
+    from cdc_mmpg.data.interface import SampleOrigin  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.evaluation.metrics import RIGHT  # noqa: PLC0415
 
     labels = data.labels("test").tolist()
@@ -90,7 +90,7 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
         right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise CheckpointError(f"{predictions}: not what a test leaves ({error}): train anew") from error
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415  see `training.cli`
 
     generator = Generator.load(out / "cloud" / GENERATOR)
     found: dict[str, Any] = {"questions": len(drawn),
@@ -113,7 +113,7 @@ def answer_on_device(
     model: DeviceModel, source: Source, data: "VideoTextData", drawn: Sequence[int], generator: "Generator"
 ) -> list[int]:
     """Return a device's answers to test questions, with layers from the cloud's generator."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     test: Any = data.dataset("test", augment=False)
     place = {old: new for new, old in enumerate(source.kept)}

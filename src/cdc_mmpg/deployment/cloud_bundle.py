@@ -60,7 +60,7 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
         CheckpointError: there is a file, and it holds no such key, or others may read it.
         CDCError: it cannot be written.
     """
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  see `cli`
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  see `training.cli`
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
     if not os.path.lexists(path):
@@ -83,7 +83,7 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
 
 def choose_weight_precision(path: Path) -> dict[str, Any]:
     """Return the precision in which this machine should hold the weights, and the measured milliseconds by batch."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
 
     from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
 

@@ -76,7 +76,7 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
     results = results_of(run)
     refuse_unservable(results)
 
-    from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.media.text import TextEncoder  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
 
@@ -113,7 +113,7 @@ def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool 
     """
     from cdc_mmpg.media.text import BERT_SIZE  # noqa: PLC0415
     from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
-    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `training.cli`
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--config={path}" for path in configurations]
@@ -161,7 +161,7 @@ def check_servable(method: Any, task: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    from cdc_mmpg.methods.answering import Answering  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.methods.answering import Answering  # noqa: PLC0415  see `training.cli`
 
     if not isinstance(method, Answering):
         raise ConfigError(f"{type(method).__name__} answers no questions: export a run that does")
@@ -174,7 +174,7 @@ def check_servable(method: Any, task: str) -> None:
 
 def _frame_settings(settings: dict[str, Any]) -> dict[str, int]:
     """Return which frames the encoder sees, and how large: number, candidates, size and side in pixels."""
-    from cdc_mmpg.media.frames import shorter_side  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.media.frames import shorter_side  # noqa: PLC0415  see `training.cli`
 
     size = settings["image_size"]
     return {"number": settings["num_frames"], "candidates": settings["candidates"], "size": size,

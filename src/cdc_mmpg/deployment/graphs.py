@@ -20,7 +20,7 @@ MAX_FOLDED_NUMBERS = 1 << 22  # of a constant that is computed at export
 
 def export_encoder(source: Source) -> "onnx.ModelProto":
     """Export the encoder for one clip: frames (T, S, S, 3) uint8, ids (1, L), no padding -> features (T, 192)."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
     from torch import nn  # noqa: PLC0415
 
     from cdc_mmpg.data.batch import normalise  # noqa: PLC0415
@@ -53,7 +53,7 @@ def export_encoder(source: Source) -> "onnx.ModelProto":
 
 def export_head(method: "Answering") -> "onnx.ModelProto":
     """Export the head: features (K, T, 192) of a clip with K texts, a layer (L, D + 1) -> scores, upload (192,)."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
     from torch import nn  # noqa: PLC0415
 
     choosing = method.head.task == "multiple_choice"
@@ -85,7 +85,7 @@ def _export_onnx(
     module: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], shapes: dict[str, Any]
 ) -> "onnx.ModelProto":
     """Export a module as ONNX, without traces of its making."""
-    import torch  # noqa: PLC0415  see `cli`
+    import torch  # noqa: PLC0415  see `training.cli`
     from onnxscript import optimizer  # noqa: PLC0415
 
     with warnings.catch_warnings(action="ignore"):
@@ -115,7 +115,7 @@ def quantise(content: bytes, scratch: Path) -> bytes:
     signed ones with VNNI: unsigned 0.83 times the error of the features in 1.4 times the time, 7 bits 1.6 times the
     error in the same time. On ARM, where phones are, unsigned ones have an instruction of their own.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  see `cli`
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  see `training.cli`
 
     whole, narrow = scratch / "whole.onnx", scratch / "narrow.onnx"
     whole.write_bytes(content)

@@ -170,5 +170,5 @@ class StopOnSignal(StepCheck):
         told = torch.tensor(self.told, device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(told, reduce_op="max"))  # of whichever process was told
         if number == REQUEUE:
-            ignore_stop_signals()  # see `cli`
+            ignore_stop_signals()  # see `training.cli`
         raise Stopped(number)

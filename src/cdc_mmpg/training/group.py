@@ -25,7 +25,7 @@ _stores: dict[tuple[str, str], Any] = {}  # of this process, by address and port
 
 
 class Tasks(SLURMEnvironment):
-    """srun's tasks as one run, without Lightning's requeue, whose save can lose the good file; ours is in `cli`."""
+    """srun's tasks as one run, without Lightning's requeue, whose save can lose the good file."""
 
     def __init__(self) -> None:
         super().__init__(auto_requeue=False)

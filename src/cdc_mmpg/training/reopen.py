@@ -125,7 +125,7 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
 
     check_environment()
 
-    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `cli`
+    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `training.cli`
 
     return Experiment(settings, run=False)
 
