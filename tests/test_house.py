@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
         top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
         assert not {module.split(".")[0] for module in top} & heavy, path
+
+
+def test_a_quick_answer_imports_nothing_slow():
+    """Also by way of what it imports: a refusal takes a second, torch and Lightning ten."""
+    modules = (
+        *("commands.main", "commands.execute", "commands.predict", "commands.prepare", "commands.sweep", "device"),
+        *("deployment.export", "deployment.demo", "report.page", "report.tables", "training.cli"),
+    )
+    slow = ("torch", "lightning", "timm", "transformers", "matplotlib", "wandb", "sklearn")
+    code = "".join(f"import cdc_mmpg.{name}\n" for name in modules)
+    code += f"import sys; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=OUTSIDE
+    )
+    assert done.stdout == "[]\n"
 
 
 DATASETS = sorted(path.stem for path in ROOT.glob("experiments/datasets/*.yaml"))

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from cdc_mmpg.benchmarks.delay_cells import (
     ANSWER_STAGES,
@@ -47,9 +48,14 @@ from cdc_mmpg.benchmarks.links import (
     Network,
     read_tcp_settings,
 )
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
 from cdc_mmpg.deployment.local import LocalService
 from cdc_mmpg.errors import CDCError, ConfigError
 from cdc_mmpg.files import atomic_write
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import provenance, write_json
@@ -202,14 +208,6 @@ def measure_delay(
 
 def write_random_bundles(cases: Sequence[DelayCase], folder: Path) -> list[tuple[Versions, bytes]]:
     """Write cloud bundles 0, 1, ... with random weights; return their versions and public keys."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
-    from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
-    from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
-    from cdc_mmpg.models.device_axes import DeviceAxes  # noqa: PLC0415
-    from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA  # noqa: PLC0415
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
-
     torch.manual_seed(0)
     written = []
     for place, case in enumerate(cases):

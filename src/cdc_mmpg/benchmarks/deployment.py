@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,15 +27,18 @@ from cdc_mmpg.benchmarks.device import (
 from cdc_mmpg.benchmarks.generator import make_generator_table, measure_generator
 from cdc_mmpg.benchmarks.render import Report, make_table
 from cdc_mmpg.benchmarks.service import compare_services, make_hostile_table, make_service_table
+from cdc_mmpg.cloud.model import read_cloud_bundle
+from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
+from cdc_mmpg.deployment.export import export_untrained
 from cdc_mmpg.device.model import read_bundle
 from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.models.device_axes import DeviceAxes
+from cdc_mmpg.models.fda import Adaptor, BasisFDA, LowRankFDA
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import provenance, write_json
 from cdc_mmpg.wire.messages import Layout, Versions
-
-if TYPE_CHECKING:
-    from cdc_mmpg.models.fda import Adaptor
 
 BENCHMARK_REPORT = "benchmark.json"
 BUNDLE_FOLDERS = ("device", "device-int8", "cloud")
@@ -69,8 +72,6 @@ def benchmark(bundles: Path | None, seconds: float) -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as scratch:
         if bundles is None:
-            from cdc_mmpg.deployment.export import export_untrained  # noqa: PLC0415  see `training.cli`
-
             bundles = Path(scratch) / "deployment"
             console.print("making bundles of random weights at the paper's size ...")
             export_untrained(PAPER_CONFIGURATIONS, bundles)
@@ -100,14 +101,6 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
         settings = read_bundle(bundles / folder)
     layout = Layout(*settings["layout"])
 
-    import torch  # noqa: PLC0415  see `training.cli`
-
-    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415
-    from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle  # noqa: PLC0415
-    from cdc_mmpg.models.device_axes import DeviceAxes  # noqa: PLC0415
-    from cdc_mmpg.models.fda import BasisFDA, LowRankFDA  # noqa: PLC0415
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
-
     versions = read_cloud_bundle(bundles / "cloud").versions
     if versions != Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"])):
         raise CheckpointError(f"{bundles}: the bundles are not of one export: export anew")
@@ -125,8 +118,6 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
 
 def describe_machine() -> Report:
     """Return what this runs on, and with how many threads."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:

@@ -8,23 +8,25 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
 from cdc_mmpg.benchmarks.load import ExpectedLayer
 from cdc_mmpg.benchmarks.render import Report, make_table
+from cdc_mmpg.cloud.model import ServedModel, generate_layer, load_model
+from cdc_mmpg.data.batch import normalise
 from cdc_mmpg.device.model import ENCODER_FILE, DeviceModel, read_bundle
 from cdc_mmpg.device.state import Layer
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError
+from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.wire.messages import decode_layer, decode_upload, encode_upload
-
-if TYPE_CHECKING:
-    from cdc_mmpg.cloud.model import ServedModel
 
 EXAMPLE_WORDS = 12  # of a question
 GOAL_SWAP_MILLISECONDS = 1.0  # of a swap
@@ -36,8 +38,6 @@ def compare_encoders(bundles: Path, seconds: float) -> Report:
     The first run of a turn is not counted: threads that another runtime left spinning end in it. Beside the median the
     least: where others use the processors, the threads of an inference wait for each other far longer than they work.
     """
-    import torch  # noqa: PLC0415  see `training.cli`
-
     found: Report = {"threads": {}}
     frames, text = make_example(bundles)
     before = torch.get_num_threads()
@@ -74,12 +74,6 @@ def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
 
 def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
     """Return a run of the same encoder in torch, with random weights."""
-    import onnx  # noqa: PLC0415  see `training.cli`
-    import torch  # noqa: PLC0415
-
-    from cdc_mmpg.data.batch import normalise  # noqa: PLC0415
-    from cdc_mmpg.models.all_in_one import AllInOne  # noqa: PLC0415
-
     frames, text = make_example(bundles)
     settings = read_bundle(bundles / "device")
     graph = onnx.load(str(bundles / "device" / ENCODER_FILE)).graph
@@ -161,8 +155,6 @@ def make_encoder_table(found: Report) -> Table:
 
 def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
     """Measure from a received message to a layer in use, by kind: verifying it, and the swap."""
-    from cdc_mmpg.cloud.model import load_model  # noqa: PLC0415  see `training.cli`
-
     model = DeviceModel(bundles / "device")
     served = {kind: load_model(folder) for kind, folder in clouds.items()}
     messages = {kind: make_message(served.get(kind, served["float32"]), kind)
@@ -196,8 +188,6 @@ def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Rep
 
 def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, ExpectedLayer]:
     """Return an upload, the message that answers it, and what is expected of that."""
-    from cdc_mmpg.cloud.model import generate_layer  # noqa: PLC0415  see `training.cli`
-
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     feature = np.tanh(np.random.default_rng(1).standard_normal(FEATURE_DIM)).astype(np.float32)
     upload = encode_upload(feature, layout, served.versions)

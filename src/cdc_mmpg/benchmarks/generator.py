@@ -3,16 +3,17 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from cdc_mmpg.benchmarks.render import Report, make_table
 from cdc_mmpg.dimensions import FEATURE_DIM
-
-if TYPE_CHECKING:
-    from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.models.adr import ADR
+from cdc_mmpg.models.fda import FDA
+from cdc_mmpg.models.generator import Generator
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GENERATOR_OUTPUTS, GENERATOR_INPUTS = 1501, 96  # of the paper's MSRVTT-QA
@@ -24,14 +25,8 @@ def measure_generator(seconds: float) -> Report | None:
     `host` is what the service does: uploads there, layers back in ordinary memory. `pinned` takes them back into memory
     that the card writes by itself. `device` is the generator alone, by the card's clock.
     """
-    import torch  # noqa: PLC0415  see `training.cli`
-
     if not torch.cuda.is_available():
         return None
-
-    from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
-    from cdc_mmpg.models.fda import FDA  # noqa: PLC0415
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
 
     generator = (
         Generator(ADR(), FDA(GENERATOR_INPUTS, GENERATOR_OUTPUTS, "hyperfan_in", project=True))
@@ -73,8 +68,6 @@ def measure_generator(seconds: float) -> Report | None:
 
 def measure_copy_bandwidth() -> float:
     """Return the bytes per second that the GPU's memory reads and writes, together, in a large copy."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     best = float("inf")
@@ -90,8 +83,6 @@ def measure_copy_bandwidth() -> float:
 
 def time_batch(generator: "Generator", batch: int, seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of a batch of float32 layers, in three ways that take turns; at least 20 of each."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
     uploads = torch.rand(batch, FEATURE_DIM) * 2 - 1
     there = uploads.cuda()
     back = torch.empty(batch, GENERATOR_OUTPUTS, GENERATOR_INPUTS + 1, pin_memory=True)

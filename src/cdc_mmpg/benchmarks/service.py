@@ -16,20 +16,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import numpy as np
+from fastapi import Body, FastAPI
+from fastapi.responses import JSONResponse, Response
 from rich.table import Table
 
 from cdc_mmpg.benchmarks.hostile_load import ask_many, find_local_addresses, hold_slow_clients
 from cdc_mmpg.benchmarks.load import VERIFY_EVERY, ExpectedLayer, LoadOutcome, measure_load
 from cdc_mmpg.benchmarks.render import Report, make_table
+from cdc_mmpg.cloud.app import OCTET_STREAM
+from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit
+from cdc_mmpg.cloud.model import generate_layer, load_model, read_cloud_bundle
 from cdc_mmpg.deployment.local import LocalServer, LocalService
 from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 BUNDLE_VARIABLE = "CDC_MMPG_PLAIN"  # tells `plain_service` what to serve
 CONCURRENT_CLIENTS = (1, 8, 64)
@@ -45,14 +48,6 @@ GOAL_P99_SECONDS = 1.0  # of the 99th percentile of those that are served under 
 
 def plain_service() -> "FastAPI":
     """Return what the service is measured against: a request, a product, a reply."""
-    from typing import Annotated  # noqa: PLC0415
-
-    from fastapi import Body, FastAPI  # noqa: PLC0415  see `training.cli`
-    from fastapi.responses import JSONResponse, Response  # noqa: PLC0415
-
-    from cdc_mmpg.cloud.app import OCTET_STREAM  # noqa: PLC0415
-    from cdc_mmpg.cloud.model import generate_layer, load_model  # noqa: PLC0415
-
     served = load_model(Path(os.environ[BUNDLE_VARIABLE]))
     api = FastAPI(openapi_url=None)
 
@@ -98,9 +93,6 @@ def start_servers(bundle: Path) -> Iterator[dict[str, int]]:
 
 def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
     """Measure service and plain endpoint under the same loads, by concurrency, and the service with hostile clients."""
-    from cdc_mmpg.cloud.model import read_cloud_bundle  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
-
     settings = read_cloud_bundle(bundle)
     layouts = Generator.load(bundle / "generator.safetensors").layouts()
     layout = next(layout for layout in layouts if layout.kind == kind)
@@ -128,8 +120,6 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
     Raises:
         CDCError: a layer is not what it should be.
     """
-    from cdc_mmpg.cloud.limits import DEFAULT_PLACES, raise_file_limit  # noqa: PLC0415  see `training.cli`
-
     raise_file_limit()
     sources = find_local_addresses(SOURCE_ADDRESSES)
     good = partial(ask_many, port, ["127.0.0.1"], uploads, GOOD_CLIENTS, seconds)

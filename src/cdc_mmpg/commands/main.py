@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cdc_mmpg.commands.execute import Executor
+from cdc_mmpg.commands.plan import PLANS
 from cdc_mmpg.commands.request import READS, Request, read_make, read_words
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.program import exit_code, log_to_terminal, print_error
@@ -64,9 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _execute(word: str, given: dict[str, str], only_lists: bool) -> int:
-    from cdc_mmpg.commands.execute import Executor  # noqa: PLC0415  it runs programs through this module
-    from cdc_mmpg.commands.plan import PLANS  # noqa: PLC0415
-
     executor = Executor(PLANS[word](Request(word, given)), run_program)
     if only_lists:
         executor.print_list()

@@ -7,6 +7,9 @@ from pathlib import Path
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment
+from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates
+from cdc_mmpg.media.text import TextEncoder, pad
+from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.program import exit_code, log_to_terminal
 from cdc_mmpg.training.reopen import reopen, results_of
 
@@ -51,16 +54,12 @@ def predict(
         CheckpointError: the run is not finished, or damaged.
         DataError: the clip is absent or cannot be decoded.
     """
-    from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.media.video import read_frames  # noqa: PLC0415
-
     task = _task(run, video, question, choices)
 
     check_environment()
     import torch  # noqa: PLC0415
 
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
-    from cdc_mmpg.media.text import TextEncoder, pad  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
     from cdc_mmpg.training.experiment import ANSWERS_FILE  # noqa: PLC0415
 

@@ -22,23 +22,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
+from cdc_mmpg.data.interface import Controls, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
+from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.files import lock_folder
+from cdc_mmpg.methods.fine_tuning import FineTuning
+from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from cdc_mmpg.data.batch import VideoTextBatch
-    from cdc_mmpg.data.interface import SampleOrigin
-    from cdc_mmpg.methods.fine_tuning import FineTuning
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +104,6 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         return
     experiment = reopen(run)
 
-    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.evaluation.evaluate import evaluation  # noqa: PLC0415
-    from cdc_mmpg.methods.fine_tuning import FineTuning  # noqa: PLC0415
-    from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
-
     model, data = experiment.model, experiment.dataset
     if not isinstance(model, FineTuning):
         raise ConfigError(f"{run}: not a fine-tuning run, from which devices begin (make train METHOD=fine_tuning)")
@@ -160,8 +157,6 @@ class Comparison:
 
     def outcomes(self) -> dict[str, tuple[Any, Any]]:
         """By case: which test questions it answers, and prediction and label of each."""
-        import torch  # noqa: PLC0415  see `training.cli`
-
         start = perf_counter()
         test = self.data.dataset("test", augment=False)
         features = self.features(test)
@@ -182,8 +177,6 @@ class Comparison:
 
     def features(self, dataset: Any) -> "Tensor":
         """(N, T, 192) of all its samples, in the batches of a test."""
-        import torch  # noqa: PLC0415  see `training.cli`
-
         with torch.no_grad():
             found = [self.model.encode(batch).frame_features for batch in self.data.batches(dataset, shuffle=False)]
         return torch.cat(found)
@@ -194,8 +187,6 @@ class Comparison:
         Args:
             test: (N, T, 192) features of the test questions.
         """
-        import torch  # noqa: PLC0415  see `training.cli`
-
         questions, origins = self.data.device_labels()
         theirs, asked = by_device(origins), by_device(self.data.origins("test"))
         devices = [device for device in theirs if device in asked and len(theirs[device]) > max(LABELS)]
@@ -290,11 +281,6 @@ class Comparison:
             rate: of AdamW.
             steps: in rising order.
         """
-        import torch  # noqa: PLC0415  see `training.cli`
-        import torch.nn.functional as F  # noqa: PLC0415
-
-        from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415
-
         weights = {
             name: value.detach().expand(len(chosen), *value.shape).clone().requires_grad_()
             for name, value in self.model.named_parameters()
@@ -319,14 +305,11 @@ class Comparison:
 
     def answers(self, weights: Mapping[str, "Tensor"], features: "Tensor", asked: "Tensor") -> "Tensor":
         """(D, Q) what devices with such weights answer to questions `asked` (D, Q) of those with features (N, ...)."""
-        import torch  # noqa: PLC0415  see `training.cli`
-
         with torch.no_grad():
             return self._side_by_side(weights, features[asked.clamp(min=0)]).argmax(-1)
 
     def _side_by_side(self, weights: Mapping[str, "Tensor"], features: "Tensor") -> "Tensor":
         """(D, K, L) scores of features (D, K, T, 192), each device with its own weights (D, ...)."""
-        from torch.func import functional_call, vmap  # noqa: PLC0415  see `training.cli`
 
         def one(own: dict[str, "Tensor"], theirs: "Tensor") -> Any:
             return functional_call(self.model, own, (theirs,))
@@ -350,8 +333,6 @@ class Comparison:
 
     def _tent_by_device(self, dataset: Any, asked: Mapping[str, Sequence[int]], recipe: TentRecipe) -> "Tensor":
         """(N,) answers to all questions, every device's own adaptation beginning with the run's weights."""
-        import torch  # noqa: PLC0415  see `training.cli`
-
         found = torch.empty(len(dataset), dtype=torch.long)
         for own in asked.values():
             parts = [own[start : start + recipe.questions] for start in range(0, len(own), recipe.questions)]
@@ -380,16 +361,12 @@ def by_device(origins: Sequence["SampleOrigin"]) -> dict[str, list[int]]:
 
 def padded(rows: Sequence[Sequence[int]]) -> "Tensor":
     """(R, most) of rows of numbers, -1 where a row has fewer."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
     most = max(map(len, rows))
     return torch.tensor([[*row, *[-1] * (most - len(row))] for row in rows])
 
 
 def layer_norms(model: Any) -> dict[str, "Tensor"]:
     """Scales and shifts of a model's LayerNorms, by name."""
-    from torch import nn  # noqa: PLC0415  see `training.cli`
-
     return {
         f"{name}.{own}": value
         for name, module in model.named_modules()
@@ -413,8 +390,6 @@ def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: floa
     Returns:
         (N,) the class that each question is answered with.
     """
-    import torch  # noqa: PLC0415  see `training.cli`
-
     weights = layer_norms(model)
     before = {name: value.detach().clone() for name, value in weights.items()}
     optimizer = torch.optim.Adam(weights.values(), rate)

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +32,14 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from cdc_mmpg.data.interface import Content, Controls
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import lock_folder
+from cdc_mmpg.models.weights import read_state_dict
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
-
-if TYPE_CHECKING:
-    from cdc_mmpg.data.interface import Content
+from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,6 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     if is_done(folder, source):
         return
     experiment = reopen(run)
-
-    from cdc_mmpg.data.interface import Controls  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.models.weights import read_state_dict  # noqa: PLC0415
-    from cdc_mmpg.training.sessions import SessionDataModule  # noqa: PLC0415
 
     model, data = experiment.model, experiment.dataset
     knows_contents = isinstance(data, Controls)

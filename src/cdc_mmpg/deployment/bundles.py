@@ -10,9 +10,10 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from cdc_mmpg.deployment.bundle_files import (
     DEVICE_FOLDERS,
@@ -38,11 +39,9 @@ from cdc_mmpg.device.model import (
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import file_digest
+from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.results import provenance
 from cdc_mmpg.wire.messages import digest
-
-if TYPE_CHECKING:
-    from cdc_mmpg.methods.answering import Answering
 
 MAX_SCORE_DIFFERENCE = 1e-4  # between scores of the float32 bundle and torch's
 
@@ -54,8 +53,6 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         CheckpointError: the float32 bundle's scores differ from torch's.
         CDCError: a file cannot be written.
     """
-    import torch  # noqa: PLC0415  see `training.cli`
-
     start = perf_counter()
     method = source.method
     with torch.no_grad():

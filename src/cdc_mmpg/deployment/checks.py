@@ -3,21 +3,22 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
+from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
 from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, GENERATOR
 from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError
+from cdc_mmpg.evaluation.metrics import RIGHT
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
-
-if TYPE_CHECKING:
-    from cdc_mmpg.data.interface import VideoTextData
-    from cdc_mmpg.models.generator import Generator
 
 MAX_TEST_QUESTIONS = 1_000  # that bundles are evaluated on
 SESSION_ANCHORS = 16  # clips
@@ -28,10 +29,6 @@ def compare_with_torch(source: Source, bundle: Path) -> float:
 
     Inputs are noise, in every number of frames that the bundle takes.
     """
-    import torch  # noqa: PLC0415  see `training.cli`
-
-    from cdc_mmpg.data.batch import VideoTextBatch  # noqa: PLC0415
-
     method, model = source.method, DeviceModel(bundle, threads=1)
     generator, largest = np.random.default_rng(0), 0.0
     layer = torch.from_numpy(model.shared)
@@ -71,10 +68,6 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     Raises:
         CheckpointError: the run's own answers are not there, or of other questions.
     """
-    from cdc_mmpg.data.batch import UNKNOWN_LABEL  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.data.interface import SampleOrigin  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.evaluation.metrics import RIGHT  # noqa: PLC0415
-
     labels = data.labels("test").tolist()
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:MAX_TEST_QUESTIONS].tolist())
     predictions = run / "predictions.test.csv"
@@ -90,7 +83,6 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
         right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise CheckpointError(f"{predictions}: not what a test leaves ({error}): train anew") from error
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415  see `training.cli`
 
     generator = Generator.load(out / "cloud" / GENERATOR)
     found: dict[str, Any] = {"questions": len(drawn),
@@ -113,8 +105,6 @@ def answer_on_device(
     model: DeviceModel, source: Source, data: "VideoTextData", drawn: Sequence[int], generator: "Generator"
 ) -> list[int]:
     """Return a device's answers to test questions, with layers from the cloud's generator."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
     test: Any = data.dataset("test", augment=False)
     place = {old: new for new, old in enumerate(source.kept)}
     unknown = place[source.words.index("[UNK]")]

@@ -5,18 +5,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cdc_mmpg.deployment.bundle_files import CLOUD_SETTINGS, GENERATOR, SIGNING_KEY, write_settings
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import atomic_write
+from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.results import provenance
 from cdc_mmpg.wire.messages import Versions, digest
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from cdc_mmpg.models.generator import Generator
 
 TIMED_MIN_WEIGHTS = 1_000_000  # of a generator, from which their precision matters to its speed
 BFLOAT16_MIN_SPEEDUP = 1.1  # over float32, for bfloat16 to be chosen
@@ -60,9 +60,6 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
         CheckpointError: there is a file, and it holds no such key, or others may read it.
         CDCError: it cannot be written.
     """
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  see `training.cli`
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
-
     if not os.path.lexists(path):
         content = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -83,10 +80,6 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
 
 def choose_weight_precision(path: Path) -> dict[str, Any]:
     """Return the precision in which this machine should hold the weights, and the measured milliseconds by batch."""
-    import torch  # noqa: PLC0415  see `training.cli`
-
-    from cdc_mmpg.models.generator import Generator  # noqa: PLC0415
-
     if sum(value.numel() for value in Generator.load(path).state_dict().values()) < TIMED_MIN_WEIGHTS:
         return {"weights": "float32"}
     milliseconds: dict[str, dict[str, float]] = {}

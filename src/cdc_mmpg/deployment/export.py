@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, EXPORT_REPORT
-from cdc_mmpg.deployment.bundles import write_bundles
-from cdc_mmpg.deployment.checks import evaluate_bundles
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.media.frames import shorter_side
+from cdc_mmpg.media.text import BERT_SIZE, TextEncoder
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import write_json
 from cdc_mmpg.training.reopen import reopen, results_of
@@ -77,7 +77,8 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
     refuse_unservable(results)
 
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `training.cli`
-    from cdc_mmpg.media.text import TextEncoder  # noqa: PLC0415
+    from cdc_mmpg.deployment.bundles import write_bundles  # noqa: PLC0415
+    from cdc_mmpg.deployment.checks import evaluate_bundles  # noqa: PLC0415
     from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
 
     experiment = reopen(run)
@@ -111,7 +112,7 @@ def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool 
     Raises:
         ConfigError: the configurations do not make a method that can be served.
     """
-    from cdc_mmpg.media.text import BERT_SIZE  # noqa: PLC0415
+    from cdc_mmpg.deployment.bundles import write_bundles  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
     from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `training.cli`
 
@@ -174,8 +175,6 @@ def check_servable(method: Any, task: str) -> None:
 
 def _frame_settings(settings: dict[str, Any]) -> dict[str, int]:
     """Return which frames the encoder sees, and how large: number, candidates, size and side in pixels."""
-    from cdc_mmpg.media.frames import shorter_side  # noqa: PLC0415  see `training.cli`
-
     size = settings["image_size"]
     return {"number": settings["num_frames"], "candidates": settings["candidates"], "size": size,
             "side": settings["resize"] or shorter_side(size)}  # fmt: skip

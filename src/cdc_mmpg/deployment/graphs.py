@@ -4,27 +4,24 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from cdc_mmpg.data.batch import normalise
 from cdc_mmpg.deployment.source import Source
-
-if TYPE_CHECKING:
-    import onnx
-    from torch import Tensor
-
-    from cdc_mmpg.methods.answering import Answering
-    from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.methods.answering import Answering
+from cdc_mmpg.models.all_in_one import AllInOne
 
 MAX_FOLDED_NUMBERS = 1 << 22  # of a constant that is computed at export
 
 
 def export_encoder(source: Source) -> "onnx.ModelProto":
     """Export the encoder for one clip: frames (T, S, S, 3) uint8, ids (1, L), no padding -> features (T, 192)."""
-    import torch  # noqa: PLC0415  see `training.cli`
-    from torch import nn  # noqa: PLC0415
-
-    from cdc_mmpg.data.batch import normalise  # noqa: PLC0415
-
     encoder: AllInOne = copy.deepcopy(source.method.encoder).float().eval()
     table = encoder.text_embeddings.word_embeddings.weight.detach()
     encoder.text_embeddings.word_embeddings = nn.Embedding.from_pretrained(table[source.kept])
@@ -53,9 +50,6 @@ def export_encoder(source: Source) -> "onnx.ModelProto":
 
 def export_head(method: "Answering") -> "onnx.ModelProto":
     """Export the head: features (K, T, 192) of a clip with K texts, a layer (L, D + 1) -> scores, upload (192,)."""
-    import torch  # noqa: PLC0415  see `training.cli`
-    from torch import nn  # noqa: PLC0415
-
     choosing = method.head.task == "multiple_choice"
 
     class OneSample(nn.Module):
@@ -85,9 +79,6 @@ def _export_onnx(
     module: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], shapes: dict[str, Any]
 ) -> "onnx.ModelProto":
     """Export a module as ONNX, without traces of its making."""
-    import torch  # noqa: PLC0415  see `training.cli`
-    from onnxscript import optimizer  # noqa: PLC0415
-
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             module.eval(), example, dynamo=True, input_names=inputs, output_names=outputs, dynamic_shapes=shapes,
@@ -115,8 +106,6 @@ def quantise(content: bytes, scratch: Path) -> bytes:
     signed ones with VNNI: unsigned 0.83 times the error of the features in 1.4 times the time, 7 bits 1.6 times the
     error in the same time. On ARM, where phones are, unsigned ones have an instruction of their own.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  see `training.cli`
-
     whole, narrow = scratch / "whole.onnx", scratch / "narrow.onnx"
     whole.write_bytes(content)
     level = logging.getLogger().level
