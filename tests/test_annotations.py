@@ -47,7 +47,7 @@ def test_other_encodings_are_refused(tmp_path, reader):
         reader(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_paths_that_are_no_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_text(tmp_path)
 
@@ -255,7 +255,7 @@ def unprivileged():
     shutil.rmtree(folder)
 
 
-def test_what_may_not_be_read_is_refused_by_name(unprivileged):
+def test_unreadable_annotation_files_are_refused_by_name(unprivileged):
     folder = unprivileged / "clips"
     folder.mkdir()
     (folder / "a.mp4").touch()
@@ -277,7 +277,7 @@ def test_what_may_not_be_read_is_refused_by_name(unprivileged):
 @pytest.mark.parametrize(
     ("content", "line"), [("red\nblue\x85green\n", 2), ("red\n\nblue\n", 2), ("a\tb\nred\nblue\n", 1)]
 )
-def test_what_could_shift_the_classes_of_a_vocabulary_is_refused(content, line, tmp_path):
+def test_answers_that_would_shift_the_vocabularys_classes_are_refused(content, line, tmp_path):
     """`str.splitlines` ends a line at more characters than those that read a vocabulary elsewhere."""
     path = tmp_path / "answer_set.txt"
     path.write_text(content)

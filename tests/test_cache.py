@@ -73,7 +73,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return forbid
 
 
-def test_what_it_holds(tmp_path):
+def test_cached_frames_are_the_candidates_of_each_clip(tmp_path):
     clips = {"a clip/of: ünusual näme": write_clip(tmp_path / "long.avi", frames=40)}
     clips |= {"index": write_clip(tmp_path / "brief.avi", frames=2)}
     cache = make_cache(tmp_path)
@@ -96,7 +96,7 @@ def test_what_it_holds(tmp_path):
     np.testing.assert_array_equal(later.read("index", [0, 8]), cache.read("index", [0, 8]))
 
 
-def test_what_becomes_of_one_clip(tmp_path, forbid):
+def test_decoding_one_clip_keeps_its_candidates(tmp_path, forbid):
     """As a decoding process does it, without one."""
     settings = decoding.DecodingSettings(tmp_path / "frames", 3, 3, 32, 38, "pyav")
     settings.folder.mkdir()
@@ -199,7 +199,7 @@ def test_no_decoder_stays_behind_when_it_hangs(tmp_path):
         time.sleep(0.01)
 
 
-def test_what_killed_runs_left_is_removed_before_and_after(tmp_path, monkeypatch):
+def test_leftovers_of_killed_runs_are_removed(tmp_path, monkeypatch):
     """A decoder of a killed run may live on for a moment."""
     cache, late = make_cache(tmp_path), subprocess.Popen(["sleep", "60"])
     cache.folder.mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_a_touched_or_moved_clip_is_not_decoded_again(tmp_path, forbid):
     assert cache.fill(clips, 1) == {}
 
 
-def test_what_cannot_be_decoded_is_remembered(tmp_path, forbid, monkeypatch):
+def test_clips_that_cannot_be_decoded_are_remembered(tmp_path, forbid, monkeypatch):
     clips, cache = make_clips(tmp_path, 1), make_cache(tmp_path)
     clips["no"] = tmp_path / "no.mp4"
     clips["no"].write_text("<html>404</html>")
@@ -407,7 +407,7 @@ def test_decoders_that_do_not_start_are_an_error(tmp_path, monkeypatch, capfd):
         make_cache(tmp_path).fill(make_clips(tmp_path, 1), 1)
 
 
-def test_what_is_no_file_is_named_and_forgotten(tmp_path):
+def test_clips_that_are_no_files_are_named_and_tried_again(tmp_path):
     clips, cache = make_clips(tmp_path, 1), make_cache(tmp_path)
     clips |= {"pipe": tmp_path / "pipe", "folder": tmp_path, "absent": tmp_path / "absent.avi"}
     os.mkfifo(clips["pipe"])

@@ -443,7 +443,7 @@ def test_features_of_one_value_and_of_next_to_nothing_are_answered(kind, running
         assert model.answers(reply.body, upload)
 
 
-def test_what_is_asked_beside_layers(cloud):
+def test_health_and_metrics_are_served(cloud):
     assert (get(cloud.port, "/health").status, get(cloud.port, "/health").body) == (200, b'{"status":"alive"}')
     page = get(cloud.port, "/metrics")
     assert page.status == 200

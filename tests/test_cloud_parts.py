@@ -151,7 +151,7 @@ def test_keys_in_a_file_and_in_a_header(tmp_path):
         read_keys(str(tmp_path / "absent"))
 
 
-def test_who_reaches_an_address():
+def test_loopback_addresses_are_told_from_others():
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
         assert is_local_only(host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", ""):
@@ -233,7 +233,7 @@ def upload(served: ServedModel, feature: np.ndarray, kind: str) -> tuple[bytes, 
     return content, decode_upload(content, served.layouts, served.versions)
 
 
-def test_what_waits_together_is_answered_each_by_its_own_layer(served):
+def test_batched_requests_each_get_their_own_layer(served):
     features = [FEATURE, -FEATURE, FEATURE[::-1].copy(), np.full(192, 1e-13)]
     waiting = [upload(served, feature, kind) for feature, kind in
                zip(features, ("float32", "low_rank", "int8", "float32"), strict=True)]  # fmt: skip
@@ -427,7 +427,7 @@ def test_a_client_without_room_is_told_to_come_again(served):
     assert own.door.places.free == 1
 
 
-def test_who_imports_the_service_without_its_libraries_is_told_by_the_import(monkeypatch):
+def test_importing_the_service_without_its_libraries_names_them(monkeypatch):
     for name in ("__main__", "model"):  # so that they are imported again
         monkeypatch.delitem(sys.modules, f"cdc_mmpg.cloud.{name}")
     monkeypatch.setitem(sys.modules, "torch", None)

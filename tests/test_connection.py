@@ -247,7 +247,7 @@ def test_a_handshake_that_never_ends_holds_no_thread(deployed, clip, monkeypatch
         assert not device._asking.is_alive()
 
 
-def test_what_a_refusal_says_moves_no_cursor_and_tells_no_key(deployed, fake, clip):
+def test_refusal_texts_are_shown_without_control_characters_or_keys(deployed, fake, clip):
     fake.change = lambda layer: (403, {}, "\x1b[2J\x07 of\u202e \x9b1m s3cr3t-key\r\n".encode() + b"\xff\xfe")
     answer = open_device(deployed, fake.url, key="s3cr3t-key", deadline=20.0).answer(clip, QUESTION)
     assert "the cloud refused: 403" in answer.trouble

@@ -270,7 +270,7 @@ HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_makes_the_host_wait_is_counted_by_its_line(name):
+def test_host_synchronisations_are_counted_by_line(name):
     times, operation = OPERATIONS[name]
     with CudaDouble() as card:
         given = values()
@@ -352,7 +352,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cuda_refuses_is_refused_with_its_line(name):
+def test_operations_that_cuda_refuses_are_refused_with_their_line(name):
     line = (assign.__code__.co_firstlineno + 2) if "by a mask" in name else REFUSED[name].__code__.co_firstlineno
     with CudaDouble(), pytest.raises(DeviceError, match=f"tests/test_cuda_double.py:{line}: "):
         REFUSED[name](*values())
@@ -367,7 +367,7 @@ def test_a_gpu_refuses_it(name):
 
 
 @pytest.mark.parametrize("place", ["double", pytest.param("gpu", marks=[pytest.mark.gpu, HAS_GPU])])
-def test_what_cuda_allows_is_allowed(place):
+def test_operations_that_cuda_allows_are_allowed(place):
     with CudaDouble() if place == "double" else nullcontext():
         x, mask, _ = values()
         one = torch.tensor(1.0)

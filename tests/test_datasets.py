@@ -384,7 +384,7 @@ def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_on
                                   "--model.init_args.head.init_args.per_candidate=true"), "candidates=5"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused_with_the_reason(
+def test_impossible_settings_are_refused_with_the_reason(
     dataset, method, more, message, roots, tmp_path, phase_one, capsys
 ):
     assert main(run(dataset, method, roots[dataset], tmp_path, phase_one, *more)) == 2

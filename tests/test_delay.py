@@ -114,7 +114,7 @@ def test_proxy_delivers_every_byte_and_no_sooner(size):
     ("folder", "options"),
     [("none/msvd", []), ("file", []), ("msvd", ["--requests", "0"]), ("msvd", ["--congestion", "carrier-pigeon"])],
 )
-def test_what_cannot_be_measured_is_refused_at_once(folder, options, tmp_path, capsys):
+def test_impossible_measurements_are_refused_at_once(folder, options, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert delay.main([str(tmp_path / folder), *options]) == 2
     assert "ConfigError" in capsys.readouterr().err

@@ -352,7 +352,7 @@ def test_a_bundle_that_changed_is_refused_by_name(deployed, tmp_path, name):
         DeviceModel(bundle)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path, deployed):
+def test_damaged_or_foreign_bundles_are_refused(tmp_path, deployed):
     with pytest.raises(CheckpointError, match="not a whole device bundle"):
         DeviceModel(tmp_path)
     bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))

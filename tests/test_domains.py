@@ -197,7 +197,7 @@ def test_severities_are_ordered_and_the_clean_domain_is_clean(what, picture):
     assert len(set(changes)) == 6
 
 
-def test_what_each_corruption_does(picture):
+def test_each_corruption_changes_frames_as_described(picture):
     grey = np.full((1, 40, 60, 3), 128, np.uint8)
     noise = add_noise(grey, 20, "a").astype(float) - 128
     assert abs(noise.std() - 20) < 1
@@ -234,7 +234,7 @@ def test_each_corruption_by_its_formula():
     assert {found.min(), found.max()} == {0, 255}
 
 
-def test_what_tells_frames_from_those_in_the_cache():
+def test_each_domain_has_its_effect_in_the_frames_digest():
     corruptions, found = shift("corruptions", *DEFAULT_HELD_OUT["corruptions"]), {}
     for number in range(400):
         clip = f"clip{number}"
@@ -382,7 +382,7 @@ def test_a_pool_holds_the_training_clips_of_its_domain_and_no_other(kind, task, 
         assert np.array_equal(sessions.anchors.frames(0, place), expected)
 
 
-def test_what_is_held_out_is_counted_and_said(folders, caplog, tmp_path):
+def test_held_out_domains_are_counted_and_reported(folders, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     data = ready(folders, domains="categories")
     summary = data.summary()
@@ -536,7 +536,7 @@ def test_the_oracle_is_told_casts_that_somebody_knows(kind, code, folders, tmp_p
     assert (tmp_path / "data" / "features").exists() == (not code)  # before anything slow
 
 
-def test_it_trains_and_the_test_tells_unseen_from_seen(folders, tmp_path, capsys):
+def test_training_on_domains_reports_seen_and_unseen(folders, tmp_path, capsys):
     given = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera12,camera20]"]
     for method in ("linear", "cdc_mmpg_session"):
         axes = ["--model.init_args.axes=1"] if method == "cdc_mmpg_session" else []  # two devices have two clips

@@ -88,7 +88,7 @@ def test_no_product_of_the_int8_encoder_saturates_on_any_processor(deployed, kin
         assert weight.dtype == np.uint8 or np.abs(weight.astype(int)).max() <= 64
 
 
-def test_all_words_stay_where_that_is_asked_for(monkeypatch, tmp_path):
+def test_the_whole_vocabulary_is_kept_on_request(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "MAX_WORDS", 20)
     sources: list[Source] = []
 
@@ -215,7 +215,7 @@ def test_rounded_weights_make_nearly_the_same_layers():
     assert (ours - theirs).norm() < 0.01 * ours.norm()
 
 
-def test_what_is_no_generator_is_refused(tmp_path):
+def test_files_that_are_no_generator_are_refused(tmp_path):
     from cdc_mmpg.models.weights import save_safetensors
 
     save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
@@ -246,7 +246,7 @@ def test_offline_a_generating_method_answers_with_its_mean_layer():
         (lambda: CDCMMPGSession(tiny(), OpenEnded(5), oracle=True), "oracle"),
     ],
 )
-def test_what_cannot_be_served_is_refused(method, message):
+def test_methods_that_cannot_be_served_are_refused(method, message):
     made = method()
     with pytest.raises(ConfigError, match=message):
         export.check_servable(made, made.head.task)

@@ -119,7 +119,7 @@ def test_the_running_mean_forgets_after_a_hundred_steps():
     assert adaptor.seen == 102
 
 
-def test_what_arrives_in_int8_is_the_nearest_of_255_multiples_of_the_scale():
+def test_int8_weights_are_the_nearest_of_255_multiples_of_the_scale():
     part = torch.tensor([[0.3, -1.27, 0.004, 0.016], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -4e-3, 127e-4]])
     (arrived,) = as_sent((part,), "int8")
     scales = np.float32(np.float16(np.array([0.01, 0, 1e-4])))[:, None]
@@ -161,7 +161,7 @@ NUMBERS = {"as printed": 0, "projected": 0, "contracted": 0, "low rank": 3, "bas
 @torch.no_grad()
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", ADAPTORS)
-def test_what_the_cloud_serves_is_the_same_after_a_file(name, reader, tmp_path):
+def test_a_generator_is_the_same_after_saving_and_loading(name, reader, tmp_path):
     torch.manual_seed(0)
     generator = Generator(READERS[reader](), ADAPTORS[name]()).eval()
     for parameter in generator.parameters():
@@ -194,7 +194,7 @@ def test_what_the_cloud_serves_is_the_same_after_a_file(name, reader, tmp_path):
             assert_agree(matrix, wanted)
 
 
-def test_what_is_no_generator_is_refused(tmp_path):
+def test_files_that_are_no_generator_are_refused(tmp_path):
     path = tmp_path / "generator.safetensors"
     generator = Generator(torch.nn.Identity(), LowRankFDA(6, 7, 3))
     for reader, adaptor in (

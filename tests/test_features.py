@@ -157,7 +157,7 @@ def test_in_training_one_caption_of_a_clip_is_drawn_anew_every_epoch():
     assert plain.__getitems__([(0, 1)]).labels.tolist() == [5]
 
 
-def test_what_is_drawn_follows_from_seed_epoch_and_index_and_is_even():
+def test_frames_are_drawn_evenly_from_seed_epoch_and_index():
     def draws(seed: int = 0, index: int = 0) -> list[int]:
         return [draw_text(seed, epoch, index, 5) for epoch in range(500)]
 

@@ -151,7 +151,7 @@ def test_an_epoch_can_be_entered_behind_any_step_of_it():
         ((32, 4, 2), (32, 4, 2), 4),
     ],
 )
-def test_what_a_device_holds_follows_from_the_step_and_the_devices(arguments, plan, accumulated):
+def test_the_per_device_batch_follows_from_step_and_devices(arguments, plan, accumulated):
     assert plan_batches(*arguments) == plan
     assert plan_batches(*arguments).accumulated == accumulated
 
@@ -165,7 +165,7 @@ def test_what_a_device_holds_follows_from_the_step_and_the_devices(arguments, pl
         ((256, 100, 2), "128 of 256 questions, does not divide into batches of 100.*take 64 or 128"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_the_numbers_that_do(arguments, said):
+def test_indivisible_batches_are_refused_with_the_numbers_that_divide(arguments, said):
     with pytest.raises(ConfigError, match=said):
         plan_batches(*arguments)
 

@@ -81,7 +81,7 @@ LIGHT = (
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_what_a_device_and_a_quick_answer_need_imports_no_torch(name):
+def test_light_modules_import_no_torch(name):
     heavy = {"torch", "lightning", "timm", "transformers", "torchmetrics"}
     place = ROOT / "src" / "cdc_mmpg" / name
     paths = list(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
@@ -271,7 +271,7 @@ def test_the_embedded_dataset_makes_itself_and_its_encoder_first():
     assert any("experiments/tuned/synthetic.cdc_mmpg_session.yaml" in line for line in listed)  # what was tuned
 
 
-def test_what_is_tuned_says_how():
+def test_tuned_settings_say_how_they_were_picked():
     tuned = list((ROOT / "experiments" / "tuned").iterdir())
     assert tuned
     for path in tuned:
@@ -295,7 +295,7 @@ def test_a_clip_whose_name_begins_with_a_dash_reaches_the_program():
         assert {"--video=-aaMGK6RGzw_57_61.avi", "--question=-what?"} <= set(words)
 
 
-def test_what_predicts_is_what_is_exported():
+def test_predict_export_and_serve_take_the_same_run():
     """After `make train` alone nothing else need be said."""
     ran = [make(target, "-s") for target in ("predict", "export", "serve")]
     run = "checkpoints/synthetic/cdc_mmpg_session/seed0"
@@ -460,7 +460,7 @@ def test_the_page_on_adding_a_dataset_is_true(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("room", mutate.ROOMS)
-def test_what_is_mutated_and_what_tests_it_are_there(room):
+def test_mutated_sources_and_their_tests_exist(room):
     assert mutate.sources(room)
     for name in mutate.ROOMS[room][1].split():
         assert (ROOT / "tests" / f"test_{name}.py").is_file()

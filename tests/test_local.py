@@ -33,7 +33,7 @@ def test_a_server_that_does_not_get_ready_is_ended(tmp_path):
     assert server.process.returncode == -signal.SIGTERM
 
 
-def test_what_does_not_end_is_killed(tmp_path):
+def test_a_process_that_does_not_end_is_killed(tmp_path):
     process = LocalProcess("a process", python(STUBBORN), tmp_path / "log")
     assert process.stop() == 0  # before it began
     process.begin()

@@ -76,7 +76,7 @@ def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
 
 
 @pytest.mark.parametrize("name", ANSWERING)
-def test_what_trains_is_what_moves(name, phase_one, tmp_path):
+def test_exactly_the_trainable_parameters_change(name, phase_one, tmp_path):
     method = build(name, phase_one, learning_rate=1e-3)
     before = {key: value.clone() for key, value in method.named_parameters()}
     train(method, batch(), 3, tmp_path)

@@ -83,7 +83,7 @@ def test_only_devices_with_labels_are_counted_where_labels_are_used(done):
     assert right == pytest.approx(accuracy["labels_15"]["unseen"]["all"]["value"])
 
 
-def test_what_was_picked_stands_beside_what_was_not(done):
+def test_settings_picked_on_validation_stand_beside_the_others(done):
     recipe = read(done)["recipe"]
     for number in (2, 5, 15):
         own = recipe[f"labels_{number}"]
@@ -110,7 +110,7 @@ def test_the_second_time_it_is_finished_unless_the_run_changed(run, done, tmp_pa
     assert json.loads((copy / "on_device" / "seed0" / "results.json").read_text())["made_of"] != read(done)["made_of"]
 
 
-def test_what_is_no_fine_tuning_run_is_refused(run, fit, tmp_path, capsys):
+def test_other_runs_than_fine_tuning_are_refused(run, fit, tmp_path, capsys):
     assert on_device.main([str(tmp_path)]) == 4
     assert "not a finished run" in capsys.readouterr().err
     assert train(fit("linear")) == 0

@@ -61,7 +61,7 @@ def test_vectors_too_small_for_their_scale_become_zero():
 
 
 @pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
-def test_what_comes_back(precision):
+def test_decoded_matrices_are_the_encoded_ones_rounded(precision):
     generator = np.random.default_rng(0)
     matrices = [generator.normal(size=shape).astype(np.float32) * 3 for shape in ((5, 7), (1, 40))]
     matrices[0][2] = 0  # a vector without a largest magnitude
@@ -84,7 +84,7 @@ def test_another_length_is_refused(precision):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
-def test_what_is_not_finite_is_neither_sent_nor_taken(precision, value):
+def test_non_finite_payloads_are_neither_encoded_nor_decoded(precision, value):
     with pytest.raises(DataError, match="not finite"):
         encode_matrices([np.array([[1, value]], np.float32)], precision)
     content = bytearray(encode_matrices([np.ones((1, 2), np.float32)], precision))

@@ -79,7 +79,7 @@ def test_the_environment_counts_only_for_what_a_command_reads():
     assert Request("predict", {}, environment).served_run == "checkpoints/msvd/linear/seed0"
 
 
-def test_what_is_no_dataset_keeps_its_name():
+def test_dataset_aliases_leave_other_names_alone():
     assert find_dataset_name("my_qa") == "my_qa"
     assert find_dataset_name("MSR-VTT QA") == "msrvtt"
 
@@ -135,7 +135,7 @@ def test_each_of_the_runs_side_by_side_sees_its_own_gpu(tmp_path, msvd):
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["6", "7"]
 
 
-def test_what_trains_nothing_is_done_in_order(tmp_path):
+def test_steps_that_train_nothing_run_in_order(tmp_path):
     done = []
     executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: done.append(program) or 0)
     assert executor.execute() == 0

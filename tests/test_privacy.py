@@ -67,7 +67,7 @@ def noise() -> dict[tuple[str, int], dict[str, float]]:
     return by_name(probe_all(*world(False), seed=0))
 
 
-def test_what_was_planted_is_found(planted):
+def test_probes_find_what_was_planted(planted):
     for what in ("device", "count", "shape", "true color", "look"):
         assert planted[what, 1]["accuracy"] > 0.9, what
         assert planted[what, 1]["low"] > planted[what, 1]["majority"]
@@ -80,7 +80,7 @@ def test_what_was_planted_is_found(planted):
         assert curve == sorted(curve, reverse=True)  # the more clips, the less about one of them
 
 
-def test_nothing_is_found_in_noise(noise):
+def test_probes_find_nothing_in_noise(noise):
     for (what, number), probe in noise.items():
         if "degrees" in probe:
             assert abs(probe["degrees"] - 90) < 30, (what, number)
@@ -190,7 +190,7 @@ def test_the_command_writes_what_it_found_once(run, capsys):
     assert "written" in capsys.readouterr().out
 
 
-def test_what_cannot_be_probed_is_refused(run, fit, tmp_path, capsys):
+def test_runs_that_cannot_be_probed_are_refused(run, fit, tmp_path, capsys):
     assert privacy.main([str(tmp_path)]) == 4
     assert "not a finished run" in capsys.readouterr().err
     assert train(fit("linear")) == 0

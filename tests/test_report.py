@@ -267,7 +267,7 @@ def test_the_page_stands_alone_and_is_readable_by_anybody(runs):
     assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", html.lower())
 
 
-def test_it_says_what_the_figures_say(runs):
+def test_the_page_states_the_findings(runs):
     _, page, _ = read(runs)
     text = "".join(page.text)
     assert "Per-sample adaptation (CDC-MMPG) shows no difference to fine-tuning that this test can tell" in text
@@ -304,7 +304,7 @@ def test_examples_are_chosen_by_a_rule_and_shown(runs, tmp_path):
     assert both[0] - both[1] == pytest.approx(gain * unseen / 100)
 
 
-def test_what_was_resumed_is_one_curve(runs):
+def test_a_resumed_run_is_one_curve(runs):
     run = Evidence(runs).find_runs("linear")[0]
     log = run.path / "logs" / "version_1" / "metrics.csv"
     log.parent.mkdir()

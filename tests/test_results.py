@@ -109,7 +109,7 @@ def test_files_that_git_does_not_know_make_a_commit_dirty(name, dirty, tmp_path,
     assert results.provenance()["commit"] == (f"{clean}-dirty" if dirty else clean)
 
 
-def test_what_is_not_finite_is_written_as_null_and_named(tmp_path, caplog):
+def test_non_finite_numbers_are_written_as_null_and_named(tmp_path, caplog):
     path = tmp_path / "results.json"
     results.write_json({"metrics": {"test/loss": math.nan, "val/loss": 0.5}, "list": [math.inf]}, path)
     assert json.loads(path.read_text()) == {"metrics": {"test/loss": None, "val/loss": 0.5}, "list": [None]}

@@ -64,7 +64,7 @@ def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSessi
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis", "oracle", "concatenated"])
-def test_what_only_the_session_tells_is_learned(name):
+def test_a_cue_that_only_the_session_holds_is_learned(name):
     method = train(build(name), sessions(), 60)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
     method.eval()
@@ -207,7 +207,7 @@ def test_the_mean_layer_holds_no_layer_of_a_sample_without_anchors(name, task):
 
 @pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_what_the_test_answers_with_is_what_the_bytes_say(name, precision):
+def test_test_answers_come_from_the_decoded_bytes(name, precision):
     method = build(name, 17)
     fda = method.fda
     for parameter in fda.parameters():

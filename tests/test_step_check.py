@@ -77,7 +77,7 @@ def test_of_accumulated_batches_the_one_that_is_not_finite_is_named():
         fit([1.0] * 4 + [float("nan"), 1.0], StepCheck(), accumulated=3)
 
 
-def test_nothing_is_saved_of_a_step_that_was_not_looked_at(tmp_path):
+def test_no_state_is_saved_before_its_step_was_checked(tmp_path):
     losses = [1.0, float("nan"), *[1.0] * 4]
     with pytest.raises(DivergedError, match="step 1"):
         fit(losses, StepCheck(), Saver(tmp_path / "after.ckpt", after=1))

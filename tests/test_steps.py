@@ -126,7 +126,7 @@ def test_validation_weighs_samples_not_batches(phase_one):
     assert rows.tolist() == torch.stack([scores.argmax(-1), labels], 1).tolist()
 
 
-def test_what_rounding_does_by_hand():
+def test_rounding_errors_agree_with_a_computation_by_hand():
     layers, sent = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.5, 1.0, 0.0], [2.0, 0.0, 0.0]])
     found = OpenEnded(3).compare(layers, sent)
     assert found["agreement"].item() == 0.5
@@ -469,7 +469,7 @@ def test_most_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypa
     assert [greys for _, greys in asked[8:]] == [own] * 2
 
 
-def test_how_often_the_pretraining_asks_and_looks_once(monkeypatch):
+def test_pretraining_takes_turns_of_captions_and_questions(monkeypatch):
     method, seen = EncoderPretraining(encoder(), OpenEnded(5)), []
     method.trainer = trainer(max_epochs=9)
     nothing = torch.zeros(())

@@ -104,6 +104,18 @@ def test_the_grid_is_run_in_order_and_the_best_stands_first(place, capfd):
     assert len(list(place.glob("checkpoints/sweeps/own-*/*/synthetic/*/seed0/results.json"))) == 4
 
 
+def test_each_run_has_a_gpu_of_its_own_and_as_many_go_at_a_time(place, monkeypatch):
+    path = write(place)
+    seen = (
+        "import os, time\nopen(f'seen.{os.getpid()}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\ntime.sleep(1)\n"
+    )
+    (place / "run.py").write_text(seen + RUN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert sweep.main([str(path)]) == 0
+    assert sorted(file.read_text() for file in place.glob("seen.*")) == ["6", "6", "7", "7"]
+    assert [row[:2] for row in rows(place)[2:]] == [["b", "0.2"], ["a", "0.2"], ["b", "0.1"], ["a", "0.1"]]
+
+
 def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place):
     path = write(place, parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": [0.1]}})
     assert sweep.main([str(path)]) == 0
@@ -184,7 +196,7 @@ def test_a_signal_ends_the_run_at_work(place, number):
         ({"command": ["no-such-program", "${args_no_hyphens}"]}, "command: no-such-program cannot be run"),
     ],
 )
-def test_what_is_wrong_is_refused_with_the_key_and_the_file(place, changed, message, capfd):
+def test_wrong_sweep_files_are_refused_with_key_and_file(place, changed, message, capfd):
     assert sweep.main([str(write(place, **changed))]) == 2
     err = capfd.readouterr().err
     assert message in err

@@ -146,7 +146,7 @@ def by_loops(correct, clips, devices, groups, draws, seed):
 
 
 @pytest.mark.parametrize("clips_of_a_device", [1, 4])
-def test_it_agrees_with_a_bootstrap_by_loops(clips_of_a_device):
+def test_intervals_agree_with_a_bootstrap_by_loops(clips_of_a_device):
     generator = np.random.default_rng(0)
     clips, devices, groups, types = of_devices(generator, devices=21, clips=clips_of_a_device)
     rates = dict(zip(dict.fromkeys(devices), generator.random(21), strict=True))
@@ -159,7 +159,7 @@ def test_it_agrees_with_a_bootstrap_by_loops(clips_of_a_device):
 
 
 @pytest.mark.parametrize(("devices", "clips", "questions", "conditions"), [(144, 7, 3, 8), (500, 1, 26, 1)])
-def test_it_is_quick_and_small(devices, clips, questions, conditions):
+def test_intervals_take_little_time_and_memory(devices, clips, questions, conditions):
     generator = np.random.default_rng(0)
     names = of_devices(generator, devices, clips, questions)
     correct = {str(number): generator.random(len(names[0])) < 0.5 for number in range(conditions)}
@@ -447,7 +447,7 @@ def test_the_caption_says_on_what_the_encoder_was_pretrained(synthetic, monkeypa
     assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in caption_of(synthetic)
 
 
-def test_it_is_printed_and_written(synthetic, capsys, monkeypatch):
+def test_the_table_is_printed_and_written(synthetic, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert tables.main([str(synthetic)]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -677,7 +677,7 @@ def test_recalls_are_paired_and_weigh_both_directions_alike(tmp_path):
                     "unused, or harms."),
     ],
 )  # fmt: skip
-def test_what_a_control_costs_is_said_whichever_way_it_turns_out(shuffled, mean_head, said, tmp_path):
+def test_findings_on_controls_follow_the_sign_of_the_difference(shuffled, mean_head, said, tmp_path):
     root = tmp_path / "synthetic"
     answered_run(root, "cdc_mmpg", cases={"own": 0.7, "shuffled": shuffled, "mean_head": mean_head})
     evidence = Evidence(root)
@@ -694,7 +694,7 @@ def test_what_a_control_costs_is_said_whichever_way_it_turns_out(shuffled, mean_
     [(0.97, "adds to fine-tuning"), (0.2, "loses to fine-tuning"),
      (0.6, "shows no difference to fine-tuning that this test can tell")],
 )  # fmt: skip
-def test_what_adaptation_adds_is_said_whichever_way_it_turns_out(share, said, tmp_path):
+def test_findings_on_adaptation_follow_the_sign_of_the_difference(share, said, tmp_path):
     root = tmp_path / "synthetic"
     answered_run(root, "fine_tuning", cases={"own": 0.6})
     answered_run(root, "cdc_mmpg", cases={"own": share, "bypassed": share})
@@ -780,7 +780,7 @@ def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
     ]
 
 
-def test_what_is_missing_is_named_with_its_command(tmp_path, monkeypatch, capsys):
+def test_missing_runs_are_listed_with_their_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     root = Path("checkpoints") / "msvd"
     for seed in range(2):
@@ -864,7 +864,7 @@ def test_cut_annotation_files_stand_beside_no_published_figure(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.0, False), (0.3, False), (0.7, True)])
-def test_nothing_is_found_in_rows_that_only_guess(share, found, tmp_path):
+def test_rows_that_only_guess_give_no_findings(share, found, tmp_path):
     root = tmp_path / "synthetic"
     floors = {"majority": {"unseen": {"all": cell(0.5)}}}
     cases = {"own": share, "shuffled": share, "bypassed": share, "mean_head": share}

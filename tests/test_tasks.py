@@ -279,7 +279,7 @@ def test_a_choice_is_question_separator_candidate(vocab):
     ],
 )
 @pytest.mark.parametrize("length", [8, 12])
-def test_what_is_cut_never_makes_candidates_equal(vocab, question, options, length):
+def test_truncation_never_makes_candidates_equal(vocab, question, options, length):
     encoder = TextEncoder(vocab, length)
     (own,) = encoder.choices([(question, options)])
     assert len({tuple(ids) for ids in own}) == len(options)

@@ -60,7 +60,7 @@ def test_unknown_words_are_named_once_as_they_were_written(vocab):
         (7, "i j k", ["a b c", "a b d", "a b c"], ["< i j > b c >", "< i j > b d >", "< i j > b c >"]),
     ],
 )
-def test_what_is_cut_of_a_choice(vocab, length, question, options, expected):
+def test_truncation_of_question_and_candidates(vocab, length, question, options, expected):
     encoder = TextEncoder(vocab, length)
     two = encoder.choices([("", ["a"]), (question, options)])
     assert [spelled(ids) for ids in two[1]] == expected
@@ -90,7 +90,7 @@ def test_the_size_of_a_vocabulary(vocab, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-def test_what_is_no_vocabulary_is_refused(tmp_path, missing):
+def test_files_that_are_no_vocabulary_are_refused(tmp_path, missing):
     (tmp_path / "vocab.txt").write_text("\n".join(word for word in WORDS if word != missing))
     with pytest.raises(DataError, match=rf"not a WordPiece vocabulary, it lacks \{missing[:-1]}\]; give a local one"):
         TextEncoder(tmp_path / "vocab.txt")

@@ -125,7 +125,7 @@ def witnessed(synthetic, tmp_path_factory) -> dict[str, tuple[Path, list[Any], A
     }
 
 
-def test_all_finish_on_two_processes(witnessed):
+def test_every_method_finishes_on_two_processes(witnessed):
     assert len(witnessed) == len(METHODS) + 2 * len(OTHERS)
     for run, (folder, _, _) in witnessed.items():
         results = read_results(folder)

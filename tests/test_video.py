@@ -105,7 +105,7 @@ def test_a_clip_that_begins_late(tmp_path, kind, decoder):
 
 
 @pytest.mark.parametrize(("hidden", "options"), [(7, {"bf": "3"}), (15, {"g": "12", "bf": "3"}), (1, {"g": "3"})])
-def test_what_an_edit_list_hides_is_left_out(tmp_path, hidden, options, decoder):
+def test_frames_hidden_by_an_edit_list_are_left_out(tmp_path, hidden, options, decoder):
     """Of itself, decord gives the last frame several times instead."""
     muxer = {"avoid_negative_ts": "disabled"}
     clip = write_timed(tmp_path / "cut.mp4", range(-hidden, 40 - hidden), muxer, **options)
@@ -225,7 +225,7 @@ def test_shorter_side_of_the_paper():
         (None, "no such clip"),
     ],
 )
-def test_what_is_no_clip_is_refused_by_name(tmp_path, content, reason, decoder):
+def test_files_that_are_no_clips_are_refused_by_name(tmp_path, content, reason, decoder):
     path = tmp_path / "fake.mp4"
     if content is not None:
         path.write_bytes(content)

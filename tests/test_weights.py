@@ -84,7 +84,7 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04", b"PK\x03\x04"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
     for name in ("x.ckpt", "x.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         write()
 
 
-def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_died(tmp_path):
+def test_leftovers_of_an_unreaped_dead_process_are_removed(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     leftover = tmp_path / f".array.npy.{HOST}.{child.pid}.tmp"
     leftover.touch()

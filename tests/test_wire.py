@@ -124,7 +124,7 @@ def test_payloads_have_the_published_sizes(layout, size):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
-def test_what_comes_back_of_a_layer(layout):
+def test_layers_survive_encoding_and_decoding(layout):
     upload = encode_upload(FEATURE, layout, VERSIONS)
     arrived = decode_layer(layer(layout, upload), upload, layout, VERSIONS, KEY.public_key())
     assert [matrix.shape for matrix in arrived] == list(layout.shapes)
@@ -134,7 +134,7 @@ def test_what_comes_back_of_a_layer(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYER_KINDS)
-def test_what_comes_back_of_an_upload(layout):
+def test_uploads_survive_encoding_and_decoding(layout):
     got = decode_upload(encode_upload(FEATURE, layout, VERSIONS), LAYOUTS, VERSIONS)
     assert (got.layout, got.versions) == (layout, VERSIONS)
     assert (got.feature == FEATURE).all()
@@ -330,7 +330,7 @@ def test_random_and_mutated_bytes_are_refused_or_right():
     assert taken > 100  # changed features are features
 
 
-def test_what_a_lying_cloud_signs_is_refused_or_finite():
+def test_signed_nonsense_is_refused_or_finite():
     chance = random.Random(8)
     for number in range(2000):
         layout = LAYOUTS[number % len(LAYOUTS)]

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import yaml
@@ -23,6 +25,7 @@ import yaml
 from cdc_mmpg.commands.request import READS, TRAINING
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
+from cdc_mmpg.processors import find_gpus
 from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import find_results, read_results
 
@@ -32,6 +35,8 @@ LABELS = ("name", "description", "project", "entity")
 NEEDED = ("method", "metric", "parameters", "command")
 SERVERS = ("early_terminate", "run_cap")  # what W&B's server does between runs
 ALONE = {"OUT": "every run has a folder of its own", "SEEDS": "a run has one seed: use SEED"}
+
+OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make above, whose job server is not for these
 
 Combination = dict[str, str]
 
@@ -176,7 +181,7 @@ def grid(sweep: Sweep) -> list[Combination]:
 
 
 def by_agent(sweep: Sweep, out: Path) -> None:
-    """Register the sweep and run W&B's agent until the server has no more runs for it.
+    """Register the sweep and run W&B's agent, one for each GPU, until the server has no more runs for it.
 
     Raises:
         CDCError: the server cannot be reached, or refuses the sweep.
@@ -192,13 +197,21 @@ def by_agent(sweep: Sweep, out: Path) -> None:
         ) from error
     os.environ["WANDB_DIR"] = str(place.absolute())  # the agent would use the working directory
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `training.loggers`
-    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make above, whose job server is not for these
+    for name in OF_MAKE:
         os.environ.pop(name, None)
     project = os.environ.get("WANDB_PROJECT") or sweep.config.get("project")
     entity = os.environ.get("WANDB_ENTITY") or sweep.config.get("entity")
     try:
         identity = wandb.sweep(sweep.config, entity=entity, project=project)
-        wandb.agent(identity, entity=entity, project=project)
+        if len(gpus := find_gpus()) < 2:
+            wandb.agent(identity, entity=entity, project=project)
+            return
+        command = [sys.executable, "-m", "wandb", "agent", "/".join(filter(None, (entity, project, identity)))]
+        agents = [subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
+        if code := max(agent.wait() for agent in agents):
+            raise CDCError(f"{sweep.path}: an agent ended with exit code {code}")
+    except CDCError:
+        raise
     except Exception as error:  # the client raises errors of many families
         raise CDCError(
             f"{sweep.path}: W&B's server cannot be reached, or refuses the sweep ({error}); WANDB_MODE=offline runs "
@@ -207,22 +220,30 @@ def by_agent(sweep: Sweep, out: Path) -> None:
 
 
 def by_itself(sweep: Sweep, out: Path) -> None:
-    """Run the grid, a command after another, and write the table; finished combinations are not run again.
+    """Run the grid and write the table; finished combinations are not run again.
+
+    A command goes after another; where there are GPUs, as many go side by side, each with one of its own.
 
     Raises:
         ConfigError: see `grid`.
         CDCError: runs failed; the others are in the table.
     """
     combinations, place = grid(sweep), out / sweep.folder
+    gpus: list[str | None] = [*find_gpus()] or [None]
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    at_work: set[subprocess.Popen[bytes]] = set()
     outcomes: list[Outcome] = []
-    for number, combination in enumerate(combinations, 1):
-        folder = place / name_of(combination)
+
+    def attempt(number: int, combination: Combination) -> Outcome:
+        folder, gpu = place / name_of(combination), free.get()
         print(f"sweep: {number} of {len(combinations)}: {_words(combination)}", flush=True)
         outcome = outcome_of(sweep, combination, folder)
         if outcome.failure:
             own = [f"{name}={value}" for name, value in combination.items()]
             at = sweep.words.index(PARAMETERS)
-            code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"])
+            code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"], gpu, at_work)
             outcome = outcome_of(sweep, combination, folder)
             if code:
                 outcome = Outcome(combination, failure=f"exit code {code}")
@@ -230,9 +251,20 @@ def by_itself(sweep: Sweep, out: Path) -> None:
                 print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
         else:
             print(f"{folder}: finished; delete the folder to run it anew", flush=True)
-        outcomes.append(outcome)
-        with atomic_write(place / "sweep.md") as file:
-            file.write(table(sweep, outcomes).encode())
+        free.put(gpu)
+        return outcome
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        try:
+            for future in [pool.submit(attempt, *numbered) for numbered in enumerate(combinations, 1)]:
+                outcomes.append(future.result())
+                with atomic_write(place / "sweep.md") as file:
+                    file.write(table(sweep, outcomes).encode())
+        except BaseException:  # a signal, or a command that cannot be run
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(at_work):
+                process.send_signal(signal.SIGTERM)
+            raise
     print(f"\n{table(sweep, outcomes)}\n{place / 'sweep.md'}")
     if failed := [outcome for outcome in outcomes if outcome.failure]:
         raise CDCError(
@@ -241,20 +273,26 @@ def by_itself(sweep: Sweep, out: Path) -> None:
         )
 
 
-def _call(command: list[str]) -> int:
-    """Run a command to its end; a signal that ends this process ends the command first, by SIGTERM."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+def _call(command: list[str], gpu: str | None, at_work: set["subprocess.Popen[bytes]"]) -> int:
+    """Run a command to its end; return its exit code.
+
+    Args:
+        command: its words.
+        gpu: the only one that it sees; None leaves that open.
+        at_work: holds the command while it runs.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in OF_MAKE}
+    environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
     try:
         # A group of its own, so that Ctrl-C reaches it once and through here.
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
     except OSError as error:
         raise ConfigError(f"command: {command[0]} cannot be run ({error.strerror or error})") from error
+    at_work.add(process)
     try:
         return process.wait()
-    except SystemExit:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
+    finally:
+        at_work.discard(process)
 
 
 def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
