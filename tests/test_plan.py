@@ -24,7 +24,7 @@ ENVIRONMENT = {
 }
 SMALL = (
     "--model.init_args.encoder.depth=1 --data.init_args.num_classes=5 --data.init_args.image_size=32 "
-    "--data.init_args.num_workers=0 --trainer.accelerator=cpu"
+    "--data.init_args.num_workers=0 --data.init_args.batch_size=4 --trainer.accelerator=cpu"
 )
 
 
@@ -140,6 +140,7 @@ def test_steps_that_train_nothing_run_in_order(tmp_path):
     executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: done.append(program) or 0)
     assert executor.execute() == 0
     assert done == ["clips", "data"]
+    plan("data", DATASET="msvd", METHOD="linear", EPOCHS="3")  # the words of `train`
     failing = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: 4)
     assert failing.execute() == 4
 

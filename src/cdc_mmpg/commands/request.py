@@ -49,7 +49,7 @@ ASKING = ("VIDEO", "QUESTION", "CHOICES")
 # The variables that each command reads.
 READS = {
     "train": TRAINING,
-    "data": (*PLACES, "VOCAB", "ARGS"),
+    "data": TRAINING,  # it prepares what `train` needs, given the same words
     "tables": (*PLACES, "FULL", "CHECKPOINT", *TRAINING[len(RUN) + 3 :]),
     "table": PLACES,
     "report": PLACES,
