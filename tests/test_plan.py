@@ -187,7 +187,7 @@ def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
     assert "adr_pretraining_frozen/seed0: not run, it builds on fine_tuning/seed0" in last
     assert "cdc_mmpg_frozen/seed0: not run, it builds on adr_pretraining_frozen/seed0" in last
     assert "F-linear" in said  # the table of those that have results
-    words = arguments(msvd, tmp_path / "out", METHOD="linear")
+    words = arguments(msvd, tmp_path / "out", METHOD="linear", JOBS="2", EPOCHS="3")
     begun = time.monotonic()
     assert start(words, tmp_path / "log").wait(60) == 0
     assert "linear/seed0: finished on" in (tmp_path / "log").read_text()
