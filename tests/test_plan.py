@@ -148,6 +148,14 @@ def test_steps_that_train_nothing_run_in_order(tmp_path):
 # Refusals before anything is trained
 
 
+def test_training_outside_a_checkout_says_so(tmp_path):
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "fit"], cwd=tmp_path, capture_output=True, text=True,
+                          check=False, env=environment)  # fmt: skip
+    assert done.returncode == 2
+    assert "training needs a checkout of the project" in done.stderr
+
+
 def test_a_finished_run_with_other_settings_is_refused_at_once(tmp_path, msvd):
     run = tmp_path / "out" / "msvd" / "linear" / "seed0"
     run.mkdir(parents=True)

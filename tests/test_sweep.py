@@ -439,6 +439,7 @@ def run_below(command: list[str], url: str, agents: dict[str, str]) -> int:
 def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     """Registered, handed out and logged by W&B's own client, through make."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "data_modules").symlink_to(ROOT / "data_modules")  # as in a checkout
     words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
     line = " ".join(shlex.quote(word) for word in words)
     folder = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
@@ -463,7 +464,7 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     assert rate in results["arguments"]
     assert server.summaries["run1"]["val/accuracy"] == results["metrics"]["val/accuracy"]
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"Makefile", "experiments", "own.yaml", "sweeps", "checkpoints", "msvd", "msvd0"}
+    assert left <= {"Makefile", "data_modules", "experiments", "own.yaml", "sweeps", "checkpoints", "msvd", "msvd0"}
 
 
 def test_a_sweep_that_the_server_refuses_says_what_to_do(place):

@@ -4,7 +4,7 @@ cdc-mmpg train DATASET=msvd SEEDS=3     a command with make's variables
 cdc-mmpg fit --config ... --config ...  a program with arguments of its own, as `make -n` lists them
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +43,7 @@ PROGRAMS = {
     "on_device": ("cdc_mmpg.controls.on_device", "what a device could do by itself, from a finished run"),
     "privacy": ("cdc_mmpg.controls.privacy", "what an upload reveals, from a finished run"),
 }
+LIGHTNINGS = ("fit", "validate", "test", "check")  # programs whose first argument is their word
 LISTS = "--make"  # first argument where make calls: its variables stand in MAKEFLAGS
 
 
@@ -75,7 +76,10 @@ def _execute(word: str, given: dict[str, str], only_lists: bool) -> int:
 
 def run_program(word: str, arguments: Sequence[str]) -> int:
     """Run a program in this process; return its exit code."""
-    before = {"tables": ["--paper"], "fit": ["fit"], "validate": ["validate"], "test": ["test"], "check": ["check"]}
+    before = {"tables": ["--paper"], **{name: [name] for name in LIGHTNINGS}}
+    if word in LIGHTNINGS and importlib.util.find_spec("data_modules") is None:
+        print_error("ConfigError: data_modules is not here: training needs a checkout of the project, go there first")
+        return ConfigError.exit_code
     try:
         module = importlib.import_module(PROGRAMS[word][0])
     except ModuleNotFoundError as error:
