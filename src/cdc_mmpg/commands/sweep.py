@@ -237,22 +237,12 @@ def by_itself(sweep: Sweep, out: Path) -> None:
     outcomes: list[Outcome] = []
 
     def attempt(number: int, combination: Combination) -> Outcome:
-        folder, gpu = place / name_of(combination), free.get()
-        print(f"sweep: {number} of {len(combinations)}: {_words(combination)}", flush=True)
-        outcome = outcome_of(sweep, combination, folder)
-        if outcome.failure:
-            own = [f"{name}={value}" for name, value in combination.items()]
-            at = sweep.words.index(PARAMETERS)
-            code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"], gpu, at_work)
-            outcome = outcome_of(sweep, combination, folder)
-            if code:
-                outcome = Outcome(combination, failure=f"exit code {code}")
-            if outcome.failure:
-                print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
-        else:
-            print(f"{folder}: finished; delete the folder to run it anew", flush=True)
-        free.put(gpu)
-        return outcome
+        gpu = free.get()
+        try:
+            print(f"sweep: {number} of {len(combinations)}: {_words(combination)}", flush=True)
+            return _attempt(sweep, combination, place / name_of(combination), gpu, at_work)
+        finally:
+            free.put(gpu)
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         try:
@@ -271,6 +261,23 @@ def by_itself(sweep: Sweep, out: Path) -> None:
             f"{len(failed)} of {len(outcomes)} runs failed; type the same command again to try these alone:"
             + listing([f"{_words(outcome.combination)}: {outcome.failure}" for outcome in failed])
         )
+
+
+def _attempt(
+    sweep: Sweep, combination: Combination, folder: Path, gpu: str | None, at_work: set["subprocess.Popen[bytes]"]
+) -> Outcome:
+    """Run a combination unless it is finished; return what became of it."""
+    outcome = outcome_of(sweep, combination, folder)
+    if not outcome.failure:
+        print(f"{folder}: finished; delete the folder to run it anew", flush=True)
+        return outcome
+    own = [f"{name}={value}" for name, value in combination.items()]
+    at = sweep.words.index(PARAMETERS)
+    code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"], gpu, at_work)
+    outcome = Outcome(combination, failure=f"exit code {code}") if code else outcome_of(sweep, combination, folder)
+    if outcome.failure:
+        print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
+    return outcome
 
 
 def _call(command: list[str], gpu: str | None, at_work: set["subprocess.Popen[bytes]"]) -> int:
