@@ -4,7 +4,6 @@ A run that fails stops those that build on it, and no other; the end says what f
 process that has imported Lightning already (a fork server): importing takes 10 seconds and more.
 """
 
-import logging
 import multiprocessing.connection
 import os
 import shlex
@@ -24,8 +23,6 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.program import REQUEUE, Stopped, escape_controls, leave_on_signals
 from cdc_mmpg.results import read_results
 from cdc_mmpg.training.cli import is_finished, refuse_other_settings
-
-logger = logging.getLogger(__name__)
 
 SHARED_THREADS = "OMP_NUM_THREADS"
 PRELOADED = "cdc_mmpg.training.experiment"  # what the fork server imports: torch, Lightning and the methods' base
@@ -85,7 +82,7 @@ class Executor:
     def command_of(self, step: Step) -> list[str]:
         """Return the command of a step that has a process of its own."""
         launcher = self.request.words("LAUNCH") if step.trains else []
-        return [*launcher, sys.executable, "-m", "cdc_mmpg", step.program, *_program_arguments(step)]
+        return [*launcher, sys.executable, "-m", "cdc_mmpg", *step.words]
 
     def print_list(self) -> None:
         """Print the commands, one a line, as `make -n` does."""
@@ -124,7 +121,7 @@ class Executor:
 
     def _one_after_another(self, steps: Sequence[Step]) -> int:
         for step in steps:
-            if code := self.run_program(step.program, _program_arguments(step)):
+            if code := self.run_program(step.program, step.arguments):
                 return code
         return 0
 
@@ -136,18 +133,17 @@ class Executor:
         """
         if not step.trains:
             return False
-        if is_finished(step.arguments):
+        if is_finished(step.words):
             self.outcomes[step.name] = Outcome(0, 0.0, finished_before=True)
             return True
-        refuse_other_settings(step.arguments)
+        refuse_other_settings(step.words)
         return False
 
     def _check_settings(self, steps: Sequence[Step]) -> None:
         """Parse the settings of all runs that are to train, in one process that has the imports."""
         if len(steps) < 2:  # one refuses its own as early
             return
-        commands = [step.arguments for step in steps]
-        code = self._start_forked("check", [word for command in commands for word in ("--", *command)]).wait()
+        code = self._start_forked("check", [word for step in steps for word in ("--", *step.words)]).wait()
         if code:
             raise SystemExit(code)
 
@@ -201,7 +197,7 @@ class Executor:
         process: _Forked | _Started
         if self.forks and len(self.runs) > 1:
             threads = int(added[SHARED_THREADS]) if added else None
-            process = self._start_forked(step.program, _program_arguments(step), threads, side_by_side)
+            process = self._start_forked(step.program, step.arguments, threads, side_by_side)
         else:
             process = _Started(self.command_of(step), added, piped=side_by_side)
         self._processes[step.name] = process
@@ -343,20 +339,11 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
     sys.exit(run_program(program, arguments))
 
 
-def _program_arguments(step: Step) -> list[str]:
-    """Return the arguments that follow the program's word; those of a training run begin with it."""
-    return list(step.arguments[1:] if step.trains else step.arguments)
-
-
 def describe_seconds(seconds: float) -> str:
     """Return a duration in words."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe_score(folder: str) -> str:

@@ -30,7 +30,7 @@ PROGRAMS = {
     "device": ("cdc_mmpg.device.__main__", "ask the device's client, with an export and the service"),
     "demo": ("cdc_mmpg.deployment.demo", "a session of an unseen device, through service and client"),
     "delay": ("cdc_mmpg.benchmarks.delay", "Table 6 by measurement, on a shaped link"),
-    "sweep": ("cdc_mmpg.commands.sweep", "learning rates, by W&B's agent or, without a server, one after another"),
+    "sweep": ("cdc_mmpg.commands.sweep", "learning rates, by W&B's agent or, without a server, on this machine"),
     "checkpoint": ("cdc_mmpg.commands.checkpoint", "what the encoder takes of a checkpoint, drops, and lacks"),
     "benchmark": ("cdc_mmpg.benchmarks.training", "speed at the paper's size, of training"),
     "benchmark_loading": ("data_modules.benchmark_loading", "speed of what brings training its samples"),
@@ -77,14 +77,14 @@ def _execute(word: str, given: dict[str, str], only_lists: bool) -> int:
 def run_program(word: str, arguments: Sequence[str]) -> int:
     """Run a program in this process; return its exit code."""
     before = {"tables": ["--paper"], **{name: [name] for name in LIGHTNINGS}}
-    if word in LIGHTNINGS and importlib.util.find_spec("data_modules") is None:
+    name = PROGRAMS[word][0]
+    if (word in LIGHTNINGS or name.startswith("data_modules.")) and importlib.util.find_spec("data_modules") is None:
         print_error("ConfigError: data_modules is not here: training needs a checkout of the project, go there first")
         return ConfigError.exit_code
     try:
-        module = importlib.import_module(PROGRAMS[word][0])
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        where = "this folder: go to a checkout of the project" if error.name == "data_modules" else "this environment"
-        print_error(f"ConfigError: `cdc-mmpg {word}` needs {error.name}, which is not in {where}")
+        print_error(f"ConfigError: `cdc-mmpg {word}` needs {error.name}, which is not in this environment")
         return ConfigError.exit_code
     code: int = module.main([*before.get(word, []), *arguments])
     return code

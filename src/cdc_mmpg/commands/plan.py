@@ -32,7 +32,7 @@ class Step(NamedTuple):
     Attributes:
         name: what it is called in messages.
         program: a word of `cdc-mmpg`.
-        arguments: of the program.
+        arguments: of the program, after its word.
         needs: names of the steps that it builds on.
         after: name of a step that it waits for, whatever comes of it.
         alone: takes all processors, and no step goes beside it.
@@ -48,6 +48,11 @@ class Step(NamedTuple):
     folder: str = ""
 
     @property
+    def words(self) -> list[str]:
+        """The program's word and its arguments."""
+        return [self.program, *self.arguments]
+
+    @property
     def trains(self) -> bool:
         """Whether it is a training run, which several processes may share."""
         return self.program == "fit"
@@ -58,8 +63,8 @@ class RunName(NamedTuple):
 
     method: str
     seed: int
+    encoder_seed: int  # whose encoder it takes
     variant: str = ""
-    encoder_seed: int | None = None  # whose encoder it takes, where that is another seed's
 
     @property
     def name(self) -> str:
@@ -67,10 +72,10 @@ class RunName(NamedTuple):
         return f"{self.method}{self.variant and '.'}{self.variant}/seed{self.seed}"
 
 
-def find_run(name: str, seed: int, encoder_seed: int | None = None) -> RunName:
+def find_run(name: str, seed: int, encoder_seed: int) -> RunName:
     """Return the run of a method, or of a variant by its dotted name."""
     method, _, variant = name.partition(".")
-    return RunName(method, seed, variant, encoder_seed)
+    return RunName(method, seed, encoder_seed, variant)
 
 
 class Plan:
@@ -128,31 +133,28 @@ class Plan:
         if run.name in self.steps:
             return run.name
         request, method = self.request, BY_NAME[run.method]
-        source = run.seed if run.encoder_seed is None else run.encoder_seed
+        source = run.encoder_seed if method.program == "fit" else run.seed  # a control is of a run of its own seed
         clips = self.add_clips() if method.program == "fit" else []
         before = [run._replace(method=method.adr)] if method.adr else []
-        before += [RunName(method.encoder, source)] if method.encoder not in ("", PRETRAINING) else []
+        before += [RunName(method.encoder, source, run.encoder_seed)] if method.encoder not in ("", PRETRAINING) else []
         needs = clips + [self.add_run(each) for each in before]
         # The first run on the frozen encoder computes its features, for all.
         waits = method.uses_features and request.method == "all"
-        after = self.add_run(RunName("linear", run.seed)) if waits else ""
-        needs += [self.add_run(RunName(PRETRAINING, source))] if method.encoder and request.pretrains else []
+        after = self.add_run(run._replace(method="linear", variant="")) if waits else ""
+        needs += [self.add_run(RunName(PRETRAINING, source, source))] if method.encoder and request.pretrains else []
+        folder = f"{request.root}/{run.name}"
         if method.program == "fit":
             first_alone = run.method == PRETRAINING and not request["SEEDS"] and request.command != "tables"
-            folder = f"{request.root}/{run.name}"
             arguments = tuple(self._fit(run, first_alone))
             return self.add(Step(run.name, "fit", arguments, tuple(needs), after, first_alone, folder))
-        name = f"{run.method}/seed{run.seed}"
-        finished = f"{request.root}/{method.encoder}/seed{source}"
-        folder = f"{request.root}/{run.method}/seed{source}"
-        return self.add(Step(name, method.program, (finished,), tuple(needs), after, False, folder))
+        finished = f"{request.root}/{method.encoder}/seed{run.seed}"
+        return self.add(Step(run.name, method.program, (finished,), tuple(needs), after, False, folder))
 
     def _fit(self, run: RunName, alone: bool) -> Iterable[str]:
         """Yield the arguments of a training run."""
         request, method = self.request, BY_NAME[run.method]
         tuned = Path(f"experiments/tuned/{request.dataset}.{run.method}.yaml")
         configurations = [f"experiments/methods/{run.method}.yaml", f"experiments/datasets/{request.dataset}.yaml"]
-        yield "fit"
         for path in configurations + ([str(tuned)] if tuned.is_file() else []):
             yield from ("--config", path)
         yield f"--trainer.default_root_dir={request.root}/{run.name}"
@@ -173,7 +175,7 @@ class Plan:
             yield f"--data.init_args.frame_cache={request['FRAME_CACHE']}"
         if self.jobs > 1 and not alone:
             yield "--trainer.enable_progress_bar=false"
-        if encoder := request.encoder_of(method.encoder, run.seed if run.encoder_seed is None else run.encoder_seed):
+        if encoder := request.encoder_of(method.encoder, run.encoder_seed):
             yield f"--model.init_args.encoder.checkpoint={encoder}"
         if method.adr:
             yield f"--model.init_args.adr={request.root}/{run._replace(method=method.adr).name}/adr.safetensors"
@@ -196,7 +198,8 @@ def plan_training(request: Request) -> Plan:
     """Plan the runs of METHOD and all that they build on, then the table of methods."""
     plan = Plan(request)
     if request.pretrains and not request["SEEDS"]:  # comes first and has all processors
-        plan.add_run(RunName(PRETRAINING, request.encoder_seed(request.seed)))
+        source = request.encoder_seed(request.seed)
+        plan.add_run(RunName(PRETRAINING, source, source))
     asked = [(name, seed) for name in request.methods for seed in request.seeds]
     for name, seed in asked:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
@@ -220,14 +223,14 @@ def plan_tables(request: Request) -> Plan:
         frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
         for seed in range(5 if full else 3):
             for name in [*main, *(frames if full else [])]:
-                plan.add_run(find_run(name, seed))
+                plan.add_run(find_run(name, seed, seed))
         for name in [*everything, *frames]:
-            plan.add_run(find_run(name, 0))
-        plan.add_run(RunName(BASELINE, 0))
+            plan.add_run(find_run(name, 0, 0))
+        plan.add_run(RunName(BASELINE, 0, 0))
         for variant in REASONERS:
             for seed in STUDY_SEEDS:
                 for method in ("adr_pretraining_frozen", "cdc_mmpg_frozen"):
-                    plan.add_run(RunName(method, seed, variant, 0))
+                    plan.add_run(RunName(method, seed, 0, variant))
     plan.add(Step("tables", "tables", (request.root,)))
     return plan
 
@@ -246,7 +249,7 @@ def plan_sweep(request: Request) -> Plan:
     """Plan a sweep, after the encoder that its runs start from."""
     plan = Plan(request)
     if request.pretrains:
-        plan.add_run(RunName(PRETRAINING, 0))
+        plan.add_run(RunName(PRETRAINING, 0, 0))
     plan.add(Step("sweep", "sweep", ("experiments/sweep.yaml",), tuple(plan.steps)))
     return plan
 

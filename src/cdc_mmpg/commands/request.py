@@ -109,7 +109,7 @@ class Request:
         self.seeds = list(range(int(self["SEEDS"]))) if self["SEEDS"] else [self.seed]
         self.pretrains = self.embedded and not self["CHECKPOINT"]
         self.method = self["METHOD"] or ("all" if self.embedded else "cdc_mmpg")
-        if "METHOD" in READS[command] or "DATASET" in READS[command]:
+        if "DATASET" in reads:
             self._check_pair()
 
     def __getitem__(self, name: str) -> str:
@@ -179,11 +179,11 @@ class Request:
 
         Args:
             source: the method that trains it.
-            seed: of the run that takes it.
+            seed: of the run that trains it.
         """
         if source in ("", PRETRAINING) and not (self.pretrains and source):
             return self["CHECKPOINT"]
-        return f"{self.root}/{source}/seed{self.encoder_seed(seed)}/encoder.safetensors"
+        return f"{self.root}/{source}/seed{seed}/encoder.safetensors"
 
 
 def find_dataset_name(typed: str) -> str:
