@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from cdc_mmpg.cloud.model import load_model
 from cdc_mmpg.data.batch import VideoTextBatch
-from cdc_mmpg.deployment import export
+from cdc_mmpg.deployment import bundles, export
 from cdc_mmpg.deployment.bundles import digest_device_weights
 from cdc_mmpg.deployment.cloud_bundle import load_or_create_key, write_cloud_bundle
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
@@ -96,7 +96,7 @@ def test_the_whole_vocabulary_is_kept_on_request(monkeypatch, tmp_path):
         sources.append(source)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(export, "write_bundles", stop)
+    monkeypatch.setattr(bundles, "write_bundles", stop)
     configurations = ["experiments/methods/cdc_mmpg_session.yaml", "experiments/datasets/synthetic.yaml"]
     for more in ([], ["--all-words"]):
         assert export.main([str(tmp_path), "--untrained", *configurations, *more]) == 2
