@@ -1,9 +1,12 @@
 """How far a run is: a bar on a terminal, else a line an epoch."""
 
+import logging
 import sys
 
 import pytest
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from cdc_mmpg.training.progress import EpochLines, RunBar, choose_progress
 
@@ -28,6 +31,16 @@ def test_a_bar_needs_a_terminal_and_a_wish(terminal, enabled, callbacks, chosen,
     assert [type(callback) for callback in choose_progress(enabled, callbacks)] == chosen
 
 
-def test_the_bar_leaves_out_the_number_of_the_logs_version(monkeypatch):
-    monkeypatch.setattr(TQDMProgressBar, "get_metrics", lambda self, trainer, module: {"v_num": 0, "train/loss": 1.0})
-    assert RunBar().get_metrics(None, None) == {"train/loss": 1.0}
+@pytest.mark.parametrize(("epochs", "shown"), [(2, ["epoch 1 of 2", "epoch 2 of 2"]), (-1, ["epoch 1:", "epoch 3:"])])
+def test_bar_and_lines_count_epochs_from_one(epochs, shown, capfd, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=epochs, max_steps=3, limit_train_batches=1, limit_val_batches=1, logger=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[RunBar(), EpochLines()],
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    out, err = capfd.readouterr()
+    for text in shown:
+        assert text in out + err
+        assert text in caplog.text
+    assert "v_num" not in out + err

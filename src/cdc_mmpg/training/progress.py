@@ -30,7 +30,12 @@ def choose_progress(enabled: bool | None, callbacks: Sequence[Callback]) -> list
 
 
 class RunBar(TQDMProgressBar):
-    """Lightning's progress bar, without the number of the log's version."""
+    """Lightning's progress bar, with epochs counted from 1 and without the number of the log's version."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begin the bar of an epoch."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"epoch {describe_epoch(trainer)}")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the figures beside the bar."""
@@ -49,11 +54,16 @@ class EpochLines(Callback):
         """Log the line; validation is over by then."""
         if not trainer.is_global_zero:
             return
-        number, last = trainer.current_epoch + 1, trainer.max_epochs
+        number, last = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = (time.monotonic() - self._begun) / (number - self._first)
         names = ("train/loss", str(getattr(pl_module, "monitor", "")))
         metrics: dict[str, Any] = trainer.callback_metrics
         shown = [f"{name} {float(metrics[name]):.4f}" for name in dict.fromkeys(names) if name in metrics]
-        total = f" of {last}" if last and last > 0 else ""
-        left = f", about {seconds * (last - number):.0f} s left" if last and last > number else ""
-        logger.info("epoch %d%s: %s, %.1f s an epoch%s", number, total, ", ".join(shown), seconds, left)
+        left = f", about {seconds * (last - number):.0f} s left" if last > number else ""
+        logger.info("epoch %s: %s, %.1f s an epoch%s", describe_epoch(trainer), ", ".join(shown), seconds, left)
+
+
+def describe_epoch(trainer: Trainer) -> str:
+    """Return the number of the current epoch, from 1, and of how many; `max_epochs` may be -1, for without end."""
+    last = trainer.max_epochs or 0
+    return f"{trainer.current_epoch + 1}" + (f" of {last}" if last > 0 else "")
