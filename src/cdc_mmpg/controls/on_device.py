@@ -15,9 +15,7 @@ epoch was picked on their questions, which favours weights that stay as they are
 do. The grids and their figures stand in the results.
 """
 
-import argparse
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -35,12 +33,10 @@ from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
 from cdc_mmpg.data.interface import Controls, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluation
-from cdc_mmpg.files import lock_folder
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.models.weights import load_checkpoint
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
+from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of, run_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +71,9 @@ class TentRecipe(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a run; returns the exit code (see `errors`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description="what a device could do by itself, with backpropagation")
-    parser.add_argument("run", type=Path, help="folder of a finished fine-tuning run")
-    options = parser.parse_args(arguments)
-    log_to_terminal()
-    leave_on_signals()
-
-    def run() -> None:
-        results_of(options.run)  # before the evaluation's folder is made
-        with lock_folder(folder_of(options.run, NAME)):
-            evaluate(options.run, arguments)
-
-    return exit_code(run)
+    return run_evaluation(
+        NAME, "what a device could do by itself, with backpropagation", "of fine-tuning", evaluate, arguments
+    )
 
 
 def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:

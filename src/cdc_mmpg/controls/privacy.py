@@ -14,9 +14,7 @@ A probe is linear: logistic regression for classes, ridge regression onto the ci
 picked by cross-validation within the training part, folds by device, or by clip where devices are the classes.
 """
 
-import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,11 +32,9 @@ from threadpoolctl import threadpool_limits
 
 from cdc_mmpg.data.interface import Content, Controls
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.files import lock_folder
 from cdc_mmpg.models.weights import read_state_dict
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of
+from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of, run_evaluation
 from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
@@ -68,19 +64,13 @@ class Uploads(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probe a run's encoder; returns the exit code (see `errors`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description="what an upload reveals: linear probes on anchor features")
-    parser.add_argument("run", type=Path, help="folder of a finished run that left an encoder")
-    options = parser.parse_args(arguments)
-    log_to_terminal()
-    leave_on_signals()
-
-    def run() -> None:
-        results_of(options.run)  # before the evaluation's folder is made
-        with lock_folder(folder_of(options.run, EVALUATION_NAME)):
-            evaluate(options.run, arguments)
-
-    return exit_code(run)
+    return run_evaluation(
+        EVALUATION_NAME,
+        "what an upload reveals: linear probes on anchor features",
+        "that left an encoder",
+        evaluate,
+        arguments,
+    )
 
 
 def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:

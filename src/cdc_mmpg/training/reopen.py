@@ -1,16 +1,19 @@
 """A finished run, opened again: what evaluations of its weights share. Torch and Lightning are imported late."""
 
+import argparse
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.files import file_digest
+from cdc_mmpg.files import file_digest, lock_folder
 from cdc_mmpg.launchers import check_environment
 from cdc_mmpg.processors import count_processors
+from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
 from cdc_mmpg.results import (
     ANNOTATED,
     CONFIG,
@@ -28,6 +31,37 @@ if TYPE_CHECKING:
 
 ALLOWED_PACKAGES = ("cdc_mmpg", "data_modules")  # whose classes a run's configuration may name
 IMPORTS = "CDC_MMPG_IMPORTS"  # in the environment: further packages that it may name, with commas between them
+
+
+def run_evaluation(
+    name: str,
+    description: str,
+    needed: str,
+    evaluate: Callable[[Path, Sequence[str]], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Evaluate the run that a command line names; return the exit code (see `errors`).
+
+    Args:
+        name: of the evaluation, see `folder_of`.
+        description: of what it does.
+        needed: which run it takes.
+        evaluate: writes the results of a run's folder; also gets the command's arguments, to keep them.
+        arguments: of the command; None is those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("run", type=Path, help=f"folder of a finished run {needed}")
+    run: Path = parser.parse_args(arguments).run
+    log_to_terminal()
+    leave_on_signals()
+
+    def evaluate_alone() -> None:
+        results_of(run)  # before the evaluation's folder is made
+        with lock_folder(folder_of(run, name)):
+            evaluate(run, arguments)
+
+    return exit_code(evaluate_alone)
 
 
 def results_of(run: Path) -> dict[str, Any]:
