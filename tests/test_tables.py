@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -159,13 +158,10 @@ def test_intervals_agree_with_a_bootstrap_by_loops(clips_of_a_device):
 
 
 @pytest.mark.parametrize(("devices", "clips", "questions", "conditions"), [(144, 7, 3, 8), (500, 1, 26, 1)])
-def test_intervals_take_little_time_and_memory(devices, clips, questions, conditions):
+def test_intervals_take_little_memory(devices, clips, questions, conditions):
     generator = np.random.default_rng(0)
     names = of_devices(generator, devices, clips, questions)
     correct = {str(number): generator.random(len(names[0])) < 0.5 for number in range(conditions)}
-    began = time.process_time()
-    accuracies(correct, *names)
-    assert time.process_time() - began < 4
     tracemalloc.start()
     accuracies(correct, *names, draws=200)  # a chunk is as large with more
     peak = tracemalloc.get_traced_memory()[1]
