@@ -7,6 +7,7 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 
 from cdc_mmpg.training.progress import EpochLines, RunBar, choose_progress
 
@@ -32,11 +33,12 @@ def test_a_bar_needs_a_terminal_and_a_wish(terminal, enabled, callbacks, chosen,
 
 
 @pytest.mark.parametrize(("epochs", "shown"), [(2, ["epoch 1 of 2", "epoch 2 of 2"]), (-1, ["epoch 1:", "epoch 3:"])])
-def test_bar_and_lines_count_epochs_from_one(epochs, shown, capfd, caplog):
+def test_bar_and_lines_count_epochs_from_one(epochs, shown, capfd, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     trainer = Trainer(
-        accelerator="cpu", max_epochs=epochs, max_steps=3, limit_train_batches=1, limit_val_batches=1, logger=False,
-        enable_checkpointing=False, enable_model_summary=False, callbacks=[RunBar(), EpochLines()],
+        accelerator="cpu", max_epochs=epochs, max_steps=3, limit_train_batches=1, limit_val_batches=1,
+        logger=CSVLogger(tmp_path), enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[RunBar(), EpochLines()],
     )  # fmt: skip
     trainer.fit(BoringModel())
     out, err = capfd.readouterr()

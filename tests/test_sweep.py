@@ -20,7 +20,10 @@ import pytest
 import yaml
 
 from cdc_mmpg.commands import sweep
+from cdc_mmpg.commands.execute import Executor
+from cdc_mmpg.commands.plan import Step
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.results import fingerprint
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
 from processes import finish, start
@@ -31,52 +34,53 @@ OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEF
 
 # Without a server.
 
-RUN = """
-import json, pathlib, sys, time
-named = dict(word.split("=", 1) for word in sys.argv[1:])
-with open("ran", "a") as file:
-    file.write(named["METHOD"] + " " + named["PRECISION"] + "\\n")
-if named["PRECISION"] == "wrong" and not pathlib.Path("mended").exists():
-    sys.exit(7)
-if named["PRECISION"] == "slow":
-    try:
-        time.sleep(60)
-    finally:
-        pathlib.Path("stopped").touch()
-folder = pathlib.Path(named["OUT"], "synthetic", named["METHOD"], "seed0")
-folder.mkdir(parents=True)
-accuracy = {"0.1": 0.25, "0.2": 0.75, "wrong": 0.5}[named["PRECISION"]] + (named["METHOD"] == "b") / 8
-(folder / "results.json").write_text(json.dumps(
-    {"method": named["METHOD"], "metrics": {"val/accuracy": accuracy}, "best_epoch": 3}))
-"""
-
-MAKEFILE = f"""
-train:
-	@exec {sys.executable} run.py METHOD=$(METHOD) PRECISION=$(PRECISION) OUT=$(OUT)
-"""
+ACCURACY = {"linear": {"1": 0.25, "2": 0.75, "3": 0.5}, "hyper": {"1": 0.375, "2": 0.875}}
 
 
 def write(folder: Path, **changed: object) -> Path:
-    """A sweep over two methods and two rates, with a Makefile that runs it."""
+    """A sweep over two methods and two numbers of epochs, in something like a checkout."""
     config = {
         "method": "grid",
         "metric": {"name": "val/accuracy", "goal": "maximize"},
-        "parameters": {"METHOD": {"values": ["a", "b"]}, "SEED": {"value": 0}, "PRECISION": {"values": [0.1, 0.2]}},
-        "command": ["make", "--silent", "train", "${args_no_hyphens}", "OUT=elsewhere/$(WANDB_RUN_ID)"],
+        "parameters": {"METHOD": {"values": ["linear", "hyper"]}, "SEED": {"value": 0}, "EPOCHS": {"values": [1, 2]}},
+        "command": ["make", "train", "${args_no_hyphens}", "DATASET=msvd", "JOBS=1", "OUT=elsewhere/$(WANDB_RUN_ID)"],
     } | changed
-    (folder / "Makefile").write_text(MAKEFILE + "# $(SEED)\n")
-    (folder / "run.py").write_text(RUN)
     (folder / "own.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder / "own.yaml"
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to sweep in."""
+    """A folder to sweep in."""
     monkeypatch.chdir(tmp_path)
+    for name in ("experiments", "data_modules"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MAKEFLAGS", " -j2 --jobserver-auth=3,4 -- PRECISION=9")  # of a make that runs this one
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def ran(place, monkeypatch):
+    """The runs of a sweep and their GPUs, in order; each leaves results in place of training."""
+    done: list[tuple[str, str, str]] = []
+
+    def run(executor: Executor, step: Step, slot: int) -> int:
+        named = dict(word[2:].split("=", 1) for word in step.arguments if word.startswith("--") and "=" in word)
+        method, epochs = Path(step.folder).parent.name, named["trainer.max_epochs"]
+        done.append((method, epochs, executor.environment_of(step, slot).get("CUDA_VISIBLE_DEVICES", "")))
+        time.sleep(0.1 if executor.plan.gpus else 0)
+        if epochs == "3" and not (place / "mended").exists():
+            return 6
+        Path(step.folder).mkdir(parents=True)
+        results = {"method": method, "metrics": {"val/accuracy": ACCURACY[method][epochs]}, "best_epoch": 3,
+                   "fingerprint": fingerprint(step.words)}  # fmt: skip
+        Path(step.folder, "results.json").write_text(json.dumps(results))
+        return 0
+
+    monkeypatch.setattr(Executor, "_run", run)
+    monkeypatch.setattr(Executor, "_check_settings", lambda self, steps: None)
+    return done
 
 
 def rows(place: Path) -> list[list[str]]:
@@ -88,87 +92,99 @@ def rows(place: Path) -> list[list[str]]:
     ]
 
 
-def test_the_grid_is_run_in_order_and_the_best_stands_first(place, capfd):
-    path = write(place)
-    assert sweep.main([str(path)]) == 0
-    assert (place / "ran").read_text().splitlines() == ["a 0.1", "a 0.2", "b 0.1", "b 0.2"]
-    assert rows(place)[0] == ["METHOD", "PRECISION", "val/accuracy", "best epoch"]  # SEED is that of all
-    assert rows(place)[2:] == [["b", "0.2", "0.8750", "4"], ["a", "0.2", "0.7500", "4"],
-                               ["b", "0.1", "0.3750", "4"], ["a", "0.1", "0.2500", "4"]]  # fmt: skip
-    out, err = capfd.readouterr()
-    assert "| b | 0.2 | 0.8750 | 4 |" in out
+def test_the_grid_is_run_in_order_and_the_best_stands_first(place, ran, capfd):
+    assert sweep.main([str(write(place))]) == 0
+    assert [run[:2] for run in ran] == [("linear", "1"), ("linear", "2"), ("hyper", "1"), ("hyper", "2")]
+    assert rows(place)[0] == ["METHOD", "EPOCHS", "val/accuracy", "best epoch"]  # SEED is that of all
+    assert rows(place)[2:] == [["hyper", "2", "0.8750", "4"], ["linear", "2", "0.7500", "4"],
+                               ["hyper", "1", "0.3750", "4"], ["linear", "1", "0.2500", "4"]]  # fmt: skip
+    out = capfd.readouterr().out
+    assert "| hyper | 2 | 0.8750 | 4 |" in out
     assert "4 of 4 combinations of" in out
-    assert "make --silent train SEED=0" in out
-    assert "jobserver" not in err
+    assert "make train SEED=0 DATASET=msvd" in out
     assert not (place / "elsewhere").exists()
-    assert len(list(place.glob("checkpoints/sweeps/own-*/*/synthetic/*/seed0/results.json"))) == 4
+    assert len(list(place.glob("checkpoints/sweeps/own-*/*/msvd/*/seed0/results.json"))) == 4
 
 
-def test_each_run_has_a_gpu_of_its_own_and_as_many_go_at_a_time(place, monkeypatch):
-    path = write(place)
-    seen = (
-        "import os, time\nopen(f'seen.{os.getpid()}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\ntime.sleep(1)\n"
-    )
-    (place / "run.py").write_text(seen + RUN)
+def test_the_table_is_there_while_others_still_run(place, ran, monkeypatch):
+    seen = []
+    run = Executor._run
+    monkeypatch.setattr(Executor, "_run", lambda *given: seen.append(len(rows(place)) if seen else 0) or run(*given))
+    assert sweep.main([str(write(place))]) == 0
+    assert seen == [0, 3, 4, 5]
+
+
+def test_each_run_has_a_gpu_of_its_own_and_as_many_go_at_a_time(place, ran, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
-    assert sweep.main([str(path)]) == 0
-    assert sorted(file.read_text() for file in place.glob("seen.*")) == ["6", "6", "7", "7"]
-    assert [row[:2] for row in rows(place)[2:]] == [["b", "0.2"], ["a", "0.2"], ["b", "0.1"], ["a", "0.1"]]
+    assert sweep.main([str(write(place))]) == 0
+    assert sorted(gpu for *_, gpu in ran[:2]) == sorted(gpu for *_, gpu in ran[2:]) == ["6", "7"]
+    assert [row[:2] for row in rows(place)[2:]] == [["hyper", "2"], ["linear", "2"], ["hyper", "1"], ["linear", "1"]]
 
 
-def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place):
-    path = write(place, parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": [0.1]}})
-    assert sweep.main([str(path)]) == 0
-    path = write(place, parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": [0.2, 0.1]}})
-    assert sweep.main([str(path)]) == 0
-    assert (place / "ran").read_text().splitlines() == ["a 0.1", "a 0.2"]
-    assert [row[0] for row in rows(place)[2:]] == ["0.2", "0.1"]
-    path = write(place, metric={"name": "val/accuracy", "goal": "minimize"},
-                 parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": [0.2, 0.1]}})  # fmt: skip
-    assert sweep.main([str(path)]) == 0
-    assert [row[0] for row in rows(place)[2:]] == ["0.1", "0.2"]
-    assert len((place / "ran").read_text().splitlines()) == 2
+def test_what_a_run_builds_on_is_made_below_its_folder(place):
+    own = sweep.read(write(place, parameters={"METHOD": {"value": "cdc_mmpg"}, "EPOCHS": {"values": [1, 2]}}))
+    steps = list(sweep.plan_grid(own, sweep.grid(own), Path("sweeps")).steps.values())
+    assert [Path(step.folder).parent.name for step in steps] == ["adr_pretraining", "cdc_mmpg"] * 2
+    assert [step.needs for step in steps[1::2]] == [(step.name,) for step in steps[::2]]
+    assert {step.folder.split("/msvd/")[0] for step in steps} == {f"sweeps/{sweep.name_of(c)}" for c in sweep.grid(own)}
 
 
-def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(place, capfd):
-    path = write(place, parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": ["wrong", 0.1]}})
+def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place, ran):
+    one = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1]}}
+    assert sweep.main([str(write(place, parameters=one))]) == 0
+    both = one | {"EPOCHS": {"values": [2, 1]}}
+    assert sweep.main([str(write(place, parameters=both))]) == 0
+    assert [epochs for _, epochs, _ in ran] == ["1", "2"]
+    assert [row[0] for row in rows(place)[2:]] == ["2", "1"]
+    path = write(place, metric={"name": "val/accuracy", "goal": "minimize"}, parameters=both)
+    assert sweep.main([str(path)]) == 0
+    assert [row[0] for row in rows(place)[2:]] == ["1", "2"]
+    assert len(ran) == 2
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(place, ran, capfd):
+    path = write(place, parameters={"METHOD": {"value": "linear"}, "EPOCHS": {"values": [3, 1]}})
     assert sweep.main([str(path)]) == 1
-    assert rows(place)[2:] == [["0.1", "0.2500", "4"], ["wrong", "exit code 2", ""]]  # which is make's
+    assert rows(place)[2:] == [["1", "0.2500", "4"], ["3", "exit code 6", ""]]
     err = capfd.readouterr().err
-    assert "1 of 2 runs failed" in err
-    assert "METHOD=a PRECISION=wrong: exit code 2" in err
+    assert "1 of 2 combinations have no result" in err
+    assert "METHOD=linear EPOCHS=3: exit code 6" in err
     (place / "mended").touch()
     assert sweep.main([str(path)]) == 0
-    assert (place / "ran").read_text().splitlines() == ["a wrong", "a 0.1", "a wrong"]
-    assert [row[0] for row in rows(place)[2:]] == ["wrong", "0.1"]
+    assert [epochs for _, epochs, _ in ran] == ["3", "1", "3"]
+    assert [row[0] for row in rows(place)[2:]] == ["3", "1"]
 
 
-def test_a_run_without_the_metric_or_without_results_fails(place, capfd):
-    one = {"METHOD": {"values": ["a"]}, "PRECISION": {"values": [0.1]}}
+def test_a_run_without_the_metric_fails(place, ran, capfd):
+    one = {"METHOD": {"value": "linear"}, "EPOCHS": {"value": 1}}
     assert sweep.main([str(write(place, parameters=one, metric={"name": "val/recall", "goal": "maximize"}))]) == 1
     assert "its results.json has no val/recall" in capfd.readouterr().err
-    assert sweep.main([str(write(place, parameters=one, command=["true", "${args_no_hyphens}"]))]) == 1
-    assert "0 finished runs" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_at_work(place, number):
-    path = write(place, parameters={"METHOD": {"values": ["a"]}, "PRECISION": {"values": ["slow", 0.1]}})
-    (place / "run.py").write_text("import signal\nsignal.signal(15, lambda *_: exit(1))\n" + RUN)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cdc_mmpg", "sweep", str(path)], stderr=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 60
-    while not (place / "ran").exists():
+@pytest.mark.slow
+def test_without_a_server_the_runs_train_and_a_signal_ends_the_one_at_work(place, fit):
+    """The program itself: one combination finishes, the next is stopped, and the same command goes on."""
+    words = [word for word in fit("linear") if word.startswith("--") and "config" not in word]
+    places = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
+              "trainer.max_epochs")  # fmt: skip
+    options = " ".join(word for word in words if not word[2:].startswith(places))
+    root = next(word.partition("=")[2] for word in words if word.startswith("--data.init_args.root="))
+    command = ["make", "train", "${args_no_hyphens}", "DATASET=msvd", f"DATA={root}", f"VOCAB={root}/vocab.txt",
+               "METHOD=linear", f"ARGS={options}", "CACHE=frames"]  # fmt: skip
+    path = write(place, parameters={"EPOCHS": {"values": [1, 2000]}}, command=command)
+    log = place / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "cdc_mmpg", "sweep", str(path)], stdout=file, stderr=file,
+                                   env=OUTSIDE | {"WANDB_MODE": "disabled"})  # fmt: skip
+    end = time.monotonic() + 200
+    while not list(place.glob("checkpoints/sweeps/own-*/2000-*/msvd/linear/seed0/resume/*.ckpt")):
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < end
-        time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(number)
-    err = process.communicate(timeout=30)[1]
-    assert process.returncode == 128 + number
-    assert (place / "stopped").exists()
-    assert "type the same command again" in err
-    assert (place / "ran").read_text() == "a slow\n"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 128 + signal.SIGTERM
+    assert "type the same command again" in log.read_text()
+    assert [row[0] for row in rows(place)[2:]] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -193,16 +209,22 @@ def test_a_signal_ends_the_run_at_work(place, number):
         ({"parameters": {"METHOD": {"values": ["all"]}}}, "parameters.METHOD is 'all'"),
         ({"command": "make train ${args_no_hyphens}"}, "a list of words"),
         ({"command": ["make", "train", "${args}"]}, "command must hold ${args_no_hyphens} once"),
-        ({"command": ["no-such-program", "${args_no_hyphens}"]}, "command: no-such-program cannot be run"),
+        ({"command": ["python", "own.py", "${args_no_hyphens}"]}, "without W&B's server only `make train` is run"),
+        ({"parameters": {"EPOCHS": {"value": 1}}}, "METHOD is missing"),
+        (
+            {"parameters": {"METHOD": {"value": "linear"}, "DEVICES": {"values": [1, 2]}}},
+            "parameters.DEVICES cannot be one: runs share the machine",
+        ),
+        ({"parameters": {"METHOD": {"value": "linaer"}}}, "METHOD=linaer is none of"),
     ],
 )
 def test_wrong_sweep_files_are_refused_with_key_and_file(place, changed, message, capfd):
     assert sweep.main([str(write(place, **changed))]) == 2
     err = capfd.readouterr().err
     assert message in err
-    assert "own.yaml" in err or "command: " in err
+    assert "own.yaml" in err or "METHOD=" in err
     assert "Traceback" not in err
-    assert not (place / "ran").exists()
+    assert not (place / "checkpoints").exists()
 
 
 def test_a_file_that_is_none_is_refused(place, capfd):

@@ -43,11 +43,17 @@ class Executor:
     Args:
         plan: its steps are all known.
         run_program: runs a program by its word, with arguments, in this process; returns its exit code.
+        after_run: called when a run has ended, whatever came of it.
     """
 
-    def __init__(self, plan: Plan, run_program: Callable[[str, Sequence[str]], int]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        run_program: Callable[[str, Sequence[str]], int],
+        after_run: Callable[[], object] = lambda: None,
+    ) -> None:
         self.plan, self.request = plan, plan.request
-        self.run_program = run_program
+        self.run_program, self.after_run = run_program, after_run
         self.steps = list(plan.steps.values())
         self.runs = [step for step in self.steps if step.folder]
         self.outcomes: dict[str, Outcome] = {}
@@ -170,6 +176,7 @@ class Executor:
                         slots = sorted([*slots, slot])
                         self.outcomes[step.name] = Outcome(future.result(), time.monotonic() - since)
                         self._print_progress(step, total, begun)
+                        self.after_run()
             except Stopped as error:
                 self._stop(error.number)
                 if error.number == REQUEUE:  # the run has asked for it

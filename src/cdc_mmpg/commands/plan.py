@@ -126,7 +126,7 @@ class Plan:
         if not request.embedded or (Path(request.data, "digests.json").is_file() and not request["SIZE"]):
             return []
         size = ["--size", request["SIZE"]] if request["SIZE"] else []
-        return [self.add(Step("clips", "clips", (request.data, *size)))]
+        return [self.add(Step(f"clips in {request.data}", "clips", (request.data, *size)))]
 
     def add_run(self, run: RunName) -> str:
         """Add a run after all that it builds on; return its name."""
@@ -245,15 +245,6 @@ def plan_data(request: Request) -> Plan:
     return plan
 
 
-def plan_sweep(request: Request) -> Plan:
-    """Plan a sweep, after the encoder that its runs start from."""
-    plan = Plan(request)
-    if request.pretrains:
-        plan.add_run(RunName(PRETRAINING, 0, 0))
-    plan.add(Step("sweep", "sweep", ("experiments/sweep.yaml",), tuple(plan.steps)))
-    return plan
-
-
 def plan_demo(request: Request) -> Plan:
     """Plan a session of an unseen device, after what it lacks: its run on the embedded dataset, and the export."""
     plan, run = Plan(request), request.served_run
@@ -310,13 +301,13 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
     ],
     "delay": lambda request: [request.root, *request.words("ARGS")],
     "checkpoint": lambda request: [request["FILE"]],
+    "sweep": lambda request: ["experiments/sweep.yaml"],
     "benchmark": lambda request: request.words("ARGS"),
 }  # fmt: skip
 PLANS: dict[str, Callable[[Request], Plan]] = {
     "train": plan_training,
     "tables": plan_tables,
     "data": plan_data,
-    "sweep": plan_sweep,
     "demo": plan_demo,
     **dict.fromkeys(ARGUMENTS, plan_one),
 }

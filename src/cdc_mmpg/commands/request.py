@@ -60,7 +60,7 @@ READS = {
     "device": (*RUN, *ASKING, "CLOUD", "HOST", "PORT", "INT8", "ARGS"),
     "demo": TRAINING,
     "delay": (*PLACES, "ARGS"),
-    "sweep": TRAINING,
+    "sweep": (),
     "checkpoint": ("FILE",),
     "benchmark": ("OF", "ARGS"),
 }

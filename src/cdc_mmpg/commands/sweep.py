@@ -1,8 +1,9 @@
 """Values to try, by W&B's sweep or without a server: `cdc-mmpg sweep experiments/sweep.yaml`.
 
 The file is a sweep's configuration as W&B reads it; parameters are variables of make. Where a key is configured
-(WANDB_API_KEY, ~/.netrc) or WANDB_MODE is online it is registered, and W&B's own agent runs it. Otherwise the same grid
-is run here, one command after another, each in a folder of its own, and the table is `sweep.md` beside them.
+(WANDB_API_KEY, ~/.netrc) or WANDB_MODE is online it is registered, and W&B's own agent runs it. Otherwise the runs of
+the same grid are one plan that is done here, each combination in a folder of its own; the table is `sweep.md` beside
+them.
 """
 
 import argparse
@@ -10,23 +11,24 @@ import hashlib
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import yaml
 
-from cdc_mmpg.commands.request import READS, TRAINING
+from cdc_mmpg.catalogue import PRETRAINING
+from cdc_mmpg.commands.execute import Executor
+from cdc_mmpg.commands.main import run_program
+from cdc_mmpg.commands.plan import Plan, plan_training
+from cdc_mmpg.commands.request import READS, TRAINING, Request
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.processors import find_gpus
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
+from cdc_mmpg.program import exit_code, log_to_terminal
 from cdc_mmpg.results import find_results, read_results
 
 FOLDER = "checkpoints/sweeps"
@@ -34,7 +36,9 @@ PARAMETERS = "${args_no_hyphens}"  # W&B's name for NAME=value of every paramete
 LABELS = ("name", "description", "project", "entity")
 NEEDED = ("method", "metric", "parameters", "command")
 SERVERS = ("early_terminate", "run_cap")  # what W&B's server does between runs
-ALONE = {"OUT": "every run has a folder of its own", "SEEDS": "a run has one seed: use SEED"}
+MACHINE = "runs share the machine, each in the same way: put it into the command"
+FIXED = {"OUT": "every run has a folder of its own", "SEEDS": "a run has one seed: use SEED",
+         **dict.fromkeys(("JOBS", "DEVICES", "NODES", "LAUNCH"), MACHINE)}  # fmt: skip
 
 OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make above, whose job server is not for these
 
@@ -60,8 +64,19 @@ class Sweep(NamedTuple):
         """Of its command, but for the folder, which is W&B's run's there and the combination's here."""
         return [word for word in self.command if not word.startswith("OUT=")]
 
+    @property
+    def target(self) -> str:
+        """The target of make that the command calls; empty where it calls another program."""
+        words = (word for word in self.command[1:] if not word.startswith(("-", "$")) and "=" not in word)
+        return next(words, "") if self.command[0] == "make" else ""
 
-class Outcome(NamedTuple):
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables that the command gives every run."""
+        return {name: value for name, equals, value in (word.partition("=") for word in self.words) if equals}
+
+
+class Score(NamedTuple):
     """What became of a combination: its best epoch, or why it has none."""
 
     combination: Combination
@@ -83,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(path: Path, out: Path) -> None:
     sweep = read(path)
     if is_online():
+        pretrain(sweep)
         by_agent(sweep, out)
     else:
-        leave_on_signals()
         by_itself(sweep, out)
 
 
@@ -129,19 +144,18 @@ def read(path: Path) -> Sweep:
         raise ConfigError(f"{path}: command is {command!r}: a list of words, such as make, train, {PARAMETERS}")
     if command.count(PARAMETERS) != 1:
         raise ConfigError(f"{path}: command must hold {PARAMETERS} once: the parameters of a run")
-    _check_parameters(path, config["parameters"], command)
-    return Sweep(path, config, metric["name"], goal == "maximize", command)
+    sweep = Sweep(path, config, metric["name"], goal == "maximize", command)
+    _check_parameters(path, config["parameters"], sweep.target)
+    return sweep
 
 
-def _check_parameters(path: Path, parameters: Any, command: list[str]) -> None:
-    """Refuse names that nothing reads: make takes any variable and says nothing."""
+def _check_parameters(path: Path, parameters: Any, target: str) -> None:
+    """Refuse names that nothing reads."""
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(f"{path}: parameters is {parameters!r}: variables with values, as METHOD: {{values: [a, b]}}")
-    words = (word for word in command[1:] if not word.startswith(("-", "$")) and "=" not in word)
-    target = next(words, "train") if command[0] == "make" else ""
     for name, own in parameters.items():
-        if name in ALONE:
-            raise ConfigError(f"{path}: parameters.{name} cannot be one: {ALONE[name]}")
+        if name in FIXED:
+            raise ConfigError(f"{path}: parameters.{name} cannot be one: {FIXED[name]}")
         if target and not str(name).startswith("ARGS_") and name not in READS.get(target, TRAINING):
             raise ConfigError(
                 f"{path}: parameters.{name}: `make {target}` reads no such variable; an option goes into ARGS, as "
@@ -219,124 +233,122 @@ def by_agent(sweep: Sweep, out: Path) -> None:
         ) from error
 
 
-def by_itself(sweep: Sweep, out: Path) -> None:
-    """Run the grid and write the table; finished combinations are not run again.
-
-    A command goes after another; where there are GPUs, as many go side by side, each with one of its own.
+def pretrain(sweep: Sweep) -> None:
+    """Pretrain the encoder that the runs start from, where it is the embedded dataset's and not there yet.
 
     Raises:
-        ConfigError: see `grid`.
+        CDCError: that failed.
+    """
+    plan = plan_training(Request("train", {"METHOD": PRETRAINING}, {}))
+    encoder = plan.request.encoder_of(PRETRAINING, 0)
+    lacks = sweep.variables.get("CHECKPOINT") == encoder and not Path(encoder).is_file()
+    if lacks and Executor(plan, run_program).execute():
+        raise CDCError(f"{encoder}: could not be made, and the runs of {sweep.path} start from it")
+
+
+def by_itself(sweep: Sweep, out: Path) -> None:
+    """Run the grid and write the table after each run; finished combinations are not run again.
+
+    Raises:
+        ConfigError: see `grid` and `plan_grid`.
         CDCError: runs failed; the others are in the table.
     """
     combinations, place = grid(sweep), out / sweep.folder
-    gpus: list[str | None] = [*find_gpus()] or [None]
-    free: SimpleQueue[str | None] = SimpleQueue()
-    for gpu in gpus:
-        free.put(gpu)
-    at_work: set[subprocess.Popen[bytes]] = set()
-    outcomes: list[Outcome] = []
+    plan = plan_grid(sweep, combinations, place)
+    pretrain(sweep)
 
-    def attempt(number: int, combination: Combination) -> Outcome:
-        gpu = free.get()
-        try:
-            print(f"sweep: {number} of {len(combinations)}: {_words(combination)}", flush=True)
-            return _attempt(sweep, combination, place / name_of(combination), gpu, at_work)
-        finally:
-            free.put(gpu)
+    def write_table() -> list[Score]:
+        ended = executor.outcomes.keys() | executor.left_out.keys()
+        scores = []
+        for combination in combinations:
+            runs = [step.name for step in executor.runs if step.name.startswith(f"{name_of(combination)}/")]
+            if ended.issuperset(runs):
+                codes = [executor.outcomes[name].code for name in runs if name in executor.outcomes]
+                scores.append(score(sweep, combination, place / name_of(combination), max(codes)))
+        with atomic_write(place / "sweep.md") as file:
+            file.write(table(sweep, scores).encode())
+        return scores
 
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        try:
-            for future in [pool.submit(attempt, *numbered) for numbered in enumerate(combinations, 1)]:
-                outcomes.append(future.result())
-                with atomic_write(place / "sweep.md") as file:
-                    file.write(table(sweep, outcomes).encode())
-        except BaseException:  # a signal, or a command that cannot be run
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(at_work):
-                process.send_signal(signal.SIGTERM)
-            raise
-    print(f"\n{table(sweep, outcomes)}\n{place / 'sweep.md'}")
-    if failed := [outcome for outcome in outcomes if outcome.failure]:
+    executor = Executor(plan, run_program, after_run=write_table)
+    code = executor.execute()
+    scores = write_table()
+    print(f"\n{table(sweep, scores)}\n{place / 'sweep.md'}")
+    failed = [own for own in scores if own.failure]
+    if code or failed:
         raise CDCError(
-            f"{len(failed)} of {len(outcomes)} runs failed; type the same command again to try these alone:"
-            + listing([f"{_words(outcome.combination)}: {outcome.failure}" for outcome in failed])
+            f"{len(combinations) - len(scores) + len(failed)} of {len(combinations)} combinations have no result; type "
+            "the same command again to try these alone:"
+            + listing([f"{_words(own.combination)}: {own.failure}" for own in failed])
         )
 
 
-def _attempt(
-    sweep: Sweep, combination: Combination, folder: Path, gpu: str | None, at_work: set["subprocess.Popen[bytes]"]
-) -> Outcome:
-    """Run a combination unless it is finished; return what became of it."""
-    outcome = outcome_of(sweep, combination, folder)
-    if not outcome.failure:
-        print(f"{folder}: finished; delete the folder to run it anew", flush=True)
-        return outcome
-    own = [f"{name}={value}" for name, value in combination.items()]
-    at = sweep.words.index(PARAMETERS)
-    code = _call([*sweep.words[:at], *own, *sweep.words[at + 1 :], f"OUT={folder}"], gpu, at_work)
-    outcome = Outcome(combination, failure=f"exit code {code}") if code else outcome_of(sweep, combination, folder)
-    if outcome.failure:
-        print(f"sweep: {_words(combination)}: {outcome.failure}", file=sys.stderr, flush=True)
-    return outcome
+def plan_grid(sweep: Sweep, combinations: Sequence[Combination], place: Path) -> Plan:
+    """Plan the runs of all combinations, each below a folder of its own; where there are GPUs, as many side by side.
 
-
-def _call(command: list[str], gpu: str | None, at_work: set["subprocess.Popen[bytes]"]) -> int:
-    """Run a command to its end; return its exit code.
-
-    Args:
-        command: its words.
-        gpu: the only one that it sees; None leaves that open.
-        at_work: holds the command while it runs.
+    Raises:
+        ConfigError: the command is not `make train`, names no method, or a value of it is impossible.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in OF_MAKE}
-    environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
-    try:
-        # A group of its own, so that Ctrl-C reaches it once and through here.
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-    except OSError as error:
-        raise ConfigError(f"command: {command[0]} cannot be run ({error.strerror or error})") from error
-    at_work.add(process)
-    try:
-        return process.wait()
-    finally:
-        at_work.discard(process)
+    if sweep.target != "train":
+        raise ConfigError(
+            f"{sweep.path}: command is {' '.join(sweep.command)}: without W&B's server only `make train` is run"
+        )
+    gpus = find_gpus()
+    side_by_side = {"JOBS": str(len(gpus))} if len(gpus) > 1 else {}
+    plans = {}
+    for combination in combinations:
+        name = name_of(combination)
+        given = sweep.variables | combination | side_by_side | {"OUT": str(place / name)}
+        if "METHOD" not in given:
+            raise ConfigError(f"{sweep.path}: METHOD is missing: a run has one method, name them as values")
+        plans[name] = plan_training(Request("train", given))
+    grid_plan = Plan(next(iter(plans.values())).request)
+    for name, plan in plans.items():
+        names = {step.name: f"{name}/{step.name}" if step.folder else step.name for step in plan.steps.values()}
+        for step in plan.steps.values():
+            if step.program != "table":
+                needs = tuple(names[other] for other in step.needs)
+                grid_plan.add(step._replace(name=names[step.name], needs=needs, after=names.get(step.after, "")))
+    return grid_plan
 
 
-def outcome_of(sweep: Sweep, combination: Combination, folder: Path) -> Outcome:
-    """What the finished run of a combination has in its `results.json`: the metric at its best epoch.
+def score(sweep: Sweep, combination: Combination, folder: Path, code: int) -> Score:
+    """Return what the finished run of a combination has in its `results.json`: the metric at its best epoch.
 
     Args:
         sweep: whose metric.
         combination: of the run; METHOD tells it from those that it builds on.
         folder: below which `<dataset>/<method>/seed<N>` lies.
+        code: exit code of its runs.
     """
-    found = [own for path in find_results(folder, "*/*/seed*") if (own := read_results(path.parent)) is not None]
-    named = {word.partition("=")[0]: word.partition("=")[2] for word in sweep.command} | combination
-    if "METHOD" in named:
-        found = [own for own in found if own.get("method") == named["METHOD"]]
+    if code:
+        return Score(combination, failure=f"exit code {code}")
+    method = (sweep.variables | combination)["METHOD"]
+    found = [
+        own for path in find_results(folder, f"*/{method}/seed*") if (own := read_results(path.parent)) is not None
+    ]
     if len(found) != 1:
-        return Outcome(combination, failure=f"{len(found)} finished runs in {folder}, where one was to be")
+        return Score(combination, failure=f"{len(found)} finished runs in {folder}, where one was to be")
     value = (found[0].get("metrics") or {}).get(sweep.metric)
     if value is None:
-        return Outcome(combination, failure=f"its results.json has no {sweep.metric}, the sweep's metric")
-    return Outcome(combination, value, found[0].get("best_epoch"))
+        return Score(combination, failure=f"its results.json has no {sweep.metric}, the sweep's metric")
+    return Score(combination, value, found[0].get("best_epoch"))
 
 
-def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
+def table(sweep: Sweep, scores: Sequence[Score]) -> str:
     """The runs so far as Markdown, the best first, those that failed last; what all have in common stands below."""
     combinations = grid(sweep)
     varied = [name for name in combinations[0] if len({own[name] for own in combinations}) > 1]
     sign = -1 if sweep.maximises else 1
-    ordered = sorted(outcomes, key=lambda outcome: (outcome.value is None, sign * (outcome.value or 0)))
+    ordered = sorted(scores, key=lambda own: (own.value is None, sign * (own.value or 0)))
     rows = [[*varied, sweep.metric, "best epoch"], ["---"] * len(varied) + ["---:"] * 2]
-    for outcome in ordered:
-        value = outcome.failure if outcome.value is None else f"{outcome.value:.4f}"
-        epoch = "" if outcome.best_epoch is None else str(outcome.best_epoch + 1)  # as in all tables
-        rows.append([*(outcome.combination[name] for name in varied), value, epoch])
+    for own in ordered:
+        value = own.failure if own.value is None else f"{own.value:.4f}"
+        epoch = "" if own.best_epoch is None else str(own.best_epoch + 1)  # as in all tables
+        rows.append([*(own.combination[name] for name in varied), value, epoch])
     lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
     common = " ".join(f"{name}={combinations[0][name]}" for name in combinations[0] if name not in varied)
     command = " ".join(common if word == PARAMETERS else word for word in sweep.words)
-    return "\n".join([*lines, "", f"{len(outcomes)} of {len(combinations)} combinations of {sweep.path}, by "
+    return "\n".join([*lines, "", f"{len(scores)} of {len(combinations)} combinations of {sweep.path}, by "
                       f"{sweep.metric} at the best epoch. All: `{command}`.", ""])  # fmt: skip
 
 
