@@ -21,6 +21,7 @@ from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write, file_digest
 from cdc_mmpg.media.frames import candidate_indices
 from cdc_mmpg.media.video import Decoder, read_frames
+from cdc_mmpg.program import hold_signals
 from data_modules.frame_index import ARRAY_FILE_NAME, NOT_DECODED, Entry, array_file_name, file_stem
 
 MAX_QUEUED_CLIPS = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
@@ -71,6 +72,9 @@ def decode_clips(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(min(workers, len(clips)), initializer=_start_worker, context=context)
     try:
+        with hold_signals():
+            if not pool.active:  # asked for the first time, it starts
+                raise RuntimeError("none is left")
         for _ in track(range(len(clips)), description="decoding clips"):
             for name, path in islice(waiting, max(MAX_QUEUED_CLIPS, 2 * workers) - len(running)):
                 arguments = (name, path, kept[file_stem(name)], settings)

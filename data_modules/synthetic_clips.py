@@ -11,7 +11,6 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +29,7 @@ from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.processors import count_processors
+from cdc_mmpg.program import exit_code, hold_signals, leave_on_signals, log_to_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -384,7 +384,8 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(count_processors(), context) as pool:
-            made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
+            with hold_signals():
+                made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
             for _ in track(made, description="making clips", total=len(missing)):
                 pass
     except BrokenProcessPool as error:
@@ -431,10 +432,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, help="the dataset's folder")
     parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: to try the chain in minutes")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
-        make(options.root, DATASET_SIZES[options.size])
-    except CDCError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    log_to_terminal()
+    leave_on_signals()
+    return exit_code(lambda: make(options.root, DATASET_SIZES[options.size]))

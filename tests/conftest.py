@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,16 @@ def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
         (root / f"{split}_qa.json").write_text(json.dumps(rows))
     (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return root
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """What answers signals is as before after the test."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    former = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

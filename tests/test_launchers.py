@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -145,15 +145,6 @@ def test_before_training_the_signal_asks_for_the_requeue_and_leaves(fit, tools, 
     os.killpg(process.pid, signal.SIGUSR1)
     assert finish(process) == 138, (tmp_path / "log").read_text()
     assert asked(tools) == ["requeue 4700_3"]
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                                                               signal.SIGUSR1)}  # fmt: skip
-    yield
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 def test_the_signal_is_ours_in_a_job_alone(handlers, monkeypatch):

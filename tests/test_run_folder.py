@@ -320,10 +320,15 @@ def test_a_refusal_of_the_disk_is_named(capsys):
         exit_code(lambda: (_ for _ in ()).throw(OSError(errno.EINTR, "Interrupted")))
 
 
+def in_terminal(command: list[str]) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests run below
+    return main(command)
+
+
 def test_a_closed_terminal_ends_the_step_and_saves(fit, tmp_path):
     last = tmp_path / "last.pt"
     command = [*fit("fine_tuning", "--trainer.max_epochs=50", "--data.init_args.batch_size=2"), *recording(last, SLOW)]
-    process = start(tmp_path / "log", main, command)
+    process = start(tmp_path / "log", in_terminal, command)
     until(lambda: steps(last) >= 2, process)
     kill(process, signal.SIGHUP)
     assert finish(process) == 129, (tmp_path / "log").read_text()

@@ -1,17 +1,19 @@
-"""Standard output in any encoding, of a reader that leaves, on a full disk; foreign names without controls."""
+"""Output in any encoding, of a reader that leaves, on a full disk; foreign names; signals while processes start."""
 
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from test_tables import write_run
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.program import PlainFormatter, escape_controls, exit_code
+from cdc_mmpg.program import PlainFormatter, Stopped, escape_controls, exit_code, hold_signals, leave_on_signals
 
 TABLE = [sys.executable, "-m", "cdc_mmpg", "table"]
 
@@ -82,3 +84,26 @@ def test_names_of_others_reach_no_terminal_as_control_characters(capsys):
     record = logging.LogRecord("cdc_mmpg", logging.INFO, "", 0, "clip %s", ("\x1b]0;title\x07",), None)
     assert PlainFormatter("%(levelname)s %(message)s").format(record) == "INFO clip \\x1b]0;title\\x07"
     assert escape_controls("± −1.8\tü\n") == "± −1.8\tü\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_processes_are_started(number, handlers):
+    leave_on_signals()
+    begun: list[subprocess.Popen] = []
+
+    def begin() -> None:
+        with hold_signals():
+            os.kill(os.getpid(), number)
+            begun.append(subprocess.Popen(["sleep", "60"]))
+
+    with pytest.raises(Stopped) as left:
+        begin()
+    assert left.value.number == number
+    (child,) = begun
+    child.send_signal(signal.SIGINT)  # Ctrl-C is its parent's to answer
+    time.sleep(0.1)
+    assert child.poll() is None
+    child.terminate()
+    assert child.wait() == -signal.SIGTERM
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)

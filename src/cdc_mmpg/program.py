@@ -9,8 +9,9 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from cdc_mmpg.errors import CDCError, ConfigError, DataError
 from cdc_mmpg.launchers import find_launch, requeue
@@ -167,6 +168,28 @@ def leave_on_signals() -> None:
     """End with 128 + the signal's number, cleaning up."""
     for number in stop_signals():
         signal.signal(number, _leave)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Answer signals after the block, in which processes are started: one whose start is cut short has a traceback.
+
+    What is started here does not hear Ctrl-C or a closed terminal, not even while it imports.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    former = {number: signal.signal(number, lambda caught, _: held.append(caught)) for number in stop_signals()}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    for caught in held:
+        signal.raise_signal(caught)
 
 
 def _leave(number: int, frame: object) -> None:

@@ -14,7 +14,7 @@ from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.plan import PLANS
 from cdc_mmpg.commands.request import READS, Request, read_make, read_words
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.program import exit_code, log_to_terminal, print_error
+from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal, print_error
 
 # Every program: its module, and what it does. A module has `main(arguments)`, which returns the exit code.
 PROGRAMS = {
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if word not in PROGRAMS:
         print_error(f"ConfigError: {word}: no such command. `cdc-mmpg --help` lists them")
         return ConfigError.exit_code
+    if word != "serve":  # its server answers signals itself
+        leave_on_signals()
     _find_checkout()
     given, only_lists = read_make(os.environ.get("MAKEFLAGS", "")) if rest == [LISTS] else (read_words(rest), False)
     if word not in READS or given is None:

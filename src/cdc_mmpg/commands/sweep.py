@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -215,6 +216,7 @@ def by_agent(sweep: Sweep, out: Path) -> None:
         os.environ.pop(name, None)
     project = os.environ.get("WANDB_PROJECT") or sweep.config.get("project")
     entity = os.environ.get("WANDB_ENTITY") or sweep.config.get("entity")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which the agent ends its runs
     try:
         identity = wandb.sweep(sweep.config, entity=entity, project=project)
         if len(gpus := find_gpus()) < 2:
