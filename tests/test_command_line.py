@@ -178,39 +178,6 @@ def test_prediction_is_what_the_test_split_saw(finished, msvd):
         assert answers[word] == pytest.approx(scores[label].item(), abs=1e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_train_and_count_every_test_sample_once(fit, own_msvd, tmp_path):
-    """The second process is started by Lightning, once for both commands; seven test questions are shared out 4 and 3.
-
-    The later command builds on what the first process writes at the end of the earlier one.
-    """
-    for split, length in (("test", 7), ("val", 3)):
-        rows = json.loads((own_msvd / f"{split}_qa.json").read_text())
-        (own_msvd / f"{split}_qa.json").write_text(json.dumps(rows[:length]))
-    first, second = (
-        fit(method, "--data.init_args.batch_size=2", "--trainer.devices=2", root=own_msvd)
-        for method in ("fine_tuning", "linear")
-    )
-    encoder = tmp_path / "msvd" / "fine_tuning" / "seed0" / "encoder.safetensors"
-    second.append(f"--model.init_args.encoder.checkpoint={encoder}")
-    process = subprocess.run(
-        [sys.executable, "-m", "cdc_mmpg", *first, "--", *second], stderr=subprocess.PIPE, text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    for method in ("fine_tuning", "linear"):
-        folder = tmp_path / "msvd" / method / "seed0"
-        results = json.loads((folder / "results.json").read_text())
-        assert (results["devices"], results["questions_per_step"]) == ("2 x cpu", 2)
-        assert results["recipe_questions_per_step"] == 256
-        accuracy, loss = (results["metrics"][f"test/{name}"] for name in ("accuracy", "loss"))
-        assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-5)
-        (tmp_path / f"{method}-alone").mkdir()
-        printed = result_of_testing_alone(folder, tmp_path / f"{method}-alone")
-        assert printed == pytest.approx({"accuracy": accuracy, "loss": loss}, abs=1e-4)
-
-
 def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path):
     from data_modules.msvd_qa import MSVDQA
 

@@ -20,7 +20,7 @@ from cdc_mmpg.program import Stopped, exit_code, ignore_stop_signals, leave_on_s
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training.cli import main
 from cdc_mmpg.training.group import Tasks
-from processes import Witness, finish, recording, start, steps, until
+from processes import Witness, finish, recording, result_of_testing_alone, start, steps, until
 
 SLOW = 0.07  # seconds a step: time to be interrupted in, on a busy machine too
 ROOT = Path(__file__).parents[1]
@@ -324,19 +324,39 @@ def test_two_launchers_train_one_run(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_after_one_on_two_devices_is_as_it_would_be_alone(fit, tmp_path):
-    """Lightning starts the second process of the first two runs, which ends with each."""
+def test_chained_runs_on_two_devices_and_on_one(fit, own_msvd, tmp_path):
+    """Lightning starts the second process of the first two runs, which ends with each.
+
+    Seven test questions are shared out 4 and 3; the second run builds on what the first process of the first writes at
+    its end; the third, on one device, is as it would be alone.
+    """
+    for split, length in (("test", 7), ("val", 3)):
+        rows = json.loads((own_msvd / f"{split}_qa.json").read_text())
+        (own_msvd / f"{split}_qa.json").write_text(json.dumps(rows[:length]))
     witness = f"--trainer.callbacks+={Witness.__module__}.{Witness.__name__}"
-    chain, alone = tmp_path / "chain", tmp_path / "alone"
-    commands = [*fit("fine_tuning", "--trainer.devices=2", out=chain), "--",
-                *fit("hyper", "--trainer.devices=2", out=chain), "--",
-                *fit("linear", "--trainer.devices=1", witness, out=chain)]  # fmt: skip
-    program = [sys.executable, "-m", "cdc_mmpg"]
-    assert run_program(tmp_path / "log", [*program, *commands]) == 0, (tmp_path / "log").read_text()
-    assert finish(start(tmp_path / "log", main, fit("linear", "--trainer.devices=1", witness, out=alone))) == 0
-    devices = [result(chain / "msvd" / method / "seed0")["devices"] for method in ("fine_tuning", "hyper", "linear")]
-    assert devices == ["2 x cpu", "2 x cpu", "1 x cpu"]
-    ours, theirs = (torch.load(out / "msvd" / "linear" / "seed0" / "witness.0.pt", weights_only=False)
+    chain, alone, tested = tmp_path / "chain", tmp_path / "alone", tmp_path / "tested"
+    encoder = f"--model.init_args.encoder.checkpoint={chain / 'msvd' / 'fine_tuning' / 'seed0' / 'encoder.safetensors'}"
+    two = ["--trainer.devices=2", "--data.init_args.batch_size=2"]
+    commands = [*fit("fine_tuning", *two, root=own_msvd, out=chain), "--",
+                *fit("linear", *two, encoder, root=own_msvd, out=chain), "--",
+                *fit("hyper", "--trainer.devices=1", witness, root=own_msvd, out=chain)]  # fmt: skip
+    assert run_program(tmp_path / "log", [sys.executable, "-m", "cdc_mmpg", *commands]) == 0, (
+        tmp_path / "log"
+    ).read_text()
+    for method in ("fine_tuning", "linear"):
+        folder = chain / "msvd" / method / "seed0"
+        results = result(folder)
+        assert (results["devices"], results["questions_per_step"]) == ("2 x cpu", 2)
+        assert results["recipe_questions_per_step"] == 256
+        accuracy, loss = (results["metrics"][f"test/{name}"] for name in ("accuracy", "loss"))
+        assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-5)
+        (tested / method).mkdir(parents=True)
+        printed = result_of_testing_alone(folder, tested / method)
+        assert printed == pytest.approx({"accuracy": accuracy, "loss": loss}, abs=1e-4)
+    command = fit("hyper", "--trainer.devices=1", witness, root=own_msvd, out=alone)
+    assert finish(start(tmp_path / "log", main, command)) == 0
+    assert result(chain / "msvd" / "hyper" / "seed0")["devices"] == "1 x cpu"
+    ours, theirs = (torch.load(out / "msvd" / "hyper" / "seed0" / "witness.0.pt", weights_only=False)
                     for out in (chain, alone))  # fmt: skip
     for name, value in theirs["weights"].items():
         assert torch.equal(ours["weights"][name], value), name
