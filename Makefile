@@ -20,7 +20,7 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + ": name one with PYTHON=")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet uv
-	.venv/bin/uv pip install --quiet --python $(PY) -r requirements.txt
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(PY) -r requirements.txt
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 
