@@ -16,7 +16,7 @@ help: ## list the targets and their variables
 environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 
 .venv/.ready: requirements.txt pyproject.toml
-	@echo "Building .venv: about 3 GB to fetch and 6 GB on disk, mostly CUDA for PyTorch; half a minute to several."
+	@echo "Building .venv: about 3 GB to fetch and 6 GB on disk, mostly CUDA for PyTorch; one minute to several."
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + ": name one with PYTHON=")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet uv
@@ -44,7 +44,7 @@ benchmark: ## speed at the paper's size, of training, with OF=loading of what br
 data train tables table report figures predict export serve device demo delay sweep checkpoint benchmark: .venv/.ready
 	+@set -- $@ --make; $(CDC)
 
-PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
 	$(PYTEST) -m 'not slow' $(ARGS)
 

@@ -72,7 +72,7 @@ def decode_clips(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(min(workers, len(clips)), initializer=_start_worker, context=context)
     try:
-        with hold_signals():
+        with hold_signals(for_helpers=True):
             if not pool.active:  # asked for the first time, it starts
                 raise RuntimeError("none is left")
         for _ in track(range(len(clips)), description="decoding clips"):

@@ -79,7 +79,7 @@ class Synthetic(MSVDQA):
 
     def remedy(self) -> str:
         """Return what to fetch, from where, and where to put it."""
-        return f"make it: python -m data_modules.synthetic_clips {self.root}"
+        return f"make it: cdc-mmpg clips {self.root}"
 
     @cached_property
     def devices(self) -> dict[str, dict[str, str | float]]:

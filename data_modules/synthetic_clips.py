@@ -1,6 +1,6 @@
 """The embedded dataset's generator: colour constancy, posed with real video files in MSVD-QA's layout.
 
-`python -m data_modules.synthetic_clips <folder>` makes it, goes on where it was stopped, or checks what is there;
+`cdc-mmpg clips <folder>` makes it, goes on where it was stopped, or checks what is there;
 `--size toy` makes a small one. What the files hold and why is in the data sheet, `data_modules.synthetic.Synthetic`.
 No torch in here.
 """
@@ -384,10 +384,14 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(count_processors(), context) as pool:
-            with hold_signals():
-                made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
-            for _ in track(made, description="making clips", total=len(missing)):
-                pass
+            try:
+                with hold_signals(for_helpers=True):
+                    made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
+                for _ in track(made, description="making clips", total=len(missing)):
+                    pass
+            except BaseException:  # a signal: what is not begun is left
+                pool.shutdown(cancel_futures=True)
+                raise
     except BrokenProcessPool as error:
         raise CDCError(f"{folder}: a process that makes clips was killed: type the same command again") from error
     for name, text in annotations(seed, clips, counts.questions).items():

@@ -19,6 +19,7 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.wire.messages import Layout, Versions
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, monkeypatch, capsys):
     bundles = shutil.copytree(deployed / "sample", tmp_path / "sample")
     begun = []
@@ -62,6 +63,7 @@ def test_everything_is_measured_and_nothing_left_running(deployed, tmp_path, mon
     )
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_servers_too(deployed):
     command = [sys.executable, "-m", "cdc_mmpg", "benchmark_deployment", "--bundles", str(deployed / "sample")]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)

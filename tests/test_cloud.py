@@ -961,6 +961,7 @@ def total(page: bytes, name: str) -> float:
     return sum(float(line.split()[-1]) for line in page.decode().splitlines() if line.startswith(name))
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_all_count_together(twofold, models):
     model, asked = models["basis"], 0
     name = 'cdc_mmpg_replies_total{status="200"}'

@@ -204,6 +204,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
     if why := namespaces():
         pytest.skip(why)

@@ -202,6 +202,7 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("make ")]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     """Each one, by make's own account of what it would do, at a tiny size; `make train` alone is the whole chain."""
     encoder = tmp_path / "encoder.safetensors"

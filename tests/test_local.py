@@ -8,8 +8,9 @@ from threading import Thread
 
 import pytest
 
-from cdc_mmpg.deployment.local import LocalProcess, LocalServer, defer_stop_signals, read_page, suppress_stop_signals
+from cdc_mmpg.deployment.local import LocalProcess, LocalServer, read_page, suppress_stop_signals
 from cdc_mmpg.errors import CDCError
+from cdc_mmpg.program import hold_signals
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
@@ -60,7 +61,7 @@ def test_signals_are_answered_after_the_block_or_never():
         with suppress_stop_signals():
             signal.raise_signal(signal.SIGTERM)
         assert arrived == []
-        with defer_stop_signals():
+        with hold_signals():
             signal.raise_signal(signal.SIGTERM)
             assert arrived == []
         assert arrived == [signal.SIGTERM]

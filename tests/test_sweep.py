@@ -129,6 +129,21 @@ def test_what_a_run_builds_on_is_made_below_its_folder(place):
     assert {step.folder.split("/msvd/")[0] for step in steps} == {f"sweeps/{sweep.name_of(c)}" for c in sweep.grid(own)}
 
 
+def test_the_encoder_that_all_start_from_is_one_of_the_plan(place):
+    encoder = "checkpoints/synthetic/encoder_pretraining/seed0/encoder.safetensors"
+    command = ["make", "train", "${args_no_hyphens}", "CACHE=checkpoints/synthetic/data", f"CHECKPOINT={encoder}"]
+    parameters = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1, 2]}}
+    own = sweep.read(write(place, parameters=parameters, command=command))
+    for made in (False, True):
+        steps = list(sweep.plan_grid(own, sweep.grid(own), Path("sweeps")).steps.values())
+        before = ["clips checkpoints/synthetic/data/clips", *([] if made else ["encoder_pretraining/seed0"])]
+        assert sorted(step.name for step in steps[:-2]) == before
+        assert [sorted({*step.needs}) for step in steps[-2:]] == [before, before]
+        assert all(f"--model.init_args.encoder.checkpoint={encoder}" in step.arguments for step in steps[-2:])
+        Path(encoder).parent.mkdir(parents=True, exist_ok=True)
+        Path(encoder).touch()
+
+
 def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place, ran):
     one = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1]}}
     assert sweep.main([str(write(place, parameters=one))]) == 0
@@ -210,7 +225,9 @@ def test_without_a_server_the_runs_train_and_a_signal_ends_the_one_at_work(place
         ({"command": "make train ${args_no_hyphens}"}, "a list of words"),
         ({"command": ["make", "train", "${args}"]}, "command must hold ${args_no_hyphens} once"),
         ({"command": ["python", "own.py", "${args_no_hyphens}"]}, "without W&B's server only `make train` is run"),
-        ({"parameters": {"EPOCHS": {"value": 1}}}, "METHOD is missing"),
+        ({"parameters": {"EPOCHS": {"value": 1}}}, "METHOD names one method"),
+        ({"command": ["make", "train", "${args_no_hyphens}", "SEEDS=3"]}, "SEED takes the place of SEEDS"),
+        ({"command": ["make", "train", "${args_no_hyphens}", "EPOCHS=3"]}, "EPOCHS is both a parameter and in the"),
         (
             {"parameters": {"METHOD": {"value": "linear"}, "DEVICES": {"values": [1, 2]}}},
             "parameters.DEVICES cannot be one: runs share the machine",
@@ -457,27 +474,34 @@ def run_below(command: list[str], url: str, agents: dict[str, str]) -> int:
     return online(command, url, **agents)
 
 
+def start_sweep(fit, folder: Path, url: str, options: str) -> tuple[dict[str, object], subprocess.Popen]:
+    """Begin a sweep of one method on a server, in something like a checkout whose make runs a tiny training."""
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    (folder / "data_modules").symlink_to(ROOT / "data_modules")
+    words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
+    line = " ".join(shlex.quote(word) for word in words)
+    place = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
+    (folder / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg {line} {place} $(ARGS)\n")
+    config = {"name": "own", "method": "random", "metric": {"name": "val/accuracy", "goal": "maximize"},
+              "project": "cdc-mmpg", "parameters": {"METHOD": {"value": "linear"}, "ARGS": {"values": [options]}},
+              "command": ["make", "train", "${args_no_hyphens}",
+                          "OUT=sweeps/$(WANDB_SWEEP_ID)/$(WANDB_RUN_ID)"]}  # fmt: skip
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
+    environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "MAKEFLAGS": " -- ARGS=--wrong"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "cdc_mmpg", "sweep", "own.yaml"], cwd=folder,
+                                   env=environment, stdout=log, stderr=log)  # fmt: skip
+    return config, process
+
+
 @pytest.mark.slow
 def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     """Registered, handed out and logged by W&B's own client, through make."""
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    (tmp_path / "data_modules").symlink_to(ROOT / "data_modules")  # as in a checkout
-    words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
-    line = " ".join(shlex.quote(word) for word in words)
-    folder = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
-    (tmp_path / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg {line} {folder} $(ARGS)\n")
     rate = "--model.init_args.learning_rate=0.5"
-    config = {"name": "own", "method": "random", "metric": {"name": "val/accuracy", "goal": "maximize"},
-              "project": "cdc-mmpg", "parameters": {"METHOD": {"value": "linear"}, "ARGS": {"values": [rate]}},
-              "command": ["make", "train", "${args_no_hyphens}",
-                          "OUT=sweeps/$(WANDB_SWEEP_ID)/$(WANDB_RUN_ID)"]}  # fmt: skip
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     with served(commands={"run1": {"METHOD": "linear", "ARGS": rate}}) as server:
-        environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
-        environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "MAKEFLAGS": " -- ARGS=--wrong"}
-        done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "sweep", "own.yaml"], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        config, process = start_sweep(fit, tmp_path, server.url, rate)
+        assert process.wait(280) == 0, (tmp_path / "log").read_text()
     assert server.sweeps == [config]
     (begun,) = server.begun.values()
     assert (begun["name"], begun["sweep"]) == ("run1", "sweep1")
@@ -486,7 +510,36 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     assert rate in results["arguments"]
     assert server.summaries["run1"]["val/accuracy"] == results["metrics"]["val/accuracy"]
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"Makefile", "data_modules", "experiments", "own.yaml", "sweeps", "checkpoints", "msvd", "msvd0"}
+    assert left <= {
+        "Makefile",
+        "data_modules",
+        "experiments",
+        "own.yaml",
+        "sweeps",
+        "checkpoints",
+        "msvd",
+        "msvd0",
+        "log",
+    }
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_agents_run_which_saves(fit, tmp_path):
+    long = "--trainer.max_epochs=5000"
+    with served(commands={"run1": {"METHOD": "linear", "ARGS": long}}) as server:
+        _, process = start_sweep(fit, tmp_path, server.url, long)
+        end = time.monotonic() + 200
+        while not list(tmp_path.rglob("resume/*.ckpt")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "`wandb agent --project=cdc-mmpg sweep1` goes on with this sweep" in said
+    assert "stopped by SIGTERM" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.rglob("resume/*.ckpt"))
 
 
 def test_a_sweep_that_the_server_refuses_says_what_to_do(place):

@@ -92,7 +92,7 @@ def test_a_signal_waits_until_processes_are_started(number, handlers):
     begun: list[subprocess.Popen] = []
 
     def begin() -> None:
-        with hold_signals():
+        with hold_signals(for_helpers=True):
             os.kill(os.getpid(), number)
             begun.append(subprocess.Popen(["sleep", "60"]))
 
@@ -107,3 +107,15 @@ def test_a_signal_waits_until_processes_are_started(number, handlers):
     assert child.wait() == -signal.SIGTERM
     with pytest.raises(Stopped):
         signal.raise_signal(number)
+
+
+def test_what_starts_as_the_first_does_not_hear_ctrl_c_either():
+    """The first lock of a process starts multiprocessing's tracker, which lets signals through again."""
+    code = (
+        "import multiprocessing, signal\nfrom cdc_mmpg.program import hold_signals\n"
+        "with hold_signals(for_helpers=True):\n    multiprocessing.get_context('spawn').RLock()\n"
+        "    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+        "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

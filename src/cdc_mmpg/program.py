@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 from cdc_mmpg.errors import CDCError, ConfigError, DataError
 from cdc_mmpg.launchers import find_launch, requeue
@@ -171,25 +172,28 @@ def leave_on_signals() -> None:
 
 
 @contextmanager
-def hold_signals() -> Iterator[None]:
-    """Answer signals after the block, in which processes are started: one whose start is cut short has a traceback.
+def hold_signals(for_helpers: bool = False) -> Iterator[None]:
+    """Answer signals after the block, in which processes start: one that is stopped while it starts prints a traceback.
 
-    What is started here does not hear Ctrl-C or a closed terminal, not even while it imports.
+    Args:
+        for_helpers: the processes never hear Ctrl-C or a closed terminal, which this process answers.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # others handle no signals
         yield
         return
     held: list[int] = []
-    former = {number: signal.signal(number, lambda caught, _: held.append(caught)) for number in stop_signals()}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    if for_helpers:
+        resource_tracker.ensure_running()  # it starts with the first lock and lets signals through from then on
+    before = {number: signal.signal(number, lambda caught, _: held.append(caught)) for number in stop_signals()}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP) if for_helpers else ())
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    for caught in held:
-        signal.raise_signal(caught)
+        for number, known in before.items():
+            signal.signal(number, known)
+        for caught in held:
+            signal.raise_signal(caught)
 
 
 def _leave(number: int, frame: object) -> None:

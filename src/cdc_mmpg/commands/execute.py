@@ -149,7 +149,12 @@ class Executor:
         """Parse the settings of all runs that are to train, in one process that has the imports."""
         if len(steps) < 2:  # one refuses its own as early
             return
-        code = self._start_forked("check", [word for step in steps for word in ("--", *step.words)]).wait()
+        process = self._start_forked("check", [word for step in steps for word in ("--", *step.words)])
+        try:
+            code = process.wait()
+        except Stopped as error:
+            process.signal(error.number)
+            raise
         if code:
             raise SystemExit(code)
 

@@ -126,7 +126,7 @@ class Plan:
         if not request.embedded or (Path(request.data, "digests.json").is_file() and not request["SIZE"]):
             return []
         size = ["--size", request["SIZE"]] if request["SIZE"] else []
-        return [self.add(Step(f"clips in {request.data}", "clips", (request.data, *size)))]
+        return [self.add(Step(" ".join(["clips", request.data, *size]), "clips", (request.data, *size)))]
 
     def add_run(self, run: RunName) -> str:
         """Add a run after all that it builds on; return its name."""

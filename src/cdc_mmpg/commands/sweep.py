@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,11 +24,11 @@ from cdc_mmpg.catalogue import PRETRAINING
 from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.main import run_program
 from cdc_mmpg.commands.plan import Plan, plan_training
-from cdc_mmpg.commands.request import READS, TRAINING, Request
+from cdc_mmpg.commands.request import EMBEDDED, READS, TRAINING, Request
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.processors import find_gpus
-from cdc_mmpg.program import exit_code, log_to_terminal
+from cdc_mmpg.program import Stopped, exit_code, hold_signals, log_to_terminal
 from cdc_mmpg.results import find_results, read_results
 
 FOLDER = "checkpoints/sweeps"
@@ -67,7 +66,7 @@ class Sweep(NamedTuple):
 
     @property
     def target(self) -> str:
-        """The target of make that the command calls; empty where it calls another program."""
+        """The target of make that the command calls; empty where it names none."""
         words = (word for word in self.command[1:] if not word.startswith(("-", "$")) and "=" not in word)
         return next(words, "") if self.command[0] == "make" else ""
 
@@ -99,7 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(path: Path, out: Path) -> None:
     sweep = read(path)
     if is_online():
-        pretrain(sweep)
         by_agent(sweep, out)
     else:
         by_itself(sweep, out)
@@ -147,6 +145,8 @@ def read(path: Path) -> Sweep:
         raise ConfigError(f"{path}: command must hold {PARAMETERS} once: the parameters of a run")
     sweep = Sweep(path, config, metric["name"], goal == "maximize", command)
     _check_parameters(path, config["parameters"], sweep.target)
+    if twice := config["parameters"].keys() & sweep.variables.keys():
+        raise ConfigError(f"{path}: {', '.join(sorted(twice))} is both a parameter and in the command: leave one out")
     return sweep
 
 
@@ -199,7 +199,8 @@ def by_agent(sweep: Sweep, out: Path) -> None:
     """Register the sweep and run W&B's agent, one for each GPU, until the server has no more runs for it.
 
     Raises:
-        CDCError: the server cannot be reached, or refuses the sweep.
+        CDCError: the server cannot be reached, or refuses the sweep; or an agent fails.
+        Stopped: a signal; it was handed on to the agents, and by them to their runs.
     """
     import wandb  # noqa: PLC0415  takes a second
 
@@ -216,36 +217,34 @@ def by_agent(sweep: Sweep, out: Path) -> None:
         os.environ.pop(name, None)
     project = os.environ.get("WANDB_PROJECT") or sweep.config.get("project")
     entity = os.environ.get("WANDB_ENTITY") or sweep.config.get("entity")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which the agent ends its runs
     try:
         identity = wandb.sweep(sweep.config, entity=entity, project=project)
-        if len(gpus := find_gpus()) < 2:
-            wandb.agent(identity, entity=entity, project=project)
-            return
-        command = [sys.executable, "-m", "wandb", "agent", "/".join(filter(None, (entity, project, identity)))]
-        agents = [subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
-        if code := max(agent.wait() for agent in agents):
-            raise CDCError(f"{sweep.path}: an agent ended with exit code {code}")
-    except CDCError:
-        raise
     except Exception as error:  # the client raises errors of many families
         raise CDCError(
             f"{sweep.path}: W&B's server cannot be reached, or refuses the sweep ({error}); WANDB_MODE=offline runs "
             "the grid without it"
         ) from error
-
-
-def pretrain(sweep: Sweep) -> None:
-    """Pretrain the encoder that the runs start from, where it is the embedded dataset's and not there yet.
-
-    Raises:
-        CDCError: that failed.
-    """
-    plan = plan_training(Request("train", {"METHOD": PRETRAINING}, {}))
-    encoder = plan.request.encoder_of(PRETRAINING, 0)
-    lacks = sweep.variables.get("CHECKPOINT") == encoder and not Path(encoder).is_file()
-    if lacks and Executor(plan, run_program).execute():
-        raise CDCError(f"{encoder}: could not be made, and the runs of {sweep.path} start from it")
+    pretraining = plan_pretraining(sweep)
+    if pretraining and (code := Executor(pretraining, run_program).execute()):
+        raise SystemExit(code)
+    options = [f"--{name}={value}" for name, value in (("project", project), ("entity", entity)) if value]
+    print(f"`wandb agent {' '.join([*options, identity])}` goes on with this sweep, here or on another machine")
+    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *options, identity]
+    gpus = find_gpus()
+    environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if len(gpus) > 1 else [{}]
+    with hold_signals():
+        # A group of its own, so that Ctrl-C reaches each once and through here.
+        agents = [subprocess.Popen(command, env=os.environ | added, process_group=0) for added in environments]
+    try:
+        codes = [agent.wait() for agent in agents]
+    except Stopped as error:
+        for agent in agents:
+            agent.send_signal(error.number)
+        for agent in agents:
+            agent.wait()
+        raise
+    if any(codes):
+        raise CDCError(f"{sweep.path}: an agent ended with exit code {max(codes, key=abs)}")
 
 
 def by_itself(sweep: Sweep, out: Path) -> None:
@@ -254,10 +253,9 @@ def by_itself(sweep: Sweep, out: Path) -> None:
     Raises:
         ConfigError: see `grid` and `plan_grid`.
         CDCError: runs failed; the others are in the table.
+        SystemExit: a signal, while clips were made.
     """
     combinations, place = grid(sweep), out / sweep.folder
-    plan = plan_grid(sweep, combinations, place)
-    pretrain(sweep)
 
     def write_table() -> list[Score]:
         ended = executor.outcomes.keys() | executor.left_out.keys()
@@ -266,13 +264,15 @@ def by_itself(sweep: Sweep, out: Path) -> None:
             runs = [step.name for step in executor.runs if step.name.startswith(f"{name_of(combination)}/")]
             if ended.issuperset(runs):
                 codes = [executor.outcomes[name].code for name in runs if name in executor.outcomes]
-                scores.append(score(sweep, combination, place / name_of(combination), max(codes)))
+                scores.append(score(sweep, combination, place / name_of(combination), max(codes, default=1)))
         with atomic_write(place / "sweep.md") as file:
             file.write(table(sweep, scores).encode())
         return scores
 
-    executor = Executor(plan, run_program, after_run=write_table)
+    executor = Executor(plan_grid(sweep, combinations, place), run_program, after_run=write_table)
     code = executor.execute()
+    if code > 128:
+        raise SystemExit(code)
     scores = write_table()
     print(f"\n{table(sweep, scores)}\n{place / 'sweep.md'}")
     failed = [own for own in scores if own.failure]
@@ -288,29 +288,43 @@ def plan_grid(sweep: Sweep, combinations: Sequence[Combination], place: Path) ->
     """Plan the runs of all combinations, each below a folder of its own; where there are GPUs, as many side by side.
 
     Raises:
-        ConfigError: the command is not `make train`, names no method, or a value of it is impossible.
+        ConfigError: the command is not `make train`, means not one run, or a value of it is impossible.
     """
     if sweep.target != "train":
         raise ConfigError(
             f"{sweep.path}: command is {' '.join(sweep.command)}: without W&B's server only `make train` is run"
         )
-    gpus = find_gpus()
-    side_by_side = {"JOBS": str(len(gpus))} if len(gpus) > 1 else {}
+    fixed = sweep.variables
+    if not {"DEVICES", "LAUNCH"} & fixed.keys():
+        gpus = Plan(Request("train", fixed | combinations[0] | {"JOBS": ""})).gpus
+        fixed = fixed | ({"JOBS": str(len(gpus))} if len(gpus) > 1 else {})
     plans = {}
     for combination in combinations:
         name = name_of(combination)
-        given = sweep.variables | combination | side_by_side | {"OUT": str(place / name)}
-        if "METHOD" not in given:
-            raise ConfigError(f"{sweep.path}: METHOD is missing: a run has one method, name them as values")
-        plans[name] = plan_training(Request("train", given))
-    grid_plan = Plan(next(iter(plans.values())).request)
+        request = Request("train", fixed | combination | {"OUT": str(place / name)})
+        if not request["METHOD"] or request.method == "all" or request["SEEDS"]:
+            raise ConfigError(
+                f"{sweep.path}: METHOD={request['METHOD']} SEEDS={request['SEEDS']}: a combination is one run: METHOD "
+                "names one method, and SEED takes the place of SEEDS"
+            )
+        plans[name] = plan_training(request)
+    grid_plan, pretraining = Plan(next(iter(plans.values())).request), plan_pretraining(sweep)
+    before = tuple(grid_plan.add(step) for step in pretraining.steps.values()) if pretraining else ()
     for name, plan in plans.items():
         names = {step.name: f"{name}/{step.name}" if step.folder else step.name for step in plan.steps.values()}
         for step in plan.steps.values():
             if step.program != "table":
-                needs = tuple(names[other] for other in step.needs)
+                needs = (*before, *(names[other] for other in step.needs))
                 grid_plan.add(step._replace(name=names[step.name], needs=needs, after=names.get(step.after, "")))
     return grid_plan
+
+
+def plan_pretraining(sweep: Sweep) -> Plan | None:
+    """Plan the encoder that the runs start from; None unless that is the embedded dataset's of seed 0, not yet made."""
+    encoder = f"checkpoints/{EMBEDDED}/{PRETRAINING}/seed0/encoder.safetensors"
+    if sweep.variables.get("CHECKPOINT") != encoder or Path(encoder).is_file():
+        return None
+    return plan_training(Request("train", {"METHOD": PRETRAINING}, {}))
 
 
 def score(sweep: Sweep, combination: Combination, folder: Path, code: int) -> Score:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cdc_mmpg.errors import CDCError
+from cdc_mmpg.program import hold_signals
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0  # that a server may take to be ready
@@ -53,7 +54,7 @@ class LocalProcess:
 
     def begin(self) -> None:
         """Start the process and wait for nothing."""
-        with self.log.open("ab") as file, defer_stop_signals():
+        with self.log.open("ab") as file, hold_signals():
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE if self._piped else None,
@@ -204,30 +205,12 @@ def read_page(url: str, seconds: float = 1.0) -> str | None:
 
 
 @contextmanager
-def defer_stop_signals() -> Iterator[None]:
-    """Answer signals that come in the block after it: a process that began is known by then, and ended."""
-    arrived: list[int] = []
-    try:
-        with _handle_stop_signals(lambda number, _: arrived.append(number)):
-            yield
-    finally:
-        for number in arrived:
-            signal.raise_signal(number)
-
-
-@contextmanager
 def suppress_stop_signals() -> Iterator[None]:
     """Let no signal end a block that cleans up."""
-    with _handle_stop_signals(signal.SIG_IGN):
-        yield
-
-
-@contextmanager
-def _handle_stop_signals(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # others handle no signals
         yield
         return
-    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -64,6 +64,6 @@ class EpochLines(Callback):
 
 
 def describe_epoch(trainer: Trainer) -> str:
-    """Return the number of the current epoch, from 1, and of how many; `max_epochs` may be -1, for without end."""
+    """Return the number of the current epoch, from 1, and of how many, unless `max_epochs` is -1: no limit."""
     last = trainer.max_epochs or 0
     return f"{trainer.current_epoch + 1}" + (f" of {last}" if last > 0 else "")
