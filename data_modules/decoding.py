@@ -69,7 +69,7 @@ def decode_clips(
         kept[file.partition(".")[0]].append(file)
     waiting, running, done = iter(clips.items()), dict[Future[Entry], str](), SimpleQueue[Future[Entry]]()
     # Fresh processes: a forked copy of a process with running threads may hang.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
     pool = ProcessPool(min(workers, len(clips)), initializer=_start_worker, context=context)
     try:
         with hold_signals(for_helpers=True):
@@ -91,6 +91,9 @@ def decode_clips(
         ) from error
     finally:
         pool.stop()
+        # The pool removes its locks before it ends its workers: one that still starts would look for them in vain.
+        for worker in {*multiprocessing.active_children()} - others:
+            worker.terminate()
         pool.join()
 
 

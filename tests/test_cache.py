@@ -30,6 +30,7 @@ from data_modules.cache import FrameCache
 from data_modules.frame_index import Entry
 from data_modules.msvd_qa import MSVDQA
 
+ROOT = Path(__file__).parents[1]
 FILL = """
 import sys
 from pathlib import Path
@@ -587,3 +588,35 @@ def test_every_odd_file_at_once_is_as_alone(real, tmp_path, decoder, capfd):
             alone = read_frames(path, lambda count: candidate_indices(count, 3), 32, decoder)
             np.testing.assert_array_equal(cache.read(name, list(range(9))), alone)
     assert capfd.readouterr().err == ""
+
+
+# The second process that decodes starts only when the first is to be ended, which takes two seconds.
+SLOW_START = """
+import multiprocessing.process, os, pathlib, sys, time
+place, end = pathlib.Path(os.environ["SLOW_START"]), multiprocessing.process.BaseProcess.terminate
+def end_slowly(process):
+    (place / "ends").mkdir(exist_ok=True)
+    time.sleep(2)
+    end(process)
+multiprocessing.process.BaseProcess.terminate = end_slowly
+if "spawn_main" in " ".join(sys.orig_argv):
+    try:
+        (place / "first").mkdir()
+    except FileExistsError:
+        while not (place / "ends").exists():
+            time.sleep(0.01)
+"""
+
+
+def test_a_process_that_still_starts_when_all_is_done_says_nothing(tmp_path):
+    make_clips(tmp_path / "clips", 2)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_START)
+    places = os.pathsep.join(map(str, (tmp_path / "site", ROOT, ROOT / "src")))
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, tmp_path / "clips", tmp_path / "frames", "2"], capture_output=True, text=True,
+        check=False, env=os.environ | {"PYTHONPATH": places, "SLOW_START": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ends").exists()
+    assert "Traceback" not in done.stderr
