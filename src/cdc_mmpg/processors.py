@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")  # of Linux, version 2
@@ -23,12 +24,18 @@ def find_gpus() -> list[str]:
     """Return the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not asked."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.replace(" ", "").split(",") if name and name != "-1"]
+    return [*_ask_driver()]
+
+
+@cache
+def _ask_driver() -> tuple[str, ...]:
+    """Return the machine's NVIDIA GPUs; the driver is asked once, which takes a second."""
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.split()
+        return ()
+    return (*done.stdout.split(),)
 
 
 def free_memory() -> int:
