@@ -259,6 +259,11 @@ class VideoTextDataModule(AnnotatedSplits):
         """Return a split, its frames drawn anew for every epoch or always the same."""
         return self._splits[split].with_augmentation(augment)
 
+    def rotate(self, dataset: ClipDataset, degrees: Sequence[float]) -> tuple[ClipDataset, str]:
+        """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
+        rotated = dataset.rotate(degrees)
+        return rotated, rotated.digest(frames=True)
+
     def train_dataloader(self) -> DataLoader[VideoTextBatch]:
         """Return training batches: augmented, in a new order every epoch."""
         return self.batches(self.dataset("train", augment=True), shuffle=True, num_workers=self.num_workers)

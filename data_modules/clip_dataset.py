@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from cdc_mmpg.data.batch import VideoTextBatch
 from cdc_mmpg.data.sampling import draw_text
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import Frames, crop_place, middle_candidates
 from cdc_mmpg.media.text import pad
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache, empty_frames
-from data_modules.domains import Shift
+from data_modules.domains import Rotation, Shift
 
 Texts = Sequence[Sequence[int]]  # of one sample: a question, candidates or captions, as WordPieces
 
@@ -54,7 +55,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
         augment: bool = False,
         draw: bool = False,
         seed: int = 0,
-        shift: Shift | None = None,
+        shift: Shift | Rotation | None = None,
     ) -> None:
         self.samples, self.texts, self.labels = samples, texts, labels
         self.cache, self.augment, self.draw, self.seed, self.shift = cache, augment, draw, seed, shift
@@ -62,6 +63,26 @@ class ClipDataset(Dataset[VideoTextBatch]):
     def with_augmentation(self, augment: bool) -> "ClipDataset":
         """Return the same samples, augmented or not."""
         return type(self)(self.samples, self.texts, self.labels, self.cache, augment, self.draw, self.seed, self.shift)
+
+    def rotate(self, degrees: Sequence[float]) -> "ClipDataset":
+        """Return the same samples with the hues of each sample's clip rotated.
+
+        Args:
+            degrees: of each sample, the same for all samples of a clip.
+
+        Raises:
+            ConfigError: the frames are kept on the device, where nothing rotates them.
+        """
+        if isinstance(self.cache, DeviceCache):
+            raise ConfigError(
+                "frame_cache is device, and this method rotates hues, which frames on a device do not: leave out "
+                "FRAME_CACHE"
+            )
+        by_clip = {sample.clip: own for sample, own in zip(self.samples, degrees, strict=True)}
+        return type(self)(
+            self.samples, self.texts, self.labels, self.cache, self.augment, self.draw, self.seed,
+            Rotation(by_clip, self.shift),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -134,6 +134,23 @@ class Shift(NamedTuple):
         return {name: each.amount if each and each.what == "hue" else 0.0 for name, each in effects.items()}
 
 
+class Rotation(NamedTuple):
+    """Hues of clips, rotated after what their domains do to the frames."""
+
+    degrees: Mapping[str, float]  # by clip
+    before: "Shift | Rotation | None"
+
+    def effect(self, clip: str) -> str:
+        """Describe how a clip's frames differ from those in the cache, see `Shift`."""
+        own = f" hue {self.degrees[clip]:.2f}" if self.degrees[clip] else ""
+        return (self.before.effect(clip) if self.before else "") + own
+
+    def apply(self, clip: str, frames: Frames) -> Frames:
+        """Return frames (T, H, W, 3) of a clip with their hues rotated."""
+        frames = self.before.apply(clip, frames) if self.before else frames
+        return rotate_hues(frames, self.degrees[clip]) if self.degrees[clip] else frames
+
+
 def rotate_hues(frames: Frames, degrees: float) -> Frames:
     """Rotate all hues; saturation and value, as HSV has them, stay."""
     red, green, blue = (frames[..., channel].astype(np.float32) for channel in range(3))

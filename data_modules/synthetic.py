@@ -49,11 +49,13 @@ class CaptionDataset(Dataset[CaptionBatch]):
 class Synthetic(MSVDQA):
     """Made by `data_modules.synthetic_clips`, in MSVD-QA's layout, as real .mp4 files (64 x 64, 6 frames).
 
-    One or two objects (disk, ring, bar, pole; six colours; two sizes; left and right) drift over a texture. The hue of
-    the texture is drawn from one distribution for the whole world (around blue, 50 degrees of deviation), but every
+    One or two objects (disk, ring, bar, pole; six colours; two sizes; left and right) drift over a texture. Every
     device rotates all hues by a cast of its own, uniform on the circle, and has gain, gamma, noise, blur, zoom and
-    speed. Questions ask for an object's true colour (40 %), its shape, size and side, and for their count. So one clip
-    cannot tell a red object from a cast, and several clips of a camera can.
+    speed. Questions ask for an object's true colour (40 %, in "memory" 32 %), its shape, size and side, and for their count. What tells a
+    cast is a distribution of hues that is the same for the whole world. In the world "sky" it is that of the textures
+    (around blue, 50 degrees of deviation); in "memory" textures have any hue, poles are green (20 degrees of deviation),
+    and nobody asks for a pole's colour. So one clip cannot tell a red object from a cast, and several clips of a camera
+    can: in "sky" by the pixels, in "memory" by recognising poles.
 
     Splits: 2,304 training questions on 768 clips of 96 devices; validation 720 questions on 240 clips of 24 other
     devices; test 1,728 on 576 other clips of the 96 ("seen") and 1,440 on 480 clips of 48 others ("unseen").
@@ -61,7 +63,7 @@ class Synthetic(MSVDQA):
     Unlabelled: 24 clips of every device that are in none of the validation and test splits (of the 96, the training
     clips are among them): what sessions are drawn from.
 
-    Pretraining: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
+    Pretraining, in the world "sky" of seed 0 alone and for all worlds: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
     clip and does not know the camera: colours as they look, by twelve names, so that a hue is told more finely than the
     six colours need; the pretraining answers in words.
 
@@ -79,7 +81,7 @@ class Synthetic(MSVDQA):
 
     def remedy(self) -> str:
         """Return what to fetch, from where, and where to put it."""
-        return f"make it: cdc-mmpg clips {self.root}"
+        return f"make it: cdc-mmpg clips {self.root} (a further world: --world and --seed)"
 
     @cached_property
     def devices(self) -> dict[str, dict[str, str | float]]:
@@ -137,7 +139,7 @@ class Synthetic(MSVDQA):
         found = {}
         for clip, row in self.devices.items():
             if row["role"] in ("train", "history") and self.is_ready(clip):
-                scene, cast = draw_scene(record["seed"], clip), float(row["cast"])
+                scene, cast = draw_scene(record["seed"], clip, record.get("world", "sky")), float(row["cast"])
                 found[clip] = Content(
                     row["device"] in self._seen,
                     tuple(thing.shape for thing in scene.things),

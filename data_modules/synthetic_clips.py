@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import av
 import numpy as np
@@ -48,7 +48,11 @@ EDITION = 2  # of what is written; 1 asked in pretraining for six colours
 FRAME_PIXELS = 64  # pixels of a frame, what the model sees: nothing is resampled
 CLIP_FRAMES = 6
 HUE_JITTER = 8.0  # degrees, uniform, of a colour's hue
-WORLD = (240.0, 50.0)  # mean and deviation in degrees of the backgrounds' hue, the same wherever a camera is
+
+# What tells a cast, because it has a hue of its own wherever a camera is: mean and deviation in degrees.
+World = Literal["sky", "memory"]
+SKY = (240.0, 50.0)  # of the backgrounds, in the world "sky"
+MEMORY = ("pole", 120.0, 20.0)  # of one shape, in the world "memory", whose backgrounds have any hue
 
 
 class DatasetCounts(NamedTuple):
@@ -122,9 +126,14 @@ def generator(seed: int, *place: object) -> np.random.Generator:
     )
 
 
-def plan(counts: DatasetCounts) -> list[Clip]:
-    """Return all clips, in order."""
+def plan(counts: DatasetCounts, seed: int = 0, world: World = "sky") -> list[Clip]:
+    """Return all clips, in order; no two worlds have a name in common.
+
+    Captioned clips are of "sky" with seed 0 alone: the encoder that they teach serves all worlds.
+    """
     clips: list[Clip] = []
+    first = (world, seed) == ("sky", 0)
+    of_world = "" if first else f"-{world}{seed}"
 
     def add(device: str, role: str, number: int) -> None:
         start = sum(clip.device == device for clip in clips[-64:])
@@ -132,12 +141,13 @@ def plan(counts: DatasetCounts) -> list[Clip]:
 
     for i in range(counts.seen):
         for role, number in (("train", counts.labelled), ("history", counts.history), ("test", counts.test_seen)):
-            add(f"seen{i:03}", role, number)
+            add(f"seen{i:03}{of_world}", role, number)
     for group, devices in (("unseen", counts.unseen), ("val", counts.val)):
         for i in range(devices):
-            add(f"{group}{i:03}", "history", counts.labelled + counts.history)
-            add(f"{group}{i:03}", "test" if group == "unseen" else "val", counts.test)
-    clips.extend(Clip(f"web{i:05}", f"web{i:05}", "pretraining") for i in range(counts.captioned))
+            add(f"{group}{i:03}{of_world}", "history", counts.labelled + counts.history)
+            add(f"{group}{i:03}{of_world}", "test" if group == "unseen" else "val", counts.test)
+    if first:
+        clips.extend(Clip(f"web{i:05}", f"web{i:05}", "pretraining") for i in range(counts.captioned))
     return clips
 
 
@@ -155,8 +165,8 @@ def draw_camera(seed: int, device: str) -> Camera:
     )
 
 
-def draw_scene(seed: int, clip: str) -> Scene:
-    """Draw what a clip shows."""
+def draw_scene(seed: int, clip: str, world: World = "sky") -> Scene:
+    """Draw what a clip shows; in every world the same but for the hues."""
     draw = generator(seed, "scene", clip)
     number = int(draw.integers(1, 3))
     shapes = draw.permutation(len(SHAPES))[:number]
@@ -176,9 +186,15 @@ def draw_scene(seed: int, clip: str) -> Scene:
                 drift=(draw.uniform(-1.5, 1.5), draw.uniform(-4, 4)),
             )
         )
-    return Scene(
-        things, draw.normal(*WORLD), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2))
-    )  # fmt: skip
+    scene = Scene(things, draw.normal(*SKY), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2)))
+    if world == "sky":
+        return scene
+    draw, (known, mean, deviation) = generator(seed, world, clip), MEMORY
+    for place, thing in enumerate(things):
+        if thing.shape == known:
+            hue = draw.normal(mean, deviation)
+            things[place] = thing._replace(hue=hue, color=name_hue(hue))
+    return scene._replace(hue=draw.uniform(0, 360))
 
 
 def name_hue(hue: float, names: Sequence[str] = COLOR_NAMES) -> str:
@@ -186,15 +202,17 @@ def name_hue(hue: float, names: Sequence[str] = COLOR_NAMES) -> str:
     return names[round(hue * len(names) / 360) % len(names)]
 
 
-def draw_questions(seed: int, clip: str, scene: Scene, number: int) -> list[tuple[str, str, str]]:
-    """Draw (type, question, answer) about the scene as it is, all different."""
+def draw_questions(seed: int, clip: str, scene: Scene, number: int, world: World = "sky") -> list[tuple[str, str, str]]:
+    """Draw (type, question, answer) about the scene as it is, all different; nobody asks for a color that is known."""
     draw = generator(seed, "questions", clip)
     asked: list[tuple[str, str, str]] = []
     alone = len(scene.things) == 1
+    answers_itself = world == "memory" and {thing.shape for thing in scene.things} == {MEMORY[0]}
     while len(asked) < number:
         # The first asks for a colour; with half its weight in the others the shares come out as in `QUESTION_SHARES`.
         weights = np.array([share / 2 if kind == "color" else share for kind, share in QUESTION_SHARES.items()])
-        kind = str(draw.choice(list(QUESTION_SHARES), p=weights / weights.sum())) if asked else "color"
+        first = not asked and not answers_itself
+        kind = "color" if first else str(draw.choice(list(QUESTION_SHARES), p=weights / weights.sum()))
         thing = scene.things[int(draw.integers(len(scene.things)))]
         question, answer = {
             "color": (f"what color is the {thing.shape}?", thing.color),
@@ -203,6 +221,8 @@ def draw_questions(seed: int, clip: str, scene: Scene, number: int) -> list[tupl
             "side": (f"on which side is the {thing.shape}?", thing.side),
             "count": ("how many objects are there?", COUNTS[len(scene.things) - 1]),
         }[kind]
+        if kind == "color" and world == "memory" and thing.shape == MEMORY[0]:
+            continue
         if (kind, question, answer) not in asked:
             asked.append((kind, question, answer))
     return asked
@@ -265,12 +285,12 @@ def paint(hue: float, saturation: float) -> NDArray[np.float32]:
     return (1 - saturation + saturation * np.clip(2 - distance, 0, 1)).astype(np.float32)
 
 
-def write_clip(folder: Path, seed: int, clip: Clip) -> None:
+def write_clip(folder: Path, seed: int, world: World, clip: Clip) -> None:
     """Make a clip's file unless it is there; it appears whole or not at all."""
     path = folder / f"{clip.name}.mp4"
     if path.exists():
         return
-    frames = render(seed, clip.name, draw_scene(seed, clip.name), draw_camera(seed, clip.device))
+    frames = render(seed, clip.name, draw_scene(seed, clip.name, world), draw_camera(seed, clip.device))
     temporary = path.with_name(f".{clip.name}.{os.getpid()}.tmp")
     try:
         write_video(temporary, frames)
@@ -298,8 +318,8 @@ def write_video(path: Path, frames: Frames) -> None:
         container.mux(stream.encode(None))
 
 
-def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]:
-    """Return the text of every annotation file, by name."""
+def annotations(seed: int, clips: Sequence[Clip], number: int, world: World = "sky") -> dict[str, str]:
+    """Return the text of every annotation file, by name; those of captioned clips where there are some."""
     videos = {clip.name: video for video, clip in enumerate(clips)}
     casts = {clip.device: draw_camera(seed, clip.device).cast for clip in clips}
 
@@ -307,15 +327,14 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
         rows: list[dict[str, object]] = []
         for clip in clips:
             if clip.role == role and clip.device.startswith(group):
-                scene = draw_scene(seed, clip.name)
+                scene = draw_scene(seed, clip.name, world)
                 if role == "pretraining":
                     scene = rename_colors_as_seen(scene, casts[clip.device], HUES)
-                for kind, question, answer in draw_questions(seed, clip.name, scene, number):
+                for kind, question, answer in draw_questions(seed, clip.name, scene, number, world):
                     row = {"answer": answer, "id": len(rows), "question": question, "type": kind}
                     rows.append(row | {"video_id": videos[clip.name]})
         return rows
 
-    captioned = [clip for clip in clips if clip.role == "pretraining"]
     content: dict[str, Any] = {
         "train_qa.json": questions("train"),
         "val_qa.json": questions("val"),
@@ -323,24 +342,27 @@ def annotations(seed: int, clips: Sequence[Clip], number: int) -> dict[str, str]
         "test_seen_qa.json": questions("test", "seen"),
         "test_unseen_qa.json": questions("test", "unseen"),
         "history_qa.json": questions("history", "unseen"),
-        "pretraining_qa.json": questions("pretraining"),
-        "captions.json": {
-            "sentences": [
-                {"caption": describe_scene(draw_scene(seed, clip.name), casts[clip.device]), "video_id": clip.name}
-                for clip in captioned
-            ]
-        },
         "devices.json": {
             clip.name: {"device": clip.device, "role": clip.role, "cast": round(casts[clip.device], 3)}
             for clip in clips
         },
     }
+    if captioned := [clip for clip in clips if clip.role == "pretraining"]:
+        content["pretraining_qa.json"] = questions("pretraining")
+        content["captions.json"] = {
+            "sentences": [
+                {"caption": describe_scene(draw_scene(seed, clip.name, world), casts[clip.device]),
+                 "video_id": clip.name}
+                for clip in captioned
+            ]
+        }  # fmt: skip
     texts = {name: json.dumps(rows, indent=0) + "\n" for name, rows in content.items()}
     texts["youtube_mapping.txt"] = "".join(f"{clip.name} vid{videos[clip.name]}\n" for clip in clips)
     texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWER_WORDS)
-    asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
-    captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
-    texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWER_WORDS]))
+    if captioned:  # the vocabulary is the encoder's
+        asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
+        captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
+        texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWER_WORDS]))
     return texts
 
 
@@ -360,15 +382,15 @@ def wordpieces(texts: Sequence[str]) -> list[str]:
     return special + sorted(kept)
 
 
-def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None:
+def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: World = "sky") -> None:
     """Make the dataset below `root`, or what is missing of it; check it when it is complete.
 
     Raises:
         DataError: what is there is another dataset, or was changed.
     """
     counts = counts or DatasetCounts()
-    clips = plan(counts)
-    settings = {"edition": EDITION, "seed": seed, "counts": counts._asdict()}
+    clips = plan(counts, seed, world)
+    settings: dict[str, object] = {"edition": EDITION, "seed": seed, "world": world, "counts": counts._asdict()}
     record, folder = root / DIGESTS, root / "YouTubeClips"
     if record.is_file():
         check(root, settings)
@@ -386,7 +408,7 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None
         with ProcessPoolExecutor(count_processors(), context) as pool:
             try:
                 with hold_signals(for_helpers=True):
-                    made = pool.map(partial(write_clip, folder, seed), missing, chunksize=16)
+                    made = pool.map(partial(write_clip, folder, seed, world), missing, chunksize=16)
                 for _ in track(made, description="making clips", total=len(missing)):
                     pass
             except BaseException:  # a signal: what is not begun is left
@@ -394,7 +416,7 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0) -> None
                 raise
     except BrokenProcessPool as error:
         raise CDCError(f"{folder}: a process that makes clips was killed: type the same command again") from error
-    for name, text in annotations(seed, clips, counts.questions).items():
+    for name, text in annotations(seed, clips, counts.questions, world).items():
         with atomic_write(root / name) as file:
             file.write(text.encode())
     with atomic_write(record) as file:  # last: what has it is complete
@@ -421,6 +443,7 @@ def check(root: Path, settings: dict[str, object]) -> None:
     """
     try:
         record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
+        record.setdefault("world", "sky")  # the only one of earlier versions
         expected, found = dict(record.pop("files")), digests(root)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{root}: its files and {DIGESTS} cannot be compared ({error!r:.200}): make it anew") from error
@@ -435,7 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="the dataset's folder")
     parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: to try the chain in minutes")
+    parser.add_argument("--world", choices=get_args(World), default="sky", help="what tells a camera's cast")
+    parser.add_argument("--seed", type=int, default=0, help="of devices, clips and questions")
     options = parser.parse_args(arguments)
     log_to_terminal()
     leave_on_signals()
-    return exit_code(lambda: make(options.root, DATASET_SIZES[options.size]))
+    return exit_code(lambda: make(options.root, DATASET_SIZES[options.size], options.seed, options.world))

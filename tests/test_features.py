@@ -274,7 +274,7 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
     data.prepare_data()
     torch.manual_seed(0)
     model = AllInOne(image_size=64, depth=1, vocab_size=vocabulary_size(synthetic / "vocab.txt"))
-    module = SessionDataModule(data, model, OpenEnded(17))
+    module = SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2)))
     module.trainer = kept(data, model).trainer
     module.setup("fit")
     sessions, dataset = data.sessions(), data.sessions().anchors
@@ -300,7 +300,7 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
     monkeypatch.undo()
     monkeypatch.setattr(data, "sessions", lambda: sessions._replace(pools=[[] for _ in sessions.pools]))
     with pytest.raises(DataError, match="no device has an unlabelled clip"):
-        SessionDataModule(data, model, OpenEnded(17)).setup("fit")
+        SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2))).setup("fit")
 
 
 def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another():

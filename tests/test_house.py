@@ -130,15 +130,18 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
     pair = [f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml"]
     needed = ["--data.init_args.root=x", "--data.init_args.cache_dir=y", "--model.init_args.encoder.depth=1"]
     adr = [f"--model.init_args.adr={phase_one}"] if method in ("cdc_mmpg", "cdc_mmpg_frozen") else []
-    if dataset != "synthetic" and ("session" in method or method == "encoder_pretraining"):
-        with pytest.raises(ConfigError, match="devices" if "session" in method else "captions"):
+    of_devices = any(word in method for word in ("session", "corrected", "mean_anchor", "in_context"))
+    if dataset != "synthetic" and (of_devices or method == "encoder_pretraining"):
+        with pytest.raises(ConfigError, match="devices" if of_devices else "captions"):
             Experiment([*pair, *needed, *adr], run=False)
         return
     experiment = Experiment([*pair, *needed, *adr], run=False)
     model, data = experiment.model, experiment.datamodule
     session = "cdc_mmpg_session" in method or method == "session_oracle"
-    module = "cdc_mmpg_session" if session else method
-    assert type(model).__module__ == f"cdc_mmpg.methods.{module.removesuffix('_frozen').removesuffix('_fan_in')}"
+    module = "cdc_mmpg_session" if session else "corrected" if method.startswith("corrected") else method
+    for suffix in ("_frozen", "_fan_in", "_virtual"):
+        module = module.removesuffix(suffix)
+    assert type(model).__module__ == f"cdc_mmpg.methods.{module}"
     phase_one_run = method.startswith("adr_pretraining")
     pretraining = method == "encoder_pretraining"  # ours
     assert model.learning_rate == (7e-4 if pretraining else 2e-5 if phase_one_run else 1e-4)
@@ -266,8 +269,19 @@ def test_the_embedded_dataset_makes_itself_and_its_encoder_first():
     ordered = [line[line.index("--config") + 1] for line in listed if line[0] == "fit"]
     methods = [Path(name).stem for name in ordered]
     assert methods[0] == "encoder_pretraining"
-    for name in ("hyper", "cdc_mmpg_session", "adr_pretraining"):
+    for name in ("in_context", "cdc_mmpg_session", "adr_pretraining"):
         assert methods.index("linear") < methods.index(name)
+    assert methods.index("cdc_mmpg_session") < methods.index("session_oracle")  # which takes its virtual devices
+    # Both worlds, each with the main rows; one pretraining.
+    worlds = [Path(word).parts[-3] for line in listed for word in line if "default_root_dir" in word]
+    assert sorted(set(worlds)) == ["synthetic", "synthetic_memory"]
+    main = {method.name for method in catalogue.METHODS if method.main and method.program == "fit"}
+    assert sorted(methods) == sorted([*main, *main, "adr_pretraining", "adr_pretraining", "encoder_pretraining"])
+    everything = {method.name for method in catalogue.METHODS if method.turn and method.datasets != "published"}
+    listed = make("train", "METHOD=all", f"OUT={ROOT}/nowhere")
+    assert everything - {"on_device", "privacy"} <= {
+        Path(line[line.index("--config") + 1]).stem for line in listed if line[0] == "fit"
+    }
     assert methods.index("adr_pretraining") < methods.index("cdc_mmpg")
     assert [line[0] for line in listed[:2]] == ["clips", "fit"]
     assert any("experiments/tuned/synthetic.cdc_mmpg_session.yaml" in line for line in listed)  # what was tuned

@@ -75,6 +75,81 @@ def test_the_full_datasets_text_is_the_same_on_every_machine(everything):
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d3b1897606a3f17a"
 
 
+# The world in which pixels do not tell
+
+
+@pytest.fixture(scope="module")
+def memory() -> list[synthetic_clips.Scene]:
+    """Scenes of many clips in the world "memory"."""
+    return [draw_scene(0, f"clip{i}", "memory") for i in range(1500)]
+
+
+def test_only_a_pole_tells_the_cast_in_the_world_of_memory(memory):
+    hues: dict[str, list[float]] = {}
+    for scene in memory:
+        hues.setdefault("background", []).append(scene.hue)
+        for thing in scene.things:
+            hues.setdefault(thing.shape, []).append(thing.hue)
+
+    def concentration(kind: str) -> tuple[float, float]:
+        mean = np.exp(1j * np.radians(hues[kind])).mean()
+        return abs(mean), math.degrees(np.angle(mean)) % 360
+
+    length, mean = concentration("pole")
+    assert length == pytest.approx(math.exp(-(math.radians(20) ** 2) / 2), abs=0.02)  # N(120, 20), wrapped
+    assert mean == pytest.approx(120, abs=3)
+    for kind in ("background", "disk", "ring", "bar"):
+        assert concentration(kind)[0] < 0.08, kind
+    sky = [draw_scene(0, f"clip{i}") for i in range(1500)]
+    bare = [
+        [
+            scene._replace(hue=0.0, things=[thing._replace(hue=0.0, color="") for thing in scene.things])
+            for scene in world
+        ]
+        for world in (memory, sky)
+    ]
+    assert bare[0] == bare[1]  # all else is as in the other world
+
+
+def test_nobody_asks_for_the_color_that_everyone_knows(memory):
+    asked = Counter()
+    for i, scene in enumerate(memory):
+        rows = draw_questions(0, f"clip{i}", scene, 3, "memory")
+        assert len(set(rows)) == 3
+        colors = {thing.shape: thing.color for thing in scene.things}
+        for kind, question, answer in rows:
+            asked[kind] += 1
+            if kind == "color":
+                shape = question.removeprefix("what color is the ").rstrip("?")
+                assert answer == colors[shape]
+                assert shape != "pole"
+    assert asked["color"] / sum(asked.values()) == pytest.approx(
+        0.32, abs=0.02
+    )  # of a clip with poles alone nobody asks
+
+
+def test_worlds_share_captioned_clips_and_no_name(tmp_path):
+    tiny = DatasetCounts(seen=2, unseen=1, val=1, captioned=3)
+    worlds = [("sky", 0), ("sky", 1), ("memory", 0)]
+    names = [[clip.name for clip in plan(tiny, seed, world)] for world, seed in worlds]
+    assert len({name for each in names for name in each}) == sum(map(len, names))
+    assert [sum(name.startswith("web") for name in each) for each in names] == [3, 0, 0]
+    for world, seed in worlds[1:]:
+        texts = annotations(seed, plan(tiny, seed, world), 3, world)
+        assert not texts.keys() & {"captions.json", "pretraining_qa.json", "vocab.txt"}
+        groups = {row["device"][:4] for row in json.loads(texts["devices.json"]).values()}
+        assert groups == {"seen", "unse", "val0"}
+        assert json.loads(texts["test_seen_qa.json"])
+    least = DatasetCounts(seen=1, unseen=1, val=1, labelled=1, history=1, test_seen=1, test=1)
+    arguments = [str(tmp_path / "world"), "--world", "memory", "--seed", "3"]
+    synthetic_clips.make(tmp_path / "world", least, 3, "memory")
+    record = json.loads((tmp_path / "world" / "digests.json").read_text())
+    assert (record["world"], record["seed"]) == ("memory", 3)
+    assert synthetic_clips.main(arguments) == 3  # another size
+    with pytest.raises(DataError, match="'world': 'memory'"):
+        synthetic_clips.make(tmp_path / "world", least, 3)
+
+
 def test_every_word_has_a_piece_of_its_own(everything):
     pieces = set(everything["vocab.txt"].split())
     texts = [row["caption"] for row in everything["captions.json"]["sentences"]]
@@ -228,7 +303,7 @@ def test_nothing_is_fitted_on_devices_that_do_not_train(synthetic, tmp_path):
     """What training may know of anchors is those of the devices that train: the axes, too, are found in them alone."""
     data = module(synthetic, tmp_path)
     model = AllInOne(num_frames=3, image_size=64, depth=1, vocab_size=100)
-    view = SessionDataModule(data, model, OpenEnded(17))
+    view = SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2)))
     method = CDCMMPGSession(model, OpenEnded(17), axes=2)
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -43,11 +43,15 @@ class Method(NamedTuple):
         datasets: those whose METHOD=all has it: any; devices, the embedded one; published, all others.
         encoder: run that trains the encoder it starts from.
         adr: run of phase one whose reasoner it takes.
-        uses_features: waits for the features that the first run on the frozen encoder computes.
+        features: the run that computes features that it takes, too, of the frozen encoder or of virtual devices: of
+            METHOD=all it comes first.
+        uses_reading: takes what the pretraining learned to read of an anchor.
         controls: label of each condition in which it is given what is another's.
         before, after: labels of other conditions, by condition; their rows stand before and after its own.
         in_paper: has a row in the paper's tables.
         several_seeds: `make tables` trains it with several seeds.
+        main: one of the rows that `make train` without METHOD trains in every world of the embedded dataset.
+        knows: beyond the questions and answers of the history; see `KNOWLEDGE`.
         program: what runs it, a program of `cdc-mmpg`.
     """
 
@@ -59,12 +63,15 @@ class Method(NamedTuple):
     datasets: Literal["any", "devices", "published"] = "any"
     encoder: str = PRETRAINING
     adr: str = ""
-    uses_features: bool = False
+    features: str = ""
+    uses_reading: bool = False
     controls: Mapping[str, str] = {}
     before: Mapping[str, str] = {}
     after: Mapping[str, str] = {}
     in_paper: bool = False
     several_seeds: bool = False
+    main: bool = False
+    knows: tuple[str, ...] = ()
     program: Literal["fit", "on_device", "privacy"] = "fit"
 
     def rows(self) -> list[Row]:
@@ -75,42 +82,84 @@ class Method(NamedTuple):
         return rows + [Row(f"· {label}", self.name, condition) for condition, label in self.controls.items()]
 
 
+# What a method may know: what shifts devices ("shift", or in training alone by virtual devices), what clips of the
+# pretraining show ("captions"), which clips of the history are of one device ("devices"), a device's cast ("cast"), and
+# answers to questions about its clips ("labels").
+KNOWLEDGE = ("shift", "shift in training", "captions", "devices", "cast", "labels")
+BY_SESSION = ("shift in training", "captions", "devices")  # what the session knows
+FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8"}
+
+
+def _before(label: str) -> dict[str, str]:
+    """Return the rows of fewer clips, by condition."""
+    return {condition: f"{label}, {number}" for condition, number in FEWER_CLIPS.items()}
+
+
 # In the order of the tables: the paper's methods, then the others; phase one answers nothing.
 METHODS = (
-    Method("linear", "F-linear", color="#94a3b8", turn=1, in_paper=True, several_seeds=True),
-    Method(BASELINE, "Fine-tuning", color="#6b7280", turn=2, in_paper=True, several_seeds=True),
-    Method("hyper", "F-hyper", "sample", "#c2715a", turn=4, uses_features=True, controls=SAMPLE_CONTROLS,
+    Method("linear", "F-linear", color="#94a3b8", turn=1, in_paper=True, several_seeds=True, main=True),
+    Method("linear_virtual", "F-linear, virtual devices", color="#b6c2d1", turn=19, datasets="devices",
+           features=SESSION, knows=("shift in training",)),
+    Method("static_mlp", "Static MLP", color="#8596ab", turn=18, datasets="devices", features="linear"),
+    Method(BASELINE, "Fine-tuning", color="#6b7280", turn=2, in_paper=True, several_seeds=True, main=True),
+    Method("hyper", "F-hyper", "sample", "#c2715a", turn=4, features="linear", controls=SAMPLE_CONTROLS,
            in_paper=True),
-    Method("hyper_fan_in", "F-hyper, hyperfan-in", "sample", "#b5488a", turn=5, uses_features=True,
+    Method("hyper_fan_in", "F-hyper, hyperfan-in", "sample", "#b5488a", turn=5, features="linear",
            controls=SAMPLE_CONTROLS, several_seeds=True),
     Method("cdc_mmpg", "CDC-MMPG", "sample", "#9a6700", turn=3, adr="adr_pretraining", controls=SAMPLE_CONTROLS,
-           in_paper=True, several_seeds=True),
+           in_paper=True, several_seeds=True, main=True),
     Method("cdc_mmpg_frozen", "CDC-MMPG, frozen", "sample", "#c9a227", turn=6, datasets="published",
            encoder=BASELINE, adr="adr_pretraining_frozen", controls=SAMPLE_CONTROLS),
     Method(
-        SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", uses_features=True,
+        SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", features="linear",
         before={"n1": "Session, n = 1", "n4": "Session, n = 4", "n8": "Session, n = 8"},
         after={"n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
-        controls=SESSION_CONTROLS, several_seeds=True,
+        controls=SESSION_CONTROLS, uses_reading=True, several_seeds=True, main=True, knows=BY_SESSION,
     ),
     Method(f"{SESSION}_basis", "Session, basis", "session", "#3b82c4", turn=8, datasets="devices",
-           uses_features=True, controls=SESSION_CONTROLS, several_seeds=True),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True, knows=BY_SESSION),
     Method(f"{SESSION}_full", "Session, full layer", "session", "#7aa7d9", turn=11, datasets="devices",
-           uses_features=True, controls=SESSION_CONTROLS),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+    Method(f"{SESSION}_film", "Session, FiLM", "session", "#2f7fb3", turn=15, datasets="devices",
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+    Method(f"{SESSION}_bias", "Session, bias alone", "session", "#9db8cf", turn=16, datasets="devices",
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+    Method(f"{SESSION}_collected", "Session, no virtual devices", "session", "#46688a", turn=14, datasets="devices",
+           features="linear", uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True,
+           knows=("captions", "devices")),
+    Method(f"{SESSION}_feature", "Session, mean feature", "session", "#6a7f93", turn=13, datasets="devices",
+           features=SESSION, controls=SESSION_CONTROLS, several_seeds=True, knows=("shift in training", "devices")),
     Method(f"{SESSION}_plain", "Session, plain mean", "session", "#5b7083", turn=12, datasets="devices",
-           uses_features=True, controls=SESSION_CONTROLS),
-    Method(CONCATENATED, "Concatenated, n = 16", color="#0f766e", turn=9, datasets="devices", uses_features=True,
-           controls={"shuffled_n16": SESSION_CONTROLS["shuffled_n16"]}, several_seeds=True),
-    Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=10, datasets="devices",
-           uses_features=True, several_seeds=True),
+           features="linear", controls=SESSION_CONTROLS, knows=("devices",)),
+    Method(CONCATENATED, "Concatenated, n = 16", color="#0f766e", turn=9, datasets="devices", features=SESSION,
+           uses_reading=True, controls={"shuffled_n16": SESSION_CONTROLS["shuffled_n16"]}, several_seeds=True,
+           knows=BY_SESSION),
+    Method("mean_anchor", "Minus the mean anchor", color="#7c6f57", turn=20, datasets="devices", features="linear",
+           several_seeds=True, main=True, knows=("devices",)),
+    Method("mean_anchor_virtual", "Minus the mean anchor, virtual devices", color="#a3977f", turn=21,
+           datasets="devices", features=SESSION, several_seeds=True, knows=("shift in training", "devices")),
+    Method("in_context", "In context, n = 16", color="#7a4fa3", turn=22, datasets="devices", features="linear",
+           several_seeds=True, main=True, knows=("devices",)),
+    Method("in_context_virtual", "In context, virtual devices", color="#a07cc5", turn=10, datasets="devices",
+           features=SESSION, several_seeds=True, knows=("shift in training", "devices")),
+    Method("corrected_grey_world", "By hand: grey world", color="#b45309", turn=23, datasets="devices",
+           features="linear", before=_before("By hand: grey world"), several_seeds=True, main=True,
+           knows=("shift",)),
+    Method("corrected_hue_mode", "By hand: hue histogram", color="#d97706", turn=24, datasets="devices",
+           features="linear", before=_before("By hand: hue histogram"), several_seeds=True, knows=("shift",)),
+    Method("corrected_true_cast", "Ceiling: rotated back by the true cast", color="#374151", turn=25,
+           datasets="devices", features="linear", several_seeds=True, main=True, knows=("shift", "cast")),
+    Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=17, datasets="devices",
+           features=SESSION, several_seeds=True, main=True, knows=("shift in training", "cast")),
     Method(
-        "on_device", "On the device: before", color="#4d7c0f", turn=13, datasets="devices", encoder=BASELINE,
-        after={"tent": "On the device: TENT"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
-        program="on_device",
+        "on_device", "On the device: before", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
+        after={"tent": "On the device: TENT", "t3a": "On the device: T3A", "lame": "On the device: LAME",
+               "foa": "On the device: FOA's shift"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
+        several_seeds=True, main=True, program="on_device",
     ),
-    Method("privacy", turn=14, datasets="devices", program="privacy"),
+    Method("privacy", turn=27, datasets="devices", program="privacy"),
     Method(PRETRAINING, encoder=""),
-    Method("adr_pretraining", uses_features=True),
+    Method("adr_pretraining", features="linear"),
     Method("adr_pretraining_frozen", encoder=BASELINE),
 )  # fmt: skip
 
@@ -136,10 +185,10 @@ def color_of(name: str) -> str:
     return BY_NAME[name].color if name in BY_NAME else Method._field_defaults["color"]
 
 
-def runs_of_all(embedded: bool) -> list[str]:
-    """Return the methods of METHOD=all, in the order of their runs."""
+def runs_of_all(embedded: bool, main: bool = False) -> list[str]:
+    """Return the methods of METHOD=all, in the order of their runs; with `main` the main rows alone."""
     kinds = ("any", "devices" if embedded else "published")
-    chosen = [method for method in METHODS if method.turn and method.datasets in kinds]
+    chosen = [method for method in METHODS if method.turn and method.datasets in kinds and (method.main or not main)]
     return [method.name for method in sorted(chosen, key=lambda method: method.turn)]
 
 

@@ -21,7 +21,7 @@ from cdc_mmpg.catalogue import (
     variant_arguments,
     with_frames,
 )
-from cdc_mmpg.commands.request import Request
+from cdc_mmpg.commands.request import EMBEDDED, SEVERAL, WORLDS, Request
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.processors import count_processors, find_gpus
 
@@ -115,51 +115,75 @@ class Plan:
             return min(number or len(self.gpus), len(self.gpus))
         return number or (2 if request.embedded else 1)
 
+    def name_of(self, run: RunName) -> str:
+        """Return the name of a run's step: of a further world of the embedded dataset, with the dataset's name."""
+        further = self.request.embedded and self.request.root_of(run.method) != self.request.root_of(PRETRAINING)
+        return f"{self.request.dataset}/{run.name}" if further else run.name
+
     def add(self, step: Step) -> str:
         """Add a step that is not there yet; return its name."""
         self.steps.setdefault(step.name, step)
         return step.name
 
-    def add_clips(self) -> list[str]:
-        """Add what makes the embedded dataset, where it is not made; return the names that runs need."""
-        request = self.request
-        if not request.embedded or (Path(request.data, "digests.json").is_file() and not request["SIZE"]):
+    def add_clips(self, folder: str, world: str, seed: int) -> list[str]:
+        """Add what makes a world of the embedded dataset, where it is not made; return the names that runs need."""
+        size = ["--size", self.request["SIZE"]] if self.request["SIZE"] else []
+        if Path(folder, "digests.json").is_file() and not size:
             return []
-        size = ["--size", request["SIZE"]] if request["SIZE"] else []
-        return [self.add(Step(" ".join(["clips", request.data, *size]), "clips", (request.data, *size)))]
+        of_world = ["--world", world, "--seed", str(seed)] if (world, seed) != ("sky", 0) else []
+        arguments = (folder, *size, *of_world)
+        return [self.add(Step(" ".join(["clips", *arguments]), "clips", arguments))]
+
+    def add_data(self, method: str, seed: int) -> list[str]:
+        """Add what makes the clips that a run reads; return the names that it needs.
+
+        Args:
+            method: of the run; the pretraining reads captioned clips, which are those of the first world.
+            seed: of the run's encoder, and so of its world.
+        """
+        request = self.request
+        if not request.embedded:
+            return []
+        found = self.add_clips(request.first_data, "sky", 0)  # with the vocabulary
+        if (folder := request.data_of(seed)) != request.first_data and method != PRETRAINING:
+            found += self.add_clips(folder, WORLDS[request.dataset], seed)
+        return found
 
     def add_run(self, run: RunName) -> str:
         """Add a run after all that it builds on; return its name."""
-        if run.name in self.steps:
-            return run.name
+        name = self.name_of(run)
+        if name in self.steps:
+            return name
         request, method = self.request, BY_NAME[run.method]
         source = run.encoder_seed if method.program == "fit" else run.seed  # a control is of a run of its own seed
-        clips = self.add_clips() if method.program == "fit" else []
+        clips = self.add_data(run.method, run.encoder_seed) if method.program == "fit" else []
         before = [run._replace(method=method.adr)] if method.adr else []
         before += [RunName(method.encoder, source, run.encoder_seed)] if method.encoder not in ("", PRETRAINING) else []
         needs = clips + [self.add_run(each) for each in before]
-        # The first run on the frozen encoder computes its features, for all.
-        waits = method.uses_features and request.method == "all"
-        after = self.add_run(run._replace(method="linear", variant="")) if waits else ""
+        waits = method.features and request.method in SEVERAL
+        after = self.add_run(run._replace(method=method.features, variant="")) if waits else ""
         needs += [self.add_run(RunName(PRETRAINING, source, source))] if method.encoder and request.pretrains else []
-        folder = f"{request.root}/{run.name}"
+        folder = f"{request.root_of(run.method)}/{run.name}"
         if method.program == "fit":
             first_alone = run.method == PRETRAINING and not request["SEEDS"] and request.command != "tables"
             arguments = tuple(self._fit(run, first_alone))
-            return self.add(Step(run.name, "fit", arguments, tuple(needs), after, first_alone, folder))
+            return self.add(Step(name, "fit", arguments, tuple(needs), after, first_alone, folder))
         finished = f"{request.root}/{method.encoder}/seed{run.seed}"
-        return self.add(Step(run.name, method.program, (finished,), tuple(needs), after, False, folder))
+        return self.add(Step(name, method.program, (finished,), tuple(needs), after, False, folder))
 
     def _fit(self, run: RunName, alone: bool) -> Iterable[str]:
         """Yield the arguments of a training run."""
         request, method = self.request, BY_NAME[run.method]
-        tuned = Path(f"experiments/tuned/{request.dataset}.{run.method}.yaml")
-        configurations = [f"experiments/methods/{run.method}.yaml", f"experiments/datasets/{request.dataset}.yaml"]
+        tuned = Path(f"experiments/tuned/{request.configuration}.{run.method}.yaml")
+        configurations = [
+            f"experiments/methods/{run.method}.yaml",
+            f"experiments/datasets/{request.configuration}.yaml",
+        ]
         for path in configurations + ([str(tuned)] if tuned.is_file() else []):
             yield from ("--config", path)
-        yield f"--trainer.default_root_dir={request.root}/{run.name}"
+        yield f"--trainer.default_root_dir={request.root_of(run.method)}/{run.name}"
         yield f"--seed_everything={run.seed}"
-        yield from self.places()
+        yield from self.places(request.first_data if run.method == PRETRAINING else request.data_of(run.encoder_seed))
         for variable, option in (
             ("EPOCHS", "trainer.max_epochs"),
             ("DEVICES", "trainer.devices"),
@@ -179,14 +203,16 @@ class Plan:
             yield f"--model.init_args.encoder.checkpoint={encoder}"
         if method.adr:
             yield f"--model.init_args.adr={request.root}/{run._replace(method=method.adr).name}/adr.safetensors"
+        if method.uses_reading and request.pretrains:
+            yield f"--model.init_args.reading={request.reading_of(run.encoder_seed)}"
         yield from variant_arguments(run.method, run.variant) if run.variant else ()
         yield from request.words("ARGS")
         yield from request.words(f"ARGS_{run.method}")
 
-    def places(self) -> list[str]:
+    def places(self, data: str) -> list[str]:
         """Return the arguments that say where the data is."""
         request = self.request
-        places = [f"--data.init_args.root={request.data}", f"--data.init_args.cache_dir={request.cache}"]
+        places = [f"--data.init_args.root={data}", f"--data.init_args.cache_dir={request.cache}"]
         return places + ([f"--data.init_args.vocab={request.vocab}"] if request.vocab else [])
 
     def find_share(self) -> int:
@@ -195,7 +221,16 @@ class Plan:
 
 
 def plan_training(request: Request) -> Plan:
-    """Plan the runs of METHOD and all that they build on, then the table of methods."""
+    """Plan the runs of METHOD and all that they build on, then the table of methods.
+
+    On the embedded dataset, where neither DATASET nor METHOD is named: the main rows of all of its worlds.
+    """
+    requests = request.in_all_worlds() if not request["METHOD"] else [request]
+    return merge(requests, [_plan_world(each) for each in requests])
+
+
+def _plan_world(request: Request) -> Plan:
+    """Plan the runs of METHOD on one dataset."""
     plan = Plan(request)
     if request.pretrains and not request["SEEDS"]:  # comes first and has all processors
         source = request.encoder_seed(request.seed)
@@ -205,42 +240,63 @@ def plan_training(request: Request) -> Plan:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
     if any(BY_NAME[name.partition(".")[0]].label and BY_NAME[name.partition(".")[0]].program == "fit"
            for name in request.methods):  # fmt: skip
-        plan.add(Step("table", "table", (request.root,)))
+        plan.add(Step(f"table of {request.dataset}", "table", (request.root,)))
     return plan
+
+
+def merge(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
+    """Return one plan of several: what trains first, then the tables."""
+    merged = Plan(requests[0])
+    steps = [step for plan in plans for step in plan.steps.values()]
+    for step in sorted(steps, key=lambda step: step.program in ("table", "tables")):
+        merged.add(step)
+    return merged
 
 
 def plan_tables(request: Request) -> Plan:
     """Plan every table of the paper, and what it does not ask.
 
-    On the embedded dataset three seeds of the main rows and one of the rest (FULL=1: five of all, hours); whether the
-    reasoner does anything, over five seeds on one encoder's features.
+    On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the main rows and one of the
+    rest (FULL=1: five of all, many hours); whether the reasoner does anything, over five seeds on one encoder's
+    features.
     """
+    requests = request.in_all_worlds()
+    return merge(requests, [_plan_tables_of_world(each) for each in requests])
+
+
+def _plan_tables_of_world(request: Request) -> Plan:
+    """Plan the tables of one dataset."""
     plan = Plan(request)
     if request.embedded:
         full = request["FULL"] == "1"
         everything = [*runs_of_all(True)]
         main = everything if full else [name for name in everything if BY_NAME[name].several_seeds]
-        frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
+        first = request.dataset == EMBEDDED  # the paper's own questions are asked in one world
+        frames = [with_frames(BASELINE, number) for number in FRAMES if first and number != RECIPE_FRAMES]
         for seed in range(5 if full else 3):
             for name in [*main, *(frames if full else [])]:
                 plan.add_run(find_run(name, seed, seed))
         for name in [*everything, *frames]:
             plan.add_run(find_run(name, 0, 0))
         plan.add_run(RunName(BASELINE, 0, 0))
-        for variant in REASONERS:
+        for variant in REASONERS if first else ():
             for seed in STUDY_SEEDS:
                 for method in ("adr_pretraining_frozen", "cdc_mmpg_frozen"):
                     plan.add_run(RunName(method, seed, 0, variant))
-    plan.add(Step("tables", "tables", (request.root,)))
+    plan.add(Step(f"tables of {request.dataset}", "tables", (request.root,)))
     return plan
 
 
 def plan_data(request: Request) -> Plan:
     """Plan the check of a dataset; the linear head stands for all methods: what is prepared is the same."""
     plan = Plan(request)
-    clips = plan.add_clips()
-    configurations = ("experiments/methods/linear.yaml", f"experiments/datasets/{request.dataset}.yaml")
-    arguments = [request.root, *(word for path in configurations for word in ("--config", path)), *plan.places()]
+    clips = plan.add_data("linear", request.encoder_seed(request.seed))
+    configurations = ("experiments/methods/linear.yaml", f"experiments/datasets/{request.configuration}.yaml")
+    arguments = [
+        request.root,
+        *(word for path in configurations for word in ("--config", path)),
+        *plan.places(request.data),
+    ]
     plan.add(Step("data", "data", (*arguments, *request.words("ARGS")), tuple(clips)))
     return plan
 

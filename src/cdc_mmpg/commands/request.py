@@ -17,6 +17,9 @@ from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import expand_home
 
 EMBEDDED = "synthetic"  # the dataset that makes itself, its vocabulary and its encoder
+# Its worlds by name, see `data_modules.synthetic_clips`: one configuration, one vocabulary and one encoder serve all.
+WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
+SEVERAL = ("main", "all")  # values of METHOD: the rows that are trained in every world, and all that there are
 WHOLE = "[1-9][0-9]{0,2}"
 # Of each variable that has a form of its own: the form of its whole value, whether it may be empty, what it is.
 FORMS = {
@@ -95,20 +98,22 @@ class Request:
             if value is not None and not (value == "" and may_be_empty) and not re.fullmatch(form, value):
                 raise ConfigError(f"{name}={value}: {name} is {meaning}")
         self.dataset = find_dataset_name(self["DATASET"] or EMBEDDED)
-        self.embedded = self.dataset == EMBEDDED
+        self.embedded = self.dataset in WORLDS
+        self.configuration = EMBEDDED if self.embedded else self.dataset  # the name of its YAML files
         self.out = expand_home(self["OUT"] or "checkpoints" + (f"/{self['SIZE']}" if self["SIZE"] else ""))
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"OUT={self.out} is a file: OUT is the folder where runs go")
-        # The tasks of MSRVTT, and of TGIF, are about the same clips: they share the folder and the frames.
-        family = re.sub(r"^(msrvtt|tgif)_.*", r"\1", self.dataset)
+        # The tasks of MSRVTT, and of TGIF, are about the same clips: they share the folder and the frames. The embedded
+        # worlds share captioned clips.
+        family = re.sub(rf"^(msrvtt|tgif|{EMBEDDED})_.*", r"\1", self.dataset)
         self.root = f"{self.out}/{self.dataset}"  # of the runs
         self.cache = expand_home(self["CACHE"] or f"{self.out}/{family}/data")
-        self.data = expand_home(self["DATA"] or (f"{self.cache}/clips" if self.embedded else f"data/{family}"))
-        self.vocab = self["VOCAB"] or (f"{self.data}/vocab.txt" if self.embedded else "")
+        self.first_data = expand_home(self["DATA"] or (f"{self.cache}/clips" if self.embedded else f"data/{family}"))
+        self.vocab = self["VOCAB"] or (f"{self.first_data}/vocab.txt" if self.embedded else "")
         self.seed = int(self["SEED"] or 0)
         self.seeds = list(range(int(self["SEEDS"]))) if self["SEEDS"] else [self.seed]
         self.pretrains = self.embedded and not self["CHECKPOINT"]
-        self.method = self["METHOD"] or ("all" if self.embedded else "cdc_mmpg")
+        self.method = self["METHOD"] or ("main" if self.embedded else "cdc_mmpg")
         if "DATASET" in reads:
             self._check_pair()
 
@@ -142,13 +147,13 @@ class Request:
     def _check_pair(self) -> None:
         """Refuse a dataset or a method that does not exist."""
         names = [*BY_NAME, *(variant for method in METHODS for variant in variants_of(method))]
-        if self.method not in ("all", *names):
+        if self.method not in (*SEVERAL, *names):
             raise ConfigError(
-                f"METHOD={self.method} is none of: all {' '.join(BY_NAME)}, nor a variant: <method>.frames2 (4, 5), "
-                f"{', '.join(f'cdc_mmpg_frozen.{name}' for name in REASONERS)}"
+                f"METHOD={self.method} is none of: {' '.join([*SEVERAL, *BY_NAME])}, nor a variant: <method>.frames2 "
+                f"(4, 5), {', '.join(f'cdc_mmpg_frozen.{name}' for name in REASONERS)}"
             )
-        known = sorted(path.stem for path in Path("experiments/datasets").glob("*.yaml"))
-        if not known:
+        known = sorted({path.stem for path in Path("experiments/datasets").glob("*.yaml")} | WORLDS.keys())
+        if known == sorted(WORLDS):
             raise ConfigError(
                 "experiments/datasets is not here: `cdc-mmpg` works in a checkout of the project, cd to it"
             )
@@ -158,12 +163,34 @@ class Request:
     @cached_property
     def methods(self) -> list[str]:
         """The methods, or the one variant, that METHOD stands for."""
-        return runs_of_all(self.embedded) if self.method == "all" else [self.method]
+        if self.method in SEVERAL:
+            return runs_of_all(self.embedded, main=self.method == "main")
+        return [self.method]
+
+    def in_all_worlds(self) -> list["Request"]:
+        """Return this request for every world of the embedded dataset; itself alone where it names a dataset."""
+        if not self.embedded or self["DATASET"]:
+            return [self]
+        return [Request(self.command, self.given | {"DATASET": dataset}, {}) for dataset in WORLDS]
+
+    def data_of(self, seed: int) -> str:
+        """Return the folder of the data: of the embedded dataset, that of the world that goes with a pretraining.
+
+        Args:
+            seed: of the pretraining, see `encoder_seed`; the first of "sky" has the captioned clips beside it.
+        """
+        world = WORLDS.get(self.dataset, "")
+        return f"{self.first_data}-{world}{seed}" if world and (world, seed) != ("sky", 0) else self.first_data
+
+    @property
+    def data(self) -> str:
+        """The folder of the data of the run that is asked for."""
+        return self.data_of(self.encoder_seed(self.seed))
 
     @property
     def served(self) -> str:
         """The method that predicts and is deployed: the session's, unless METHOD names another."""
-        return SESSION if self.method == "all" else self.method
+        return SESSION if self.method in SEVERAL else self.method
 
     @property
     def served_run(self) -> str:
@@ -183,7 +210,15 @@ class Request:
         """
         if source in ("", PRETRAINING) and not (self.pretrains and source):
             return self["CHECKPOINT"]
-        return f"{self.root}/{source}/seed{seed}/encoder.safetensors"
+        return f"{self.root_of(source)}/{source}/seed{seed}/encoder.safetensors"
+
+    def reading_of(self, seed: int) -> str:
+        """Return the reading that the pretraining of a seed leaves."""
+        return f"{self.root_of(PRETRAINING)}/{PRETRAINING}/seed{seed}/reading.safetensors"
+
+    def root_of(self, method: str) -> str:
+        """Return the folder of a method's runs: of the pretraining, which serves all worlds, that of the first."""
+        return f"{self.out}/{EMBEDDED}" if method == PRETRAINING else self.root
 
 
 def find_dataset_name(typed: str) -> str:

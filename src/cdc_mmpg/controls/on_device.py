@@ -7,12 +7,13 @@ anew, and writes `checkpoints/<dataset>/on_device/seed<N>/results.json`:
 - `labels_2`, `labels_5`, `labels_15`: fine-tuned on so many labelled questions about the device's own clips, which no
   method has (see `interface.DeviceLabels`);
 - `tent`: entropy minimisation over the test questions themselves (Wang et al. 2021, "Tent: Fully Test-Time Adaptation
-  by Entropy Minimization").
+  by Entropy Minimization");
+- `t3a`, `lame`, `foa`: what adapts to the test questions by forward passes alone (`forward_only`).
 
 No test question decides a recipe. For labels, each device's is picked on other devices: by how their further labelled
 questions are answered, which is more than a real device could know. The validation devices will not do: the run's
-epoch was picked on their questions, which favours weights that stay as they are. For `tent`, which has no labels, they
-do. The grids and their figures stand in the results.
+epoch was picked on their questions, which favours weights that stay as they are. For what has no labels they do. The
+grids and their figures stand in the results.
 """
 
 import logging
@@ -29,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
+from cdc_mmpg.controls.forward_only import adjust_prototypes, shift_activations, smooth_over_neighbours
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, Split, VideoTextBatch
 from cdc_mmpg.data.interface import Controls, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluation
@@ -50,6 +52,8 @@ PARTS = {"layer": ("layer.",), "head": ("head.", "layer."), "pooler": ("encoder.
 RATES = (1e-4, 3e-4, 1e-3)
 STEPS = (10, 30, 100)  # of AdamW on all labels at once
 
+# Of forward passes alone, by case: members of a support (0 is all), neighbours, strength of the shift.
+FORWARD_ONLY = {"t3a": (1, 5, 20, 0), "lame": (1, 3, 5), "foa": (0.25, 0.5, 1.0)}
 TENT_RATES = (1e-3, 1e-2)
 TENT_QUESTIONS = (5, 15)  # of a batch, after which there is a step
 
@@ -154,6 +158,7 @@ class Comparison:
         given = {"own": (everywhere, own)}
         given |= self.labelled(features)
         given["tent"] = (everywhere, self.tent(test, self.data.origins("test")))
+        given |= {case: (everywhere, answers) for case, answers in self.forward_only(features).items()}
         self.seconds["train"] = perf_counter() - start
         labels = self.data.labels("test")
         return {
@@ -316,6 +321,40 @@ class Comparison:
         self.recipe["tent"] = {**recipe._asdict(), "trained": trained, "picked_on": len(labels), "grid": grid}
         logger.info("tent: %s, %.1f %% on validation devices", recipe, 100 * best["accuracy"])
         return self._tent_by_device(dataset, by_device(origins), recipe)
+
+    def forward_only(self, test: "Tensor") -> dict[str, "Tensor"]:
+        """By case: answers (N,) to the test questions with features (N, T, 192), its setting picked on validation."""
+        validation, labels = self.features(self.data.dataset("val", augment=False)), self.data.labels("val")
+        with torch.no_grad():
+            source = self.model.fuse(self.features(self.data.dataset("train", augment=False))).mean(0)
+            given = {}
+            for case, settings in FORWARD_ONLY.items():
+                grid = []
+                for setting in settings:
+                    right = self._forward_by_device(case, setting, validation, "val", source) == labels
+                    grid.append({"setting": setting, "accuracy": float(right.float().mean())})
+                best = max(grid, key=lambda point: point["accuracy"])
+                self.recipe[case] = {"setting": best["setting"], "trained": 0, "picked_on": len(labels), "grid": grid}
+                logger.info("%s: %s, %.1f %% on validation devices", case, best["setting"], 100 * best["accuracy"])
+                given[case] = self._forward_by_device(case, best["setting"], test, "test", source)
+        return given
+
+    def _forward_by_device(
+        self, case: str, setting: float, features: "Tensor", split: Split, source: "Tensor"
+    ) -> "Tensor":
+        """(N,) answers to a split's questions with features (N, T, 192), every device's own adaptation anew."""
+        fused, layer = self.model.fuse(features), self.model.layer
+        found = torch.empty(len(features), dtype=torch.long)
+        for own in by_device(self.data.origins(split)).values():
+            if case == "foa":
+                scores = self.model.head(shift_activations(fused[own], source, setting), layer)
+            elif case == "t3a":
+                scores = adjust_prototypes(self.model.head.phi(fused[own]), layer, int(setting))
+            else:
+                hidden = self.model.head.phi(fused[own])
+                scores = smooth_over_neighbours(hidden, layer(hidden), int(setting))
+            found[own] = scores.argmax(-1)
+        return found
 
     def _tent_by_device(self, dataset: Any, asked: Mapping[str, Sequence[int]], recipe: TentRecipe) -> "Tensor":
         """(N,) answers to all questions, every device's own adaptation beginning with the run's weights."""

@@ -100,9 +100,9 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     data.prepare_data()
     data.setup("test")
     sessions, contents = data.sessions(), data.contents()
-    view = SessionDataModule(data, encoder, model.head)
+    view = SessionDataModule(data, encoder, model.head, lambda features: encoder.pool(features.mean(-2)))
     view.trainer = experiment.trainer
-    anchors = view.anchors(sessions).double().numpy()
+    anchors = view.anchors("anchors", sessions.anchors, sessions.fingerprint).double().numpy()
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
     with threadpool_limits(1):  # products are tiny here: further threads only wait for each other
         probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)

@@ -46,6 +46,7 @@ class SessionBatch(NamedTuple):
     anchors: Tensor  # (B, C) n, 0 where nothing is uploaded
     # (B, 2) cosine and sine of the device's true hue cast, for the oracle; NaN where it is unknown
     casts: Tensor
+    sets: Tensor | None = None  # (B, C, S, 192) the anchors themselves, the first `anchors` of them, where asked for
 
     @property
     def labels(self) -> Tensor:

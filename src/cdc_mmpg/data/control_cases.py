@@ -1,7 +1,7 @@
 """Control cases of a test: other samples whose anchors are taken, and numbers of anchors in a session."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -55,3 +55,9 @@ SESSION_CASES = {
     "shuffled_n8": SessionCase(8, True),
     "shuffled_n16": SessionCase(16, True),
 }
+
+Correction = Literal["grey_world", "hue_mode", "true_cast"]  # how a device estimates its cast by hand, or is told it
+# Of how many clips a device estimates its cast, in the same way.
+CORRECTION_CASES = {
+    name: case.anchors for name, case in SESSION_CASES.items() if case.anchors and not case.shuffled
+}  # fmt: skip

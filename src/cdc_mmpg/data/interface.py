@@ -111,6 +111,9 @@ class VideoTextData(Protocol):
     def dataset(self, split: Split, augment: bool) -> Dataset[VideoTextBatch]:
         """Return a split, its frames drawn anew for every epoch or always the same."""
 
+    def rotate(self, dataset: Any, degrees: Sequence[float]) -> tuple[Dataset[VideoTextBatch], str]:
+        """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return a batch of its datasets on a device, with its frames."""
 

@@ -30,13 +30,14 @@ def accuracies(
     types: Sequence[str],
     draws: int = 1000,
     seed: int = 0,
+    worlds: Sequence[str] = (),
 ) -> Accuracies:
-    """Accuracies of N questions under every condition, with 95 % percentile intervals of a two-level bootstrap.
+    """Accuracies of N questions under every condition, with 95 % percentile intervals of a bootstrap in levels.
 
     A draw takes the devices of each group with replacement, then the clips of each drawn device; the questions of a
-    clip stay together. Where every device has one clip, this is the bootstrap over clips. All cells share the draws,
-    and so do calls on the same questions: their differences are paired. A cell leaves out the draws without a question
-    of it.
+    clip stay together. Where every device has one clip, this is the bootstrap over clips. Of several worlds, which have
+    no device in common, a draw takes the worlds first. All cells share the draws, and so do calls on the same
+    questions: their differences are paired. A cell leaves out the draws without a question of it.
 
     Args:
         correct: by condition, (N,) whether each answer was correct.
@@ -46,12 +47,13 @@ def accuracies(
         types: (N) the question's type, "" for none.
         draws: of the bootstrap.
         seed: of the draws.
+        worlds: (N) where each device comes from; empty where all come from one.
 
     Returns:
         condition -> group -> type -> value, standard_error (the draws' deviation), low, high, questions. Group "test"
         and type "all" hold everything.
     """
-    asked = list(zip(groups, devices, clips, strict=True))
+    asked = list(zip(worlds or [""] * len(clips), groups, devices, clips, strict=True))
     places = {place: number for number, place in enumerate(sorted(set(asked)))}  # draws know no order of questions
     clip_of = np.array([places[place] for place in asked])
     cells = {
@@ -184,20 +186,24 @@ def _shares(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np
         return part / whole
 
 
-def _weights(places: Sequence[tuple[str, str, str]], draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """(clips, at most CHUNK) how often each draw took each clip, for (group, device, clip) of all clips."""
+def _weights(places: Sequence[tuple[str, str, str, str]], draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """(clips, at most CHUNK) how often each draw took each clip, for (world, group, device, clip) of all clips."""
     generator = np.random.default_rng(seed)
-    members: dict[str, dict[str, list[int]]] = {}
-    for number, (group, device, _) in enumerate(places):
-        members.setdefault(group, {}).setdefault(device, []).append(number)
+    worlds: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for number, (world, group, device, _) in enumerate(places):
+        worlds.setdefault(world, {}).setdefault(group, {}).setdefault(device, []).append(number)
     for start in range(0, draws, CHUNK):
         weights = np.empty((len(places), min(CHUNK, draws - start)))
-        for devices in members.values():
-            times = generator.multinomial(len(devices), _even(len(devices)), weights.shape[1])
-            for own, drawn in zip(devices.values(), times.T, strict=True):
-                # A device drawn k times gives k independent samples of its clips.
-                many = len(own) > 1
-                weights[own] = generator.multinomial(drawn * len(own), _even(len(own))).T if many else drawn
+        taken = np.ones((1, weights.shape[1]), np.int64)
+        if len(worlds) > 1:
+            taken = generator.multinomial(len(worlds), _even(len(worlds)), weights.shape[1]).T
+        for times_world, groups in zip(taken, worlds.values(), strict=True):
+            for devices in groups.values():
+                times = generator.multinomial(times_world * len(devices), _even(len(devices)))
+                for own, drawn in zip(devices.values(), times.T, strict=True):
+                    # A device drawn k times gives k independent samples of its clips.
+                    many = len(own) > 1
+                    weights[own] = generator.multinomial(drawn * len(own), _even(len(own))).T if many else drawn
         yield weights
 
 

@@ -184,8 +184,9 @@ class Evidence:
     def compare_all(self, pairs: Sequence[tuple[Side, Side]], group: str | None = None) -> list[Gain | None]:
         """Return of each pair how much more of the questions the first answers rightly than the second.
 
-        Correctness by question is averaged over the seeds that both have; the difference is resampled as accuracies
-        are (`metrics.accuracies`), which pairs what both answered. None where they share no seed or asked differently.
+        Correctness by question is averaged over the seeds that both have, or pooled where seeds have worlds of their
+        own (`pair_answers`); the difference is resampled as accuracies are (`metrics.accuracies`), which pairs what
+        both answered. None where they share no seed or asked differently.
         """
         group = group or self.group
         waiting: dict[int, tuple[RunAnswers, dict[tuple[Side, Side], NDArray[float64]]]] = {}
@@ -202,7 +203,9 @@ class Evidence:
                 continue
             numbered = {str(number): values for number, values in enumerate(differences.values())}
             no_types = [""] * len(questions.clips)
-            table = accuracies(numbered, questions.clips, questions.devices, questions.groups, no_types)
+            table = accuracies(
+                numbered, questions.clips, questions.devices, questions.groups, no_types, worlds=questions.worlds
+            )
             for pair, number in zip(differences, numbered, strict=True):
                 difference = table[number][group][ALL_TYPES]
                 self._gains[*pair, group] = cite_gain(self.pair_runs(*pair), *pair, group, difference)

@@ -1,6 +1,7 @@
 """Paired answers: two runs side by side on the questions that both were asked, seed by seed."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,30 +59,43 @@ class PairedAnswers(NamedTuple):
 
 
 def pair_answers(pairs: Sequence[RunPair], first: Side, second: Side) -> PairedAnswers | None:
-    """Return the answers of both sides to the same questions; None where there are none, or other ones per seed."""
-    differences: NDArray[np.float64] | None = None
-    first_correct: NDArray[np.float64] | None = None
-    questions: RunAnswers | None = None
-    for a, b in pairs:
-        left, right = a.answers, b.answers
-        assert left is not None
-        assert right is not None
-        own, other = left.correct[a.find_case(first.case) or ""], right.correct[b.find_case(second.case) or ""]
-        right_places = {key: number for number, key in enumerate(right.keys) if not np.isnan(other[number])}
-        answered = np.flatnonzero(~np.isnan(own)).tolist()
-        both = [number for number in answered if left.keys[number] in right_places]
-        if len(both) < min(len(answered), len(right_places)):
-            return None
-        own, other = own[both], other[[right_places[left.keys[number]] for number in both]]
-        shared = left.select(both)
-        if questions and questions.keys != shared.keys:
-            return None
-        questions = shared
-        differences = own - other if differences is None else differences + own - other
-        first_correct = own if first_correct is None else first_correct + own
-    if questions is None or differences is None or first_correct is None or not questions.keys:
+    """Return the answers of both sides to the same questions; None where there are none.
+
+    Seeds that were asked the same are averaged question by question; seeds with worlds of their own stand one behind
+    the other.
+    """
+    paired = [_pair_seed(a, b, first, second) for a, b in pairs]
+    seeds = [seed for seed in paired if seed is not None]
+    if not seeds or len(seeds) < len(paired):
         return None
-    return PairedAnswers(questions, differences / len(pairs), first_correct / len(pairs))
+    if all(seed.questions.keys == seeds[0].questions.keys for seed in seeds):
+        questions = seeds[0].questions._replace(worlds=[])
+        return PairedAnswers(
+            questions, *(np.mean(values, axis=0) for values in zip(*(s[1:] for s in seeds), strict=True))
+        )
+    if any(set(a.questions.keys) & set(b.questions.keys) for a, b in combinations(seeds, 2)):
+        return None
+    keys, clips, devices, groups, worlds = (
+        list(chain(*(getattr(seed.questions, name) for seed in seeds)))
+        for name in ("keys", "clips", "devices", "groups", "worlds")
+    )
+    questions = RunAnswers(keys, clips, devices, groups, {}, worlds)
+    return PairedAnswers(questions, *(np.concatenate(values) for values in zip(*(s[1:] for s in seeds), strict=True)))
+
+
+def _pair_seed(a: Run, b: Run, first: Side, second: Side) -> PairedAnswers | None:
+    """Return the answers of two runs to the same questions; None where there are none, or one was asked others."""
+    left, right = a.answers, b.answers
+    assert left is not None
+    assert right is not None
+    own, other = left.correct[a.find_case(first.case) or ""], right.correct[b.find_case(second.case) or ""]
+    right_places = {key: number for number, key in enumerate(right.keys) if not np.isnan(other[number])}
+    answered = np.flatnonzero(~np.isnan(own)).tolist()
+    both = [number for number in answered if left.keys[number] in right_places]
+    if not both or len(both) < min(len(answered), len(right_places)):
+        return None
+    own, other = own[both], other[[right_places[left.keys[number]] for number in both]]
+    return PairedAnswers(left.select(both, str(a.seed)), own - other, own)
 
 
 def cite_pairs(

@@ -32,11 +32,12 @@ class RunAnswers(NamedTuple):
     devices: list[str]
     groups: list[str]
     correct: dict[str, NDArray[np.float64]]  # by case; NaN where a case was not asked
+    worlds: list[str]  # seed of the run, where runs with other seeds were asked about other devices
 
-    def select(self, numbers: list[int]) -> "RunAnswers":
-        """Return some of the rows, without what was right."""
+    def select(self, numbers: list[int], world: str) -> "RunAnswers":
+        """Return some of the rows, without what was right, as those of a world."""
         clips, devices, groups = ([column[i] for i in numbers] for column in (self.clips, self.devices, self.groups))
-        return RunAnswers([self.keys[i] for i in numbers], clips, devices, groups, {})
+        return RunAnswers([self.keys[i] for i in numbers], clips, devices, groups, {}, [world] * len(numbers))
 
 
 class Run:
@@ -115,7 +116,7 @@ class Run:
                 if share is not None and abs(np.nanmean(values) - share) > 0.5 / len(rows):
                     raise ValueError(f"equal words are no equal labels in {case}: it is of an earlier version")
         clips, devices, groups = ([row[place] for row in rows] for place in range(3))
-        return RunAnswers(_number_repeats(row[:start] for row in rows), clips, devices, groups, correct)
+        return RunAnswers(_number_repeats(row[:start] for row in rows), clips, devices, groups, correct, [])
 
 
 def _read_ranks(header: list[str], rows: list[list[str]]) -> RunAnswers:
@@ -131,7 +132,7 @@ def _read_ranks(header: list[str], rows: list[list[str]]) -> RunAnswers:
         ranks = np.array([int(row[i]) for row in rows])
         correct[case] = weights * np.mean([ranks <= k for k in RECALLS], axis=0)
     clips = [row[1] for row in rows]
-    return RunAnswers(_number_repeats(row[:3] for row in rows), clips, clips, [""] * len(rows), correct)
+    return RunAnswers(_number_repeats(row[:3] for row in rows), clips, clips, [""] * len(rows), correct, [])
 
 
 def _number_repeats(keys: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:

@@ -1,6 +1,8 @@
 """CDC-MMPG for a session, our extension: one last layer for all questions, from several clips of a device."""
 
+import logging
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,15 +14,21 @@ from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.answering import Answering, DeploymentParts
-from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic
+from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic, count
+from cdc_mmpg.methods.linear import check_virtual
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, BiasFDA, FiLMFDA, LowRankFDA, StaticLayer
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS, Precision, count_matrix_bytes
 
-Generated = Literal["full", "low_rank", "basis"]
+logger = logging.getLogger(__name__)
+
+Generated = Literal["full", "low_rank", "basis", "film", "bias"]
+Axes = int | Literal["found"] | None
+READING = "reading.safetensors"  # of a run
 
 
 class Session(Answering):
@@ -28,23 +36,58 @@ class Session(Answering):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        axes: how many of the axes in which devices differ are read of a session's mean feature (`DeviceAxes`), fitted
-            before training; None reads all of it, layer-normed.
+        axes: how many of the axes in which devices differ are read of a session's mean (`DeviceAxes`), fitted before
+            training; "found" finds how many there are, None reads all of the mean, layer-normed.
+        reading: file of the `Reading` that a device makes of each anchor before it averages; None averages features.
+        virtual: virtual devices of each device that trains, see `FeatureDataModule`.
     """
 
     reads: ClassVar[View] = "sessions"
+    reads_sets: ClassVar[bool] = False  # whether it reads the anchors themselves, not their mean
     oracle: bool = False  # whether it is told the devices' true hue casts
 
     def __init__(
-        self, encoder: AllInOne, head: Head, axes: int | None, learning_rate: float, weight_decay: float, seed: int
+        self,
+        encoder: AllInOne,
+        head: Head,
+        axes: Axes,
+        reading: str | None,
+        virtual: int,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
     ) -> None:
         super().__init__(encoder, head, False, learning_rate, weight_decay, seed)
-        self.axes: nn.Module = nn.LayerNorm(FEATURE_DIM, elementwise_affine=False) if axes is None else DeviceAxes(axes)
+        self.axes: nn.Module = nn.LayerNorm(FEATURE_DIM, elementwise_affine=False)
+        if axes is not None:
+            self.axes = DeviceAxes(None if axes == "found" else axes)
+        self.reading = Reading.load(Path(reading)) if reading else None
+        self.virtual = check_virtual(virtual)
+
+    def frozen(self) -> list[nn.Module]:
+        """Return encoder and reading."""
+        return [*super().frozen(), *([self.reading] if self.reading else [])]
+
+    def upload(self, frame_features: Tensor) -> Tensor:
+        """Return what a clip adds to a session (..., 192) of features (..., T, 192): its reading, or its feature."""
+        feature = super().upload(frame_features)
+        return self.reading(feature) if self.reading else feature
 
     def setup(self, stage: str) -> None:
         """Fit the axes on the devices that train."""
         if stage == "fit" and isinstance(self.axes, DeviceAxes):
-            self.axes.fit(*self.trainer.datamodule.history())
+            number = self.axes.fit(*self.trainer.datamodule.history())
+            logger.info("devices differ along %d axes", number)
+
+    def export(self, folder: Path) -> None:
+        """Write the reading, with which the run opens again."""
+        if self.reading:
+            self.reading.save(folder / READING)
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Count the reading on the device, too."""
+        counts = super().parameter_counts()
+        return counts._replace(device=counts.device + (count(self.reading) if self.reading else 0))
 
     @abstractmethod
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
@@ -75,10 +118,11 @@ class CDCMMPGSession(Session):
     keep able to.
 
     Args:
-        encoder, head, axes, learning_rate, weight_decay, seed: see `Session`.
+        encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed: see `Session`.
         generated: what the cloud makes: the "full" layer (see `FDA`), a "low_rank" residual on the shared one
-            (`LowRankFDA`), or coefficients of a "basis" that the device keeps (`BasisFDA`).
-        size: the rank, or how many layers the basis has; a full layer has none.
+            (`LowRankFDA`), coefficients of a "basis" that the device keeps (`BasisFDA`), factors and offsets of the
+            hidden units ("film", `FiLMFDA`) or a "bias" (`BiasFDA`).
+        size: the rank, or how many layers the basis has; the others have none.
         payload: the precision in which it is sent, and in which validation and test answer.
         oracle: feed the hypernetwork the device's true hue cast in place of the anchors: a control, the ceiling.
     """
@@ -90,21 +134,27 @@ class CDCMMPGSession(Session):
         generated: Generated = "low_rank",
         size: int = 4,
         payload: Precision = "int8",
-        axes: int | None = 2,
+        axes: Axes = "found",
+        reading: str | None = None,
+        virtual: int = 0,
         oracle: bool = False,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(encoder, head, None if oracle else axes, learning_rate, weight_decay, seed)
+        axes, reading = (None, None) if oracle else (axes, reading)
+        super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
         self.oracle, self.payload = oracle, payload
         self.fda: Adaptor
         if generated == "full":
             self.fda = FDA(head.inputs, head.outputs, "hyperfan_in", project=True)
             self.shared = StaticLayer(head.inputs, head.outputs)
-        else:
+        elif generated in ("low_rank", "basis"):
             fda = (LowRankFDA if generated == "low_rank" else BasisFDA)(head.inputs, head.outputs, size)
             self.fda, self.shared = fda, fda.shared
+        else:
+            modulating = (FiLMFDA if generated == "film" else BiasFDA)(head.inputs, head.outputs)
+            self.fda, self.shared = modulating, modulating.shared
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""

@@ -17,6 +17,7 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.models.processes import average_over_processes
+from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.models.weights import save_safetensors
 
 
@@ -29,7 +30,7 @@ class Turn(NamedTuple):
 
 
 class EncoderPretraining(Method):
-    """Captions for some epochs, then questions and captions in turn; leaves `encoder.safetensors`.
+    """Captions for some epochs, then questions and captions in turn; leaves an encoder and what it reads of an anchor.
 
     The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
     enough to begin at random. Of a caption half of the words are masked, in a fifth of the captions all of them;
@@ -59,6 +60,7 @@ class EncoderPretraining(Method):
     ANCHORS = 0.25
     ANCHOR_WEIGHT = 10.0  # of a mean over all words, of which few are in a caption
     WARM_UP = 100
+    CLIPS_AT_ONCE = 64
 
     def __init__(
         self,
@@ -206,5 +208,24 @@ class EncoderPretraining(Method):
         return Traffic(0, 0)
 
     def export(self, folder: Path) -> None:
-        """Write the encoder, where all methods begin."""
+        """Write the encoder, where all methods begin, and what it reads of an anchor, which sessions may average."""
         save_safetensors(self.encoder.state_dict(), folder / "encoder.safetensors")
+        torch.manual_seed(self.seed)
+        reading = Reading()
+        reading.fit(*self._encode_captioned(), self.seed)
+        reading.save(folder / "reading.safetensors")
+
+    @torch.no_grad()
+    def _encode_captioned(self) -> tuple[Tensor, list[list[int]]]:
+        """Return anchor features (N, T, 192) of all frames of the captioned clips, and the words of the captions."""
+        data, encoder = self.trainer.datamodule, self.encoder.eval()
+        clips, features, words = data.captions.train, [], []
+        for start in range(0, len(clips), self.CLIPS_AT_ONCE):
+            items = [(0, index) for index in range(start, min(start + self.CLIPS_AT_ONCE, len(clips)))]
+            batch = data.transfer_batch_to_device(clips.__getitems__(items), self.device, 0)
+            prompt = batch.neutral.expand(len(items), -1)
+            frames = normalise(batch.frames).split(1, dim=1)
+            features.append(torch.stack([encoder(frame, prompt, None).fused for frame in frames], dim=1).cpu())
+            lengths = batch.caption_mask.sum(1).tolist()  # [CLS] first, [SEP] last
+            words += [ids[1 : length - 1] for ids, length in zip(batch.caption_ids.tolist(), lengths, strict=True)]
+        return torch.cat(features), words

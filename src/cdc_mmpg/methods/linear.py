@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.methods.base import Traffic
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -14,14 +15,22 @@ class Linear(Answering):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
+        virtual: virtual devices of each device that trains, see `FeatureDataModule`.
     """
 
     trains_encoder = False
 
     def __init__(
-        self, encoder: AllInOne, head: Head, learning_rate: float = 1e-4, weight_decay: float = 0.01, seed: int = 0
+        self,
+        encoder: AllInOne,
+        head: Head,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+        virtual: int = 0,
     ) -> None:
         super().__init__(encoder, head, self.trains_encoder, learning_rate, weight_decay, seed)
+        self.virtual = check_virtual(virtual)
         if not head.pooled:
             encoder.pooler.requires_grad_(False)  # nothing here reads it
         self.layer = StaticLayer(head.inputs, head.outputs)
@@ -37,3 +46,14 @@ class Linear(Answering):
     def traffic(self) -> Traffic:
         """Return no bytes: nothing is sent."""
         return Traffic(0, 0)
+
+
+def check_virtual(number: int) -> int:
+    """Return a number of virtual devices.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if number < 0:
+        raise ConfigError(f"virtual {number}: how many virtual devices each device becomes, 0 or more")
+    return number

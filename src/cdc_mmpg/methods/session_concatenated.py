@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
-from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.methods.cdc_mmpg_session import Axes, Session
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head, LastLayer
@@ -16,19 +16,21 @@ class SessionConcatenated(Session):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        axes: see `Session`.
+        axes, reading, virtual: see `Session`.
     """
 
     def __init__(
         self,
         encoder: AllInOne,
         head: Head,
-        axes: int | None = 2,
+        axes: Axes = "found",
+        reading: str | None = None,
+        virtual: int = 0,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(encoder, head, axes, learning_rate, weight_decay, seed)
+        super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
         self.mix = nn.Linear(2 * FEATURE_DIM, FEATURE_DIM)
         self.layer = StaticLayer(head.inputs, head.outputs)
 

@@ -30,6 +30,7 @@ from cdc_mmpg.launchers import find_launch
 from cdc_mmpg.media.text import vocabulary_size
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.methods.base import Method
+from cdc_mmpg.methods.corrected import Corrected
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import (
@@ -53,6 +54,7 @@ from cdc_mmpg.training.checkpointing import (
     find_newest_state,
 )
 from cdc_mmpg.training.checks import check_pair, check_trainer, has_begun
+from cdc_mmpg.training.corrections import CorrectedDataModule
 from cdc_mmpg.training.features import FeatureDataModule
 from cdc_mmpg.training.group import GROUPS, GroupStrategy, cluster_environment, leave_group
 from cdc_mmpg.training.loggers import ExampleTable, close, loggers
@@ -67,7 +69,7 @@ LOGGER_NAMES = ("cdc_mmpg", "data_modules")
 ANSWERS_FILE = "answers.txt"  # of a run: the word of class k in line k
 # Paths in which ~ stands for the home folder.
 PATH_KEYS = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
-         "model.init_args.encoder.checkpoint", "model.init_args.adr")  # fmt: skip
+         "model.init_args.encoder.checkpoint", "model.init_args.adr", "model.init_args.reading")  # fmt: skip
 CONFIGURATION_PARTS = ("seed_everything", "matmul", "compile", "trainer", "model", "data")
 
 
@@ -208,10 +210,16 @@ class Experiment(LightningCLI):
         """Return the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
         if self.model.reads == "captions":
             return CaptionDataModule(self.dataset)
+        if isinstance(self.model, Corrected):
+            return CorrectedDataModule(self.dataset, self.model.encoder, self.model.head, self.model.correction)
         if self.model.reads == "sessions":
-            return SessionDataModule(self.dataset, self.model.encoder, self.model.head, casts=self.model.oracle)
+            model = self.model
+            return SessionDataModule(
+                self.dataset, model.encoder, model.head, model.upload, model.virtual, model.oracle, model.reads_sets
+            )
         if not self.model.train_encoder:
-            return FeatureDataModule(self.dataset, self.model.encoder, self.model.head)
+            virtual = getattr(self.model, "virtual", 0)
+            return FeatureDataModule(self.dataset, self.model.encoder, self.model.head, virtual)
         return self.dataset
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
@@ -28,6 +29,7 @@ from cdc_mmpg.training.matmul import exact_matmul
 logger = logging.getLogger(__name__)
 
 
+VIRTUAL = 1  # tells draws of a virtual device from other draws of a sample
 SplitFeatures = dict[str, Tensor]  # of a split: "frame_features", and in retrieval "texts" and "there" (`FeatureBatch`)
 
 
@@ -39,17 +41,43 @@ class FeatureDataset(Dataset[FeatureBatch]):
         labels: theirs.
         draw: of several captions take one, another every epoch.
         seed: of the draws.
+        copies: features of the same samples as virtual devices see them; training takes any of these, or the samples'
+            own.
     """
 
-    def __init__(self, features: SplitFeatures, labels: Tensor, draw: bool = False, seed: int = 0) -> None:
-        self.features, self.labels, self.draw, self.seed = features, labels, draw, seed
+    def __init__(
+        self,
+        features: SplitFeatures,
+        labels: Tensor,
+        draw: bool = False,
+        seed: int = 0,
+        copies: Sequence[SplitFeatures] = (),
+    ) -> None:
+        self.labels, self.draw, self.seed = labels, draw, seed
+        self.copies = [features, *copies]
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def draw_copies(self, number: int, items: Sequence[tuple[int, int]]) -> list[int]:
+        """Draw for every item which of so many copies is its turn in this epoch."""
+        if number == 1:
+            return [0] * len(items)
+        draws = (np.random.default_rng((self.seed, epoch, index, VIRTUAL)) for epoch, index in items)
+        return [int(draw.integers(number)) for draw in draws]
+
+    def take(self, copies: Sequence[SplitFeatures], items: Sequence[tuple[int, int]]) -> SplitFeatures:
+        """Return values of items, each from the copy that is its turn."""
+        index = [index for _, index in items]
+        if len(copies) == 1:
+            return {name: values[index] for name, values in copies[0].items()}
+        drawn = list(zip(self.draw_copies(len(copies), items), index, strict=True))
+        return {name: torch.stack([copies[copy][name][place] for copy, place in drawn]) for name in copies[0]}
+
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> FeatureBatch:
         index = torch.tensor([index for _, index in items])
-        own = {name: values[index] for name, values in self.features.items()}
+        own = self.take(self.copies, items)
         batch = FeatureBatch(own["frame_features"], self.labels[index], index, own.get("texts"), own.get("there"))
         if not self.draw or batch.texts is None or batch.there is None:
             return batch
@@ -75,11 +103,13 @@ class FeatureDataModule(EpochDataModule):
         data: the dataset.
         encoder: frozen.
         head: the task.
+        virtual: how many virtual devices every device that trains becomes, beside itself: all of its hues rotated by a
+            cast more, the same for all of its clips.
     """
 
-    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head) -> None:
+    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head, virtual: int = 0) -> None:
         super().__init__(data.batch_size, data.seed)  # kept features are small: a device holds its whole share at once
-        self.data, self.encoder, self.head = data, encoder, head
+        self.data, self.encoder, self.head, self.virtual = data, encoder, head, virtual
         self.even = data.even
         self._splits: dict[Split, Dataset[Any]] = {}
 
@@ -102,7 +132,15 @@ class FeatureDataModule(EpochDataModule):
 
     def view(self, split: Split, features: SplitFeatures) -> Any:
         """Return a split with its features."""
-        return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed)
+        copies: list[SplitFeatures] = []
+        if split == "train":
+            dataset, devices = self.data.dataset(split, augment=False), [o.device for o in self.data.origins(split)]
+            copies = [self.features(split, *self.as_virtual(dataset, devices, n)) for n in range(self.virtual)]
+        return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed, copies=copies)
+
+    def as_virtual(self, dataset: Any, devices: Sequence[str], number: int) -> tuple[Dataset[VideoTextBatch], str]:
+        """Return a dataset as each sample's device's virtual device of that number sees it, and a digest of it."""
+        return self.data.rotate(dataset, [draw_cast(device, number) for device in devices])
 
     def features(
         self, name: str, dataset: Dataset[VideoTextBatch], fingerprint: str, frame: int | None = None
@@ -198,6 +236,12 @@ class FeatureDataModule(EpochDataModule):
     def fingerprint(self, split: Split, frames: bool) -> str:
         """Return the dataset's own."""
         return self.data.fingerprint(split, frames)
+
+
+def draw_cast(device: str, number: int) -> float:
+    """Return the degrees by which a virtual device rotates hues: for a device and number the same in all runs."""
+    digest = hashlib.sha256(f"virtual {number} {device}".encode()).digest()
+    return 360 * int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _join(shares: Sequence[Tensor]) -> Tensor:

@@ -144,8 +144,9 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
         root = Path(data["root"])
         if "frame_cache" in data:
             data["frame_cache"] = "disk"  # for what reads batches by itself, once
-        if "adr" in model:
-            model["adr"] = str(run / "adr.safetensors")
+        for name in ("adr", "reading"):  # the run's own copies
+            if model.get(name):
+                model[name] = str(run / f"{name}.safetensors")
         if vocab:
             data["vocab"] = vocab
     except (KeyError, TypeError) as error:

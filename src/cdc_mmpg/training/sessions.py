@@ -1,13 +1,15 @@
 """Samples with what their device uploads: the mean of the anchor features of its other, unlabelled clips."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cdc_mmpg.data.batch import SessionBatch, Split
+from cdc_mmpg.data.batch import SessionBatch, Split, VideoTextBatch
 from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.data.interface import Sessions, VideoTextData
 from cdc_mmpg.errors import DataError
@@ -27,106 +29,193 @@ class SessionDataset(Dataset[SessionBatch]):
 
     Args:
         samples: the split as the encoder sees it.
-        anchors: (A, 192) anchor features of all unlabelled clips.
+        anchors: (A, 192) what all unlabelled clips upload.
         sessions: whose they are.
         split: which samples.
         seed: of the draws.
+        copies: (A, 192) each, anchors as the virtual devices of `samples.copies` see them.
+        sets: whether batches hold the anchors themselves, too, `SET` of them at most.
     """
 
-    def __init__(self, samples: FeatureDataset, anchors: Tensor, sessions: Sessions, split: Split, seed: int) -> None:
-        self.samples, self.anchors, self.sessions = samples, anchors, sessions
-        self.split, self.seed = split, seed
+    SET = max(case.anchors for case in SESSION_CASES.values())
+
+    def __init__(
+        self,
+        samples: FeatureDataset,
+        anchors: Tensor,
+        sessions: Sessions,
+        split: Split,
+        seed: int,
+        copies: Sequence[Tensor] = (),
+        sets: bool = False,
+    ) -> None:
+        self.samples, self.sessions = samples, sessions
+        self.anchors = [anchors, *copies]
+        self.split, self.seed, self.sets = split, seed, sets
         self.devices = sessions.devices[split]
         casts = torch.deg2rad(torch.tensor(sessions.casts))
         self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (D, 2)
         if split == "train":
-            self._totals = torch.stack([anchors[pool].sum(0) for pool in sessions.pools])
+            self._uploads = [{"upload": self._means_of_others(own)} for own in self.anchors]
         else:
-            self.uploads, self.counts = self._fixed()
+            self.uploads, self.counts, self.members = self._fixed()
 
-    def _fixed(self) -> tuple[Tensor, Tensor]:
-        """Return every device's uploads (D, C, 192) with their numbers of anchors (D, C)."""
+    def _means_of_others(self, anchors: Tensor) -> Tensor:
+        """Return for every training sample the mean of the other clips of its device, (N, 192)."""
+        totals = torch.stack([anchors[pool].sum(0) for pool in self.sessions.pools])
+        own = torch.tensor(self.sessions.own[self.split])
+        is_anchor = (own >= 0)[:, None]
+        numbers = (
+            torch.tensor([len(self.sessions.pools[device]) for device in self.devices])[:, None] - is_anchor.long()
+        )
+        rest = totals[self.devices] - torch.where(is_anchor, anchors[own.clamp(min=0)], 0.0)
+        return torch.where(numbers > 0, rest / numbers.clamp(min=1), 0.0)
+
+    def _fixed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return every device's uploads (D, C, 192), how many anchors each has (D, C), and which (D, C, SET)."""
         devices = sorted(set(self.devices))
-        drawn = [
-            np.random.default_rng((self.seed, device)).permutation(pool)
-            for device, pool in enumerate(self.sessions.pools)
-        ]
+        drawn = shuffle_pools(self.sessions, self.seed)
         # Each borrows from the next in a random circle.
         circle = np.random.default_rng(self.seed).permutation(devices).tolist()
         lender = dict(zip(circle, [*circle[1:], *circle[:1]], strict=True))
-        uploads = torch.zeros(len(drawn), len(SESSION_CASES), self.anchors.shape[-1])
+        uploads = torch.zeros(len(drawn), len(SESSION_CASES), self.anchors[0].shape[-1])
         counts = torch.zeros(len(drawn), len(SESSION_CASES), dtype=torch.long)
+        members = torch.zeros(len(drawn), len(SESSION_CASES), self.SET, dtype=torch.long)
         for device in devices:
             for place, case in enumerate(SESSION_CASES.values()):
-                chosen = drawn[lender[device] if case.shuffled else device][: case.anchors]
+                chosen = torch.from_numpy(drawn[lender[device] if case.shuffled else device][: case.anchors])
                 counts[device, place] = len(chosen)
                 if len(chosen):
-                    uploads[device, place] = self.anchors[chosen].mean(0)
-        return uploads, counts
+                    uploads[device, place] = self.anchors[0][chosen].mean(0)
+                    members[device, place, : len(chosen)] = chosen
+        return uploads, counts, members
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _rest(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """Return a training sample's upload (192,) and its number of anchors; its own clip is not among them."""
-        own, pool = self.sessions.own[self.split][index], self.sessions.pools[self.devices[index]]
-        number = len(pool) - (own >= 0)
-        if not number or np.random.default_rng((self.seed, epoch, index)).random() < WITHOUT:
-            return torch.zeros(self.anchors.shape[-1]), 0
-        total = self._totals[self.devices[index]]
-        return (total - self.anchors[own] if own >= 0 else total) / number, number
+    def _count(self, epoch: int, index: int) -> int:
+        """Return how many anchors a training sample has, all others of its device; now and then none."""
+        number = len(self.sessions.pools[self.devices[index]]) - (self.sessions.own[self.split][index] >= 0)
+        return 0 if np.random.default_rng((self.seed, epoch, index)).random() < WITHOUT else number
+
+    def _draw_set(self, epoch: int, index: int) -> list[int]:
+        """Draw `SET` anchors of a training sample, without its own clip."""
+        others = [i for i in self.sessions.pools[self.devices[index]] if i != self.sessions.own[self.split][index]]
+        chosen = np.random.default_rng((self.seed, epoch, index, self.SET)).permutation(others)[: self.SET].tolist()
+        return chosen + [0] * (self.SET - len(chosen))
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> SessionBatch:
         devices = torch.tensor([self.devices[i] for _, i in items])
+        sets = None
         if self.split == "train":
-            drawn = [self._rest(epoch, i) for epoch, i in items]
-            uploads = torch.stack([upload for upload, _ in drawn])[:, None]
-            counts = torch.tensor([[number] for _, number in drawn])
+            counts = torch.tensor([[self._count(epoch, i)] for epoch, i in items])
+            uploads = (self.samples.take(self._uploads, items)["upload"] * (counts > 0)).unsqueeze(1)
+            if self.sets:
+                counts = counts.clamp(max=self.SET)
+                members = torch.tensor([self._draw_set(epoch, i) for epoch, i in items])
+                of_copy = torch.tensor(self.samples.draw_copies(len(self.anchors), items))
+                sets = torch.stack(self.anchors)[of_copy[:, None], members].unsqueeze(1)
         else:
             uploads, counts = self.uploads[devices], self.counts[devices]
-        return SessionBatch(self.samples.__getitems__(items), uploads, counts, self.casts[devices])
+            if self.sets:
+                sets = self.anchors[0][self.members[devices]]
+        return SessionBatch(self.samples.__getitems__(items), uploads, counts, self.casts[devices], sets)
+
+
+def shuffle_pools(sessions: Sessions, seed: int) -> list[NDArray[np.int64]]:
+    """Return every device's unlabelled clips in the order in which they make a session: n clips are the first n."""
+    return [np.random.default_rng((seed, device)).permutation(pool) for device, pool in enumerate(sessions.pools)]
+
+
+def read_sessions(data: VideoTextData, casts: bool) -> Sessions:
+    """Return a dataset's unlabelled clips by device.
+
+    Args:
+        data: set up.
+        casts: refuse a dataset that does not know the true hue casts of its devices.
+
+    Raises:
+        DataError: it has no unlabelled clips, or does not know the casts.
+    """
+    sessions = data.sessions()
+    if not any(sessions.pools):
+        raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
+    if casts and np.isnan(sessions.casts).any():
+        raise DataError(
+            f"nobody knows the hue casts of these devices (domains: {data.domains}), and this method is told them: "
+            "take domains whose casts are known (ARGS=--data.init_args.domains=casts), or another method (METHOD=)"
+        )
+    return sessions
+
+
+class Part(Dataset[VideoTextBatch]):
+    """Some samples of a dataset.
+
+    Args:
+        dataset: which.
+        places: of its samples.
+    """
+
+    def __init__(self, dataset: Any, places: Sequence[int]) -> None:
+        self.dataset, self.places = dataset, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> VideoTextBatch:
+        found: VideoTextBatch = self.dataset.__getitems__([(epoch, self.places[index]) for epoch, index in items])
+        return found
 
 
 class SessionDataModule(FeatureDataModule):
     """A dataset with devices as a frozen encoder sees it: samples, and anchors from a neutral prompt and one frame.
 
     Args:
-        data, encoder, head: see `FeatureDataModule`.
+        data, encoder, head, virtual: see `FeatureDataModule`.
+        upload: what a clip's frame features (A, 1, 192) upload, (A, 192).
         casts: refuse a dataset that does not know the true hue casts of its devices.
+        sets: see `SessionDataset`.
     """
 
-    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head, casts: bool = False) -> None:
-        super().__init__(data, encoder, head)
-        self.casts = casts
+    def __init__(
+        self,
+        data: VideoTextData,
+        encoder: AllInOne,
+        head: Head,
+        upload: Callable[[Tensor], Tensor],
+        virtual: int = 0,
+        casts: bool = False,
+        sets: bool = False,
+    ) -> None:
+        super().__init__(data, encoder, head, virtual)
+        self.upload, self.casts, self.sets = upload, casts, sets
 
     def setup(self, stage: str) -> None:
-        """Load or compute the features of samples and anchors.
-
-        Raises:
-            DataError: the dataset has no unlabelled clips, or does not know the casts that are asked for.
-        """
+        """Load or compute the features of samples and anchors; see `read_sessions`."""
         if self._splits:
             return
         self.data.setup(stage)
-        sessions = self.data.sessions()
-        if not any(sessions.pools):
-            raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
-        if self.casts and np.isnan(sessions.casts).any():
-            raise DataError(
-                f"nobody knows the hue casts of these devices (domains: {self.data.domains}), and the oracle is told "
-                "them: take domains whose casts are known (ARGS=--data.init_args.domains=casts), or another method "
-                "(METHOD=)"
-            )
-        self._anchors, self._sessions = self.anchors(sessions), sessions
+        self._sessions = sessions = read_sessions(self.data, self.casts)
+        self._anchors = self.anchors("anchors", sessions.anchors, sessions.fingerprint)
+        self._copies = [self._anchors_of_virtual(sessions, number) for number in range(self.virtual)]
         super().setup(stage)
 
-    def anchors(self, sessions: Sessions) -> Tensor:
-        """Return the anchor features of all unlabelled clips, (A, 192), loaded or computed."""
+    def anchors(self, name: str, clips: Dataset[VideoTextBatch], fingerprint: str) -> Tensor:
+        """Return what unlabelled clips upload, (A, 192), from features that are loaded or computed."""
         middle = self.encoder.num_frames // 2
-        features = self.features("anchors", sessions.anchors, sessions.fingerprint, middle)["frame_features"]
+        features = self.features(name, clips, fingerprint, middle)["frame_features"].flatten(1, -2)[:, :1]
         with torch.no_grad():
-            device = next(self.encoder.parameters()).device
-            return self.encoder.pool(features.flatten(1, -2)[:, 0].to(device)).cpu()
+            return self.upload(features.to(next(self.encoder.parameters()).device)).cpu()
+
+    def _anchors_of_virtual(self, sessions: Sessions, number: int) -> Tensor:
+        """Return what the clips of devices that train upload as virtual devices see them, (A, 192); zeros elsewhere."""
+        names = dict(zip(sessions.devices["train"], (o.device for o in self.data.origins("train")), strict=True))
+        device_of = {place: name for device, name in names.items() for place in sessions.pools[device]}
+        devices = [device_of.get(place, "") for place in range(len(self._anchors))]
+        rotated, fingerprint = self.as_virtual(sessions.anchors, devices, number)
+        copy, places = torch.zeros_like(self._anchors), sorted(device_of)
+        copy[places] = self.anchors("anchors", Part(rotated, places), f"{fingerprint} {places}")
+        return copy
 
     def history(self) -> tuple[Tensor, list[list[int]]]:
         """Return the anchor features (A, 192), and which of them each device that trains has."""
@@ -134,4 +223,5 @@ class SessionDataModule(FeatureDataModule):
 
     def view(self, split: Split, features: SplitFeatures) -> SessionDataset:
         """Return a split with its features and its uploads."""
-        return SessionDataset(super().view(split, features), self._anchors, self._sessions, split, self.seed)
+        samples, copies = super().view(split, features), self._copies if split == "train" else []
+        return SessionDataset(samples, self._anchors, self._sessions, split, self.seed, copies, self.sets)

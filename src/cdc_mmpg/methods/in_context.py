@@ -1,0 +1,83 @@
+"""An opponent without backpropagation: the device's anchors as tokens beside the clip's, in a small transformer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdc_mmpg.data.batch import Split
+from cdc_mmpg.data.control_cases import SESSION_CASES
+from cdc_mmpg.dimensions import FEATURE_DIM
+from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
+from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
+from cdc_mmpg.models.heads import Head, LastLayer
+
+
+class InContext(Session):
+    """Reads unlabelled clips of the device in context; nothing travels, and every answer reads all of them.
+
+    Source: Gupta et al. 2023, "Context is Environment", attend to unlabelled samples of a domain beside the query; here
+    on features of a frozen encoder.
+
+    Args:
+        encoder, head, learning_rate, weight_decay, seed, virtual, reading: see `Session`.
+        layers: of the transformer.
+    """
+
+    reads_sets = True
+    HEADS = 4
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        layers: int = 2,
+        reading: str | None = None,
+        virtual: int = 0,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder, head, None, reading, virtual, learning_rate, weight_decay, seed)
+        block = nn.TransformerEncoderLayer(
+            FEATURE_DIM, self.HEADS, 2 * FEATURE_DIM, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.mix = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+        self.clip, self.anchor = nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.Linear(FEATURE_DIM, FEATURE_DIM)
+        self.layer = StaticLayer(head.inputs, head.outputs)
+
+    def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
+        """See `Session`; here `upload` is the anchors themselves, (B, n, 192), of which the first `anchors` count."""
+        fused = self.fuse(frame_features)
+        tokens = torch.cat([self.clip(fused).unsqueeze(1), self.anchor(upload)], dim=1)
+        absent = torch.arange(tokens.shape[1], device=anchors.device) > anchors.unsqueeze(1)
+        mixed = self.mix(tokens, src_key_padding_mask=absent)[:, 0]
+        return self.head(fused + mixed, self.layer)
+
+    def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
+        """See `Session`."""
+        cases = list(SESSION_CASES) if split == "test" else list(SESSION_CASES)[:1]
+        features = batch.samples.frame_features
+        return {
+            case: self.answer(features, batch.sets[:, place], batch.anchors[:, place])
+            for place, case in enumerate(cases)
+        }
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """Return the one layer."""
+        return self.layer
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the one layer, repeated."""
+        return self.layer.repeated(len(frame_features))
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Count the transformer on the device, too."""
+        counts = super().parameter_counts()
+        return counts._replace(device=counts.device + sum(map(count, (self.mix, self.clip, self.anchor))))
+
+    def traffic(self) -> Traffic:
+        """Return no bytes: nothing is sent."""
+        return Traffic(0, 0)
