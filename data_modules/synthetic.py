@@ -51,11 +51,11 @@ class Synthetic(MSVDQA):
 
     One or two objects (disk, ring, bar, pole; six colours; two sizes; left and right) drift over a texture. Every
     device rotates all hues by a cast of its own, uniform on the circle, and has gain, gamma, noise, blur, zoom and
-    speed. Questions ask for an object's true colour (40 %, in "memory" 32 %), its shape, size and side, and for their count. What tells a
-    cast is a distribution of hues that is the same for the whole world. In the world "sky" it is that of the textures
-    (around blue, 50 degrees of deviation); in "memory" textures have any hue, poles are green (20 degrees of deviation),
-    and nobody asks for a pole's colour. So one clip cannot tell a red object from a cast, and several clips of a camera
-    can: in "sky" by the pixels, in "memory" by recognising poles.
+    speed. Questions ask for an object's true colour (40 %, in "memory" 32 %), its shape, size and side, and for their
+    count. What tells a cast is a distribution of hues that is the same for the whole world. In the world "sky" it is
+    that of the textures (around blue, 50 degrees of deviation); in "memory" textures have any hue, poles are green (20
+    degrees of deviation), and nobody asks for a pole's colour. So one clip cannot tell a red object from a cast, and
+    several clips of a camera can: in "sky" by the pixels, in "memory" by recognising poles.
 
     Splits: 2,304 training questions on 768 clips of 96 devices; validation 720 questions on 240 clips of 24 other
     devices; test 1,728 on 576 other clips of the 96 ("seen") and 1,440 on 480 clips of 48 others ("unseen").
@@ -63,9 +63,9 @@ class Synthetic(MSVDQA):
     Unlabelled: 24 clips of every device that are in none of the validation and test splits (of the 96, the training
     clips are among them): what sessions are drawn from.
 
-    Pretraining, in the world "sky" of seed 0 alone and for all worlds: 6,016 clips, each of a camera of its own, with a caption and three questions by somebody who sees the
-    clip and does not know the camera: colours as they look, by twelve names, so that a hue is told more finely than the
-    six colours need; the pretraining answers in words.
+    Pretraining, in the world "sky" of seed 0 alone and for all worlds: 6,016 clips, each of a camera of its own, with a
+    caption and three questions by somebody who sees the clip and does not know the camera: colours as they look, by
+    twelve names, so that a hue is told more finely than the six colours need; the pretraining answers in words.
 
     Vocabulary: the 16 answers, and one class for the rest: 17.
 

@@ -57,7 +57,7 @@ def test_the_results_are_of_the_form_of_a_runs(run, done):
     for key in ("task", "protocol", "splits", "questions", "data", "floors", "classes"):
         assert results[key] == before[key]
     assert results["bytes"] == {"up": 0, "down": 0}
-    assert list(results["accuracy"]) == ["own", "labels_2", "labels_5", "labels_15", "tent"]
+    assert list(results["accuracy"]) == ["own", "labels_2", "labels_5", "labels_15", "tent", "t3a", "lame", "foa"]
     assert results["parameters"]["device"] == before["parameters"]["device"]
 
 
@@ -92,6 +92,10 @@ def test_settings_picked_on_validation_stand_beside_the_others(done):
         assert own["picked_on"] == 2 * (18 - 15)  # two unseen devices with six clips of three questions
     best = max(recipe["tent"]["grid"], key=lambda point: point["accuracy"])
     assert recipe["tent"]["rate"] == best["rate"]
+    for case, settings in on_device.FORWARD_ONLY.items():
+        assert [point["setting"] for point in recipe[case]["grid"]] == list(settings)
+        best = max(recipe[case]["grid"], key=lambda point: point["accuracy"])
+        assert recipe[case]["setting"] == best["setting"]
 
 
 def test_the_second_time_it_is_finished_unless_the_run_changed(run, done, tmp_path, capsys):

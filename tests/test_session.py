@@ -11,11 +11,14 @@ from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
 from cdc_mmpg.methods.encoder_pretraining import EncoderPretraining
+from cdc_mmpg.methods.in_context import InContext
+from cdc_mmpg.methods.mean_anchor import MeanAnchor
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
+from cdc_mmpg.training.sessions import SessionDataset
 from cdc_mmpg.wire import payloads
 from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 from tolerances import assert_agree
@@ -36,7 +39,9 @@ def sessions() -> SessionBatch:
     uploads[:, shuffled] = uploads[:, shuffled].flip(0)
     casts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     samples = FeatureBatch(feature, torch.tensor([0, 1]), torch.arange(2))
-    return SessionBatch(samples, uploads, anchors, casts)
+    sets = uploads.unsqueeze(2) + 0.1 * torch.randn(2, len(SESSION_CASES), SessionDataset.SET, 192)
+    present = torch.arange(SessionDataset.SET) < anchors.unsqueeze(-1)
+    return SessionBatch(samples, uploads * (anchors > 0).unsqueeze(-1), anchors, casts, sets * present.unsqueeze(-1))
 
 
 def train(method: Method, batch: object, steps: int) -> Method:
@@ -49,13 +54,20 @@ def train(method: Method, batch: object, steps: int) -> Method:
     return method
 
 
+OPPONENTS = {"mean_anchor": MeanAnchor, "in_context": InContext}
+
+
 def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSession | SessionConcatenated:
     parts = (encoder(), head or OpenEnded(classes))
     plain = {"axes": None, "learning_rate": 1e-3}
     if name == "concatenated":
         return SessionConcatenated(*parts, **plain)
+    if name in OPPONENTS:
+        return OPPONENTS[name](*parts, learning_rate=1e-3)
     kind = {
         "low_rank": {},
+        "film": {"generated": "film"},
+        "bias": {"generated": "bias"},
         "full": {"generated": "full"},
         "basis": {"generated": "basis", "size": 8},
         "oracle": {"oracle": True},
@@ -63,14 +75,14 @@ def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSessi
     return CDCMMPGSession(*parts, **plain, **kind)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "full", "basis", "oracle", "concatenated"])
+@pytest.mark.parametrize("name", ["low_rank", "full", "basis", "film", "bias", "oracle", "concatenated", *OPPONENTS])
 def test_a_cue_that_only_the_session_holds_is_learned(name):
     method = train(build(name), sessions(), 60)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
     method.eval()
     with torch.no_grad():
         cases = method.scores(sessions(), "test")
-    further = [] if name == "concatenated" else ["mean_head", *PAYLOAD_PRECISIONS]
+    further = [] if name in ("concatenated", *OPPONENTS) else ["mean_head", *PAYLOAD_PRECISIONS]
     assert list(cases) == (["own"] if name == "oracle" else [*SESSION_CASES, *further])
     if name != "oracle":
         assert cases["n16"].argmax(-1).tolist() == [0, 1]
@@ -272,6 +284,23 @@ def test_the_axes_are_those_in_which_devices_differ():
 def test_impossible_axes_are_refused(number):
     with pytest.raises(ConfigError, match="from 1 to 191"):
         DeviceAxes(number)
+
+
+def test_how_many_axes_there_are_is_found():
+    """Those in which devices differ, whatever the content is; one of shuffled devices, which differ in none."""
+    anchors, pools = devices()
+    axes = DeviceAxes(None)
+    assert axes.fit(anchors, pools) == 2
+    assert set(axes.axes.norm(dim=1).topk(2).indices.tolist()) == {3, 5}
+    assert not axes.axes[:, 2:].any()
+    fixed = DeviceAxes(2)
+    fixed.fit(anchors, pools)
+    assert_agree(axes(anchors), fixed(anchors))
+    anchors[:, 7] += torch.randn(60).repeat_interleave(8)
+    assert axes.fit(anchors, pools) == 3
+    assert axes.axes.shape == (192, DeviceAxes.MOST)  # whatever is found, so that a checkpoint fits
+    shuffled = anchors[torch.randperm(len(anchors), generator=torch.Generator().manual_seed(5))]
+    assert axes.fit(shuffled, pools) == 1
 
 
 def test_axes_need_devices():

@@ -8,6 +8,10 @@ from typing import Literal, NamedTuple
 
 Unit = Literal["static", "sample", "session"]
 
+EMBEDDED = "synthetic"  # the dataset that makes itself, its vocabulary and its encoder
+# Its worlds by name, see `data_modules.synthetic_clips`: one configuration, one vocabulary and one encoder serve all.
+WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
+
 PRETRAINING = "encoder_pretraining"  # the run that trains the embedded dataset's encoder
 BASELINE = "fine_tuning"  # what every method is compared with
 SESSION = "cdc_mmpg_session"
@@ -51,7 +55,7 @@ class Method(NamedTuple):
         in_paper: has a row in the paper's tables.
         several_seeds: `make tables` trains it with several seeds.
         main: one of the rows that `make train` without METHOD trains in every world of the embedded dataset.
-        knows: beyond the questions and answers of the history; see `KNOWLEDGE`.
+        knows: beyond the questions and answers of the history: letters of `KNOWLEDGE`.
         program: what runs it, a program of `cdc-mmpg`.
     """
 
@@ -71,7 +75,7 @@ class Method(NamedTuple):
     in_paper: bool = False
     several_seeds: bool = False
     main: bool = False
-    knows: tuple[str, ...] = ()
+    knows: str = ""
     program: Literal["fit", "on_device", "privacy"] = "fit"
 
     def rows(self) -> list[Row]:
@@ -82,11 +86,15 @@ class Method(NamedTuple):
         return rows + [Row(f"· {label}", self.name, condition) for condition, label in self.controls.items()]
 
 
-# What a method may know: what shifts devices ("shift", or in training alone by virtual devices), what clips of the
-# pretraining show ("captions"), which clips of the history are of one device ("devices"), a device's cast ("cast"), and
-# answers to questions about its clips ("labels").
-KNOWLEDGE = ("shift", "shift in training", "captions", "devices", "cast", "labels")
-BY_SESSION = ("shift in training", "captions", "devices")  # what the session knows
+# What a method may know beyond the history's questions and answers, a letter each as in the table.
+KNOWLEDGE = {
+    "s": "the kind of shift",
+    "v": "the kind of shift, in training alone (virtual devices)",
+    "c": "captions of the pretraining's clips",
+    "d": "which clips of the history are of one device",
+    "t": "the true cast",
+    "l": "labels of the device's clips",
+}
 FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8"}
 
 
@@ -99,7 +107,7 @@ def _before(label: str) -> dict[str, str]:
 METHODS = (
     Method("linear", "F-linear", color="#94a3b8", turn=1, in_paper=True, several_seeds=True, main=True),
     Method("linear_virtual", "F-linear, virtual devices", color="#b6c2d1", turn=19, datasets="devices",
-           features=SESSION, knows=("shift in training",)),
+           features=SESSION, knows="v"),
     Method("static_mlp", "Static MLP", color="#8596ab", turn=18, datasets="devices", features="linear"),
     Method(BASELINE, "Fine-tuning", color="#6b7280", turn=2, in_paper=True, several_seeds=True, main=True),
     Method("hyper", "F-hyper", "sample", "#c2715a", turn=4, features="linear", controls=SAMPLE_CONTROLS,
@@ -114,43 +122,43 @@ METHODS = (
         SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", features="linear",
         before={"n1": "Session, n = 1", "n4": "Session, n = 4", "n8": "Session, n = 8"},
         after={"n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
-        controls=SESSION_CONTROLS, uses_reading=True, several_seeds=True, main=True, knows=BY_SESSION,
+        controls=SESSION_CONTROLS, uses_reading=True, several_seeds=True, main=True, knows="vcd",
     ),
     Method(f"{SESSION}_basis", "Session, basis", "session", "#3b82c4", turn=8, datasets="devices",
-           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True, knows=BY_SESSION),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True, knows="vcd"),
     Method(f"{SESSION}_full", "Session, full layer", "session", "#7aa7d9", turn=11, datasets="devices",
-           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows="vcd"),
     Method(f"{SESSION}_film", "Session, FiLM", "session", "#2f7fb3", turn=15, datasets="devices",
-           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows="vcd"),
     Method(f"{SESSION}_bias", "Session, bias alone", "session", "#9db8cf", turn=16, datasets="devices",
-           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows=BY_SESSION),
+           features=SESSION, uses_reading=True, controls=SESSION_CONTROLS, knows="vcd"),
     Method(f"{SESSION}_collected", "Session, no virtual devices", "session", "#46688a", turn=14, datasets="devices",
            features="linear", uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True,
-           knows=("captions", "devices")),
+           knows="cd"),
     Method(f"{SESSION}_feature", "Session, mean feature", "session", "#6a7f93", turn=13, datasets="devices",
-           features=SESSION, controls=SESSION_CONTROLS, several_seeds=True, knows=("shift in training", "devices")),
+           features=SESSION, controls=SESSION_CONTROLS, several_seeds=True, knows="vd"),
     Method(f"{SESSION}_plain", "Session, plain mean", "session", "#5b7083", turn=12, datasets="devices",
-           features="linear", controls=SESSION_CONTROLS, knows=("devices",)),
+           features="linear", controls=SESSION_CONTROLS, knows="d"),
     Method(CONCATENATED, "Concatenated, n = 16", color="#0f766e", turn=9, datasets="devices", features=SESSION,
            uses_reading=True, controls={"shuffled_n16": SESSION_CONTROLS["shuffled_n16"]}, several_seeds=True,
-           knows=BY_SESSION),
-    Method("mean_anchor", "Minus the mean anchor", color="#7c6f57", turn=20, datasets="devices", features="linear",
-           several_seeds=True, main=True, knows=("devices",)),
-    Method("mean_anchor_virtual", "Minus the mean anchor, virtual devices", color="#a3977f", turn=21,
-           datasets="devices", features=SESSION, several_seeds=True, knows=("shift in training", "devices")),
+           knows="vcd"),
+    Method("mean_anchor", "Mean anchor off", color="#7c6f57", turn=20, datasets="devices", features="linear",
+           several_seeds=True, main=True, knows="d"),
+    Method("mean_anchor_virtual", "Mean anchor off, virtual", color="#a3977f", turn=21,
+           datasets="devices", features=SESSION, several_seeds=True, knows="vd"),
     Method("in_context", "In context, n = 16", color="#7a4fa3", turn=22, datasets="devices", features="linear",
-           several_seeds=True, main=True, knows=("devices",)),
+           several_seeds=True, main=True, knows="d"),
     Method("in_context_virtual", "In context, virtual devices", color="#a07cc5", turn=10, datasets="devices",
-           features=SESSION, several_seeds=True, knows=("shift in training", "devices")),
+           features=SESSION, several_seeds=True, knows="vd"),
     Method("corrected_grey_world", "By hand: grey world", color="#b45309", turn=23, datasets="devices",
            features="linear", before=_before("By hand: grey world"), several_seeds=True, main=True,
-           knows=("shift",)),
+           knows="s"),
     Method("corrected_hue_mode", "By hand: hue histogram", color="#d97706", turn=24, datasets="devices",
-           features="linear", before=_before("By hand: hue histogram"), several_seeds=True, knows=("shift",)),
-    Method("corrected_true_cast", "Ceiling: rotated back by the true cast", color="#374151", turn=25,
-           datasets="devices", features="linear", several_seeds=True, main=True, knows=("shift", "cast")),
+           features="linear", before=_before("By hand: hue histogram"), several_seeds=True, knows="s"),
+    Method("corrected_true_cast", "By hand: true cast, a ceiling", color="#374151", turn=25,
+           datasets="devices", features="linear", several_seeds=True, main=True, knows="st"),
     Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=17, datasets="devices",
-           features=SESSION, several_seeds=True, main=True, knows=("shift in training", "cast")),
+           features=SESSION, several_seeds=True, main=True, knows="vt"),
     Method(
         "on_device", "On the device: before", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
         after={"tent": "On the device: TENT", "t3a": "On the device: T3A", "lame": "On the device: LAME",
@@ -178,6 +186,12 @@ REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target
 REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
 STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
 STUDY_SEEDS = range(5)
+
+
+def knowledge_of(row: Row) -> str:
+    """Return what a row's method knows, letters of `KNOWLEDGE`."""
+    labels = "l" if (row.condition or "").startswith("labels_") else ""
+    return (BY_NAME[row.method].knows if row.method in BY_NAME else "") + labels
 
 
 def color_of(name: str) -> str:

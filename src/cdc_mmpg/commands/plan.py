@@ -12,16 +12,18 @@ from typing import NamedTuple
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
+    EMBEDDED,
     FRAMES,
     PRETRAINING,
     REASONERS,
     RECIPE_FRAMES,
     STUDY_SEEDS,
+    WORLDS,
     runs_of_all,
     variant_arguments,
     with_frames,
 )
-from cdc_mmpg.commands.request import EMBEDDED, SEVERAL, WORLDS, Request
+from cdc_mmpg.commands.request import SEVERAL, Request
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.processors import count_processors, find_gpus
 

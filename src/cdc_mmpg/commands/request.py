@@ -12,13 +12,20 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BY_NAME, METHODS, PRETRAINING, REASONERS, SESSION, runs_of_all, variants_of
+from cdc_mmpg.catalogue import (
+    BY_NAME,
+    EMBEDDED,
+    METHODS,
+    PRETRAINING,
+    REASONERS,
+    SESSION,
+    WORLDS,
+    runs_of_all,
+    variants_of,
+)
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import expand_home
 
-EMBEDDED = "synthetic"  # the dataset that makes itself, its vocabulary and its encoder
-# Its worlds by name, see `data_modules.synthetic_clips`: one configuration, one vocabulary and one encoder serve all.
-WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
 SEVERAL = ("main", "all")  # values of METHOD: the rows that are trained in every world, and all that there are
 WHOLE = "[1-9][0-9]{0,2}"
 # Of each variable that has a form of its own: the form of its whole value, whether it may be empty, what it is.

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cdc_mmpg.catalogue import PRETRAINING
+from cdc_mmpg.catalogue import EMBEDDED, PRETRAINING
 from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.main import run_program
 from cdc_mmpg.commands.plan import Plan, plan_training
-from cdc_mmpg.commands.request import EMBEDDED, READS, TRAINING, Request
+from cdc_mmpg.commands.request import READS, TRAINING, Request
 from cdc_mmpg.errors import CDCError, ConfigError, listing
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.processors import find_gpus

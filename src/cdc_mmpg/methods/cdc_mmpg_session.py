@@ -18,7 +18,7 @@ from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic, count
 from cdc_mmpg.methods.linear import check_virtual
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, BiasFDA, FiLMFDA, LowRankFDA, StaticLayer
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, BiasFDA, FiLMFDA, LowRankFDA, ModulatingFDA, StaticLayer
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
 from cdc_mmpg.models.reading import Reading
@@ -206,6 +206,11 @@ class CDCMMPGSession(Session):
         """Return axes and what generates; offline, the shared layer."""
         if self.oracle:
             raise ConfigError("the oracle is told the camera's cast, which no device knows: it cannot be served")
+        if isinstance(self.fda, ModulatingFDA):
+            raise ConfigError(
+                f"{type(self.fda).__name__} is there to be compared, and no layout sends what it makes: take another "
+                "form (METHOD=cdc_mmpg_session)"
+            )
         layer = torch.cat([self.shared.weight, self.shared.bias.unsqueeze(-1)], dim=-1)
         return DeploymentParts(Generator(self.axes, self.fda), layer)
 

@@ -33,7 +33,7 @@ class InContext(Session):
         self,
         encoder: AllInOne,
         head: Head,
-        layers: int = 2,
+        layers: int = 1,
         reading: str | None = None,
         virtual: int = 0,
         learning_rate: float = 1e-4,

@@ -24,17 +24,19 @@ class Reading(nn.Module):
     are: the most frequent pairs that tell captions apart are taken, and no list of things or looks is needed. Where
     captions have fewer pairs, the rest is 0.
 
-    Source: ours. The network is two linears with a GELU, trained with binary cross-entropy on frozen features.
+    Source: ours. The network is three linears with GELUs between them, trained with binary cross-entropy on frozen
+    features, of which a tenth is dropped. Depth, rates and epochs were picked on held-out captions.
     """
 
     HIDDEN = 384
     RAREST = 0.004  # share of the captions that a pair is in at least
-    EPOCHS, BATCH, RATE, WEIGHT_DECAY = 30, 128, 2e-3, 0.01
+    EPOCHS, BATCH, RATE, WEIGHT_DECAY, DROPPED = 30, 128, 4e-3, 0.3, 0.1
     NEVER = -30.0  # logit of what is no pair
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(FEATURE_DIM, self.HIDDEN)
+        self.second = nn.Linear(self.HIDDEN, self.HIDDEN)
         self.last = nn.Linear(self.HIDDEN, FEATURE_DIM)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -44,7 +46,8 @@ class Reading(nn.Module):
 
     def _score(self, features: Tensor) -> Tensor:
         """Return the logits of all pairs."""
-        return self.last(F.gelu(self.first(F.layer_norm(features, (FEATURE_DIM,)))))
+        hidden = F.gelu(self.first(F.layer_norm(features, (FEATURE_DIM,))))
+        return self.last(F.gelu(self.second(hidden)))
 
     def fit(self, features: Tensor, captions: Sequence[Sequence[int]], seed: int) -> None:
         """Train on clips with captions.
@@ -70,7 +73,9 @@ class Reading(nn.Module):
             for _ in range(self.EPOCHS):
                 for rows in torch.randperm(len(features), generator=generator).split(self.BATCH):
                     frames = torch.randint(features.shape[1], rows.shape, generator=generator)
-                    scores = self._score(features[rows, frames])
+                    seen = features[rows, frames]
+                    there = torch.rand(seen.shape, generator=generator) >= self.DROPPED
+                    scores = self._score(seen * there / (1 - self.DROPPED))
                     loss = F.binary_cross_entropy_with_logits(scores[:, : len(pairs)], wanted[rows, : len(pairs)])
                     optimizer.zero_grad()
                     loss.backward()

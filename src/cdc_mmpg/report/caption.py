@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from cdc_mmpg.catalogue import PRETRAINING
+from cdc_mmpg.catalogue import KNOWLEDGE, PRETRAINING, WORLDS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
 from cdc_mmpg.evidence.selection import (
@@ -14,7 +14,7 @@ from cdc_mmpg.evidence.selection import (
     note_unlike_published,
 )
 from cdc_mmpg.report.cells import GAIN_HEADER
-from cdc_mmpg.report.method_table import build_method_table
+from cdc_mmpg.report.method_table import KNOWLEDGE_HEADER, build_method_table
 
 
 def write_caption(evidence: Evidence) -> str:
@@ -32,6 +32,10 @@ def write_caption(evidence: Evidence) -> str:
     outside = f"; no method can exceed {ceilings} (answers outside the vocabulary)"
     beyond = "" if ceilings in ("100.0 %", "") else outside
     resampled = "clips" if groups == [ALL_GROUPS] else "devices and then their clips"
+    worlds = evidence.dataset in WORLDS
+    before = "; an interval of several pairs resamples the pairs first" if worlds else ""
+    column = table.header.index(KNOWLEDGE_HEADER) if KNOWLEDGE_HEADER in table.header else None
+    knows = [] if column is None else [letter for letter in KNOWLEDGE if any(letter in row[column] for row in rows)]
     splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in (run.find("splits") or {}).items())
     machines = [machine for run in runs if (machine := run.find("machine"))]
     commits = [shorten_commit(commit) for run in runs if (commit := run.find("commit"))]
@@ -48,7 +52,9 @@ def write_caption(evidence: Evidence) -> str:
         "A partial copy: clips are missing, so nothing here compares with published ones." if is_partial(runs) else "",
         note_unlike_published(runs).text,
         f"In brackets: 95 % interval, {resampled} resampled." if any("[" in text for text in cells) else "",
-        "±: standard deviation over seeds." if any("±" in text for text in cells) else "",
+        f"±: standard deviation over {'pairs of world and pretraining' if worlds else 'seeds'}{before}."
+        if any("±" in text for text in cells)
+        else "",
         "Against fine-tuning: the difference in points, paired by question."
         if any(row[gain_column] for row in rows)
         else "",
@@ -57,6 +63,7 @@ def write_caption(evidence: Evidence) -> str:
         "asks for its clip. Ties count against us."
         if evidence.is_retrieval
         else "",
+        f"Knows: {'; '.join(f'{letter} {KNOWLEDGE[letter]}' for letter in knows)}." if knows else "",
         f"Splits: {'; '.join(splits)}." if splits else "",
         f"Encoder from: {_list_once(encoders)}.",
         _describe_pretraining(evidence, runs),

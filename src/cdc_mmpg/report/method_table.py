@@ -1,6 +1,6 @@
 """The table of methods: accuracies, differences to fine-tuning and costs of all methods side by side."""
 
-from cdc_mmpg.catalogue import Row
+from cdc_mmpg.catalogue import Row, knowledge_of
 from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Table, cite, join_texts
@@ -24,6 +24,7 @@ FLOOR_LABELS = {
     "chance": "Chance",
 }
 NO_ANCHORS_CASE = "n0"  # the condition in which nothing is sent
+KNOWLEDGE_HEADER = "knows"
 COST_HEADERS = ["D-Param", "C-Param", "up, B", "down, B", "epoch", "train s", "seeds"]
 
 
@@ -31,19 +32,21 @@ def build_method_table(evidence: Evidence) -> Table:
     """Return a row for every method and condition with finished runs, of which there must be one."""
     quotes = PaperQuotes(evidence)
     types = find_question_types(evidence)
-    header = ["method", *_accuracy_header(evidence, types), "val %", *COST_HEADERS]
+    listed = [row for row in evidence.rows if evidence.find_runs(row.method, row.condition)]
+    knows = [KNOWLEDGE_HEADER] if any(map(knowledge_of, listed)) else []
+    header = ["method", *_accuracy_header(evidence, types), *knows, "val %", *COST_HEADERS]
     runs = find_method_runs(evidence)
     rows: list[tuple[str, list[CitedText]]] = [
-        (label, [*_floor_cells(evidence, runs[0], name, types), *[NO_TEXT] * (1 + len(COST_HEADERS))])
+        (label, [*_floor_cells(evidence, runs[0], name, types), *[NO_TEXT] * (len(knows) + 1 + len(COST_HEADERS))])
         for name, label in FLOOR_LABELS.items()
         if runs[0].find("floors", name)
     ]
-    listed = [row for row in evidence.rows if evidence.find_runs(row.method, row.condition)]
     gains = compare_with_fine_tuning(evidence, [Side(row.method, row.condition) for row in listed])
     for row, gain in zip(listed, gains, strict=True):
         seeds = evidence.find_runs(row.method, row.condition)
         accuracies = _accuracy_cells(evidence, row, seeds, gain, types, quotes)
-        rows.append((row.label, [*accuracies, *_cost_cells(evidence, row, seeds)]))
+        letters = [cite(knowledge_of(row))] if knows else []
+        rows.append((row.label, [*accuracies, *letters, *_cost_cells(evidence, row, seeds)]))
     return Table("methods", "Methods side by side", header, rows, quotes.write_notes())
 
 

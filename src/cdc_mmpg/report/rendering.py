@@ -11,7 +11,7 @@ from rich.text import Text
 from cdc_mmpg.evidence.facts import Table
 from cdc_mmpg.program import escape_controls
 
-FULL_WIDTH = 1000  # letters, more than any table has: the methods take less than 200
+FULL_WIDTH = 1000  # letters, more than any table has: the methods take less than 210
 
 
 def render_markdown(table: Table) -> str:
