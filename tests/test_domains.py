@@ -530,7 +530,7 @@ def test_a_method_with_sessions_needs_domains_and_says_so(folders, tmp_path, cap
 def test_the_oracle_is_told_casts_that_somebody_knows(kind, code, folders, tmp_path, capsys):
     given = [f"--data.init_args.domains={kind}"]
     assert main(command(folders, "qa", "session_oracle", tmp_path, *given)) == code
-    refused = "nobody knows the hue casts of these devices (domains: categories), and the oracle is told them"
+    refused = "nobody knows the hue casts of these devices (domains: categories), and this method is told them"
     assert (refused in capsys.readouterr().err) == bool(code)
     assert (tmp_path / "msrvtt" / "session_oracle" / "seed0" / "results.json").exists() == (not code)
     assert (tmp_path / "data" / "features").exists() == (not code)  # before anything slow
