@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cdc_mmpg import catalogue
+from cdc_mmpg.catalogue import WORLDS
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import accuracies, majorities
 from cdc_mmpg.evidence.comparisons import Evidence
@@ -21,7 +22,7 @@ from cdc_mmpg.evidence.facts import NO_TEXT
 from cdc_mmpg.evidence.findings import find_equal_payloads, list_claims, list_findings
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.evidence.selection import load_comparable
-from cdc_mmpg.report import tables
+from cdc_mmpg.report import tables, worlds
 from cdc_mmpg.report.caption import write_caption
 from cdc_mmpg.report.cells import FOOTNOTE_SIGNS
 from cdc_mmpg.report.method_table import build_method_table
@@ -412,7 +413,9 @@ def test_several_seeds_give_mean_and_deviation(tmp_path):
     assert (row["color"], row["epoch"], row["seeds"]) == ("29.0", "12–13/40", "2")
     assert by_label(root)["Majority answer"]["unseen %"] == "10.0 [7.6, 12.3]"
     assert by_label(root)["Session, n = 8"]["unseen %"] == "50.0 ± 14.1"
-    pairs = "±: standard deviation over pairs of world and pretraining; an interval of several pairs resamples the pairs"
+    pairs = (
+        "±: standard deviation over pairs of world and pretraining; an interval of several pairs resamples the pairs"
+    )
     assert pairs in caption_of(root)
     assert "In brackets" in caption_of(root)  # of the floors
 
@@ -477,6 +480,33 @@ def test_the_table_is_printed_and_written(synthetic, capsys, monkeypatch):
     assert {len(line) for line in lines} == {len(columns_of(synthetic))}
     assert lines[1] == ["---", *["---:"] * (len(lines[0]) - 1)]
     assert lines[2:] == rows_of(synthetic)
+
+
+def test_worlds_stand_side_by_side(tmp_path, capsys):
+    assert worlds.main([str(tmp_path)]) == 0
+    assert "no finished run of the embedded dataset" in capsys.readouterr().out
+    for number, dataset in enumerate(WORLDS):
+        for place, side in enumerate(worlds.SIDES):
+            if side.name != "on_device" and (dataset, side.name) != ("synthetic_memory", "cdc_mmpg"):
+                write_run(tmp_path / dataset, side.name, value=0.5 + 0.1 * number + 0.01 * place)
+    assert worlds.main([str(tmp_path)]) == 0
+    assert f"written: {tmp_path / 'worlds.md'}" in capsys.readouterr().out
+    header, _, *rows = (tmp_path / "worlds.md").read_text().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [cell.strip() for cell in header.strip("|").split("|")][:5] == [
+        "method", "knows", "down, B", "sky: unseen %", "memory: unseen %",
+    ]  # fmt: skip
+    by_label = {row[0]: row[1:] for row in cells}
+    assert len(by_label) <= 9
+    assert by_label["Session, n = 16"][:4] == ["vcd", "388,388", "56.0 [53.6, 58.3]", "66.0 [63.6, 68.3]"]
+    assert by_label["By hand: grey world"][0] == "s"
+    assert by_label["CDC-MMPG"][3] == ""  # where it has no run
+    text = (tmp_path / "worlds.md").read_text()
+    assert "Knows: s the kind of shift; v the kind of shift, in training alone (virtual devices); c captions" in text
+    assert "One world of each kind and one pretraining" in text
+    write_run(tmp_path / "synthetic", "fine_tuning", seed=1)
+    assert worlds.main([str(tmp_path)]) == 0
+    assert "over 2 pairs of world and pretraining" in (tmp_path / "worlds.md").read_text()
 
 
 def test_three_seeds_fit_two_hundred_and_ten_columns(synthetic, capsys):

@@ -22,6 +22,7 @@ PROGRAMS = {
     "data": ("cdc_mmpg.commands.prepare", "check a dataset and decode its clips, for training to find"),
     "tables": ("cdc_mmpg.report.tables", "every table of the paper, ours beside it, and what is missing"),
     "table": ("cdc_mmpg.report.tables", "the methods of a dataset side by side, in the terminal and as Markdown"),
+    "worlds": ("cdc_mmpg.report.worlds", "the worlds of the embedded dataset side by side"),
     "report": ("cdc_mmpg.report.page", "one page with every figure, and where each comes from"),
     "figures": ("cdc_mmpg.report.figures", "the README's pictures, from a dataset's runs"),
     "predict": ("cdc_mmpg.commands.predict", "answer a question about a file, or choose a text"),

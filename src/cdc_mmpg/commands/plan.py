@@ -252,6 +252,8 @@ def merge(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
     steps = [step for plan in plans for step in plan.steps.values()]
     for step in sorted(steps, key=lambda step: step.program in ("table", "tables")):
         merged.add(step)
+    if len(plans) > 1:
+        merged.add(Step("table of the worlds", "worlds", (requests[0].out,)))
     return merged
 
 
