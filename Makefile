@@ -25,7 +25,7 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	touch $@
 
 data: ## check a dataset and decode its clips, for training to find: DATASET= DATA= ARGS= OUT=
-train: ## train and test: DATASET= DATA= METHOD=<name>|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
+train: ## train and test: DATASET= DATA= METHOD=<name>|main|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 tables: ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
 table: ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
 report: ## one page with every figure, and where each comes from: DATASET= DATA= OUT=

@@ -18,7 +18,7 @@ from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal, print
 
 # Every program: its module, and what it does. A module has `main(arguments)`, which returns the exit code.
 PROGRAMS = {
-    "train": ("", "train and test: METHOD=<name>|all, several seeds, all that they build on; then the table"),
+    "train": ("", "train and test: METHOD=<name>|main|all, several seeds, all that they build on; then the table"),
     "data": ("cdc_mmpg.commands.prepare", "check a dataset and decode its clips, for training to find"),
     "tables": ("cdc_mmpg.report.tables", "every table of the paper, ours beside it, and what is missing"),
     "table": ("cdc_mmpg.report.tables", "the methods of a dataset side by side, in the terminal and as Markdown"),
