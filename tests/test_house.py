@@ -207,7 +207,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def run_tiny(log: Path, program: str, arguments: list[str]) -> int:
-    """Run a program as make lists it; a further world of the embedded dataset has few clips, in full it takes minutes."""
+    """Run a program as make lists it; of a further world few clips are made, in full it takes minutes."""
     if program == "clips":
         folder, _, world, _, seed = arguments
         synthetic_clips.make(Path(folder), TINY, int(seed), world)

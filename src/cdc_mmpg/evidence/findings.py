@@ -16,6 +16,19 @@ CONTROLS = (
     ("shuffled_n16", "the mean of another device's anchors", "the adaptation is unused"),
     ("mean_head", "the mean of all heads, for everyone,", "one head for all would do"),
 )
+# What a session is set beside, as a sentence says it.
+OPPONENTS = {
+    Side("mean_anchor_virtual"): "taking off the mean anchor",
+    Side("in_context_virtual"): "reading the anchors in context on the device",
+    Side("on_device", "t3a"): "prototypes that follow the device's features (T3A)",
+    Side("on_device", "lame"): "smoothing over neighbours (LAME)",
+    Side("on_device", "foa"): "shifting activations (FOA)",
+    Side(f"{SESSION}_feature"): "averaging features in place of what is recognised in them",
+    Side(f"{SESSION}_collected"): "a session without virtual devices in training",
+    Side("corrected_grey_world"): "rotating hues back by the mean chroma, which knows the kind of shift",
+    Side("corrected_hue_mode"): "rotating hues back by the most frequent hue, which knows the kind of shift",
+    Side("corrected_true_cast"): "rotating hues back by the true cast, a ceiling",
+}
 OTHERS = {BASELINE: "fine-tuning", CONCATENATED: "concatenation, which generates nothing"}
 
 
@@ -49,6 +62,7 @@ def list_claims(evidence: Evidence) -> list[CitedText]:
         *(_compare_with(evidence, method, Side(BASELINE)) for method in PER_SAMPLE if method.startswith("cdc")),
         *(_compare_with(evidence, method, Side(BASELINE)) for method in SESSIONS),
         _compare_with(evidence, SESSION, Side(CONCATENATED)),
+        *_compare_with_opponents(evidence),
         *_compare_with_training(evidence),
         _compare_payloads(evidence),
         _judge_reasoner(evidence, "cdc_mmpg"),
@@ -115,6 +129,16 @@ def _judge_readings(evidence: Evidence) -> CitedText:
     return join_texts(
         "In some readings of equation 16 the reasoner helps; the most that it adds is {}.", best.format_points()
     )
+
+
+def _compare_with_opponents(evidence: Evidence) -> list[CitedText]:
+    """Return sentences on what else adapts without labels, against a session."""
+    findings = []
+    for side, what in OPPONENTS.items():
+        if gain := compare_unless_guessing(evidence, Side(SESSION), side):
+            verdict = {1: "is better than", -1: "is worse than", 0: "cannot be told from"}[gain.sign]
+            findings.append(join_texts(f"A session {verdict} {what}: {{}}.", gain.format_points()))
+    return findings
 
 
 def _compare_with_training(evidence: Evidence) -> list[CitedText]:

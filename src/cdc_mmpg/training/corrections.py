@@ -1,6 +1,7 @@
 """Opponents by hand: a device estimates its cast from pixels, and its frames are rotated back before the encoder."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from cdc_mmpg.models.heads import Head
 from cdc_mmpg.training.features import FeatureDataModule
 from cdc_mmpg.training.sessions import read_sessions, shuffle_pools
 
+CLIPS_AT_ONCE = 64
 HUE_BINS = 72  # of a histogram: 5 degrees each
 LEAST_CHROMA = 0.05  # of a pixel with a hue, where pure colours have 1
 
@@ -65,9 +67,11 @@ class CorrectedDataModule(FeatureDataModule):
         return casts
 
     def _middle_frames(self, sessions: Sessions) -> Iterator[Frames]:
-        """Yield the frames that anchors are made of, (B, H, W, 3)."""
-        for batch in self.batches(sessions.anchors, shuffle=False):
-            yield batch.frames[:, batch.frames.shape[1] // 2].numpy()
+        """Yield the frames that anchors are made of, (B, H, W, 3); every process reads all of them."""
+        clips: Any = sessions.anchors
+        for places in np.array_split(np.arange(len(clips)), 1 + len(clips) // CLIPS_AT_ONCE):
+            frames = clips.__getitems__([(0, place) for place in places.tolist()]).frames
+            yield frames[:, frames.shape[1] // 2].numpy()
 
 
 def measure_chroma(frames: Frames) -> NDArray[np.float64]:
