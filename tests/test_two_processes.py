@@ -19,11 +19,11 @@ from processes import Witness
 pytestmark = pytest.mark.slow
 
 SECONDS = 1200  # after which the processes are said to hang
-# In the order in which they build on each other; of the embedded dataset, all.
+# In the order in which they build on each other; of the embedded dataset, all that differ in more than settings.
 METHODS = (
     "encoder_pretraining", "adr_pretraining", "cdc_mmpg", "fine_tuning", "adr_pretraining_frozen", "cdc_mmpg_frozen",
     "linear", "hyper", "hyper_fan_in", "cdc_mmpg_session", "cdc_mmpg_session_basis", "cdc_mmpg_session_full",
-    "cdc_mmpg_session_plain", "session_concatenated", "session_oracle",
+    "cdc_mmpg_session_plain", "session_concatenated", "session_oracle", "in_context", "corrected_hue_mode",
 )  # fmt: skip
 # Of the other tasks, those whose steps differ by task.
 OTHERS = (
@@ -34,6 +34,7 @@ BUILDS_ON = {
     "adr_pretraining": (("encoder.checkpoint", "encoder_pretraining/seed0/encoder.safetensors"),),
     "cdc_mmpg": (("encoder.checkpoint", "encoder_pretraining/seed0/encoder.safetensors"),
                  ("adr", "adr_pretraining/seed0/adr.safetensors")),
+    "cdc_mmpg_session": (("reading", "encoder_pretraining/seed0/reading.safetensors"),),
     "adr_pretraining_frozen": (("encoder.checkpoint", "fine_tuning/seed0/encoder.safetensors"),),
     "cdc_mmpg_frozen": (("encoder.checkpoint", "fine_tuning/seed0/encoder.safetensors"),
                         ("adr", "adr_pretraining_frozen/seed0/adr.safetensors")),
@@ -48,6 +49,8 @@ def command(root: Path, out: Path, dataset: str, method: str) -> list[str]:
         more += [f"--model.init_args.{name}" for name in ("caption_epochs=0", "question_share=0.5", "whole_epochs=1")]
     if method == "adr_pretraining":
         more += ["--model.init_args.axis=batch"]
+    if not others and method in ("cdc_mmpg_session", "in_context", "linear"):
+        more += ["--model.init_args.virtual=1"]
     if others and "session" in method:
         more += ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04]"]
         more += [] if method == "session_oracle" else ["--model.init_args.axes=null"]
