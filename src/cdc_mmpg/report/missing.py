@@ -7,12 +7,14 @@ from pathlib import Path
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
+    EMBEDDED,
     FRAMES,
     PAPERS,
     PRETRAINING,
     RECIPE_FRAMES,
     STUDY,
     STUDY_SEEDS,
+    WORLDS,
     runs_of_all,
     with_frames,
 )
@@ -20,6 +22,8 @@ from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS
 from cdc_mmpg.evidence.selection import find_method_runs
 from cdc_mmpg.report.paper_tables import build_frames_table
+
+FURTHER_WORLDS = WORLDS.keys() - {EMBEDDED}  # which are not asked what the paper's reasoner does
 
 
 def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
@@ -34,6 +38,7 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
     sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
     other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
     listed_frames = other_frames if build_frames_table(evidence) else []
+    has_study = devices and evidence.dataset not in FURTHER_WORLDS
     seeds = evidence.find_seeds(main) or [0]
     seeds_of_once = evidence.find_seeds(once) or seeds[:1]
     by_table: list[tuple[str, Sequence[str], Sequence[int]]] = [
@@ -42,7 +47,7 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
         ("sessions", sessions, seeds),
         ("opponents on the device", ["on_device"] if devices else [], seeds_of_once),
         ("frames (table 4)", listed_frames, evidence.find_seeds(other_frames) or seeds[:1]),
-        ("the study of the reasoner", list(STUDY) if devices else [], STUDY_SEEDS),
+        ("the study of the reasoner", list(STUDY) if has_study else [], STUDY_SEEDS),
         ("privacy", ["privacy"] if devices else [], evidence.find_seeds(["privacy"]) or seeds[:1]),
     ]
     missing = []

@@ -50,7 +50,7 @@ class SessionDataset(Dataset[SessionBatch]):
         sets: bool = False,
     ) -> None:
         self.samples, self.sessions = samples, sessions
-        self.anchors = [anchors, *copies]
+        self.anchors = torch.stack([anchors, *copies])  # (1 + V, A, 192)
         self.split, self.seed, self.sets = split, seed, sets
         self.devices = sessions.devices[split]
         casts = torch.deg2rad(torch.tensor(sessions.casts))
@@ -65,9 +65,8 @@ class SessionDataset(Dataset[SessionBatch]):
         totals = torch.stack([anchors[pool].sum(0) for pool in self.sessions.pools])
         own = torch.tensor(self.sessions.own[self.split])
         is_anchor = (own >= 0)[:, None]
-        numbers = (
-            torch.tensor([len(self.sessions.pools[device]) for device in self.devices])[:, None] - is_anchor.long()
-        )
+        sizes = torch.tensor([len(pool) for pool in self.sessions.pools])
+        numbers = sizes[self.devices][:, None] - is_anchor.long()
         rest = totals[self.devices] - torch.where(is_anchor, anchors[own.clamp(min=0)], 0.0)
         return torch.where(numbers > 0, rest / numbers.clamp(min=1), 0.0)
 
@@ -114,7 +113,7 @@ class SessionDataset(Dataset[SessionBatch]):
                 counts = counts.clamp(max=self.SET)
                 members = torch.tensor([self._draw_set(epoch, i) for epoch, i in items])
                 of_copy = torch.tensor(self.samples.draw_copies(len(self.anchors), items))
-                sets = torch.stack(self.anchors)[of_copy[:, None], members].unsqueeze(1)
+                sets = self.anchors[of_copy[:, None], members].unsqueeze(1)
         else:
             uploads, counts = self.uploads[devices], self.counts[devices]
             if self.sets:
