@@ -103,7 +103,7 @@ def batch(name: str, task: str, training: bool) -> object:
         return captions()
     if not name.startswith("session"):
         return (frames if name in ON_FRAMES else features)(task, training)
-    _, uploads, anchors, casts = (part if isinstance(part, FeatureBatch) else part[[0, 1, 0]] for part in sessions())
+    _, uploads, anchors, casts, _ = (part if isinstance(part, FeatureBatch) else part[[0, 1, 0]] for part in sessions())
     return SessionBatch(features(task, training), uploads, anchors * torch.tensor([[0], [1], [1]]), casts)
 
 
