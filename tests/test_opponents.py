@@ -163,6 +163,10 @@ def test_all_clips_of_a_virtual_device_have_one_cast_more(prepared):
     for epoch in range(20):
         batch = split.__getitems__([(epoch, 5)])
         (copy,) = [i for i in range(3) if torch.equal(batch.samples.frame_features[0], copies[i]["frame_features"][5])]
+        # What the oracle is told, too.
+        cast = sessions.casts[sessions.devices["train"][5]] + (draw_cast(names[5], copy - 1) if copy else 0)
+        told = [np.cos(np.radians(cast)), np.sin(np.radians(cast))]
+        assert batch.casts[0].tolist() == pytest.approx(told, abs=1e-5)
         if batch.anchors[0, 0]:
             assert torch.equal(batch.uploads[0, 0], split._uploads[copy]["upload"][5])
             taken.add(copy)

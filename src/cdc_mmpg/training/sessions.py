@@ -1,6 +1,6 @@
 """Samples with what their device uploads: the mean of the anchor features of its other, unlabelled clips."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from cdc_mmpg.data.interface import Sessions, VideoTextData
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures, draw_cast
 
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
 
@@ -34,6 +34,7 @@ class SessionDataset(Dataset[SessionBatch]):
         split: which samples.
         seed: of the draws.
         copies: (A, 192) each, anchors as the virtual devices of `samples.copies` see them.
+        turns: (D,) each, by how many degrees these rotate the hues more than their devices.
         sets: whether batches hold the anchors themselves, too, `SET` of them at most.
     """
 
@@ -47,14 +48,16 @@ class SessionDataset(Dataset[SessionBatch]):
         split: Split,
         seed: int,
         copies: Sequence[Tensor] = (),
+        turns: Sequence[Sequence[float]] = (),
         sets: bool = False,
     ) -> None:
         self.samples, self.sessions = samples, sessions
         self.anchors = torch.stack([anchors, *copies])  # (1 + V, A, 192)
         self.split, self.seed, self.sets = split, seed, sets
         self.devices = sessions.devices[split]
-        casts = torch.deg2rad(torch.tensor(sessions.casts))
-        self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (D, 2)
+        casts = torch.tensor(sessions.casts)
+        casts = torch.deg2rad(torch.stack([casts, *(casts + torch.tensor(own) for own in turns)]))
+        self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (1 + V, D, 2)
         if split == "train":
             self._uploads = [{"upload": self._means_of_others(own)} for own in self.anchors]
         else:
@@ -105,20 +108,21 @@ class SessionDataset(Dataset[SessionBatch]):
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> SessionBatch:
         devices = torch.tensor([self.devices[i] for _, i in items])
-        sets = None
+        sets, casts = None, self.casts[0, devices]
         if self.split == "train":
+            of_copy = torch.tensor(self.samples.draw_copies(len(self.anchors), items))
+            casts = self.casts[of_copy, devices]
             counts = torch.tensor([[self._count(epoch, i)] for epoch, i in items])
             uploads = (self.samples.take(self._uploads, items)["upload"] * (counts > 0)).unsqueeze(1)
             if self.sets:
                 counts = counts.clamp(max=self.SET)
                 members = torch.tensor([self._draw_set(epoch, i) for epoch, i in items])
-                of_copy = torch.tensor(self.samples.draw_copies(len(self.anchors), items))
                 sets = self.anchors[of_copy[:, None], members].unsqueeze(1)
         else:
             uploads, counts = self.uploads[devices], self.counts[devices]
             if self.sets:
                 sets = self.anchors[0][self.members[devices]]
-        return SessionBatch(self.samples.__getitems__(items), uploads, counts, self.casts[devices], sets)
+        return SessionBatch(self.samples.__getitems__(items), uploads, counts, casts, sets)
 
 
 def shuffle_pools(sessions: Sessions, seed: int) -> list[NDArray[np.int64]]:
@@ -196,7 +200,12 @@ class SessionDataModule(FeatureDataModule):
         self.data.setup(stage)
         self._sessions = sessions = read_sessions(self.data, self.casts)
         self._anchors = self.anchors("anchors", sessions.anchors, sessions.fingerprint)
-        self._copies = [self._anchors_of_virtual(sessions, number) for number in range(self.virtual)]
+        names = dict(zip(sessions.devices["train"], (o.device for o in self.data.origins("train")), strict=True))
+        self._turns = [
+            [draw_cast(names[device], number) if device in names else 0.0 for device in range(len(sessions.pools))]
+            for number in range(self.virtual)
+        ]
+        self._copies = [self._anchors_of_virtual(sessions, number, names) for number in range(self.virtual)]
         super().setup(stage)
 
     def anchors(self, name: str, clips: Dataset[VideoTextBatch], fingerprint: str) -> Tensor:
@@ -206,9 +215,8 @@ class SessionDataModule(FeatureDataModule):
         with torch.no_grad():
             return self.upload(features.to(next(self.encoder.parameters()).device)).cpu()
 
-    def _anchors_of_virtual(self, sessions: Sessions, number: int) -> Tensor:
+    def _anchors_of_virtual(self, sessions: Sessions, number: int, names: Mapping[int, str]) -> Tensor:
         """Return what the clips of devices that train upload as virtual devices see them, (A, 192); zeros elsewhere."""
-        names = dict(zip(sessions.devices["train"], (o.device for o in self.data.origins("train")), strict=True))
         device_of = {place: name for device, name in names.items() for place in sessions.pools[device]}
         devices = [device_of.get(place, "") for place in range(len(self._anchors))]
         rotated, fingerprint = self.as_virtual(sessions.anchors, devices, number)
@@ -222,5 +230,6 @@ class SessionDataModule(FeatureDataModule):
 
     def view(self, split: Split, features: SplitFeatures) -> SessionDataset:
         """Return a split with its features and its uploads."""
-        samples, copies = super().view(split, features), self._copies if split == "train" else []
-        return SessionDataset(samples, self._anchors, self._sessions, split, self.seed, copies, self.sets)
+        samples = super().view(split, features)
+        copies, turns = (self._copies, self._turns) if split == "train" else ([], [])
+        return SessionDataset(samples, self._anchors, self._sessions, split, self.seed, copies, turns, self.sets)
