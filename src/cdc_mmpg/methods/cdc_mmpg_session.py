@@ -109,6 +109,40 @@ class Session(Answering):
         }
 
 
+class StaticSession(Session):
+    """A session that is read on the device, under one last layer for all: nothing is generated and nothing travels.
+
+    Args:
+        encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed: see `Session`.
+    """
+
+    def __init__(
+        self,
+        encoder: AllInOne,
+        head: Head,
+        axes: Axes,
+        reading: str | None,
+        virtual: int,
+        learning_rate: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
+        self.layer = StaticLayer(head.inputs, head.outputs)
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """Return the one layer."""
+        return self.layer
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the one layer, repeated."""
+        return self.layer.repeated(len(frame_features))
+
+    def traffic(self) -> Traffic:
+        """Return no bytes: nothing is sent."""
+        return Traffic(0, 0)
+
+
 class CDCMMPGSession(Session):
     """The device averages the anchor features of n clips; the cloud makes the layer for the whole session.
 

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.dimensions import FEATURE_DIM
-from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
-from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.methods.base import ParameterCounts, count
+from cdc_mmpg.methods.cdc_mmpg_session import StaticSession
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.fda import StaticLayer
-from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.heads import Head
 
 
-class InContext(Session):
+class InContext(StaticSession):
     """Reads unlabelled clips of the device in context; nothing travels, and every answer reads all of them.
 
     Source: Gupta et al. 2023, "Context is Environment", attend to unlabelled samples of a domain beside the query; here
@@ -46,7 +45,6 @@ class InContext(Session):
         )
         self.mix = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
         self.clip, self.anchor = nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.Linear(FEATURE_DIM, FEATURE_DIM)
-        self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`; here `upload` is the anchors themselves, (B, n, 192), of which the first `anchors` count."""
@@ -65,19 +63,7 @@ class InContext(Session):
             for place, case in enumerate(cases)
         }
 
-    def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
-        return self.layer
-
-    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
-
     def parameter_counts(self) -> ParameterCounts:
         """Count the transformer on the device, too."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + sum(map(count, (self.mix, self.clip, self.anchor))))
-
-    def traffic(self) -> Traffic:
-        """Return no bytes: nothing is sent."""
-        return Traffic(0, 0)

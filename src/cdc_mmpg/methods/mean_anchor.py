@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
-from cdc_mmpg.methods.base import Traffic
-from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.methods.cdc_mmpg_session import StaticSession
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.fda import StaticLayer
-from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.heads import Head
 
 
-class MeanAnchor(Session):
+class MeanAnchor(StaticSession):
     """Centres a device's features, as batch statistics of a domain do; nothing travels.
 
     Source: Sun and Saenko 2016, "Deep CORAL", and Li et al. 2018, "Adaptive Batch Normalization", align domains by
@@ -29,21 +27,8 @@ class MeanAnchor(Session):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, None, None, virtual, learning_rate, weight_decay, seed)
-        self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`; nothing is subtracted where there are no anchors, whose mean is zero then."""
         fused = self.fuse(frame_features)
         return self.head(fused - upload.unflatten(0, (-1, *[1] * (fused.dim() - 2))), self.layer)
-
-    def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
-        return self.layer
-
-    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
-
-    def traffic(self) -> Traffic:
-        """Return no bytes: nothing is sent."""
-        return Traffic(0, 0)

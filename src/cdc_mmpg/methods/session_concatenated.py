@@ -4,14 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from cdc_mmpg.dimensions import FEATURE_DIM
-from cdc_mmpg.methods.base import ParameterCounts, Traffic, count
-from cdc_mmpg.methods.cdc_mmpg_session import Axes, Session
+from cdc_mmpg.methods.base import ParameterCounts, count
+from cdc_mmpg.methods.cdc_mmpg_session import Axes, StaticSession
 from cdc_mmpg.models.all_in_one import AllInOne
-from cdc_mmpg.models.fda import StaticLayer
-from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.heads import Head
 
 
-class SessionConcatenated(Session):
+class SessionConcatenated(StaticSession):
     """Asks what generating weights buys: the device could read its session's feature as a second input.
 
     Args:
@@ -32,7 +31,6 @@ class SessionConcatenated(Session):
     ) -> None:
         super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
         self.mix = nn.Linear(2 * FEATURE_DIM, FEATURE_DIM)
-        self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""
@@ -47,19 +45,7 @@ class SessionConcatenated(Session):
         fused = super().fuse(frame_features)
         return self.mix(torch.cat([fused, torch.zeros_like(fused)], dim=-1))
 
-    def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
-        return self.layer
-
-    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
-
     def parameter_counts(self) -> ParameterCounts:
         """Count axes and mixing layer on the device, too."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + count(self.axes) + count(self.mix))
-
-    def traffic(self) -> Traffic:
-        """Return no bytes: nothing is sent."""
-        return Traffic(0, 0)
