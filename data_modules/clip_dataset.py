@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
 
     def with_augmentation(self, augment: bool) -> "ClipDataset":
         """Return the same samples, augmented or not."""
-        return type(self)(self.samples, self.texts, self.labels, self.cache, augment, self.draw, self.seed, self.shift)
+        return self._with(augment=augment)
 
     def rotate(self, degrees: Sequence[float]) -> "ClipDataset":
         """Return the same samples with the hues of each sample's clip rotated.
@@ -79,10 +80,13 @@ class ClipDataset(Dataset[VideoTextBatch]):
                 "FRAME_CACHE"
             )
         by_clip = {sample.clip: own for sample, own in zip(self.samples, degrees, strict=True)}
-        return type(self)(
-            self.samples, self.texts, self.labels, self.cache, self.augment, self.draw, self.seed,
-            Rotation(by_clip, self.shift),
-        )  # fmt: skip
+        return self._with(shift=Rotation(by_clip, self.shift))
+
+    def _with(self, **changes: object) -> "ClipDataset":
+        """Return the same samples with other settings."""
+        other = copy(self)
+        vars(other).update(changes)
+        return other
 
     def __len__(self) -> int:
         return len(self.samples)

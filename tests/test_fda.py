@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, BiasFDA, FiLMFDA, LowRankFDA, StaticLayer, as_sent
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer, as_sent
 from cdc_mmpg.models.generator import METADATA, Generator
+from cdc_mmpg.models.modulation import BiasFDA, FiLMFDA
 from cdc_mmpg.models.weights import save_safetensors
 from tolerances import assert_agree
 

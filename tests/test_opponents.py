@@ -94,7 +94,7 @@ def test_frames_are_rotated_back_before_the_encoder(prepared, correction):
     cases = 1 if correction == "true_cast" else len(CORRECTION_CASES)
     estimates = view.estimate(sessions)
     assert estimates.shape == (cases, len(sessions.pools))
-    test, features = data.dataset("test", augment=False), view._splits["test"].features["frame_features"]
+    test, features = data.dataset("test", augment=False), view._splits["test"].features["frame_features"][0]
     assert features.shape[:2] == (len(test), cases)
     index = len(test) - 1
     device = sessions.devices["test"][index]
@@ -145,13 +145,13 @@ def test_all_clips_of_a_virtual_device_have_one_cast_more(prepared):
     view.setup("fit")
     train, split, sessions = data.dataset("train", augment=False), view._splits["train"], data.sessions()
     names = [origin.device for origin in data.origins("train")]
-    copies = split.samples.copies
+    copies = split.samples.features["frame_features"]
     assert len(copies) == len(split.anchors) == 3
     for number in (0, 1):
         index = 5
         cast = draw_cast(names[index], number)
         expected = encode(model, train, index, cast)
-        assert torch.allclose(copies[number + 1]["frame_features"][index], expected, atol=1e-4)
+        assert torch.allclose(copies[number + 1, index], expected, atol=1e-4)
         own = sessions.pools[sessions.devices["train"][index]][0]
         batch = sessions.anchors.__getitems__([(0, own)])
         frame = torch.from_numpy(rotate_hues(batch.frames[0, 1:2].numpy(), cast))[None]
@@ -162,20 +162,20 @@ def test_all_clips_of_a_virtual_device_have_one_cast_more(prepared):
     taken = set()
     for epoch in range(20):
         batch = split.__getitems__([(epoch, 5)])
-        (copy,) = [i for i in range(3) if torch.equal(batch.samples.frame_features[0], copies[i]["frame_features"][5])]
+        (copy,) = [i for i in range(3) if torch.equal(batch.samples.frame_features[0], copies[i, 5])]
         # What the oracle is told, too.
         cast = sessions.casts[sessions.devices["train"][5]] + (draw_cast(names[5], copy - 1) if copy else 0)
         told = [np.cos(np.radians(cast)), np.sin(np.radians(cast))]
         assert batch.casts[0].tolist() == pytest.approx(told, abs=1e-5)
         if batch.anchors[0, 0]:
-            assert torch.equal(batch.uploads[0, 0], split._uploads[copy]["upload"][5])
+            assert torch.equal(batch.uploads[0, 0], split._uploads[copy, 5])
             taken.add(copy)
     assert taken == {0, 1, 2}
-    assert len(view._splits["val"].samples.copies) == 1  # nobody is tested on a virtual device
+    assert len(view._splits["val"].samples.features["frame_features"]) == 1  # nobody is tested on a virtual device
     assert {draw_cast("a", 0), draw_cast("a", 0)} != {draw_cast("a", 1), draw_cast("b", 0)}
     plain = attach(FeatureDataModule(data, model, OpenEnded(17), virtual=1), data, model)
     plain.setup("fit")
-    assert torch.equal(plain._splits["train"].copies[1]["frame_features"], copies[1]["frame_features"])
+    assert torch.equal(plain._splits["train"].features["frame_features"][1], copies[1])
 
 
 def test_one_copy_is_the_sample_itself():

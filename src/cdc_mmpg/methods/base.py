@@ -61,6 +61,7 @@ class Method(LightningModule):
     reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
     trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
     averages: Averages = "samples"  # over what the loss of a step is the mean
+    virtual: int = 0  # virtual devices of each device that trains, see `FeatureDataModule`
     needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can
     monitor: str  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
@@ -198,6 +199,17 @@ def check_rate(name: str, rate: float, remedy: str = "") -> None:
     """
     if not 0 < rate < float("inf"):
         raise ConfigError(f"{name} {rate} must be positive and finite{remedy}")
+
+
+def check_virtual(number: int) -> int:
+    """Return a number of virtual devices.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if number < 0:
+        raise ConfigError(f"virtual {number}: how many virtual devices each device becomes, 0 or more")
+    return number
 
 
 def count(module: nn.Module) -> int:

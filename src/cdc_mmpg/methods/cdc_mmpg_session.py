@@ -14,13 +14,13 @@ from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.answering import Answering, DeploymentParts
-from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic, count
-from cdc_mmpg.methods.linear import check_virtual
+from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic, check_virtual, count
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, BiasFDA, FiLMFDA, LowRankFDA, ModulatingFDA, StaticLayer
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
+from cdc_mmpg.models.modulation import BiasFDA, FiLMFDA, ModulatingFDA
 from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS, Precision, count_matrix_bytes
 
@@ -95,52 +95,17 @@ class Session(Answering):
 
         Args:
             frame_features: of the samples.
-            upload: (B, 192) means of anchor features.
+            upload: (B, 192) means of what the anchors upload; with `reads_sets` the anchors themselves, (B, n, 192).
             anchors: (B,) of how many; where 0, nothing was uploaded.
         """
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Return the case drawn in training; in the test, one for every number of anchors and for another device's."""
         cases = list(SESSION_CASES) if split == "test" else list(SESSION_CASES)[:1]
-        features = batch.samples.frame_features
+        features, given = batch.samples.frame_features, batch.sets if self.reads_sets else batch.uploads
         return {
-            case: self.answer(features, batch.uploads[:, place], batch.anchors[:, place])
-            for place, case in enumerate(cases)
+            case: self.answer(features, given[:, place], batch.anchors[:, place]) for place, case in enumerate(cases)
         }
-
-
-class StaticSession(Session):
-    """A session that is read on the device, under one last layer for all: nothing is generated and nothing travels.
-
-    Args:
-        encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed: see `Session`.
-    """
-
-    def __init__(
-        self,
-        encoder: AllInOne,
-        head: Head,
-        axes: Axes,
-        reading: str | None,
-        virtual: int,
-        learning_rate: float,
-        weight_decay: float,
-        seed: int,
-    ) -> None:
-        super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
-        self.layer = StaticLayer(head.inputs, head.outputs)
-
-    def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
-        return self.layer
-
-    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
-
-    def traffic(self) -> Traffic:
-        """Return no bytes: nothing is sent."""
-        return Traffic(0, 0)
 
 
 class CDCMMPGSession(Session):

@@ -1,20 +1,18 @@
 """An opponent without backpropagation: the device's anchors as tokens beside the clip's, in a small transformer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from cdc_mmpg.data.batch import Split
-from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.methods.base import ParameterCounts, count
-from cdc_mmpg.methods.cdc_mmpg_session import StaticSession
+from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.methods.linear import OneLayer
 from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 
 
-class InContext(StaticSession):
+class InContext(OneLayer, Session):
     """Reads unlabelled clips of the device in context; nothing travels, and every answer reads all of them.
 
     Source: Gupta et al. 2023, "Context is Environment", attend to unlabelled samples of a domain beside the query; here
@@ -40,6 +38,7 @@ class InContext(StaticSession):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, None, reading, virtual, learning_rate, weight_decay, seed)
+        self.layer = StaticLayer(head.inputs, head.outputs)
         block = nn.TransformerEncoderLayer(
             FEATURE_DIM, self.HEADS, 2 * FEATURE_DIM, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -53,15 +52,6 @@ class InContext(StaticSession):
         absent = torch.arange(tokens.shape[1], device=anchors.device) > anchors.unsqueeze(1)
         mixed = self.mix(tokens, src_key_padding_mask=absent)[:, 0]
         return self.head(fused + mixed, self.layer)
-
-    def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """See `Session`."""
-        cases = list(SESSION_CASES) if split == "test" else list(SESSION_CASES)[:1]
-        features = batch.samples.frame_features
-        return {
-            case: self.answer(features, batch.sets[:, place], batch.anchors[:, place])
-            for place, case in enumerate(cases)
-        }
 
     def parameter_counts(self) -> ParameterCounts:
         """Count the transformer on the device, too."""

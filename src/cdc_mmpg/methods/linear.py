@@ -2,15 +2,36 @@
 
 from torch import Tensor
 
-from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.answering import Answering
-from cdc_mmpg.methods.base import Traffic
+from cdc_mmpg.methods.base import Traffic, check_virtual
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head, LastLayer
 
 
-class Linear(Answering):
+class OneLayer(Answering):
+    """A method that answers with one static last layer; nothing travels.
+
+    Attributes:
+        layer: that one.
+    """
+
+    layer: StaticLayer
+
+    def last_layer(self, frame_features: Tensor) -> LastLayer:
+        """Return the one layer."""
+        return self.layer
+
+    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the one layer, repeated."""
+        return self.layer.repeated(len(frame_features))
+
+    def traffic(self) -> Traffic:
+        """Return no bytes: nothing is sent."""
+        return Traffic(0, 0)
+
+
+class Linear(OneLayer):
     """One last layer for all samples; nothing travels.
 
     Args:
@@ -34,26 +55,3 @@ class Linear(Answering):
         if not head.pooled:
             encoder.pooler.requires_grad_(False)  # nothing here reads it
         self.layer = StaticLayer(head.inputs, head.outputs)
-
-    def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
-        return self.layer
-
-    def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
-
-    def traffic(self) -> Traffic:
-        """Return no bytes: nothing is sent."""
-        return Traffic(0, 0)
-
-
-def check_virtual(number: int) -> int:
-    """Return a number of virtual devices.
-
-    Raises:
-        ConfigError: it is negative.
-    """
-    if number < 0:
-        raise ConfigError(f"virtual {number}: how many virtual devices each device becomes, 0 or more")
-    return number

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from cdc_mmpg.methods.cdc_mmpg_session import StaticSession
+from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.methods.linear import OneLayer
 from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 
 
-class MeanAnchor(StaticSession):
+class MeanAnchor(OneLayer, Session):
     """Centres a device's features, as batch statistics of a domain do; nothing travels.
 
     Source: Sun and Saenko 2016, "Deep CORAL", and Li et al. 2018, "Adaptive Batch Normalization", align domains by
@@ -27,6 +29,7 @@ class MeanAnchor(StaticSession):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, None, None, virtual, learning_rate, weight_decay, seed)
+        self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`; nothing is subtracted where there are no anchors, whose mean is zero then."""

@@ -5,12 +5,14 @@ from torch import Tensor, nn
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.methods.base import ParameterCounts, count
-from cdc_mmpg.methods.cdc_mmpg_session import Axes, StaticSession
+from cdc_mmpg.methods.cdc_mmpg_session import Axes, Session
+from cdc_mmpg.methods.linear import OneLayer
 from cdc_mmpg.models.all_in_one import AllInOne
+from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
 
 
-class SessionConcatenated(StaticSession):
+class SessionConcatenated(OneLayer, Session):
     """Asks what generating weights buys: the device could read its session's feature as a second input.
 
     Args:
@@ -30,6 +32,7 @@ class SessionConcatenated(StaticSession):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
+        self.layer = StaticLayer(head.inputs, head.outputs)
         self.mix = nn.Linear(2 * FEATURE_DIM, FEATURE_DIM)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:

@@ -218,8 +218,7 @@ class Experiment(LightningCLI):
                 self.dataset, model.encoder, model.head, model.upload, model.virtual, model.oracle, model.reads_sets
             )
         if not self.model.train_encoder:
-            virtual = getattr(self.model, "virtual", 0)
-            return FeatureDataModule(self.dataset, self.model.encoder, self.model.head, virtual)
+            return FeatureDataModule(self.dataset, self.model.encoder, self.model.head, self.model.virtual)
         return self.dataset
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -54,30 +54,27 @@ class FeatureDataset(Dataset[FeatureBatch]):
         copies: Sequence[SplitFeatures] = (),
     ) -> None:
         self.labels, self.draw, self.seed = labels, draw, seed
-        self.copies = [features, *copies]
-        self.features = features
+        self.copies = 1 + len(copies)
+        # (1 + V, N, ...) each; without copies as they are, since there may be many
+        self.features = {
+            name: torch.stack([values, *(copy[name] for copy in copies)]) if copies else values.unsqueeze(0)
+            for name, values in features.items()
+        }
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def draw_copies(self, number: int, items: Sequence[tuple[int, int]]) -> list[int]:
-        """Draw for every item which of so many copies is its turn in this epoch."""
-        if number == 1:
+    def draw_copies(self, items: Sequence[tuple[int, int]]) -> list[int]:
+        """Draw for every item which of the copies is its turn in this epoch."""
+        if self.copies == 1:
             return [0] * len(items)
         draws = (np.random.default_rng((self.seed, epoch, index, VIRTUAL)) for epoch, index in items)
-        return [int(draw.integers(number)) for draw in draws]
-
-    def take(self, copies: Sequence[SplitFeatures], items: Sequence[tuple[int, int]]) -> SplitFeatures:
-        """Return values of items, each from the copy that is its turn."""
-        index = [index for _, index in items]
-        if len(copies) == 1:
-            return {name: values[index] for name, values in copies[0].items()}
-        drawn = list(zip(self.draw_copies(len(copies), items), index, strict=True))
-        return {name: torch.stack([copies[copy][name][place] for copy, place in drawn]) for name in copies[0]}
+        return [int(draw.integers(self.copies)) for draw in draws]
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> FeatureBatch:
         index = torch.tensor([index for _, index in items])
-        own = self.take(self.copies, items)
+        drawn = torch.tensor(self.draw_copies(items))
+        own = {name: values[drawn, index] for name, values in self.features.items()}
         batch = FeatureBatch(own["frame_features"], self.labels[index], index, own.get("texts"), own.get("there"))
         if not self.draw or batch.texts is None or batch.there is None:
             return batch

@@ -59,7 +59,7 @@ class SessionDataset(Dataset[SessionBatch]):
         casts = torch.deg2rad(torch.stack([casts, *(casts + torch.tensor(own) for own in turns)]))
         self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (1 + V, D, 2)
         if split == "train":
-            self._uploads = [{"upload": self._means_of_others(own)} for own in self.anchors]
+            self._uploads = torch.stack([self._means_of_others(own) for own in self.anchors])  # (1 + V, N, 192)
         else:
             self.uploads, self.counts, self.members = self._fixed()
 
@@ -110,10 +110,10 @@ class SessionDataset(Dataset[SessionBatch]):
         devices = torch.tensor([self.devices[i] for _, i in items])
         sets, casts = None, self.casts[0, devices]
         if self.split == "train":
-            of_copy = torch.tensor(self.samples.draw_copies(len(self.anchors), items))
+            of_copy = torch.tensor(self.samples.draw_copies(items))
             casts = self.casts[of_copy, devices]
             counts = torch.tensor([[self._count(epoch, i)] for epoch, i in items])
-            uploads = (self.samples.take(self._uploads, items)["upload"] * (counts > 0)).unsqueeze(1)
+            uploads = (self._uploads[of_copy, [i for _, i in items]] * (counts > 0)).unsqueeze(1)
             if self.sets:
                 counts = counts.clamp(max=self.SET)
                 members = torch.tensor([self._draw_set(epoch, i) for epoch, i in items])
