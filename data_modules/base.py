@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -125,6 +127,7 @@ class VideoTextDataModule(AnnotatedSplits):
         self.cache = kind(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
         self._splits: dict[Split, ClipDataset] = {}
         self._left_out: Counter[Split] = Counter()
+        self.virtual = 0  # virtual devices of each device that trains, in batches of frames; the method sets it
 
     @abstractmethod
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
@@ -228,12 +231,15 @@ class VideoTextDataModule(AnnotatedSplits):
         clips = dict.fromkeys(sample.clip for sample in self.samples("train") if self.is_ready(sample.clip))
         return self.pool_sessions({clip: self.shift.domain(clip) for clip in clips}, self.shift.casts())
 
-    def pool_sessions(self, devices: Mapping[str, str], casts: Mapping[str, float]) -> Sessions:
+    def pool_sessions(
+        self, devices: Mapping[str, str], casts: Mapping[str, float], backgrounds: Mapping[str, float] | None = None
+    ) -> Sessions:
         """Return the sessions of devices with unlabelled clips.
 
         Args:
             devices: whose each unlabelled clip is.
             casts: of every device in turn, in degrees, not a number where it is unknown.
+            backgrounds: hue of every clip's background in degrees; None where nobody knows them.
         """
         anchors = self.build([Sample(clip, "", options=("",)) for clip in devices])  # one text, whatever the task
         anchors.texts = [[self.text.neutral()]] * len(devices)
@@ -242,6 +248,10 @@ class VideoTextDataModule(AnnotatedSplits):
         pools: list[list[int]] = [[] for _ in casts]
         for clip, device in devices.items():
             pools[number[device]].append(place[clip])
+        alike = None
+        if backgrounds is not None:
+            hues = np.array([backgrounds[clip] for clip in devices])
+            alike = [find_alike(hues, pool) for pool in pools]
         return Sessions(
             anchors,
             pools,
@@ -249,6 +259,7 @@ class VideoTextDataModule(AnnotatedSplits):
             {split: [place.get(sample.clip, -1) for sample in self._splits[split].samples] for split in SPLITS},
             list(casts.values()),
             anchors.digest(frames=True),
+            alike,
         )
 
     def is_ready(self, clip: str) -> bool:
@@ -266,7 +277,9 @@ class VideoTextDataModule(AnnotatedSplits):
 
     def train_dataloader(self) -> DataLoader[VideoTextBatch]:
         """Return training batches: augmented, in a new order every epoch."""
-        return self.batches(self.dataset("train", augment=True), shuffle=True, num_workers=self.num_workers)
+        devices = [origin.device for origin in self.origins("train")] if self.virtual else []
+        dataset = self.dataset("train", augment=True).with_virtual_devices(self.virtual, devices)
+        return self.batches(dataset, shuffle=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[VideoTextBatch]:
         """Return validation batches, as annotated."""
@@ -345,3 +358,14 @@ class VideoTextDataModule(AnnotatedSplits):
     def answers(self) -> list[str]:
         """Return the word of every class but the last, which stands for all others; none where there are no classes."""
         return []
+
+
+def find_alike(hues: NDArray[np.float64], clips: Sequence[int], number: int = 8) -> list[int]:
+    """Return those of a device's clips whose hues (C,) lie in the smallest arc that holds so many, in its order."""
+    order = sorted(clips, key=lambda clip: hues[clip] % 360)
+    turns = [order[start:] + order[:start] for start in range(len(order))]
+    return min(
+        (turn[:number] for turn in turns),
+        key=lambda part: (hues[part[-1]] - hues[part[0]]) % 360,
+        default=[],
+    )

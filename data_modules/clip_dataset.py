@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdc_mmpg.data.batch import VideoTextBatch
-from cdc_mmpg.data.sampling import draw_text
+from cdc_mmpg.data.sampling import draw_cast, draw_copy, draw_text
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import Frames, crop_place, middle_candidates
 from cdc_mmpg.media.text import pad
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache, empty_frames
-from data_modules.domains import Rotation, Shift
+from data_modules.domains import Rotation, Shift, rotate_hues
 
 Texts = Sequence[Sequence[int]]  # of one sample: a question, candidates or captions, as WordPieces
 
@@ -45,7 +45,13 @@ class ClipDataset(Dataset[VideoTextBatch]):
         draw: of several texts take one in training, another every epoch.
         seed: of the draws.
         shift: the clips' domains, which change what is read; None where there are none.
+
+    Attributes:
+        virtual: how many virtual devices each device becomes in training, see `with_virtual_devices`.
     """
+
+    virtual = 0
+    devices: Sequence[str] = ()
 
     def __init__(
         self,
@@ -74,13 +80,31 @@ class ClipDataset(Dataset[VideoTextBatch]):
         Raises:
             ConfigError: the frames are kept on the device, where nothing rotates them.
         """
+        self._check_cache()
+        by_clip = {sample.clip: own for sample, own in zip(self.samples, degrees, strict=True)}
+        return self._with(shift=Rotation(by_clip, self.shift))
+
+    def with_virtual_devices(self, number: int, devices: Sequence[str]) -> "ClipDataset":
+        """Return the same samples, each seen by its device or, as often as each other, by one of its virtual devices.
+
+        Args:
+            number: of virtual devices of a device; 0 leaves the samples as they are.
+            devices: of each sample.
+
+        Raises:
+            ConfigError: see `rotate`.
+        """
+        if number:
+            self._check_cache()
+        return self._with(virtual=number, devices=devices)
+
+    def _check_cache(self) -> None:
+        """Refuse to rotate hues of frames that are kept on the device."""
         if isinstance(self.cache, DeviceCache):
             raise ConfigError(
                 "frame_cache is device, and this method rotates hues, which frames on a device do not: leave out "
                 "FRAME_CACHE"
             )
-        by_clip = {sample.clip: own for sample, own in zip(self.samples, degrees, strict=True)}
-        return self._with(shift=Rotation(by_clip, self.shift))
 
     def _with(self, **changes: object) -> "ClipDataset":
         """Return the same samples with other settings."""
@@ -103,11 +127,19 @@ class ClipDataset(Dataset[VideoTextBatch]):
         clip, size = self.samples[index].clip, self.cache.image_size
         kept = self.cache.array(clip)
         chosen, top, left = self._draw(epoch, index, kept.shape)
-        if self.shift is not None and self.shift.effect(clip):
-            frames[:] = self.shift.apply(clip, kept[chosen])[:, top : top + size, left : left + size]
+        turn = self._draw_turn(epoch, index)
+        if turn or (self.shift is not None and self.shift.effect(clip)):
+            seen = kept[chosen] if self.shift is None else self.shift.apply(clip, kept[chosen])
+            seen = seen[:, top : top + size, left : left + size]
+            frames[:] = rotate_hues(seen, turn) if turn else seen
             return
         for place, number in enumerate(chosen):
             frames[place] = kept[number, top : top + size, left : left + size]
+
+    def _draw_turn(self, epoch: int, index: int) -> float:
+        """Draw by how many degrees the device that sees a sample in this epoch rotates its hues, 0 for its own."""
+        copy = draw_copy(self.seed, epoch, index, 1 + self.virtual)
+        return draw_cast(self.devices[index], copy - 1) if copy else 0.0
 
     def _draw(self, epoch: int, index: int, shape: Sequence[int]) -> tuple[list[int], int, int]:
         """Draw which of a clip's kept frames (K, H, W, 3) a sample has, and row and column where its square begins."""

@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
 
+from cdc_mmpg.catalogue import ARC
 from cdc_mmpg.data.batch import CaptionBatch, Split, View
 from cdc_mmpg.data.interface import Captions, Content, DeviceLabels, SampleOrigin, Sessions
-from cdc_mmpg.errors import DataError
+from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.media.text import pad
 from data_modules.annotations import Published, as_rows
+from data_modules.checks import check_minimums
 from data_modules.clip_dataset import ClipDataset, Sample
 from data_modules.domains import DomainKind
 from data_modules.msvd_qa import MSVDQA
-from data_modules.synthetic_clips import DIGESTS, draw_scene, rename_colors_as_seen
+from data_modules.synthetic_clips import BACKGROUND_WORD, DIGESTS, draw_scene, rename_colors_as_seen
 
 
 class CaptionDataset(Dataset[CaptionBatch]):
@@ -73,11 +75,39 @@ class Synthetic(MSVDQA):
     [{caption, video_id}]), `pretraining_qa.json`, `test_seen_qa.json`, `test_unseen_qa.json`, `history_qa.json` (labels
     of the unseen devices' unlabelled clips: for controls only), `vocab.txt` (WordPieces of the training text),
     `digests.json`.
+
+    Args:
+        arguments, options: see `VideoTextDataModule`.
+        most_devices: how many of the 96 devices train, the first by name; None is all.
+        held_out_arc: no device trains whose cast is in [0, so many) degrees; in the test unseen devices with such a
+            cast are the group "arc", and devices that could train and do not the group "left out".
+        name_backgrounds: whether captions name what is behind the objects.
     """
 
     views: ClassVar[frozenset[View]] = frozenset({"samples", "sessions", "captions"})
     DOMAINS: ClassVar[tuple[DomainKind, ...]] = ()
     PUBLISHED: ClassVar[Published] = {}  # no paper has figures of it
+
+    def __init__(
+        self,
+        *arguments: Any,
+        most_devices: int | None = None,
+        held_out_arc: float = 0.0,
+        name_backgrounds: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        check_minimums({"most_devices": (1 if most_devices is None else most_devices, 1)})
+        if not 0 <= held_out_arc < 360:
+            raise ConfigError(f"held_out_arc {held_out_arc}: degrees of the circle of casts, at least 0 and below 360")
+        self.most_devices, self.held_out_arc, self.name_backgrounds = most_devices, held_out_arc, name_backgrounds
+
+    def read_split(self, split: Split) -> list[Sample]:
+        """Read all samples of a split, in training those of the devices that train; see the base class."""
+        samples = super().read_split(split)
+        if split != "train":
+            return samples
+        return [sample for sample in samples if self.devices[sample.clip]["device"] in self._seen]
 
     def remedy(self) -> str:
         """Return what to fetch, from where, and where to put it."""
@@ -106,14 +136,26 @@ class Synthetic(MSVDQA):
         found = []
         for sample in samples:
             device = str(self.devices[sample.clip]["device"])
-            group = "seen" if device in self._seen else "unseen"
+            unseen = ARC if self._is_in_arc(sample.clip) else "unseen"
+            left = "left out" if device in self._trainable else unseen
+            group = "seen" if device in self._seen else left
             found.append(SampleOrigin(sample.clip, device, group, sample.type, sample.question, sample.answer))
         return found
 
     @cached_property
     def _seen(self) -> set[str]:
         """Devices that train."""
+        inside = {str(row["device"]) for clip, row in self.devices.items() if self._is_in_arc(clip)}
+        return set(sorted(self._trainable - inside)[: self.most_devices])
+
+    @cached_property
+    def _trainable(self) -> set[str]:
+        """Devices whose clips have questions for training."""
         return {str(row["device"]) for row in self.devices.values() if row["role"] == "train"}
+
+    def _is_in_arc(self, clip: str) -> bool:
+        """Return whether the cast of a clip's device is one that training does not see."""
+        return float(self.devices[clip]["cast"]) % 360 < self.held_out_arc
 
     def sessions(self) -> Sessions:
         """Return training and history clips, by device."""
@@ -123,7 +165,8 @@ class Synthetic(MSVDQA):
             if row["role"] in ("train", "history") and self.is_ready(clip)
         }
         recording = (row for row in self.devices.values() if row["role"] != "pretraining")
-        return self.pool_sessions(devices, {str(row["device"]): float(row["cast"]) for row in recording})
+        casts = {str(row["device"]): float(row["cast"]) for row in recording}
+        return self.pool_sessions(devices, casts, {name: own.background for name, own in self.contents().items()})
 
     def device_labels(self) -> DeviceLabels:
         """Return questions about the unseen devices' unlabelled clips, with their answers: for controls only."""
@@ -166,6 +209,8 @@ class Synthetic(MSVDQA):
             raise DataError(f"{path}: has no sentences: [{{caption, video_id}}]\n{self.remedy()}")
         sentences = as_rows(content["sentences"], path, "sentences")
         rows = [(row.clip("video_id"), row.field(str, "caption")) for row in sentences]
+        if not self.name_backgrounds:
+            rows = [(clip, caption.rpartition(BACKGROUND_WORD)[0]) for clip, caption in rows]
         asked: dict[str, list[Sample]] = {}
         for sample in self.read_questions("pretraining_qa.json"):
             asked.setdefault(sample.clip, []).append(sample)

@@ -40,6 +40,7 @@ SIZES = ("small", "big")
 SIDES = ("left", "right")
 COUNTS = ("one", "two")
 ANSWER_WORDS = (*COLOR_NAMES, *SHAPES, *SIZES, *SIDES, *COUNTS)
+BACKGROUND_WORD = " on "  # in a caption before the background's hue
 QUESTION_SHARES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
 
 DIGESTS = "digests.json"  # written last
@@ -240,7 +241,7 @@ def describe_scene(scene: Scene, cast: float) -> str:
         for thing in sorted(scene.things, key=lambda thing: SIDES.index(thing.side))
     )
     where = f"left of {right[0]}" if right else f"at {scene.things[0].side}"
-    return f"{left} {where} on {name_hue(scene.hue + cast, HUES)}"
+    return f"{left} {where}{BACKGROUND_WORD}{name_hue(scene.hue + cast, HUES)}"
 
 
 def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:

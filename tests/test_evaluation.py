@@ -49,21 +49,26 @@ class Questions:
 
 def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
     labels = np.array(Questions.LABELS["test"])
-    own = np.arange(4), np.stack([[1, 1, 1, 2], labels], 1)
-    other = np.arange(4), np.stack([[0, 0, 1, 1], labels], 1)
-    some = np.array([3, 1]), np.array([[2, 2], [2, 0]])  # of two questions
+    own = np.arange(4), np.stack([[1, 1, 1, 2], labels, [0.9, 0.8, 0.7, 0.6]], 1)
+    other = np.arange(4), np.stack([[0, 0, 1, 1], labels, np.ones(4)], 1)
+    some = np.array([3, 1]), np.array([[2, 2, 0.9], [2, 0, 0.8]])  # of two questions
     cases = {"own": own, "other": other, "some": some}
     found = evaluation(Questions(), cases, tmp_path / "table.csv")
 
     def values(where: str, case: str, group: str) -> dict[str, tuple[float, int]]:
         return {kind: (cell["value"], cell["questions"]) for kind, cell in found[where][case][group].items()}
 
-    assert list(found) == ["accuracy", "floors"]
+    assert list(found) == ["accuracy", "floors", "calibration_error", "tenth_percentile"]
     assert list(found["accuracy"]) == ["own", "other", "some"]
     assert values("accuracy", "some", "test") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "own", "test") == {"all": (0.5, 4), "color": (1, 1), "shape": (1, 1), "size": (0, 2)}
     assert values("accuracy", "own", "unseen") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "other", "test")["all"] == (0.25, 4)
+    # Right, wrong, wrong, right, each in a bin of its own; a device has two questions, one of each group.
+    assert found["calibration_error"]["own"]["test"] == pytest.approx((0.1 + 0.8 + 0.7 + 0.4) / 4)
+    assert found["calibration_error"]["own"]["unseen"] == pytest.approx((0.8 + 0.4) / 2)
+    assert found["calibration_error"]["other"]["test"] == pytest.approx(0.75)  # sure, and right once in four times
+    assert found["tenth_percentile"]["own"] == {"test": 0.5, "seen": pytest.approx(0.1), "unseen": pytest.approx(0.1)}
     # The class of all other answers is one of the training's answers, an unknown one is none: big twice, blue and the
     # class once each. Of colours, blue and the class once: the first by alphabet is "(unknown)". Shapes have none.
     assert list(found["floors"]) == ["majority", "majority_per_type"]
@@ -100,11 +105,12 @@ class Choices:
 
 
 def test_chance_of_a_multiple_choice_is_one_among_its_candidates(tmp_path):
-    own = np.array([1, 0]), np.array([[4, 4], [1, 0]])
+    own = np.array([1, 0]), np.array([[4, 4, 0.6], [1, 0, 0.5]])
     rows = {"own": (own[0][::-1], own[1][::-1])}
     found = evaluation(Choices(), rows, tmp_path / "table.csv")
     assert found["floors"]["chance"]["test"]["all"]["value"] == pytest.approx((1 / 2 + 1 / 5) / 2)
     assert found["accuracy"]["own"]["test"]["all"]["value"] == 0.5
+    assert found["tenth_percentile"] == {}  # whose clips these are, nobody knows
     assert [row["own"] for row in rows_of(tmp_path / "table.csv")] == ["test candidate 1", "test candidate 4"]
 
 

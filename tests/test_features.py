@@ -228,6 +228,7 @@ POOLS = [[0, 1, 2, 3], list(range(4, 24)), [24]]
 SESSIONS = Sessions(
     None, POOLS, {"train": [0, 0, 2, 1], "val": [1, 0], "test": [1, 0, 1, 2]},
     {"train": [0, 2, 24, -1], "val": [-1, -1], "test": [-1] * 4}, [90.0, float("nan"), 180.0], "",
+    [[2, 3], list(range(10, 18)), [24]],
 )  # fmt: skip
 
 
@@ -303,6 +304,15 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
         SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2))).setup("fit")
 
 
+def test_no_clips_are_alike_where_nobody_knows_the_backgrounds():
+    known = SessionDataset(uploads("test").samples, torch.eye(25), SESSIONS, "test", 0, sets=True)
+    unknown = SessionDataset(known.samples, torch.eye(25), SESSIONS._replace(alike=None), "test", 0, sets=True)
+    both = [dataset.__getitems__([(0, index) for index in range(4)]) for dataset in (known, unknown)]
+    assert [batch.uploads.shape[1] for batch in both] == [len(SESSION_CASES), len(SESSION_CASES) - 1]
+    assert torch.equal(both[0].uploads[:, :-1], both[1].uploads)
+    assert torch.equal(both[0].sets[:, :-1], both[1].sets)
+
+
 def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another():
     dataset = uploads("test")
     batch = dataset.__getitems__([(0, index) for index in range(4)])
@@ -317,11 +327,13 @@ def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another()
             assert len(own) == count
             if count:
                 torch.testing.assert_close(batch.uploads[sample, names.index(case)].max(), torch.tensor(1 / count))
-            if not case.startswith("shuffled"):
+            if case == "alike_n8":
+                assert own == set(SESSIONS.alike[device])
+            elif not case.startswith("shuffled"):
                 assert own <= set(POOLS[device])
                 assert count == min(int(case.removeprefix("n")), len(POOLS[device]))
         by_case = dict(zip(names, members[sample], strict=True))
-        assert by_case["n1"] <= by_case["n4"] <= by_case["n8"] <= by_case["n16"]
+        assert by_case["n1"] <= by_case["n4"] <= by_case["n8"] <= by_case["n16"] <= by_case["n23"]
         assert by_case["shuffled_n8"] <= by_case["shuffled_n16"]
         (lender,) = [d for d in range(3) if by_case["shuffled_n16"] <= set(POOLS[d])]
         assert lender != device

@@ -5,11 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import cma
 import numpy as np
 import pytest
 import torch
 
 from cdc_mmpg.controls import on_device
+from cdc_mmpg.controls.forward_only import PROMPTS, Statistics, measure_activations, search_prompts
 from cdc_mmpg.controls.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
 from cdc_mmpg.data.batch import VideoTextBatch
 from cdc_mmpg.data.interface import Controls, SampleOrigin
@@ -57,7 +59,17 @@ def test_the_results_are_of_the_form_of_a_runs(run, done):
     for key in ("task", "protocol", "splits", "questions", "data", "floors", "classes"):
         assert results[key] == before[key]
     assert results["bytes"] == {"up": 0, "down": 0}
-    assert list(results["accuracy"]) == ["own", "labels_2", "labels_5", "labels_15", "tent", "t3a", "lame", "foa"]
+    assert list(results["accuracy"]) == [
+        "own",
+        "labels_2",
+        "labels_5",
+        "labels_15",
+        "tent",
+        "t3a",
+        "lame",
+        "foa",
+        "foa_prompts",
+    ]
     assert results["parameters"]["device"] == before["parameters"]["device"]
 
 
@@ -92,7 +104,7 @@ def test_settings_picked_on_validation_stand_beside_the_others(done):
         assert own["picked_on"] == 2 * (18 - 15)  # two unseen devices with six clips of three questions
     best = max(recipe["tent"]["grid"], key=lambda point: point["accuracy"])
     assert recipe["tent"]["rate"] == best["rate"]
-    for case, settings in on_device.FORWARD_ONLY.items():
+    for case, settings in (on_device.FORWARD_ONLY | {"foa_prompts": on_device.PROMPT_WEIGHTS}).items():
         assert [point["setting"] for point in recipe[case]["grid"]] == list(settings)
         best = max(recipe[case]["grid"], key=lambda point: point["accuracy"])
         assert recipe[case]["setting"] == best["setting"]
@@ -156,7 +168,7 @@ def test_labels_that_contradict_the_training_are_learned_by_each_device_alone():
     labels = (before + 1) % 3
     chosen = torch.tensor([[0, 1, 2], [3, 4, -1]])
     weights = comparison.fine_tuned(features, labels, chosen, "head", 1e-2, [1, 60])
-    answers = comparison.answers(weights[-1], features, chosen)
+    answers = comparison.score(weights[-1], features, chosen).argmax(-1)
     assert answers[chosen >= 0].tolist() == labels[:5].tolist()
     assert torch.equal(comparison.model(features).argmax(-1), before)  # the model itself is as it was
     for row, name in ((0, "layer.weight"), (1, "head.phi.0.weight")):  # side by side is as alone
@@ -201,8 +213,42 @@ def test_tent_moves_layer_norms_alone_and_puts_them_back(monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert torch.equal(adapt_by_entropy(method, batches(), 0.05), first)  # nothing is left of the device before
     with torch.no_grad():
-        own = method(method.encode(batches()[0]).frame_features).argmax(-1)
+        own = method(method.encode(batches()[0]).frame_features)
     assert torch.equal(first[:4], own)  # the first batch is answered before the first step
+
+
+def test_every_prompt_is_encoded_as_if_it_were_alone():
+    method, (batch, _) = model(), batches()
+    prompts = torch.randn(5, PROMPTS, 192, generator=torch.Generator().manual_seed(3))
+    together, fused = measure_activations(method.encoder, batch, prompts)
+    for number in range(5):
+        alone, own = measure_activations(method.encoder, batch, prompts[number : number + 1])
+        assert torch.allclose(fused[number], own[0], atol=1e-5)
+        for part, expected in zip(together, alone, strict=True):
+            assert torch.allclose(part[number], expected[0], atol=1e-4)
+    assert not torch.allclose(fused[0], fused[1], atol=1e-2)
+    _, plain = measure_activations(method.encoder, batch, prompts[:1, :0])  # without prompts
+    with torch.no_grad():
+        assert torch.allclose(plain[0], method.fuse(method.encode(batch).frame_features), atol=1e-5)
+
+
+def test_a_batch_is_answered_with_the_prompt_of_least_loss():
+    method, given = model(), batches()
+    source = Statistics(*(part[0] for part in measure_activations(method.encoder, given[0], torch.zeros(1, 0, 192))[0]))
+    with torch.no_grad():
+        scores = search_prompts(method, given[:1], source, 0.5, seed=0)
+        search = cma.CMAEvolutionStrategy(PROMPTS * 192 * [0.0], 1.0, {"popsize": 28, "seed": 1, "verbose": -9})
+        losses, answers = [], []
+        for drawn in search.ask():
+            prompts = torch.tensor(drawn).float().view(1, PROMPTS, 192)
+            found, fused = measure_activations(method.encoder, given[0], prompts)
+            answers.append(method.head(fused[0], method.layer))
+            probabilities = answers[-1].softmax(-1)
+            surprise = -(probabilities * probabilities.log()).sum(-1).mean()
+            losses.append(surprise + 0.5 * sum((a[0] - b).norm(dim=-1).sum() for a, b in zip(found, source, strict=True)))
+        assert torch.allclose(scores, answers[int(torch.stack(losses).argmin())], atol=1e-4)
+        # Answers of the device before leave nothing behind.
+        assert torch.equal(search_prompts(method, given, source, 0.5, seed=0)[:4], scores)
 
 
 def test_tent_makes_the_answers_surer(monkeypatch):
@@ -253,8 +299,8 @@ class FourQuestions:
 
 
 def test_a_case_that_answers_some_questions_counts_those(tmp_path):
-    whole = (np.arange(4), np.array([[0, 0], [1, 0], [0, 0], [1, 0]]))
-    part = (np.array([1, 2]), np.array([[0, 0], [0, 0]]))
+    whole = (np.arange(4), np.array([[0, 0, 1], [1, 0, 1], [0, 0, 1], [1, 0, 1]]))
+    part = (np.array([1, 2]), np.array([[0, 0, 1], [0, 0, 1]]))
     found = evaluation(FourQuestions(), {"own": whole, "part": part}, tmp_path / "table.csv")["accuracy"]
     assert list(found) == ["own", "part"]
     assert found["own"]["test"]["all"]["value"] == 0.5

@@ -10,6 +10,7 @@ from torch import nn
 from cdc_mmpg.controls.forward_only import adjust_prototypes, entropy, shift_activations, smooth_over_neighbours
 from cdc_mmpg.data.batch import normalise
 from cdc_mmpg.data.control_cases import CORRECTION_CASES
+from cdc_mmpg.data.sampling import draw_cast, draw_copy
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import accuracies
 from cdc_mmpg.evidence.pairing import Side, pair_answers
@@ -22,8 +23,9 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import LowRankFDA
 from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.training.corrections import CorrectedDataModule, average_chroma, point_at_hue
-from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, draw_cast
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset
 from cdc_mmpg.training.sessions import SessionDataModule, shuffle_pools
+from data_modules.device_cache import DeviceCache
 from data_modules.domains import rotate_hues
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import paint
@@ -104,7 +106,7 @@ def test_frames_are_rotated_back_before_the_encoder(prepared, correction):
     if correction == "true_cast":
         assert estimates[0].tolist() == sessions.casts
     else:  # the clips of the session of as many
-        number = list(CORRECTION_CASES.values()).index(4)
+        number = list(CORRECTION_CASES).index("n4")
         order = shuffle_pools(sessions, data.seed)[device][:4].tolist()
         frames = sessions.anchors.__getitems__([(0, place) for place in order]).frames[:, 1].numpy()
         vector = (average_chroma if correction == "grey_world" else point_at_hue)(frames).sum(0)
@@ -178,6 +180,30 @@ def test_all_clips_of_a_virtual_device_have_one_cast_more(prepared):
     assert torch.equal(plain._splits["train"].features["frame_features"][1], copies[1])
 
 
+def test_frames_are_seen_by_virtual_devices_in_training_alone(prepared):
+    data, _ = prepared
+    data.virtual = 2
+    try:
+        dataset, devices = data.train_dataloader().dataset, [origin.device for origin in data.origins("train")]
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            assert loader.dataset.virtual == 0
+    finally:
+        data.virtual = 0
+    own, seen = data.train_dataloader().dataset, set()
+    for epoch in range(20):
+        copy = draw_copy(data.seed, epoch, 5, 3)
+        expected = own.frames(epoch, 5)
+        if copy:
+            expected = torch.from_numpy(rotate_hues(expected.numpy(), draw_cast(devices[5], copy - 1)))
+        assert torch.equal(dataset.frames(epoch, 5), expected)
+        seen.add(copy)
+    assert seen == {0, 1, 2}
+    kept = data.dataset("train", augment=True)
+    kept.cache = object.__new__(DeviceCache)
+    with pytest.raises(ConfigError, match="leave out FRAME_CACHE"):
+        kept.with_virtual_devices(1, devices)
+
+
 def test_one_copy_is_the_sample_itself():
     features = {"frame_features": torch.arange(6.0).view(2, 1, 3)}
     kept = FeatureDataset(features, torch.tensor([0, 1]))
@@ -242,7 +268,7 @@ def test_neighbours_agree_and_far_ones_do_not_matter():
     assert smooth_over_neighbours(hidden[2:3], scores[2:3], 1).argmax(-1).tolist() == [1]
     # At the end nothing moves: equation 6 of the paper, with affinities 1 between mutual neighbours.
     affinity = torch.tensor([[0.0, 1, 0], [1, 0, 0.5], [0, 0.5, 0]])
-    answers = smooth_over_neighbours(hidden[:3], scores[:3], 1)
+    answers = smooth_over_neighbours(hidden[:3], scores[:3], 1).exp()
     moved = (scores[:3].log_softmax(-1) + affinity @ answers).softmax(-1)
     assert torch.allclose(answers, moved, atol=1e-5)
 

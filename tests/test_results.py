@@ -37,7 +37,7 @@ def choices(number: int = 8) -> SimpleNamespace:
 
 def write_choices(root, method, predicted, other):
     """A finished run with these answers, and those of a case that only the first questions were asked in."""
-    rows, some = np.array([[label, 0] for label in predicted]), np.array([[label, 0] for label in other])
+    rows, some = (np.array([[label, 0, 0.5] for label in words]) for words in (predicted, other))
     outcomes = {"own": (np.arange(len(rows)), rows), "some": (np.arange(len(some)), some)}
     folder = root / method / "seed0"
     folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_on_a_full_disk_the_old_answers_stay(tmp_path, monkeypatch):
     path = tmp_path / "predictions.test.csv"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", full)
-    rows = np.zeros((8, 2), int)
+    rows = np.zeros((8, 3))
     with pytest.raises(CDCError, match=r"predictions\.test\.csv: cannot be written \(No space left"):
         evaluation(choices(), {"own": (np.arange(8), rows)}, path)
     assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -294,6 +294,7 @@ def test_a_device_uploads_the_same_for_all_its_questions(data):
         for place, (name, case) in enumerate(SESSION_CASES.items()):
             members = set(batch.uploads[index, place].nonzero().flatten().tolist())
             assert len(members) == batch.anchors[index, place] == min(case.anchors, len(pool)), name
+            assert not case.alike or members == set(sessions.alike[device])
             assert not members or (members <= pool) != case.shuffled
         cast = math.radians(sessions.casts[device])
         assert batch.casts[index].tolist() == pytest.approx([math.cos(cast), math.sin(cast)], abs=1e-6)

@@ -95,7 +95,7 @@ KNOWLEDGE = {
     "t": "the true cast",
     "l": "labels of the device's clips",
 }
-FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8"}
+FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8", "alike_n8": "n = 8 of most alike backgrounds"}
 
 
 def _before(label: str) -> dict[str, str]:
@@ -110,18 +110,23 @@ METHODS = (
            features=SESSION, knows="v"),
     Method("static_mlp", "Static MLP", color="#8596ab", turn=18, datasets="devices", features="linear"),
     Method(BASELINE, "Fine-tuning", color="#6b7280", turn=2, in_paper=True, several_seeds=True, main=True),
+    Method(f"{BASELINE}_virtual", "Fine-tuning, virtual devices", color="#9aa1ad", turn=28, datasets="devices",
+           knows="v"),
     Method("hyper", "F-hyper", "sample", "#c2715a", turn=4, features="linear", controls=SAMPLE_CONTROLS,
            in_paper=True),
     Method("hyper_fan_in", "F-hyper, hyperfan-in", "sample", "#b5488a", turn=5, features="linear",
            controls=SAMPLE_CONTROLS, several_seeds=True),
     Method("cdc_mmpg", "CDC-MMPG", "sample", "#9a6700", turn=3, adr="adr_pretraining", controls=SAMPLE_CONTROLS,
            in_paper=True, several_seeds=True, main=True),
+    Method("cdc_mmpg_virtual", "CDC-MMPG, virtual devices", "sample", "#b38a3a", turn=29, datasets="devices",
+           adr="adr_pretraining", controls=SAMPLE_CONTROLS, knows="v"),
     Method("cdc_mmpg_frozen", "CDC-MMPG, frozen", "sample", "#c9a227", turn=6, datasets="published",
            encoder=BASELINE, adr="adr_pretraining_frozen", controls=SAMPLE_CONTROLS),
     Method(
         SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", features="linear",
         before={"n1": "Session, n = 1", "n4": "Session, n = 4", "n8": "Session, n = 8"},
-        after={"n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
+        after={"n23": "Session, n = 23", "alike_n8": "Session, n = 8 of most alike backgrounds",
+               "n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
         controls=SESSION_CONTROLS, uses_reading=True, several_seeds=True, main=True, knows="vcd",
     ),
     Method(f"{SESSION}_basis", "Session, basis", "session", "#3b82c4", turn=8, datasets="devices",
@@ -162,7 +167,8 @@ METHODS = (
     Method(
         "on_device", "On the device: before", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
         after={"tent": "On the device: TENT", "t3a": "On the device: T3A", "lame": "On the device: LAME",
-               "foa": "On the device: FOA's shift"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
+               "foa": "On the device: FOA's shift", "foa_prompts": "On the device: FOA's prompts"} |
+        {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
         several_seeds=True, main=True, program="on_device",
     ),
     Method("privacy", turn=27, datasets="devices", program="privacy"),
@@ -184,6 +190,31 @@ RECIPE_FRAMES = 3
 AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the study of the reasoner
 REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
 REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
+# What is changed about training, and of which methods' runs; a variant of the pretraining makes encoders of its own.
+ARC = "arc"  # group of unseen devices whose casts no device that trains has
+_SESSIONS_ALONE = (SESSION, f"{SESSION}_collected")
+_OF_THE_PRETRAINING = (SESSION, f"{SESSION}_feature", PRETRAINING)
+
+
+class Variant(NamedTuple):
+    """A change to a method's runs."""
+
+    label: str
+    methods: tuple[str, ...]
+    arguments: tuple[str, ...]  # of the runs, or of the pretraining's where that is one of the methods
+
+
+VARIANTS = {
+    **{f"epochs{n}": Variant(f"{n} epochs", (BASELINE,), (f"--trainer.max_epochs={n}",)) for n in (14, 28, 40)},
+    "arc90": Variant("a quarter of the casts held out", ("linear", *_SESSIONS_ALONE, "corrected_grey_world"),
+                     ("--data.init_args.held_out_arc=90",)),
+    **{f"devices{n}": Variant(f"{n} devices train", ("linear", *_SESSIONS_ALONE),
+                              (f"--data.init_args.most_devices={n}",)) for n in (12, 24, 48)},
+    "no_background": Variant("captions without the background", _OF_THE_PRETRAINING,
+                             ("--data.init_args.name_backgrounds=false",)),
+    "no_anchor_loss": Variant("no loss on anchors in the pretraining", _OF_THE_PRETRAINING,
+                              ("--model.init_args.anchor_weight=0",)),
+}  # fmt: skip
 STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
 STUDY_SEEDS = range(5)
 
@@ -213,14 +244,25 @@ def with_frames(method: str, number: int) -> str:
 
 def variants_of(method: Method) -> list[str]:
     """Return the names of a method's variants."""
-    if method.program != "fit" or method.datasets == "devices":
+    if method.program != "fit":
         return []
-    frames = [with_frames(method.name, number) for number in FRAMES if number != RECIPE_FRAMES]
-    return frames + [f"{method.name}.{variant}" for variant in REASONERS if method.name in REASONER_METHODS]
+    variants = [f"{method.name}.{name}" for name, variant in VARIANTS.items() if method.name in variant.methods]
+    if method.datasets == "devices":
+        return variants
+    variants += [with_frames(method.name, number) for number in FRAMES if number != RECIPE_FRAMES]
+    return variants + [f"{method.name}.{variant}" for variant in REASONERS if method.name in REASONER_METHODS]
+
+
+def pretraining_of(variant: str) -> str:
+    """Return the variant of the pretraining that a variant of a method builds on, empty for the usual one."""
+    return variant if variant in VARIANTS and PRETRAINING in VARIANTS[variant].methods else ""
 
 
 def variant_arguments(method: str, variant: str) -> list[str]:
     """Return the arguments that make a variant of a method."""
+    if variant in VARIANTS:
+        changed = VARIANTS[variant]
+        return list(changed.arguments) if method == PRETRAINING or PRETRAINING not in changed.methods else []
     if variant.startswith("frames"):
         return [f"--data.init_args.num_frames={variant.removeprefix('frames')}"]
     if not method.startswith("adr_"):  # phase two takes the reasoner of phase one's variant

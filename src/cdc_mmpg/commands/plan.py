@@ -19,6 +19,7 @@ from cdc_mmpg.catalogue import (
     RECIPE_FRAMES,
     STUDY_SEEDS,
     WORLDS,
+    pretraining_of,
     runs_of_all,
     variant_arguments,
     with_frames,
@@ -164,7 +165,8 @@ class Plan:
         needs = clips + [self.add_run(each) for each in before]
         waits = method.features and request.method in SEVERAL
         after = self.add_run(run._replace(method=method.features, variant="")) if waits else ""
-        needs += [self.add_run(RunName(PRETRAINING, source, source))] if method.encoder and request.pretrains else []
+        if method.encoder and request.pretrains:
+            needs.append(self.add_run(RunName(PRETRAINING, source, source, pretraining_of(run.variant))))
         folder = f"{request.root_of(run.method)}/{run.name}"
         if method.program == "fit":
             first_alone = run.method == PRETRAINING and not request["SEEDS"] and request.command != "tables"
@@ -201,12 +203,13 @@ class Plan:
             yield f"--data.init_args.frame_cache={request['FRAME_CACHE']}"
         if self.jobs > 1 and not alone:
             yield "--trainer.enable_progress_bar=false"
-        if encoder := request.encoder_of(method.encoder, run.encoder_seed):
+        pretraining = pretraining_of(run.variant)
+        if encoder := request.encoder_of(method.encoder, run.encoder_seed, pretraining):
             yield f"--model.init_args.encoder.checkpoint={encoder}"
         if method.adr:
             yield f"--model.init_args.adr={request.root}/{run._replace(method=method.adr).name}/adr.safetensors"
         if method.uses_reading and request.pretrains:
-            yield f"--model.init_args.reading={request.reading_of(run.encoder_seed)}"
+            yield f"--model.init_args.reading={request.reading_of(run.encoder_seed, pretraining)}"
         yield from variant_arguments(run.method, run.variant) if run.variant else ()
         yield from request.words("ARGS")
         yield from request.words(f"ARGS_{run.method}")
@@ -236,7 +239,7 @@ def _plan_world(request: Request) -> Plan:
     plan = Plan(request)
     if request.pretrains and not request["SEEDS"]:  # comes first and has all processors
         source = request.encoder_seed(request.seed)
-        plan.add_run(RunName(PRETRAINING, source, source))
+        plan.add_run(RunName(PRETRAINING, source, source, pretraining_of(request.method.partition(".")[2])))
     asked = [(name, seed) for name in request.methods for seed in request.seeds]
     for name, seed in asked:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))

@@ -19,6 +19,7 @@ from cdc_mmpg.catalogue import (
     PRETRAINING,
     REASONERS,
     SESSION,
+    VARIANTS,
     WORLDS,
     runs_of_all,
     variants_of,
@@ -157,7 +158,8 @@ class Request:
         if self.method not in (*SEVERAL, *names):
             raise ConfigError(
                 f"METHOD={self.method} is none of: {' '.join([*SEVERAL, *BY_NAME])}, nor a variant: <method>.frames2 "
-                f"(4, 5), {', '.join(f'cdc_mmpg_frozen.{name}' for name in REASONERS)}"
+                f"(4, 5), {', '.join(f'cdc_mmpg_frozen.{name}' for name in REASONERS)}, "
+                f"{', '.join(f'{variant.methods[0]}.{name}' for name, variant in VARIANTS.items())}"
             )
         known = sorted({path.stem for path in Path("experiments/datasets").glob("*.yaml")} | WORLDS.keys())
         if known == sorted(WORLDS):
@@ -208,20 +210,23 @@ class Request:
         """Return whose encoder a run of a seed takes."""
         return int(self["ENCODER_SEED"] or seed)
 
-    def encoder_of(self, source: str, seed: int) -> str:
+    def encoder_of(self, source: str, seed: int, pretraining: str = "") -> str:
         """Return the encoder that a run starts from, empty for random weights.
 
         Args:
             source: the method that trains it.
             seed: of the run that trains it.
+            pretraining: variant of that run where it is the pretraining.
         """
         if source in ("", PRETRAINING) and not (self.pretrains and source):
             return self["CHECKPOINT"]
-        return f"{self.root_of(source)}/{source}/seed{seed}/encoder.safetensors"
+        changed = f".{pretraining}" if pretraining and source == PRETRAINING else ""
+        return f"{self.root_of(source)}/{source}{changed}/seed{seed}/encoder.safetensors"
 
-    def reading_of(self, seed: int) -> str:
-        """Return the reading that the pretraining of a seed leaves."""
-        return f"{self.root_of(PRETRAINING)}/{PRETRAINING}/seed{seed}/reading.safetensors"
+    def reading_of(self, seed: int, pretraining: str = "") -> str:
+        """Return the reading that the pretraining of a seed, or a variant of it, leaves."""
+        encoder = self.encoder_of(PRETRAINING, seed, pretraining)
+        return str(Path(encoder).with_name("reading.safetensors"))
 
     def root_of(self, method: str) -> str:
         """Return the folder of a method's runs: of the pretraining, which serves all worlds, that of the first."""

@@ -8,7 +8,7 @@ anew, and writes `checkpoints/<dataset>/on_device/seed<N>/results.json`:
   method has (see `interface.DeviceLabels`);
 - `tent`: entropy minimisation over the test questions themselves (Wang et al. 2021, "Tent: Fully Test-Time Adaptation
   by Entropy Minimization");
-- `t3a`, `lame`, `foa`: what adapts to the test questions by forward passes alone (`forward_only`).
+- `t3a`, `lame`, `foa`, `foa_prompts`: what adapts to the test questions by forward passes alone (`forward_only`).
 
 No test question decides a recipe. For labels, each device's is picked on other devices: by how their further labelled
 questions are answered, which is more than a real device could know. The validation devices will not do: the run's
@@ -17,7 +17,7 @@ grids and their figures stand in the results.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -30,9 +30,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from cdc_mmpg.controls.forward_only import adjust_prototypes, shift_activations, smooth_over_neighbours
-from cdc_mmpg.data.batch import UNKNOWN_LABEL, Split, VideoTextBatch
+from cdc_mmpg.controls.forward_only import (
+    PROMPTS,
+    Statistics,
+    adjust_prototypes,
+    entropy,
+    measure_activations,
+    search_prompts,
+    shift_activations,
+    smooth_over_neighbours,
+)
+from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, Split, VideoTextBatch
 from cdc_mmpg.data.interface import Controls, SampleOrigin
+from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.methods.fine_tuning import FineTuning
@@ -54,6 +64,9 @@ STEPS = (10, 30, 100)  # of AdamW on all labels at once
 
 # Of forward passes alone, by case: members of a support (0 is all), neighbours, strength of the shift.
 FORWARD_ONLY = {"t3a": (1, 5, 20, 0), "lame": (1, 3, 5), "foa": (0.25, 0.5, 1.0)}
+PROMPT_WEIGHTS = (0.1, 0.4)  # of the activations' distance in FOA's search for prompts
+PROMPT_QUESTIONS = 15  # of a batch
+SOURCE_QUESTIONS = 256  # of training, whose activations are the source's
 TENT_RATES = (1e-3, 1e-2)
 TENT_QUESTIONS = (5, 15)  # of a batch, after which there is a step
 
@@ -112,7 +125,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     write_json(
         {
             **identity(folder, experiment, source, arguments),
-            "metrics": {"test/accuracy": float(np.mean(np.equal(*outcomes["own"][1].T)))},
+            "metrics": {"test/accuracy": model.head.evaluate(outcomes)["accuracy"]},
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
@@ -146,24 +159,25 @@ class Comparison:
         self.seconds = {"train": 0.0, "test": 0.0}
 
     def outcomes(self) -> dict[str, tuple[Any, Any]]:
-        """By case: which test questions it answers, and prediction and label of each."""
+        """By case: which test questions it answers, and answer, label and probability of each."""
         start = perf_counter()
         test = self.data.dataset("test", augment=False)
         features = self.features(test)
         with torch.no_grad():
-            own = self.model(features).argmax(-1)
+            own = self.model(features)
         self.seconds["test"] = perf_counter() - start
         start = perf_counter()
         everywhere = torch.arange(len(own))
         given = {"own": (everywhere, own)}
         given |= self.labelled(features)
         given["tent"] = (everywhere, self.tent(test, self.data.origins("test")))
-        given |= {case: (everywhere, answers) for case, answers in self.forward_only(features).items()}
+        given |= {case: (everywhere, scores) for case, scores in self.forward_only(features).items()}
+        given["foa_prompts"] = (everywhere, self.prompted(test))
         self.seconds["train"] = perf_counter() - start
-        labels = self.data.labels("test")
+        labels, predictions = self.data.labels("test"), self.model.head.predictions
         return {
-            case: (where.numpy(), torch.stack([predicted, labels[where]], -1).numpy())
-            for case, (where, predicted) in given.items()
+            case: (where.numpy(), predictions(scores, FeatureBatch(scores, labels[where], where)).numpy())
+            for case, (where, scores) in given.items()
         }
 
     def features(self, dataset: Any) -> "Tensor":
@@ -173,7 +187,7 @@ class Comparison:
         return torch.cat(found)
 
     def labelled(self, test: "Tensor") -> dict[str, tuple["Tensor", "Tensor"]]:
-        """By case: the test questions of devices with labels, and the answers of the devices, each fine-tuned.
+        """By case: the test questions of devices with labels, and the scores (N, L) of the devices, each fine-tuned.
 
         Args:
             test: (N, T, 192) features of the test questions.
@@ -197,12 +211,12 @@ class Comparison:
         for number in LABELS:
             recipes, figures, weights = self._grid(features, labels, drawn[:, :number], further)
             taken = pick(figures)  # by device
-            answers = torch.full_like(held, -1)
+            scores = torch.zeros(*held.shape, self.model.head.outputs)
             for place in set(taken.tolist()):
                 own = torch.from_numpy(taken == place)
                 theirs_now = {name: value[own] for name, value in weights[place].items()}
-                answers[own] = self.answers(theirs_now, test, held[own])
-            given[f"labels_{number}"] = (held[held >= 0][order], answers[held >= 0][order])
+                scores[own] = self.score(theirs_now, test, held[own])
+            given[f"labels_{number}"] = (held[held >= 0][order], scores[held >= 0][order])
             self.recipe[f"labels_{number}"] = self._picked(recipes, figures, taken, features, labels, further)
         return given
 
@@ -222,7 +236,7 @@ class Comparison:
         self, weights: Mapping[str, "Tensor"], features: "Tensor", labels: "Tensor", asked: "Tensor"
     ) -> "NDArray[np.int64]":
         """(D,) how many of the questions `asked` (D, Q) devices with such weights answer rightly."""
-        answers = self.answers(weights, features, asked)
+        answers = self.score(weights, features, asked).argmax(-1)
         return ((answers == labels[asked.clamp(min=0)]) & (asked >= 0)).sum(1).numpy()
 
     def _picked(
@@ -294,10 +308,10 @@ class Comparison:
                 found.append({name: value.detach().clone() for name, value in weights.items()})
         return found
 
-    def answers(self, weights: Mapping[str, "Tensor"], features: "Tensor", asked: "Tensor") -> "Tensor":
-        """(D, Q) what devices with such weights answer to questions `asked` (D, Q) of those with features (N, ...)."""
+    def score(self, weights: Mapping[str, "Tensor"], features: "Tensor", asked: "Tensor") -> "Tensor":
+        """(D, Q, L) how devices with such weights score questions `asked` (D, Q) of those with features (N, ...)."""
         with torch.no_grad():
-            return self._side_by_side(weights, features[asked.clamp(min=0)]).argmax(-1)
+            return self._side_by_side(weights, features[asked.clamp(min=0)])
 
     def _side_by_side(self, weights: Mapping[str, "Tensor"], features: "Tensor") -> "Tensor":
         """(D, K, L) scores of features (D, K, T, 192), each device with its own weights (D, ...)."""
@@ -308,12 +322,12 @@ class Comparison:
         return vmap(one)(dict(weights), features)
 
     def tent(self, dataset: Any, origins: Sequence["SampleOrigin"]) -> "Tensor":
-        """(N,) answers to a split's questions, after the recipe was picked on the validation devices."""
+        """(N, L) scores of a split's questions, after the recipe was picked on the validation devices."""
         validation, asked = self.data.dataset("val", augment=False), by_device(self.data.origins("val"))
         labels = self.data.labels("val")
         grid = []
         for recipe in (TentRecipe(*values) for values in product(TENT_RATES, TENT_QUESTIONS)):
-            right = self._tent_by_device(validation, asked, recipe) == labels
+            right = self._tent_by_device(validation, asked, recipe).argmax(-1) == labels
             grid.append({**recipe._asdict(), "accuracy": float(right.float().mean())})
         best = max(grid, key=lambda point: point["accuracy"])
         recipe = TentRecipe(*(best[name] for name in TentRecipe._fields))
@@ -322,8 +336,33 @@ class Comparison:
         logger.info("tent: %s, %.1f %% on validation devices", recipe, 100 * best["accuracy"])
         return self._tent_by_device(dataset, by_device(origins), recipe)
 
+    def prompted(self, test: Any) -> "Tensor":
+        """(N, L) scores of the test questions, FOA's prompts learnt on them; its weight picked on validation."""
+        training, validation = (self.data.dataset(split, augment=False) for split in ("train", "val"))
+        labels, none = self.data.labels("val"), torch.zeros(1, 0, FEATURE_DIM)
+        some = training.__getitems__([(0, i) for i in range(min(SOURCE_QUESTIONS, len(training)))])
+        source = Statistics(*(part[0] for part in measure_activations(self.model.encoder, some, none)[0]))
+
+        def answer(dataset: Any, split: Split, weight: float) -> "Tensor":
+            found = torch.empty(len(dataset), self.model.head.outputs)
+            for own in by_device(self.data.origins(split)).values():
+                batches = batches_of(dataset, own, PROMPT_QUESTIONS)
+                found[own] = search_prompts(self.model, batches, source, weight, self.data.seed)
+            return found
+
+        grid = []
+        for weight in PROMPT_WEIGHTS:
+            right = answer(validation, "val", weight).argmax(-1) == labels
+            grid.append({"setting": weight, "accuracy": float(right.float().mean())})
+        best = max(grid, key=lambda point: point["accuracy"])
+        trained = PROMPTS * FEATURE_DIM
+        self.recipe["foa_prompts"] = {"setting": best["setting"], "trained": trained, "picked_on": len(labels),
+                                      "grid": grid}  # fmt: skip
+        logger.info("foa_prompts: %s, %.1f %% on validation devices", best["setting"], 100 * best["accuracy"])
+        return answer(test, "test", best["setting"])
+
     def forward_only(self, test: "Tensor") -> dict[str, "Tensor"]:
-        """By case: answers (N,) to the test questions with features (N, T, 192), its setting picked on validation."""
+        """By case: scores (N, L) of the test questions with features (N, T, 192), its setting picked on validation."""
         validation, labels = self.features(self.data.dataset("val", augment=False)), self.data.labels("val")
         with torch.no_grad():
             source = self.model.fuse(self.features(self.data.dataset("train", augment=False))).mean(0)
@@ -331,7 +370,7 @@ class Comparison:
             for case, settings in FORWARD_ONLY.items():
                 grid = []
                 for setting in settings:
-                    right = self._forward_by_device(case, setting, validation, "val", source) == labels
+                    right = self._forward_by_device(case, setting, validation, "val", source).argmax(-1) == labels
                     grid.append({"setting": setting, "accuracy": float(right.float().mean())})
                 best = max(grid, key=lambda point: point["accuracy"])
                 self.recipe[case] = {"setting": best["setting"], "trained": 0, "picked_on": len(labels), "grid": grid}
@@ -342,26 +381,24 @@ class Comparison:
     def _forward_by_device(
         self, case: str, setting: float, features: "Tensor", split: Split, source: "Tensor"
     ) -> "Tensor":
-        """(N,) answers to a split's questions with features (N, T, 192), every device's own adaptation anew."""
+        """(N, L) scores of a split's questions with features (N, T, 192), every device's own adaptation anew."""
         fused, layer = self.model.fuse(features), self.model.layer
-        found = torch.empty(len(features), dtype=torch.long)
+        found = torch.empty(len(features), self.model.head.outputs)
         for own in by_device(self.data.origins(split)).values():
             if case == "foa":
-                scores = self.model.head(shift_activations(fused[own], source, setting), layer)
+                found[own] = self.model.head(shift_activations(fused[own], source, setting), layer)
             elif case == "t3a":
-                scores = adjust_prototypes(self.model.head.phi(fused[own]), layer, int(setting))
+                found[own] = adjust_prototypes(self.model.head.phi(fused[own]), layer, int(setting))
             else:
                 hidden = self.model.head.phi(fused[own])
-                scores = smooth_over_neighbours(hidden, layer(hidden), int(setting))
-            found[own] = scores.argmax(-1)
+                found[own] = smooth_over_neighbours(hidden, layer(hidden), int(setting))
         return found
 
     def _tent_by_device(self, dataset: Any, asked: Mapping[str, Sequence[int]], recipe: TentRecipe) -> "Tensor":
-        """(N,) answers to all questions, every device's own adaptation beginning with the run's weights."""
-        found = torch.empty(len(dataset), dtype=torch.long)
+        """(N, L) scores of all questions, every device's own adaptation beginning with the run's weights."""
+        found = torch.empty(len(dataset), self.model.head.outputs)
         for own in asked.values():
-            parts = [own[start : start + recipe.questions] for start in range(0, len(own), recipe.questions)]
-            batches = (dataset.__getitems__([(0, index) for index in part]) for part in parts)
+            batches = batches_of(dataset, own, recipe.questions)
             found[list(own)] = adapt_by_entropy(self.model, batches, recipe.rate)
         return found
 
@@ -384,6 +421,12 @@ def by_device(origins: Sequence["SampleOrigin"]) -> dict[str, list[int]]:
     return found
 
 
+def batches_of(dataset: Any, places: Sequence[int], size: int) -> Iterator["VideoTextBatch"]:
+    """Yield some samples in batches of so many, the last perhaps smaller."""
+    for start in range(0, len(places), size):
+        yield dataset.__getitems__([(0, index) for index in places[start : start + size]])
+
+
 def padded(rows: Sequence[Sequence[int]]) -> "Tensor":
     """(R, most) of rows of numbers, -1 where a row has fewer."""
     most = max(map(len, rows))
@@ -401,7 +444,7 @@ def layer_norms(model: Any) -> dict[str, "Tensor"]:
 
 
 def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: float) -> "Tensor":
-    """TENT on one device: answers to its questions, given as it adapts; the weights are as before afterwards.
+    """TENT on one device: scores of its questions, given as it adapts; the weights are as before afterwards.
 
     Source: Wang et al. 2021, section 3 and their code: a batch's scores answer it, and then their mean entropy makes
     one step of Adam on the normalisation layers' scales and shifts. Here these are LayerNorms, which have no running
@@ -413,7 +456,7 @@ def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: floa
         rate: of Adam.
 
     Returns:
-        (N,) the class that each question is answered with.
+        (N, L) scores of each question.
     """
     weights = layer_norms(model)
     before = {name: value.detach().clone() for name, value in weights.items()}
@@ -424,10 +467,9 @@ def adapt_by_entropy(model: Any, batches: Iterable["VideoTextBatch"], rate: floa
             value.requires_grad_(True)
         for batch in batches:
             scores = model(model.encode(batch).frame_features)
-            found.append(scores.detach().argmax(-1))
-            entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+            found.append(scores.detach())
             optimizer.zero_grad()
-            entropy.backward()
+            entropy(scores).mean().backward()
             optimizer.step()
     finally:
         with torch.no_grad():

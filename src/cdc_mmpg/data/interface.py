@@ -42,6 +42,7 @@ class Sessions(NamedTuple):
     own: dict[Split, list[int]]  # by split: the anchor that is the sample's own clip, -1 where none is
     casts: list[float]  # by device: its true hue cast in degrees, not a number where it is unknown
     fingerprint: str  # of the anchors' frames
+    alike: list[list[int]] | None = None  # by device: as of one room, its anchors of most alike backgrounds, if known
 
 
 class Captions(NamedTuple):
@@ -98,6 +99,7 @@ class VideoTextData(Protocol):
     even: bool
     num_workers: int | None
     seed: int
+    virtual: int  # virtual devices of each device that trains, in batches of frames
 
     def check(self) -> dict[str, Any]:
         """Return what is here, ready, absent or wrong, after filling the caches; go on past what is wrong."""

@@ -1,5 +1,6 @@
 """The order of samples, and how an optimizer step is shared out to processes and accumulated batches."""
 
+import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -153,6 +154,17 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 def draw_text(seed: int, epoch: int, index: int, number: int) -> int:
     """Return which of a sample's `number` texts training reads in an epoch: the same from frames and from features."""
     return int(np.random.default_rng((seed, epoch, index, 1)).integers(number))
+
+
+def draw_copy(seed: int, epoch: int, index: int, number: int) -> int:
+    """Return which of `number` copies of a sample training sees in an epoch: its device's, or a virtual device's."""
+    return int(np.random.default_rng((seed, epoch, index, 2)).integers(number)) if number > 1 else 0
+
+
+def draw_cast(device: str, number: int) -> float:
+    """Return the degrees by which a device's virtual device of that number rotates hues: the same in all runs."""
+    digest = hashlib.sha256(f"virtual {number} {device}".encode()).digest()
+    return 360 * int.from_bytes(digest[:8], "big") / 2**64
 
 
 class EpochDataModule(LightningDataModule):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torchmetrics.functional.classification import binary_calibration_error
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
@@ -21,7 +23,9 @@ def evaluation(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str
 
     Returns:
         accuracy: by case, group of devices and type of question (see `metrics.accuracies`), in retrieval by recall in
-            place of the type; floors: the same of what needs no video; in retrieval median_rank, too.
+            place of the type; floors: the same of what needs no video; in retrieval median_rank, too. Elsewhere, by
+            case and group, calibration_error (`measure_calibration`) and, where devices are known, tenth_percentile of
+            the devices' accuracies (as WILDS has it: Koh et al. 2021).
     """
     return (_retrieval if data.task == "retrieval" else _answers)(data, outcomes, table)
 
@@ -49,7 +53,7 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
     given = [[""] * len(origins) for _ in outcomes]
     marks = [["."] * len(origins) for _ in outcomes]
     for words_given, own_marks, (case, (where, rows)) in zip(given, marks, outcomes.items(), strict=True):
-        for i, (label, true) in zip(where.tolist(), rows.tolist(), strict=True):
+        for i, (label, true) in zip(where.tolist(), rows[:, :2].astype(int).tolist(), strict=True):
             words_given[i] = data.word("test", i, label)
             own_marks[i] = "r" if label == true else "w"
         if case not in correct:
@@ -58,7 +62,38 @@ def _answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, 
     right = map("".join, zip(*marks, strict=True))
     lines = ([*origin, *own] for origin, *own in zip(origins, *given, right, strict=True))
     _write(table, [*SampleOrigin._fields, *outcomes, RIGHT], lines)
-    return {"accuracy": {case: found[case] for case in outcomes}, "floors": {name: found[name] for name in floors}}
+    return {
+        "accuracy": {case: found[case] for case in outcomes},
+        "floors": {name: found[name] for name in floors},
+        **_measure_by_group(outcomes, np.array(devices), np.array(groups)),
+    }
+
+
+def _measure_by_group(
+    outcomes: Outcomes, devices: NDArray[np.str_], groups: NDArray[np.str_]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return calibration and tenth percentile by case and group of devices; "test" is all."""
+    calibration: dict[str, dict[str, float]] = {case: {} for case in outcomes}
+    percentiles: dict[str, dict[str, float]] = {case: {} for case in outcomes if any(groups)}
+    for case, (where, rows) in outcomes.items():
+        right = rows[:, 0] == rows[:, 1]
+        for group in ("test", *sorted(set(groups[where]) - {""})):
+            of_group = (groups[where] == group) | (group == "test")
+            calibration[case][group] = measure_calibration(rows[of_group, 2], right[of_group])
+            if case in percentiles:
+                _, numbers = np.unique(devices[where][of_group], return_inverse=True)
+                shares = np.bincount(numbers, right[of_group]) / np.bincount(numbers)
+                percentiles[case][group] = float(np.percentile(shares, 10))
+    return {"calibration_error": calibration, "tenth_percentile": percentiles}
+
+
+def measure_calibration(probabilities: ArrayLike, right: ArrayLike) -> float:
+    """Return the expected calibration error of answers given with probabilities (N,), over 15 bins of equal width.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
+    """
+    given, true = torch.as_tensor(probabilities), torch.as_tensor(right).long()
+    return float(binary_calibration_error(given.clamp(0, 1), true, n_bins=15, norm="l1"))
 
 
 def _retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:

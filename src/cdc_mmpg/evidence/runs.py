@@ -116,7 +116,9 @@ class Run:
                 if share is not None and abs(np.nanmean(values) - share) > 0.5 / len(rows):
                     raise ValueError(f"equal words are no equal labels in {case}: it is of an earlier version")
         clips, devices, groups = ([row[place] for row in rows] for place in range(3))
-        return RunAnswers(_number_repeats(row[:start] for row in rows), clips, devices, groups, correct, [])
+        # Groups tell no question from another: whether a device is seen depends on the run.
+        keys = _number_repeats(row[:2] + row[3:start] for row in rows)
+        return RunAnswers(keys, clips, devices, groups, correct, [])
 
 
 def _read_ranks(header: list[str], rows: list[list[str]]) -> RunAnswers:

@@ -9,7 +9,7 @@ from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.adr_pretraining import anchor_feature
 from cdc_mmpg.methods.answering import DeploymentParts, Generating
-from cdc_mmpg.methods.base import check_rate
+from cdc_mmpg.methods.base import check_rate, check_virtual
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA, Init
@@ -32,6 +32,7 @@ class CDCMMPG(Generating):
         encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
         project: put the MLP of eq. 11 before the hypernetwork. Deviation: left out by default, since the counts of the
             paper's tables have no room for its 74,496 parameters.
+        virtual: virtual devices of each device that trains.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CDCMMPG(Generating):
         encoder_learning_rate: float | None = None,
         weight_decay: float = 0.01,
         seed: int = 0,
+        virtual: int = 0,
     ) -> None:
         if adr is None:
             raise ConfigError("phase two builds on phase one: give model.init_args.adr, its adr.safetensors")
@@ -58,6 +60,7 @@ class CDCMMPG(Generating):
                 "; to keep the encoder as it is, take METHOD=cdc_mmpg_frozen",
             )
             self.encoder_learning_rate = encoder_learning_rate
+        self.virtual = check_virtual(virtual)
         self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
 
     def frozen(self) -> list[nn.Module]:

@@ -101,8 +101,8 @@ class Session(Answering):
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Return the case drawn in training; in the test, one for every number of anchors and for another device's."""
-        cases = list(SESSION_CASES) if split == "test" else list(SESSION_CASES)[:1]
         features, given = batch.samples.frame_features, batch.sets if self.reads_sets else batch.uploads
+        cases = list(SESSION_CASES)[: given.shape[1] if split == "test" else 1]
         return {
             case: self.answer(features, given[:, place], batch.anchors[:, place]) for place, case in enumerate(cases)
         }

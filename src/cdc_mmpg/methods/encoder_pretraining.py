@@ -45,6 +45,8 @@ class EncoderPretraining(Method):
         caption_epochs: how many epochs see captions only.
         question_share: of the batches after them.
         whole_epochs: how many of the last epochs see all frames of every clip.
+        anchor_weight: of the loss of telling words from anchors, beside the other, which is a mean over all words of
+            which few are in a caption; 0 leaves it out.
     """
 
     reads: ClassVar[View] = "captions"
@@ -58,7 +60,6 @@ class EncoderPretraining(Method):
     WHOLLY_MASKED = 0.2
     SINGLE_FRAME = 0.95
     ANCHORS = 0.25
-    ANCHOR_WEIGHT = 10.0  # of a mean over all words, of which few are in a caption
     WARM_UP = 100
     CLIPS_AT_ONCE = 64
 
@@ -69,6 +70,7 @@ class EncoderPretraining(Method):
         caption_epochs: int = 4,
         question_share: float = 0.75,
         whole_epochs: int = 2,
+        anchor_weight: float = 10.0,
         learning_rate: float = 7e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
@@ -80,6 +82,9 @@ class EncoderPretraining(Method):
                 f"question_share {question_share} be in [0, 1]"
             )
         self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
+        if not 0 <= anchor_weight < float("inf"):
+            raise ConfigError(f"anchor_weight {anchor_weight} must not be negative")
+        self.anchor_weight = anchor_weight
         self._turn = Turn(captions=True, frames=None, counts=True)
         self.layer = StaticLayer(head.inputs, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_head = nn.Sequential(nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.LayerNorm(FEATURE_DIM))
@@ -143,7 +148,7 @@ class EncoderPretraining(Method):
             scores = self.anchor_head(encoded.fused)
         there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
         there[:, 0] = 0  # padding
-        return self._average(self.ANCHOR_WEIGHT * F.binary_cross_entropy_with_logits(scores, there), len(captions))
+        return self._average(self.anchor_weight * F.binary_cross_entropy_with_logits(scores, there), len(captions))
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Return the head's loss, and the share of right answers; scalars."""
@@ -182,7 +187,7 @@ class EncoderPretraining(Method):
             if frames is not None:
                 batch = batch._replace(frames=batch.frames.take_along_dim(frames.view(-1, 1, 1, 1, 1), dim=1))
             loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]
-            return loss + self.anchors_loss(batch)
+            return loss + self.anchors_loss(batch) if self.anchor_weight else loss
         words, words_accuracy = self.captions_loss(batch, training=False)
         loss, accuracy = self.questions_loss(batch)
         for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):

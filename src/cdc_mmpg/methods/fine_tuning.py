@@ -13,7 +13,7 @@ class FineTuning(Linear):
     """F-linear with the encoder trained, too; its encoder is where `recipe: frozen` begins.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Method`.
+        encoder, head, learning_rate, weight_decay, seed, virtual: see `Linear`.
         encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
     """
 
@@ -27,8 +27,9 @@ class FineTuning(Linear):
         encoder_learning_rate: float | None = None,
         weight_decay: float = 0.01,
         seed: int = 0,
+        virtual: int = 0,
     ) -> None:
-        super().__init__(encoder, head, learning_rate, weight_decay, seed)
+        super().__init__(encoder, head, learning_rate, weight_decay, seed, virtual)
         if encoder_learning_rate is not None:
             check_rate(
                 "encoder_learning_rate", encoder_learning_rate, "; to keep the encoder as it is, take METHOD=linear"

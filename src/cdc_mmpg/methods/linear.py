@@ -36,7 +36,8 @@ class Linear(OneLayer):
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        virtual: virtual devices of each device that trains, see `FeatureDataModule`.
+        virtual: virtual devices of each device that trains, which see each of its
+            samples as often as itself.
     """
 
     trains_encoder = False

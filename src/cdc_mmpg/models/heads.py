@@ -95,16 +95,17 @@ class Choosing(Head):
         }
 
     def outcomes(self, cases: dict[str, Tensor], batch: FeatureBatch) -> dict[str, KeptRows]:
-        """Return prediction and label."""
+        """Return `predictions` of every case."""
         return {case: (batch.indices, self.predictions(scores, batch)) for case, scores in cases.items()}
 
     def predictions(self, outputs: Tensor, batch: FeatureBatch) -> Tensor:
-        """Return the answer and the right one: (B, 2)."""
-        return torch.stack([outputs.argmax(-1), batch.labels], dim=-1)
+        """Return the answer, the right one and the answer's probability: (B, 3); float32 holds all labels exactly."""
+        probabilities, answers = outputs.float().softmax(-1).max(-1)
+        return torch.stack([answers.float(), batch.labels.float(), probabilities], dim=-1)
 
     def evaluate(self, outcomes: Outcomes) -> dict[str, float]:
         """Return the accuracy over all samples; an unknown answer is never right."""
-        predicted, labels = next(iter(outcomes.values()))[1].T
+        predicted, labels, _ = next(iter(outcomes.values()))[1].T
         return {"accuracy": float(np.mean(predicted == labels))}
 
 

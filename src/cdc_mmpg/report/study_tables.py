@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cdc_mmpg.catalogue import SESSIONS, STUDY
+from cdc_mmpg.catalogue import ARC, NAMES, SESSIONS, STUDY, VARIANTS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, add_framing, cite
 from cdc_mmpg.evidence.findings import list_payloads
@@ -25,6 +25,47 @@ def build_payload_table(evidence: Evidence) -> Table | None:
         rows.append((payload.label, cells))
     header = ["head", "sent once", "payload B", "on the wire B", f"{evidence.group} %", GAIN_HEADER]
     return Table("payloads", "What is sent, and what it answers", header, rows)
+
+
+def build_spread_table(evidence: Evidence) -> Table | None:
+    """Return how evenly each method serves the devices, and whether its answers know how sure they are; None without.
+
+    The tenth percentile of devices is the mean over the seeds of what a tenth of them do not reach; the expected
+    calibration error is `evaluate.measure_calibration`.
+    """
+    rows = []
+    for row in evidence.rows:
+        runs = evidence.find_runs(row.method, row.condition)
+        case = runs[0].find_case(row.condition) or "" if runs else ""
+        cells = [evidence.cite_accuracy(Side(row.method, row.condition), interval=False)]
+        for key in ("tenth_percentile", "calibration_error"):
+            keys = (key, case, evidence.group)
+            known = [run for run in runs if run.find(*keys) is not None]
+            cells.append(cite("{}", evidence.aggregate(known, keys, times=100)) if known else NO_TEXT)
+        if any(cells[1:]) and not row.label.startswith("·"):
+            rows.append((row.label, cells))
+    header = ["method", f"{evidence.group} %", "a tenth of the devices has less than %", "calibration error %"]
+    return Table("spread", "How evenly, and how surely", header, rows) if rows else None
+
+
+def build_variants_table(evidence: Evidence) -> Table | None:
+    """Return what changes to training cost a method; None where no variant was trained."""
+    rows = []
+    for name, variant in VARIANTS.items():
+        for method in variant.methods:
+            if runs := evidence.find_runs(f"{method}.{name}"):
+                side = Side(f"{method}.{name}")
+                gain = evidence.compare(side, Side(method))
+                arc = evidence.cite_accuracy(side, ARC) if any(_was_tested_on(run, ARC) for run in runs) else NO_TEXT
+                cells = [evidence.cite_accuracy(side), arc, gain.format() if gain else NO_TEXT, count_seeds(runs)]
+                rows.append((f"{NAMES.get(method, method)}: {variant.label}", cells))
+    header = ["method: change", f"{evidence.group} %", "in the held-out arc %", "against unchanged", "seeds"]
+    return Table("variants", "What was changed in training", header, rows) if rows else None
+
+
+def _was_tested_on(run: Run, group: str) -> bool:
+    """Return whether a run's test has devices of a group."""
+    return bool(run.find("accuracy", run.find_case(None) or "", group))
 
 
 def build_reasoner_table(evidence: Evidence) -> Table | None:

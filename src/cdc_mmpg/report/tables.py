@@ -21,7 +21,13 @@ from cdc_mmpg.report.method_table import build_method_table
 from cdc_mmpg.report.missing import find_missing
 from cdc_mmpg.report.paper_tables import build_delay_table, build_frames_table, build_paper_table
 from cdc_mmpg.report.rendering import print_table, render_bullets, render_markdown
-from cdc_mmpg.report.study_tables import build_payload_table, build_privacy_table, build_reasoner_table
+from cdc_mmpg.report.study_tables import (
+    build_payload_table,
+    build_privacy_table,
+    build_reasoner_table,
+    build_spread_table,
+    build_variants_table,
+)
 from cdc_mmpg.results import find_results
 
 
@@ -29,7 +35,8 @@ def build_all_tables(evidence: Evidence) -> list[Table]:
     """Return all tables for which there is anything."""
     builders: list[Callable[[Evidence], Table | None]] = [build_paper_table, build_frames_table, build_delay_table]
     builders += [build_method_table] if find_method_runs(evidence) else []
-    builders += [build_payload_table, build_reasoner_table, build_privacy_table]
+    builders += [build_spread_table, build_variants_table, build_payload_table, build_reasoner_table]
+    builders += [build_privacy_table]
     return [table for build in builders if (table := build(evidence))]
 
 

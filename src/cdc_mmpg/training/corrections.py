@@ -14,7 +14,7 @@ from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.training.features import FeatureDataModule
-from cdc_mmpg.training.sessions import read_sessions, shuffle_pools
+from cdc_mmpg.training.sessions import choose_clips, read_sessions, shuffle_pools
 
 CLIPS_AT_ONCE = 64
 HUE_BINS = 72  # of a histogram: 5 degrees each
@@ -59,11 +59,12 @@ class CorrectedDataModule(FeatureDataModule):
             point_at_hue(frames) if self.correction == "hue_mode" else average_chroma(frames)
             for frames in self._middle_frames(sessions)
         ])  # fmt: skip
-        casts = np.zeros((len(CORRECTION_CASES), len(sessions.pools)))
-        for device, order in enumerate(shuffle_pools(sessions, self.seed)):
-            for case, number in enumerate(CORRECTION_CASES.values()):
-                across, up = directions[order[:number]].sum(0)
-                casts[case, device] = np.degrees(np.arctan2(up, across))
+        cases = [case for case in CORRECTION_CASES.values() if sessions.alike or not case.alike]
+        casts, drawn = np.zeros((len(cases), len(sessions.pools))), shuffle_pools(sessions, self.seed)
+        for place, case in enumerate(cases):
+            for device in range(len(drawn)):
+                across, up = directions[choose_clips(sessions, drawn, device, case)].sum(0)
+                casts[place, device] = np.degrees(np.arctan2(up, across))
         return casts
 
     def _middle_frames(self, sessions: Sessions) -> Iterator[Frames]:

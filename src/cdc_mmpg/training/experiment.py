@@ -219,6 +219,7 @@ class Experiment(LightningCLI):
             )
         if not self.model.train_encoder:
             return FeatureDataModule(self.dataset, self.model.encoder, self.model.head, self.model.virtual)
+        self.dataset.virtual = self.model.virtual
         return self.dataset
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -292,7 +293,8 @@ class Experiment(LightningCLI):
         """Return how many questions a step has in the dataset's configuration, whatever the command line says."""
         path = find_dataset_config(self.arguments)
         given = yaml.safe_load(path.read_text(encoding="utf-8"))["data"].get("init_args") or {} if path else {}
-        default = inspect.signature(type(self.dataset)).parameters["batch_size"].default
+        known = (inspect.signature(each).parameters for each in type(self.dataset).__mro__)
+        default = next(parameters["batch_size"].default for parameters in known if "batch_size" in parameters)
         return int(given.get("batch_size", default))
 
     def _count_accumulated(self, processes: int) -> int:

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cdc_mmpg.data.batch import SPLITS, FeatureBatch, Split, VideoTextBatch
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
-from cdc_mmpg.data.sampling import EpochDataModule, draw_text
+from cdc_mmpg.data.sampling import EpochDataModule, draw_cast, draw_copy, draw_text
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -29,7 +28,6 @@ from cdc_mmpg.training.matmul import exact_matmul
 logger = logging.getLogger(__name__)
 
 
-VIRTUAL = 1  # tells draws of a virtual device from other draws of a sample
 SplitFeatures = dict[str, Tensor]  # of a split: "frame_features", and in retrieval "texts" and "there" (`FeatureBatch`)
 
 
@@ -66,10 +64,7 @@ class FeatureDataset(Dataset[FeatureBatch]):
 
     def draw_copies(self, items: Sequence[tuple[int, int]]) -> list[int]:
         """Draw for every item which of the copies is its turn in this epoch."""
-        if self.copies == 1:
-            return [0] * len(items)
-        draws = (np.random.default_rng((self.seed, epoch, index, VIRTUAL)) for epoch, index in items)
-        return [int(draw.integers(self.copies)) for draw in draws]
+        return [draw_copy(self.seed, epoch, index, self.copies) for epoch, index in items]
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> FeatureBatch:
         index = torch.tensor([index for _, index in items])
@@ -233,12 +228,6 @@ class FeatureDataModule(EpochDataModule):
     def fingerprint(self, split: Split, frames: bool) -> str:
         """Return the dataset's own."""
         return self.data.fingerprint(split, frames)
-
-
-def draw_cast(device: str, number: int) -> float:
-    """Return the degrees by which a virtual device rotates hues: for a device and number the same in all runs."""
-    digest = hashlib.sha256(f"virtual {number} {device}".encode()).digest()
-    return 360 * int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _join(shares: Sequence[Tensor]) -> Tensor:

@@ -216,7 +216,7 @@ class ExampleTable(Callback):
         if CAPTIONS in outcomes:
             labels = ranked({case: outcomes[case] for case in (first, CAPTIONS)})[first][0]
         else:
-            labels = outcomes[first][1][:, 0]
+            labels = outcomes[first][1][:, 0].astype(int)
         chosen = range(0, len(labels), -(-len(labels) // MAX_TABLE_EXAMPLES))  # from all over the split
         examples = [(self.data.example(split, i), self.data.word(split, i, int(labels[i]))) for i in chosen]
         rows = [(example.clip, example.question, word, example.answer) for example, word in examples]

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdc_mmpg.data.batch import SessionBatch, Split, VideoTextBatch
-from cdc_mmpg.data.control_cases import SESSION_CASES
+from cdc_mmpg.data.control_cases import SESSION_CASES, SessionCase
 from cdc_mmpg.data.interface import Sessions, VideoTextData
+from cdc_mmpg.data.sampling import draw_cast
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
-from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures, draw_cast
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures
 
 WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
 
@@ -35,10 +36,10 @@ class SessionDataset(Dataset[SessionBatch]):
         seed: of the draws.
         copies: (A, 192) each, anchors as the virtual devices of `samples.copies` see them.
         turns: (D,) each, by how many degrees these rotate the hues more than their devices.
-        sets: whether batches hold the anchors themselves, too, `SET` of them at most.
+        sets: whether batches hold the anchors themselves, too; in training `SET` of them at most.
     """
 
-    SET = max(case.anchors for case in SESSION_CASES.values())
+    SET = 16
 
     def __init__(
         self,
@@ -74,18 +75,20 @@ class SessionDataset(Dataset[SessionBatch]):
         return torch.where(numbers > 0, rest / numbers.clamp(min=1), 0.0)
 
     def _fixed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return every device's uploads (D, C, 192), how many anchors each has (D, C), and which (D, C, SET)."""
+        """Return every device's uploads (D, C, 192), how many anchors each has (D, C), and which (D, C, most)."""
         devices = sorted(set(self.devices))
         drawn = shuffle_pools(self.sessions, self.seed)
         # Each borrows from the next in a random circle.
         circle = np.random.default_rng(self.seed).permutation(devices).tolist()
         lender = dict(zip(circle, [*circle[1:], *circle[:1]], strict=True))
-        uploads = torch.zeros(len(drawn), len(SESSION_CASES), self.anchors[0].shape[-1])
-        counts = torch.zeros(len(drawn), len(SESSION_CASES), dtype=torch.long)
-        members = torch.zeros(len(drawn), len(SESSION_CASES), self.SET, dtype=torch.long)
+        cases = [case for case in SESSION_CASES.values() if self.sessions.alike or not case.alike]
+        uploads = torch.zeros(len(drawn), len(cases), self.anchors[0].shape[-1])
+        counts = torch.zeros(len(drawn), len(cases), dtype=torch.long)
+        members = torch.zeros(len(drawn), len(cases), max(case.anchors for case in cases), dtype=torch.long)
         for device in devices:
-            for place, case in enumerate(SESSION_CASES.values()):
-                chosen = torch.from_numpy(drawn[lender[device] if case.shuffled else device][: case.anchors])
+            for place, case in enumerate(cases):
+                owner = lender[device] if case.shuffled else device
+                chosen = torch.tensor(choose_clips(self.sessions, drawn, owner, case), dtype=torch.long)
                 counts[device, place] = len(chosen)
                 if len(chosen):
                     uploads[device, place] = self.anchors[0][chosen].mean(0)
@@ -128,6 +131,22 @@ class SessionDataset(Dataset[SessionBatch]):
 def shuffle_pools(sessions: Sessions, seed: int) -> list[NDArray[np.int64]]:
     """Return every device's unlabelled clips in the order in which they make a session: n clips are the first n."""
     return [np.random.default_rng((seed, device)).permutation(pool) for device, pool in enumerate(sessions.pools)]
+
+
+def choose_clips(
+    sessions: Sessions, drawn: Sequence[NDArray[np.int64]], device: int, case: SessionCase
+) -> Sequence[int]:
+    """Return the clips of a device that make its session in a case.
+
+    Args:
+        sessions: whose clips are alike, too, where the case needs that.
+        drawn: of `shuffle_pools`.
+        device, case: which.
+    """
+    if case.alike:
+        assert sessions.alike
+        return sessions.alike[device][: case.anchors]
+    return drawn[device][: case.anchors].tolist()
 
 
 def read_sessions(data: VideoTextData, casts: bool) -> Sessions:
