@@ -245,7 +245,8 @@ def test_a_batch_is_answered_with_the_prompt_of_least_loss():
             answers.append(method.head(fused[0], method.layer))
             probabilities = answers[-1].softmax(-1)
             surprise = -(probabilities * probabilities.log()).sum(-1).mean()
-            losses.append(surprise + 0.5 * sum((a[0] - b).norm(dim=-1).sum() for a, b in zip(found, source, strict=True)))
+            far = sum((a[0] - b).norm(dim=-1).sum() for a, b in zip(found, source, strict=True))
+            losses.append(surprise + 0.5 * far)
         assert torch.allclose(scores, answers[int(torch.stack(losses).argmin())], atol=1e-4)
         # Answers of the device before leave nothing behind.
         assert torch.equal(search_prompts(method, given, source, 0.5, seed=0)[:4], scores)

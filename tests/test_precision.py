@@ -112,7 +112,7 @@ def test_every_method_trains_and_tests_in_bfloat16(name, task, reasoner):
     assert all(np.isfinite(value) for value in logged.values())
     outcomes = method.outcomes["test"]
     assert kept.pop(KEPT_INPUTS, torch.float32) == torch.float32
-    assert set(kept.values()) == {torch.float32 if task == "retrieval" else torch.int64}
+    assert set(kept.values()) == {torch.float32}
     assert ("shuffled" in outcomes) == (name in ("cdc_mmpg", "hyper"))
     for case, (where, rows) in outcomes.items():
         if case != CAPTIONS:
@@ -162,9 +162,9 @@ def test_phase_one_is_float32_behind_the_encoder(axis):
 
 
 def test_the_encoders_pretraining_runs_in_bfloat16():
-    logged = run(EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=1), captions(), "bf16-mixed")
+    logged = run(EncoderPretraining(encoder(), OpenEnded(5)), captions(), "bf16-mixed")
     assert logged["test/loss"] > 0
-    assert 0 <= logged["test/words_accuracy"] <= 1
+    assert 0 <= logged["test/answers_accuracy"] <= 1
 
 
 def test_modules_of_the_cloud_are_float32_wherever_they_are_called():
@@ -203,8 +203,7 @@ def test_the_encoder_gives_float32_and_computes_in_bfloat16():
     data = samples("open_ended")
     expected = head.encode(model, data).frame_features
     with torch.autocast("cpu", torch.bfloat16):
-        found = [head.encode(model, data).frame_features, Retrieval().encode(model, samples("retrieval")).texts,
-                 model.encode_words(torch.randn(6, 3, 3, 32, 32), data.text_ids, data.text_mask)]  # fmt: skip
+        found = [head.encode(model, data).frame_features, Retrieval().encode(model, samples("retrieval")).texts]
     assert {part.dtype for part in found} == {torch.float32}
     assert not torch.equal(found[0], expected)
     torch.testing.assert_close(found[0], expected, atol=0.1, rtol=0.1)

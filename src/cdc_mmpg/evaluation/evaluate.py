@@ -92,7 +92,7 @@ def measure_calibration(probabilities: ArrayLike, right: ArrayLike) -> float:
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
-    given, true = torch.as_tensor(probabilities), torch.as_tensor(right).long()
+    given, true = torch.as_tensor(probabilities).float(), torch.as_tensor(right).long()
     return float(binary_calibration_error(given.clamp(0, 1), true, n_bins=15, norm="l1"))
 
 

@@ -59,7 +59,6 @@ class Method(LightningModule):
     """
 
     reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
-    trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
     averages: Averages = "samples"  # over what the loss of a step is the mean
     virtual: int = 0  # virtual devices of each device that trains, see `FeatureDataModule`
     needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can
@@ -144,11 +143,7 @@ class Method(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step."""
-        self.seed_step(batch_idx, self.global_rank)
-
-    def seed_step(self, batch_idx: int, rank: int) -> None:
-        """Begin the random numbers of a training step as the process `rank` begins them."""
-        place = f"{self.seed} {self.current_epoch} {batch_idx} {rank}"
+        place = f"{self.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:
