@@ -38,7 +38,7 @@ demo: ## a session of an unseen device, through service and client: SEED= ARGS='
 delay: ## Table 6 by measurement, on a shaped link: DATASET= ARGS= OUT=
 sweep: ## learning rates, by W&B's agent or, without a server, on this machine: experiments/sweep.yaml
 checkpoint: ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
-benchmark: ## speed at the paper's size, of training, with OF=loading of what brings it samples, or with OF=deployment of service and device: ARGS='--batch-size 8 --steps 5' on a small machine
+benchmark: ## speed at the paper's size, of training, with OF=loading of what brings it samples, with OF=deployment of service and device, or with OF=adapting of what a device could do by itself: ARGS='--batch-size 8 --steps 5' on a small machine
 
 # Variables reach it through MAKEFLAGS, verbatim: neither make nor the shell may read into a question.
 data train tables table report figures predict export serve device demo delay sweep checkpoint benchmark: .venv/.ready

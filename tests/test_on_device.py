@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdc_mmpg.controls import on_device
+from cdc_mmpg.controls import on_device, prompts
 from cdc_mmpg.controls.forward_only import PROMPTS, Statistics, measure_activations, search_prompts
 from cdc_mmpg.controls.on_device import Comparison, adapt_by_entropy, layer_norms, padded, pick
 from cdc_mmpg.data.batch import VideoTextBatch
@@ -68,7 +68,6 @@ def test_the_results_are_of_the_form_of_a_runs(run, done):
         "t3a",
         "lame",
         "foa",
-        "foa_prompts",
     ]
     assert results["parameters"]["device"] == before["parameters"]["device"]
 
@@ -104,10 +103,21 @@ def test_settings_picked_on_validation_stand_beside_the_others(done):
         assert own["picked_on"] == 2 * (18 - 15)  # two unseen devices with six clips of three questions
     best = max(recipe["tent"]["grid"], key=lambda point: point["accuracy"])
     assert recipe["tent"]["rate"] == best["rate"]
-    for case, settings in (on_device.FORWARD_ONLY | {"foa_prompts": on_device.PROMPT_WEIGHTS}).items():
+    for case, settings in on_device.FORWARD_ONLY.items():
         assert [point["setting"] for point in recipe[case]["grid"]] == list(settings)
         best = max(recipe[case]["grid"], key=lambda point: point["accuracy"])
         assert recipe[case]["setting"] == best["setting"]
+
+
+def test_prompts_are_searched_for_every_device(run):
+    assert prompts.main([str(run)]) == 0
+    results, before = read(run.parents[1] / "prompts" / "seed0"), read(run)
+    assert list(results["accuracy"]) == ["foa_prompts"]
+    assert results["accuracy"]["foa_prompts"]["test"]["all"]["questions"] == before["questions"]["test"]
+    assert results["parameters"]["trained"] == 3 * 192
+    recipe = results["recipe"]["foa_prompts"]
+    assert [point["setting"] for point in recipe["grid"]] == list(prompts.WEIGHTS)
+    assert recipe["setting"] == max(recipe["grid"], key=lambda point: point["accuracy"])["setting"]
 
 
 def test_the_second_time_it_is_finished_unless_the_run_changed(run, done, tmp_path, capsys):

@@ -95,6 +95,34 @@ def test_a_run_comes_after_all_that_it_builds_on():
         assert len({step.folder for step in steps if step.folder}) == len([step for step in steps if step.folder])
 
 
+def test_variants_change_what_they_name_and_no_more():
+    usual = plan("train", METHOD="cdc_mmpg_session").steps["cdc_mmpg_session/seed0"].arguments
+    for variant, option in (("arc90", "held_out_arc=90"), ("devices24", "most_devices=24")):
+        name = f"cdc_mmpg_session.{variant}"
+        step = plan("train", METHOD=name).steps[f"{name}/seed0"]
+        folder = f"--trainer.default_root_dir=checkpoints/synthetic/{name}/seed0"
+        assert set(step.arguments) - set(usual) == {f"--data.init_args.{option}", folder}
+    step = plan("train", METHOD="fine_tuning.epochs14").steps["fine_tuning.epochs14/seed0"]
+    assert step.arguments[-1] == "--trainer.max_epochs=14"  # after what was tuned
+    with pytest.raises(ConfigError, match=r"cdc_mmpg_session\.no_background"):
+        plan("train", METHOD="linear.no_background")
+
+
+def test_a_variant_of_the_pretraining_makes_the_encoder_of_what_it_is_named_after():
+    steps = plan("train", METHOD="cdc_mmpg_session.no_anchor_loss").steps
+    assert [name for name in steps if "pretraining" in name] == ["encoder_pretraining.no_anchor_loss/seed0"]
+    folder = "checkpoints/synthetic/encoder_pretraining.no_anchor_loss/seed0"
+    arguments = steps["cdc_mmpg_session.no_anchor_loss/seed0"].arguments
+    assert f"--model.init_args.encoder.checkpoint={folder}/encoder.safetensors" in arguments
+    assert f"--model.init_args.reading={folder}/reading.safetensors" in arguments
+    assert "--model.init_args.anchor_weight=0" not in arguments
+    assert "--model.init_args.anchor_weight=0" in steps["encoder_pretraining.no_anchor_loss/seed0"].arguments
+    both = plan("tables").steps
+    assert "encoder_pretraining/seed0" in both
+    assert "synthetic_memory/cdc_mmpg_session.no_anchor_loss/seed0" in both
+    assert len([name for name in both if name.startswith("encoder_pretraining.no_anchor_loss")]) == 1
+
+
 def test_one_encoder_for_the_study_of_the_reasoner():
     steps = plan("tables").steps
     study = [step for name, step in steps.items() if name.startswith("cdc_mmpg_frozen.")]

@@ -347,6 +347,7 @@ def test_the_contrast_of_clips_and_first_captions_in_numpy():
         lambda: Retrieval(temperature=0),
         lambda: Retrieval(temperature=-0.05),
         lambda: Retrieval(temperature=float("nan")),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=-1),
         lambda: EncoderPretraining(encoder(), OpenEnded(5), whole_epochs=-1),
         lambda: EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=-1.0),
         lambda: EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=float("nan")),
@@ -360,7 +361,7 @@ def test_impossible_settings_are_refused(impossible):
         impossible()
     for possible in (OpenEnded(1, 1), Retrieval(1, 1e-3), FineTuning(encoder(), OpenEnded(5), weight_decay=0.0)):
         assert isinstance(possible, torch.nn.Module)
-    EncoderPretraining(encoder(), OpenEnded(5), whole_epochs=0, anchor_weight=0.0)
+    EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, whole_epochs=0, anchor_weight=0.0)
 
 
 def captioned(number: int, words: int = 8) -> CaptionBatch:
@@ -376,6 +377,31 @@ def captioned(number: int, words: int = 8) -> CaptionBatch:
         frames, ids, mask, ids.flip(0), mask.flip(0), torch.tensor([2, *[4] * 8, 3]), torch.arange(number) % 5,
         torch.arange(number),
     )  # fmt: skip
+
+
+def test_half_of_the_words_are_masked_and_in_a_fifth_of_the_captions_all(monkeypatch):
+    method, batch, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captioned(400), []
+
+    def spy(video: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return torch.zeros(*ids.shape, 192)
+
+    monkeypatch.setattr(method.encoder, "encode_words", spy)
+    with torch.no_grad():
+        loss = method.words_loss(batch, batch.frames[:, :1])
+    is_word = batch.caption_ids >= 5
+    masked = (seen[0] == 4) & is_word
+    assert (masked == (seen[0] != batch.caption_ids)).all()
+    assert masked[:, 1].all()  # at least one
+    rest, words = masked[:, 2:][is_word[:, 2:]].float().mean().item(), is_word[:, 2:].sum(1)
+    assert rest == pytest.approx(0.2 + 0.8 * 0.5, abs=0.05)
+    wholly = (masked[:, 2:].sum(1) == words).float().mean().item()
+    assert wholly == pytest.approx(0.2, abs=0.06)
+    # Equal hidden states: the scores are the bias behind norm and embedding, the same for every word.
+    hidden = method.word_head(torch.zeros(1, 192))
+    scores = (hidden @ method.encoder.text_embeddings.word_embeddings.weight.T + method.word_bias)[0].log_softmax(-1)
+    by_caption = [-scores[ids[own]].mean().item() for ids, own in zip(batch.caption_ids, masked, strict=True)]
+    assert loss.item() == pytest.approx(np.mean(by_caption), rel=1e-4)
 
 
 @torch.no_grad()
@@ -405,7 +431,7 @@ def test_questions_of_the_pretraining_are_answered_in_words():
 
 
 def test_all_but_the_last_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypatch):
-    method = EncoderPretraining(encoder(), OpenEnded(5), whole_epochs=1)
+    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=2, whole_epochs=1)
     batch, asked = captioned(8), []
 
     def note(kind: str) -> Callable[..., object]:
@@ -413,14 +439,14 @@ def test_all_but_the_last_epochs_of_the_pretraining_see_a_single_frame_of_each_c
             if method.training:
                 asked.append((kind, frames[:, :, 0, 0, 0].tolist()))
             value = method.layer.bias.square().sum()
-            return value if kind == "captions" else (value, value)
+            return (value, value) if kind == "questions" else value
 
         return loss
 
-    for kind in ("captions", "questions"):
+    for kind in ("words", "captions", "questions"):
         monkeypatch.setattr(method, f"{kind}_loss", note(kind))
     trainer(max_epochs=5).fit(method, DataLoader([batch], batch_size=None))
-    assert [kind for kind, _ in asked] == ["questions", "captions"] * 5
+    assert [kind for kind, _ in asked] == ["words", "captions"] * 2 + ["questions", "captions"] * 3
     own = batch.frames[:, :, 0, 0, 0].tolist()
     draws = [
         [frames.index(grey) for (grey,), frames in zip(greys, own, strict=True)]
@@ -433,10 +459,11 @@ def test_all_but_the_last_epochs_of_the_pretraining_see_a_single_frame_of_each_c
 
 
 def test_without_a_loss_on_anchors_nothing_waits_for_one():
-    method = EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=0.0)
+    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, anchor_weight=0.0)
     method.trainer = trainer(max_epochs=1)
     method._step(captioned(4), "train").backward()
-    assert not [name for name, value in method.named_parameters() if value.requires_grad and value.grad is None]
+    left = [name for name, value in method.named_parameters() if value.requires_grad and value.grad is None]
+    assert {name.split(".")[0] for name in left} == {"word_head", "word_bias"}
     with torch.no_grad():
         loss, _ = method.eval().questions_loss(captioned(4), captioned(4).frames)
         assert_agree(method._step(captioned(4), "train"), loss)  # the only epoch sees all frames
@@ -448,9 +475,9 @@ def test_validation_of_the_pretraining_adds_up_both_losses(monkeypatch):
     (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
     expected = {}
     for batch, weight in zip(batches, (6 / 8, 2 / 8), strict=True):
-        words = method.eval().captions_loss(batch, batch.frames[:, 1:2])
+        captions = method.eval().captions_loss(batch, batch.frames[:, 1:2])
         loss, accuracy = method.questions_loss(batch, batch.frames)
-        for name, value in (("words_loss", words), ("answers_accuracy", accuracy), ("loss", words + loss)):
+        for name, value in (("captions_loss", captions), ("answers_accuracy", accuracy), ("loss", captions + loss)):
             expected[f"val/{name}"] = expected.get(f"val/{name}", 0.0) + weight * value.item()
     assert logged == pytest.approx(expected, rel=1e-4)
 

@@ -26,6 +26,7 @@ from cdc_mmpg.training.features import FeatureDataset
 from cdc_mmpg.training.sessions import SessionDataModule, SessionDataset
 from conftest import TINY
 from data_modules import synthetic_clips
+from data_modules.base import find_alike
 from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import (
@@ -431,3 +432,53 @@ def test_captioned_clips_are_the_same_from_the_device(data, synthetic):
     assert batches[0][0].frames.shape == (4, 3, 64, 64, 3)
     for one, another in zip(*batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, another, strict=True))
+
+
+def test_fewer_devices_train_and_the_others_are_a_group_of_their_own(data, synthetic, tmp_path):
+    fewer = module(synthetic, tmp_path, most_devices=1)
+    fewer.prepare_data()
+    fewer.setup("fit")
+    first = min(origin.device for origin in data.origins("train"))
+    assert {origin.device for origin in fewer.origins("train")} == {first}
+    assert {origin.device for origin in data.origins("train")} > {first}
+    for usual, own in zip(data.origins("test"), fewer.origins("test"), strict=True):
+        assert own == usual._replace(group=own.group)
+        assert own.group == ("seen" if own.device == first else {"seen": "left out"}.get(usual.group, usual.group))
+    assert fewer.sessions().pools == data.sessions().pools  # a device that does not train has its clips
+    with pytest.raises(ConfigError, match="most_devices"):
+        module(synthetic, tmp_path, most_devices=0)
+
+
+def test_no_device_trains_whose_cast_is_in_the_arc(data, synthetic, tmp_path):
+    casts = dict(zip((o.device for o in data.origins("test")), data.sessions().devices["test"], strict=True))
+    casts = {device: data.sessions().casts[place] % 360 for device, place in casts.items()}
+    seen = {origin.device for origin in data.origins("train")}
+    arc = next(cast for cast in sorted(casts.values()) if 0 < sum(casts[d] < cast for d in seen) < len(seen)) + 1e-6
+    held = module(synthetic, tmp_path, held_out_arc=arc)
+    held.prepare_data()
+    held.setup("fit")
+    assert {origin.device for origin in held.origins("train")} == {device for device in seen if casts[device] >= arc}
+    for origin in held.origins("test"):
+        inside = casts[origin.device] < arc
+        groups = ("left out", "seen") if origin.device in seen else ("arc", "unseen")
+        assert origin.group == groups[0 if inside else 1]
+    with pytest.raises(ConfigError, match="held_out_arc"):
+        module(synthetic, tmp_path, held_out_arc=360.0)
+
+
+def test_captions_can_leave_out_what_is_behind_the_objects(data, synthetic, tmp_path):
+    bare = module(synthetic, tmp_path, name_backgrounds=False)
+    bare.prepare_data()
+    bare.setup("fit")
+    usual, own = ([sample.question for sample in each.captions().train.captions.samples] for each in (data, bare))
+    assert [caption.rsplit(" on ", 1)[0] for caption in usual] == own
+    assert not any(" on " in caption for caption in own)
+    assert data.captions().fingerprint != bare.captions().fingerprint
+
+
+def test_the_clips_of_a_room_are_those_of_the_smallest_arc():
+    hues = np.array([350.0, 10, 200, 5, 100, 355, 0, 190])
+    assert find_alike(hues, [0, 1, 2, 3, 4, 5, 6, 7], 5) == [0, 5, 6, 3, 1]  # over the end of the circle
+    assert find_alike(hues, [2, 4, 7], 2) == [7, 2]
+    assert find_alike(hues, [4], 2) == [4]
+    assert find_alike(hues, [], 2) == []

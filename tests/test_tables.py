@@ -28,7 +28,13 @@ from cdc_mmpg.report.cells import FOOTNOTE_SIGNS
 from cdc_mmpg.report.method_table import build_method_table
 from cdc_mmpg.report.missing import find_missing
 from cdc_mmpg.report.paper_tables import build_delay_table, build_frames_table, build_paper_table
-from cdc_mmpg.report.study_tables import build_payload_table, build_privacy_table, build_reasoner_table
+from cdc_mmpg.report.study_tables import (
+    build_payload_table,
+    build_privacy_table,
+    build_reasoner_table,
+    build_spread_table,
+    build_variants_table,
+)
 
 
 def of_devices(generator, devices=12, clips=5, questions=3):
@@ -820,6 +826,38 @@ def test_the_study_of_the_reasoner_and_the_probes(tmp_path):
         ["the hue, from the mean of 16", "20.5 [18.0, 23.0]", "degrees off", "90.0", "95.0", "48"],
         ["the device, from one anchor", "40.0", "% right", "", "", ""],
     ]
+
+
+def test_the_weakest_devices_and_the_calibration_stand_beside_the_mean(tmp_path):
+    root = tmp_path / "synthetic"
+    for seed, percentile in enumerate((0.4, 0.5)):
+        measured = {"tenth_percentile": {"own": {"unseen": percentile}}, "calibration_error": {"own": {"unseen": 0.04}}}
+        answered_run(root, "fine_tuning", seed, {"own": 0.6}, **measured)
+    answered_run(root, "linear", 0, {"own": 0.6})  # of an earlier version
+    table = build_spread_table(Evidence(root))
+    assert [row[0] for row in table.texts()] == ["Fine-tuning"]
+    assert table.texts()[0][2:] == ["45.0", "4.0"]
+    assert build_spread_table(Evidence(tmp_path / "nothing")) is None
+
+
+def test_a_variant_is_compared_with_its_method(tmp_path):
+    root = tmp_path / "synthetic"
+    asked = questions(unseen=30)
+    inside = [(*row[:2], "arc", *row[3:]) if row[2] == "unseen" and int(row[1][-1]) % 2 else row for row in asked]
+    answered_run(root, "cdc_mmpg_session", cases={"n16": 0.9}, asked=asked)
+    answered_run(root, "cdc_mmpg_session.arc90", cases={"n16": 0.7}, asked=inside)
+    answered_run(root, "linear.devices24", cases={"own": 0.5}, asked=asked)
+    evidence = Evidence(root)
+    rows = dict(build_variants_table(evidence).rows)
+    assert list(rows) == ["Session, n = 16: a quarter of the casts held out", "F-linear: 24 devices train"]
+    outside, arc, gain, seeds = (cell.text for cell in rows["Session, n = 16: a quarter of the casts held out"])
+    assert outside
+    assert arc
+    assert gain.startswith("−")  # on the questions whose devices are outside in the one, and unseen in both
+    assert seeds == "1"
+    assert rows["F-linear: 24 devices train"][2].text == ""  # all devices were not run
+    assert evidence.groups == ["unseen", "seen"]  # an arc is no column of the other tables
+    assert build_variants_table(Evidence(tmp_path / "nothing")) is None
 
 
 def test_missing_runs_are_listed_with_their_command(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ class Method(NamedTuple):
     several_seeds: bool = False
     main: bool = False
     knows: str = ""
-    program: Literal["fit", "on_device", "privacy"] = "fit"
+    program: Literal["fit", "on_device", "prompts", "privacy"] = "fit"
 
     def rows(self) -> list[Row]:
         """Return its rows in the table of methods."""
@@ -167,10 +167,11 @@ METHODS = (
     Method(
         "on_device", "On the device: before", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
         after={"tent": "On the device: TENT", "t3a": "On the device: T3A", "lame": "On the device: LAME",
-               "foa": "On the device: FOA's shift", "foa_prompts": "On the device: FOA's prompts"} |
-        {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
+               "foa": "On the device: FOA's shift"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
         several_seeds=True, main=True, program="on_device",
     ),
+    Method("prompts", "On the device: FOA's prompts", color="#6b8e23", turn=30, datasets="devices", encoder=BASELINE,
+           program="prompts"),
     Method("privacy", turn=27, datasets="devices", program="privacy"),
     Method(PRETRAINING, encoder=""),
     Method("adr_pretraining", features="linear"),
@@ -190,6 +191,7 @@ RECIPE_FRAMES = 3
 AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the study of the reasoner
 REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
 REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
+DEVICES = (12, 24, 48)  # that train, in place of the embedded dataset's 96
 # What is changed about training, and of which methods' runs; a variant of the pretraining makes encoders of its own.
 ARC = "arc"  # group of unseen devices whose casts no device that trains has
 _SESSIONS_ALONE = (SESSION, f"{SESSION}_collected")
@@ -209,7 +211,7 @@ VARIANTS = {
     "arc90": Variant("a quarter of the casts held out", ("linear", *_SESSIONS_ALONE, "corrected_grey_world"),
                      ("--data.init_args.held_out_arc=90",)),
     **{f"devices{n}": Variant(f"{n} devices train", ("linear", *_SESSIONS_ALONE),
-                              (f"--data.init_args.most_devices={n}",)) for n in (12, 24, 48)},
+                              (f"--data.init_args.most_devices={n}",)) for n in DEVICES},
     "no_background": Variant("captions without the background", _OF_THE_PRETRAINING,
                              ("--data.init_args.name_backgrounds=false",)),
     "no_anchor_loss": Variant("no loss on anchors in the pretraining", _OF_THE_PRETRAINING,
@@ -223,6 +225,11 @@ def knowledge_of(row: Row) -> str:
     """Return what a row's method knows, letters of `KNOWLEDGE`."""
     labels = "l" if (row.condition or "").startswith("labels_") else ""
     return (BY_NAME[row.method].knows if row.method in BY_NAME else "") + labels
+
+
+def is_trained(name: str) -> bool:
+    """Return whether a run of this name is trained, and does not start from another one's weights."""
+    return name not in BY_NAME or BY_NAME[name].program == "fit"
 
 
 def color_of(name: str) -> str:

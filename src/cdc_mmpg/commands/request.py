@@ -47,7 +47,8 @@ FORMS = {
     "COMPILE": ("0|1", True, "0 or 1: whether the encoder is compiled"),
     "FULL": ("0|1", True, "0 or 1: whether `tables` takes five seeds of all"),
     "INT8": ("0|1", True, "0 or 1: whether the device takes the int8 bundle"),
-    "OF": ("loading|deployment", True, '"loading" or "deployment": what is measured in place of training'),
+    "OF": ("loading|deployment|adapting", True,
+           '"loading", "deployment" or "adapting": what is measured in place of training'),
     "FRAME_CACHE": ("disk|device", True, 'where batches are read from: "disk", or "device" for the memory of the GPU '
                                          "(or CPU) that computes"),
     "SIZE": ("full|toy", True, '"full" or "toy": of the embedded dataset'),

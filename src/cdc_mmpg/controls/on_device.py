@@ -8,7 +8,7 @@ anew, and writes `checkpoints/<dataset>/on_device/seed<N>/results.json`:
   method has (see `interface.DeviceLabels`);
 - `tent`: entropy minimisation over the test questions themselves (Wang et al. 2021, "Tent: Fully Test-Time Adaptation
   by Entropy Minimization");
-- `t3a`, `lame`, `foa`, `foa_prompts`: what adapts to the test questions by forward passes alone (`forward_only`).
+- `t3a`, `lame`, `foa`: what adapts to the test questions by forward passes alone (`forward_only`).
 
 No test question decides a recipe. For labels, each device's is picked on other devices: by how their further labelled
 questions are answered, which is more than a real device could know. The validation devices will not do: the run's
@@ -17,7 +17,7 @@ grids and their figures stand in the results.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -31,18 +31,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cdc_mmpg.controls.forward_only import (
-    PROMPTS,
-    Statistics,
     adjust_prototypes,
     entropy,
-    measure_activations,
-    search_prompts,
     shift_activations,
     smooth_over_neighbours,
 )
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, Split, VideoTextBatch
 from cdc_mmpg.data.interface import Controls, SampleOrigin
-from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluation
 from cdc_mmpg.methods.fine_tuning import FineTuning
@@ -64,9 +59,6 @@ STEPS = (10, 30, 100)  # of AdamW on all labels at once
 
 # Of forward passes alone, by case: members of a support (0 is all), neighbours, strength of the shift.
 FORWARD_ONLY = {"t3a": (1, 5, 20, 0), "lame": (1, 3, 5), "foa": (0.25, 0.5, 1.0)}
-PROMPT_WEIGHTS = (0.1, 0.4)  # of the activations' distance in FOA's search for prompts
-PROMPT_QUESTIONS = 15  # of a batch
-SOURCE_QUESTIONS = 256  # of training, whose activations are the source's
 TENT_RATES = (1e-3, 1e-2)
 TENT_QUESTIONS = (5, 15)  # of a batch, after which there is a step
 
@@ -94,7 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
-    """Write results and predictions, unless they are there.
+    """Write results and predictions, unless they are there; see `evaluate_fine_tuned`."""
+    evaluate_fine_tuned(NAME, run, Comparison, arguments)
+
+
+def evaluate_fine_tuned(
+    name: str, run: Path, compare: Callable[[FineTuning, Any], "Comparison"], arguments: Sequence[str]
+) -> None:
+    """Write what a device makes of a fine-tuning run, unless it is there.
+
+    Args:
+        name: of the evaluation's folder.
+        run: folder of the run.
+        compare: makes the cases of the run's model and dataset.
+        arguments: of the command, to keep them.
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
@@ -102,7 +107,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         DataError: no device has labels, or its files changed.
     """
     results = results_of(run)
-    folder, source = folder_of(run, NAME), provenance_of(run, WEIGHTS)
+    folder, source = folder_of(run, name), provenance_of(run, WEIGHTS)
     if is_done(folder, source):
         return
     experiment = reopen(run)
@@ -118,10 +123,10 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
     data.prepare_data()
     data.setup("test")
-    comparison = Comparison(model, data)
+    comparison = compare(model, data)
     outcomes = comparison.outcomes()
     summary, parameters = data.summary(), model.parameter_counts()
-    trained = comparison.recipe[f"labels_{LABELS[-1]}"]["trained"]
+    trained = max(recipe["trained"] for recipe in comparison.recipe.values())
     write_json(
         {
             **identity(folder, experiment, source, arguments),
@@ -160,6 +165,14 @@ class Comparison:
 
     def outcomes(self) -> dict[str, tuple[Any, Any]]:
         """By case: which test questions it answers, and answer, label and probability of each."""
+        labels, predictions = self.data.labels("test"), self.model.head.predictions
+        return {
+            case: (where.numpy(), predictions(scores, FeatureBatch(scores, labels[where], where)).numpy())
+            for case, (where, scores) in self.score_cases().items()
+        }
+
+    def score_cases(self) -> dict[str, tuple["Tensor", "Tensor"]]:
+        """By case: which test questions it answers, and their scores (N, L)."""
         start = perf_counter()
         test = self.data.dataset("test", augment=False)
         features = self.features(test)
@@ -172,13 +185,8 @@ class Comparison:
         given |= self.labelled(features)
         given["tent"] = (everywhere, self.tent(test, self.data.origins("test")))
         given |= {case: (everywhere, scores) for case, scores in self.forward_only(features).items()}
-        given["foa_prompts"] = (everywhere, self.prompted(test))
         self.seconds["train"] = perf_counter() - start
-        labels, predictions = self.data.labels("test"), self.model.head.predictions
-        return {
-            case: (where.numpy(), predictions(scores, FeatureBatch(scores, labels[where], where)).numpy())
-            for case, (where, scores) in given.items()
-        }
+        return given
 
     def features(self, dataset: Any) -> "Tensor":
         """(N, T, 192) of all its samples, in the batches of a test."""
@@ -335,31 +343,6 @@ class Comparison:
         self.recipe["tent"] = {**recipe._asdict(), "trained": trained, "picked_on": len(labels), "grid": grid}
         logger.info("tent: %s, %.1f %% on validation devices", recipe, 100 * best["accuracy"])
         return self._tent_by_device(dataset, by_device(origins), recipe)
-
-    def prompted(self, test: Any) -> "Tensor":
-        """(N, L) scores of the test questions, FOA's prompts learnt on them; its weight picked on validation."""
-        training, validation = (self.data.dataset(split, augment=False) for split in ("train", "val"))
-        labels, none = self.data.labels("val"), torch.zeros(1, 0, FEATURE_DIM)
-        some = training.__getitems__([(0, i) for i in range(min(SOURCE_QUESTIONS, len(training)))])
-        source = Statistics(*(part[0] for part in measure_activations(self.model.encoder, some, none)[0]))
-
-        def answer(dataset: Any, split: Split, weight: float) -> "Tensor":
-            found = torch.empty(len(dataset), self.model.head.outputs)
-            for own in by_device(self.data.origins(split)).values():
-                batches = batches_of(dataset, own, PROMPT_QUESTIONS)
-                found[own] = search_prompts(self.model, batches, source, weight, self.data.seed)
-            return found
-
-        grid = []
-        for weight in PROMPT_WEIGHTS:
-            right = answer(validation, "val", weight).argmax(-1) == labels
-            grid.append({"setting": weight, "accuracy": float(right.float().mean())})
-        best = max(grid, key=lambda point: point["accuracy"])
-        trained = PROMPTS * FEATURE_DIM
-        self.recipe["foa_prompts"] = {"setting": best["setting"], "trained": trained, "picked_on": len(labels),
-                                      "grid": grid}  # fmt: skip
-        logger.info("foa_prompts: %s, %.1f %% on validation devices", best["setting"], 100 * best["accuracy"])
-        return answer(test, "test", best["setting"])
 
     def forward_only(self, test: "Tensor") -> dict[str, "Tensor"]:
         """By case: scores (N, L) of the test questions with features (N, T, 192), its setting picked on validation."""

@@ -23,7 +23,7 @@ OPPONENTS = {
     Side("on_device", "t3a"): "prototypes that follow the device's features (T3A)",
     Side("on_device", "lame"): "smoothing over neighbours (LAME)",
     Side("on_device", "foa"): "shifting activations (FOA)",
-    Side("on_device", "foa_prompts"): "searching prompts by forward passes (FOA)",
+    Side("prompts"): "searching prompts by forward passes (FOA)",
     Side(f"{SESSION}_feature"): "averaging features in place of what is recognised in them",
     Side(f"{SESSION}_collected"): "a session without virtual devices in training",
     Side("corrected_grey_world"): "rotating hues back by the mean chroma, which knows the kind of shift",

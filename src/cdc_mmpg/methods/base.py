@@ -59,6 +59,7 @@ class Method(LightningModule):
     """
 
     reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
+    trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
     averages: Averages = "samples"  # over what the loss of a step is the mean
     virtual: int = 0  # virtual devices of each device that trains, see `FeatureDataModule`
     needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can

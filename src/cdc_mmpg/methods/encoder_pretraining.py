@@ -22,23 +22,28 @@ class EncoderPretraining(Method):
     """Questions and captions of clips; leaves an encoder, and what it reads of an anchor.
 
     The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
-    enough to begin at random. Clips are seen with a question, which is answered in words, as many as the vocabulary
-    has; and one in `ANCHORS` of them, too, as anchors are (one frame, a neutral prompt), where all words of its caption
-    are told from the anchor feature. But for the last epochs a question sees a single frame, which costs a third and
-    teaches what a frame shows as well. The rate rises over `WARM_UP` steps.
+    enough to begin at random. In the first epochs clips are seen with their captions, half of whose words are masked,
+    in a fifth of the captions all of them; then with a question, which is answered in words, as many as the vocabulary
+    has. Beside either, one clip in `ANCHORS` is seen as anchors are (one frame, a neutral prompt), and all words of its
+    caption are told from the anchor feature. But for the last epochs a single frame of each clip is seen, which costs a
+    third and teaches what a frame shows as well. The rate rises over `WARM_UP` steps.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`; the head reads what the questions are answered
             from.
+        caption_epochs: how many epochs see captions.
         whole_epochs: how many of the last epochs see all frames of every clip.
         anchor_weight: of the captions' loss, a mean over all words of which few are in a caption, beside the other's;
             0 leaves it out.
     """
 
     reads: ClassVar[View] = "captions"
+    trains_in_turn: ClassVar[bool] = True
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
+    MASKED = 0.5
+    WHOLLY_MASKED = 0.2
     ANCHORS = 2  # one clip in so many of a step
     WARM_UP = 200
     CLIPS_AT_ONCE = 64
@@ -47,6 +52,7 @@ class EncoderPretraining(Method):
         self,
         encoder: AllInOne,
         head: Head,
+        caption_epochs: int = 1,
         whole_epochs: int = 1,
         anchor_weight: float = 10.0,
         learning_rate: float = 6e-4,
@@ -54,12 +60,36 @@ class EncoderPretraining(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, True, learning_rate, weight_decay, seed)
-        if whole_epochs < 0 or not 0 <= anchor_weight < float("inf"):
-            raise ConfigError(f"whole_epochs {whole_epochs} and anchor_weight {anchor_weight} must not be negative")
-        self.whole_epochs, self.anchor_weight = whole_epochs, anchor_weight
+        if min(caption_epochs, whole_epochs) < 0 or not 0 <= anchor_weight < float("inf"):
+            raise ConfigError(
+                f"caption_epochs {caption_epochs}, whole_epochs {whole_epochs} and anchor_weight {anchor_weight} must "
+                "not be negative"
+            )
+        self.caption_epochs, self.whole_epochs, self.anchor_weight = caption_epochs, whole_epochs, anchor_weight
         words = encoder.text_embeddings.word_embeddings.num_embeddings
+        self.word_head = nn.Sequential(nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.LayerNorm(FEATURE_DIM))
+        self.word_bias = nn.Parameter(torch.zeros(words))
         self.layer = StaticLayer(head.inputs, words)
         self.anchor_head = nn.Linear(FEATURE_DIM, words).requires_grad_(anchor_weight > 0)
+
+    def words_loss(self, batch: CaptionBatch, frames: Tensor) -> Tensor:
+        """Return the cross-entropy of masked words of captions with frames (B, T, H, W, 3): of captions, a scalar.
+
+        At least the first word of a caption is masked; which others is drawn anew.
+        """
+        ids, device = batch.caption_ids, batch.labels.device
+        is_word = (batch.caption_mask == 1) & (ids != batch.neutral[0]) & (ids != batch.neutral[-1])
+        masked = torch.rand(ids.shape, device=device) < self.MASKED
+        masked |= torch.rand(len(ids), 1, device=device) < self.WHOLLY_MASKED
+        masked[:, 1] = True
+        masked &= is_word
+        seen = torch.where(masked, batch.neutral[1], ids)
+        words = self.encoder.encode_words(normalise(frames), seen, batch.caption_mask)
+        with self.float32():
+            embeddings = self.encoder.text_embeddings.word_embeddings.weight
+            scores = F.linear(self.word_head(words), embeddings, self.word_bias)
+            losses = F.cross_entropy(scores.transpose(1, 2), ids, reduction="none") * masked
+            return (losses.sum(1) / masked.sum(1).clamp(min=1)).mean()
 
     def captions_loss(self, batch: CaptionBatch, frames: Tensor, every: int = 1) -> Tensor:
         """Return the loss of telling the words of every so many-th caption from an anchor feature, a scalar.
@@ -91,13 +121,14 @@ class EncoderPretraining(Method):
             frames, anchors = batch.frames, self._draw_frames(batch)
             if self.current_epoch < self.trainer.max_epochs - self.whole_epochs:
                 frames = self._draw_frames(batch)
-            loss, _ = self.questions_loss(batch, frames)
+            masks = self.current_epoch < self.caption_epochs
+            loss = self.words_loss(batch, frames) if masks else self.questions_loss(batch, frames)[0]
             return loss + self.captions_loss(batch, anchors, self.ANCHORS) if self.anchor_weight else loss
         loss, accuracy = self.questions_loss(batch, batch.frames)
-        words = self.captions_loss(batch, middle)
-        for name, value in (("words_loss", words), ("answers_accuracy", accuracy), ("loss", words + loss)):
+        captions = self.captions_loss(batch, middle)
+        for name, value in (("captions_loss", captions), ("answers_accuracy", accuracy), ("loss", captions + loss)):
             self.log(f"{split}/{name}", value, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
-        return words + loss
+        return captions + loss
 
     def _draw_frames(self, batch: CaptionBatch) -> Tensor:
         """Draw one frame of every clip, (B, 1, H, W, 3)."""

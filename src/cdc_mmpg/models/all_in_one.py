@@ -194,6 +194,17 @@ class AllInOne(nn.Module):
         tokens = torch.cat([text.expand(visual.shape[0], -1, -1), visual], dim=1)
         return self._transform(tokens, None, frames=frames, text_tokens=text_ids.shape[1])
 
+    def encode_words(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
+        """Return every text token, the mean over the frames, after the final norm: (B, L, 192).
+
+        What masked words are predicted from in pretraining; arguments as `forward`'s.
+        """
+        batch, frames = video.shape[:2]
+        tokens, mask, length = self._fuse(video, text_ids, text_mask)
+        tokens = self.transformer.blocks[-1](self._but_last(tokens, mask, frames, length), attn_mask=mask)
+        words = self.transformer.norm(tokens[:, :length]).float()
+        return words.view(batch, frames, length, FEATURE_DIM).mean(1)
+
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None) -> Tensor:
         """Return the text's [CLS] (B, 192) of a pass without video, after the final norm; (B, L) both arguments."""
         text = self._embed_text(text_ids, text_mask)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from cdc_mmpg.catalogue import KNOWLEDGE, PRETRAINING, WORLDS
+from cdc_mmpg.catalogue import KNOWLEDGE, PRETRAINING, WORLDS, is_trained
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
 from cdc_mmpg.evidence.selection import (
@@ -19,7 +19,7 @@ from cdc_mmpg.report.method_table import KNOWLEDGE_HEADER, build_method_table
 
 def write_caption(evidence: Evidence) -> str:
     """Return the caption of the table of methods, of which there must be a row."""
-    runs = [run for run in find_method_runs(evidence) if run.name != "on_device"] or find_method_runs(evidence)
+    runs = [run for run in find_method_runs(evidence) if is_trained(run.name)] or find_method_runs(evidence)
     groups, types = evidence.groups, find_question_types(evidence)
     queries = "captions" if evidence.is_retrieval else "questions"
 

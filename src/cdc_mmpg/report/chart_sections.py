@@ -4,7 +4,7 @@ import csv
 from math import isfinite
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, FRAMES, NAMES, PER_SAMPLE, SESSIONS, color_of, with_frames
+from cdc_mmpg.catalogue import BASELINE, DEVICES, FRAMES, NAMES, PER_SAMPLE, SESSIONS, VARIANTS, color_of, with_frames
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
 from cdc_mmpg.evidence.findings import list_payloads
@@ -33,13 +33,16 @@ def add_bytes(page: Page, evidence: Evidence) -> None:
     """Add accuracy against the bytes of a download."""
     page.begin("bytes", "Accuracy and bytes")
     series = []
-    for method in evidence.names:
-        if method in (*SESSIONS, "cdc_mmpg", "on_device") or evidence.is_retrieval:  # their payloads follow
+    for row in evidence.rows:
+        method, label = row.method, row.label
+        if method in (*SESSIONS, "cdc_mmpg") or evidence.is_retrieval:  # their payloads follow
             continue
-        runs, accuracy = evidence.find_runs(method), evidence.cite_accuracy(Side(method))
+        if label.startswith("·") or (row.condition and method != "on_device"):
+            continue
+        runs = evidence.find_runs(method, row.condition)
+        accuracy = evidence.cite_accuracy(Side(method, row.condition))
         down = evidence.cite_value(runs[0], "bytes", "down") if runs else None
         if down and accuracy:
-            label = evidence.names[method]
             point = _mark_point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
             series.append(Series(label, color_of(method), [point], square=method in PER_SAMPLE))
     for payload in list_payloads(evidence):
@@ -105,6 +108,36 @@ def add_frames(page: Page, evidence: Evidence) -> None:
             f"Accuracy, {describe_group(evidence)}, against the frames that are taken of a clip; "
             "intervals are in the table.",
         )  # fmt: skip
+
+
+def add_history(page: Page, evidence: Evidence) -> None:
+    """Add accuracy against how many devices train, where fewer were tried."""
+    series, most = [], 0
+    for method in VARIANTS[f"devices{DEVICES[0]}"].methods:
+        whole = evidence.find_runs(method)
+        trained = {row[1] for run in whole[:1] for row in _read_groups(run) if row[0] == "seen"}
+        numbers = {f"{method}.devices{number}": number for number in DEVICES} | {method: len(trained)}
+        points = []
+        for name, number in numbers.items():
+            if number and (accuracy := evidence.cite_accuracy(Side(name))):
+                page.keep_all(f"plots/history/{NAMES[method]}/{number}", accuracy)
+                points.append(make_point(number, accuracy, f"{NAMES[method]}, {number} devices: {accuracy.text} %"))
+        if len(points) > 1:
+            series.append(Series(NAMES[method], color_of(method), points))
+            most = max(most, len(trained))
+    if series:
+        page.begin("history", "Accuracy and the devices that train")
+        page.add_chart(
+            chart_lines("Accuracy against devices that train", series, "devices that train", "% right",
+                        [(n, str(n)) for n in (*DEVICES, most)]),
+            f"Accuracy, {describe_group(evidence)}, against how many devices' questions train. Band: 95 % interval of "
+            "one seed, or standard deviation.",
+        )  # fmt: skip
+
+
+def _read_groups(run: Run) -> list[tuple[str, str]]:
+    """Return group and device of every question of a run's test."""
+    return list(zip(run.answers.groups, run.answers.devices, strict=True)) if run.answers else []
 
 
 def add_devices(page: Page, evidence: Evidence) -> None:

@@ -45,7 +45,7 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
         ("the paper's methods", PAPERS, seeds),
         ("controls", [name for name in main if name not in PAPERS + tuple(sessions)], seeds),
         ("sessions", sessions, seeds),
-        ("opponents on the device", ["on_device"] if devices else [], seeds_of_once),
+        ("opponents on the device", ["on_device", "prompts"] if devices else [], seeds_of_once),
         ("frames (table 4)", listed_frames, evidence.find_seeds(other_frames) or seeds[:1]),
         ("the study of the reasoner", list(STUDY) if has_study else [], STUDY_SEEDS),
         ("privacy", ["privacy"] if devices else [], evidence.find_seeds(["privacy"]) or seeds[:1]),

@@ -14,7 +14,15 @@ from typing import Any
 from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
-from cdc_mmpg.report.chart_sections import add_anchors, add_bytes, add_curves, add_devices, add_frames, add_time
+from cdc_mmpg.report.chart_sections import (
+    add_anchors,
+    add_bytes,
+    add_curves,
+    add_devices,
+    add_frames,
+    add_history,
+    add_time,
+)
 from cdc_mmpg.report.document import Page
 from cdc_mmpg.report.examples import add_examples
 from cdc_mmpg.report.sections import add_controls, add_findings, add_provenance, add_tables
@@ -28,7 +36,7 @@ def build_page(folder: Path, data: Path | None = None) -> tuple[str, dict[str, d
         ConfigError: see `selection.load_comparable`.
     """
     evidence, page = load_comparable(folder), Page()
-    for add_section in (add_findings, add_anchors, add_bytes, add_frames, add_devices):
+    for add_section in (add_findings, add_anchors, add_bytes, add_frames, add_history, add_devices):
         add_section(page, evidence)
     add_examples(page, evidence, data)
     for add_section in (add_tables, add_controls, add_curves, add_time, add_provenance):

@@ -10,6 +10,7 @@ from cdc_mmpg.catalogue import (
     RECIPE_FRAMES,
     SESSION,
     SESSIONS,
+    is_trained,
     with_frames,
 )
 from cdc_mmpg.evaluation.metrics import RECALLS
@@ -80,7 +81,7 @@ def build_paper_table(evidence: Evidence) -> Table:
     header = ["method"]
     for name, paper_keys in columns:
         header += [name, *("paper" for key in paper_keys if printed[key])]
-    listed = [name for name in evidence.names if name != "on_device" and evidence.find_runs(name)]
+    listed = [name for name in evidence.names if is_trained(name) and evidence.find_runs(name)]
     quotes = PaperQuotes(evidence)
     gains = dict(zip(listed, compare_with_fine_tuning(evidence, [Side(name) for name in listed]), strict=True))
     rows: list[tuple[str, list[CitedText]]] = []

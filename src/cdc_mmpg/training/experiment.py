@@ -249,7 +249,11 @@ class Experiment(LightningCLI):
         if config["strategy"] in ("auto", "ddp") and several:
             # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
             # may be part of a forward pass there.
-            kwargs["strategy"] = GroupStrategy(forward_sync_buffers=False, gradient_as_bucket_view=True)
+            kwargs["strategy"] = GroupStrategy(
+                forward_sync_buffers=False,
+                find_unused_parameters=self.model.trains_in_turn,
+                gradient_as_bucket_view=True,
+            )
         try:
             if environment := cluster_environment(launch, several):
                 kwargs["plugins"].append(environment)
