@@ -46,7 +46,11 @@ def runs(tmp_path_factory):
         answered_run(
             root, "cdc_mmpg_session", seed, SESSION_CASES, payloads=SIZES, bytes={"up": 768, "down": 484}, **made
         )
-    answered_run(root, "hyper", 0, {"own": 0.5, "mean_head": 0.5}, **made)
+    spread = {key: {"own": {"unseen": 0.31}} for key in ("tenth_percentile", "calibration_error")}
+    answered_run(root, "hyper", 0, {"own": 0.5, "mean_head": 0.5}, **made, **spread)
+    answered_run(root, "linear.devices12", 0, {"own": 0.4}, **made)
+    held = [(*row[:2], "arc", *row[3:]) if row[1].endswith("1") else row for row in questions()]
+    answered_run(root, "cdc_mmpg_session.arc90", 0, {"n16": 0.8}, asked=held, **made)
     answered_run(root, "cdc_mmpg.frames2", 0, **made)
     some = [None if row[2] == "seen" else row[3] == "color" for row in questions()]
     answered_run(root, "on_device", 0, {"own": 0.6, "tent": 0.6, "labels_15": some}, **made)
@@ -141,11 +145,16 @@ def answers(root, source, entry):
 
 
 def differences(root, entry):
-    """By question, over the seeds."""
-    pairs = [(answers(root, a, entry), answers(root, b, entry))
+    """By question, over the seeds; the group is that of the first run's device, whatever it is in the other."""
+
+    def ungrouped(key):
+        return key[:2] + key[3:]
+
+    of_all = {name: value for name, value in entry.items() if name != "group"}
+    pairs = [(answers(root, a, entry), {ungrouped(key): value for key, value in answers(root, b, of_all).items()})
              for a, b in zip(entry["sources"], entry["minus"], strict=True)]  # fmt: skip
-    shared = [key for key in pairs[0][0] if key in pairs[0][1]]
-    return {key: mean(a[key] - b[key] for a, b in pairs) for key in shared}
+    shared = [key for key in pairs[0][0] if ungrouped(key) in pairs[0][1]]
+    return {key: mean(a[key] - b[ungrouped(key)] for a, b in pairs) for key in shared}
 
 
 def again(root, entry):  # noqa: PLR0911  a way to make it each

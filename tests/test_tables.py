@@ -287,11 +287,12 @@ def by_label(folder):
 
 def test_the_methods_that_answer():
     assert list(catalogue.NAMES) == [
-        "linear", "linear_virtual", "static_mlp", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen",
-        "cdc_mmpg_session", "cdc_mmpg_session_basis", "cdc_mmpg_session_full", "cdc_mmpg_session_film",
-        "cdc_mmpg_session_bias", "cdc_mmpg_session_collected", "cdc_mmpg_session_feature", "cdc_mmpg_session_plain",
-        "session_concatenated", "mean_anchor", "mean_anchor_virtual", "in_context", "in_context_virtual",
-        "corrected_grey_world", "corrected_hue_mode", "corrected_true_cast", "session_oracle", "on_device",
+        "linear", "linear_virtual", "static_mlp", "fine_tuning", "fine_tuning_virtual", "hyper", "hyper_fan_in",
+        "cdc_mmpg", "cdc_mmpg_virtual", "cdc_mmpg_frozen", "cdc_mmpg_session", "cdc_mmpg_session_basis",
+        "cdc_mmpg_session_full", "cdc_mmpg_session_film", "cdc_mmpg_session_bias", "cdc_mmpg_session_collected",
+        "cdc_mmpg_session_feature", "cdc_mmpg_session_plain", "session_concatenated", "mean_anchor",
+        "mean_anchor_virtual", "in_context", "in_context_virtual", "corrected_grey_world", "corrected_hue_mode",
+        "corrected_true_cast", "session_oracle", "on_device", "prompts",
     ]  # fmt: skip
     assert catalogue.NAMES["cdc_mmpg"] == "CDC-MMPG"
     assert catalogue.NAMES["cdc_mmpg_session"] == "Session, n = 16"
@@ -310,11 +311,13 @@ def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
         "F-linear, virtual devices",
         "Static MLP",
         "Fine-tuning",
+        "Fine-tuning, virtual devices",
         "F-hyper",
         "F-hyper, hyperfan-in",
         "CDC-MMPG",
         "· another sample's anchor",
         "· ADR bypassed",
+        "CDC-MMPG, virtual devices",
         "CDC-MMPG, frozen",
         "Session, n = 1",
         "Session, n = 4",
@@ -340,6 +343,7 @@ def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
         "By hand: true cast, a ceiling",
         "Oracle: the true cast",
         "On the device: before",
+        "On the device: FOA's prompts",
     ]
     assert list(table["F-linear"].values()) == [
         "F-linear", "70.0 [67.6, 72.3]", "80.0 [77.6, 82.3]", "", "69.0", "68.0", "67.0", "66.0", "65.0", "",
@@ -355,18 +359,18 @@ def test_rows_of_conditions(synthetic):
     table = by_label(synthetic)
     costs = ("val %", "D-Param", "C-Param", "up, B", "down, B", "train s")
     own = table["Session, n = 16"]
-    for label, unseen in (("n = 16", "78.0"), ("n = 8", "68.0"), ("n = 4", "58.0"), ("n = 1", "48.0")):
+    for label, unseen in (("n = 16", "80.0"), ("n = 8", "70.0"), ("n = 4", "60.0"), ("n = 1", "50.0")):
         row = table[f"Session, {label}"]
         assert row["unseen %"].split()[0] == unseen
         for name in costs[1:5]:
             assert row[name] == own[name] != ""
-        assert (row["val %"], row["train s"]) == (("79.0", "34.2") if row is own else ("", ""))
+        assert (row["val %"], row["train s"]) == (("81.0", "34.2") if row is own else ("", ""))
     for label, unseen, traffic in (
-        ("· another sample's anchor", "66.0", ""),
-        ("· ADR bypassed", "56.0", ""),
-        ("· no anchors: the static head", "38.0", "0"),
-        ("· another device's 8 anchors", "28.0", ""),
-        ("· another device's 16 anchors", "18.0", ""),
+        ("· another sample's anchor", "67.0", ""),
+        ("· ADR bypassed", "57.0", ""),
+        ("· no anchors: the static head", "40.0", "0"),
+        ("· another device's 8 anchors", "30.0", ""),
+        ("· another device's 16 anchors", "20.0", ""),
     ):
         row = table[label]
         assert row["unseen %"].split()[0] == unseen
@@ -1070,9 +1074,9 @@ def test_names_of_others_are_neither_markup_nor_control_characters(tmp_path, cap
 def test_after_all_that_make_tables_trains_nothing_is_missing(tmp_path):
     listed = subprocess.run(["make", "-n", "tables", f"OUT={tmp_path}"], capture_output=True, text=True, check=True)
     fits = re.findall(r'default_root_dir="?[^ "]*/synthetic/([\w.]+)/seed(\d+)', listed.stdout)
-    controls = re.findall(r"-m cdc_mmpg (on_device|privacy) \S*/seed(\d+)", listed.stdout)
+    controls = re.findall(r"-m cdc_mmpg (on_device|prompts|privacy) \S*/seed(\d+)", listed.stdout)
     made = sorted({(name, int(seed)) for name, seed in (*fits, *controls)})
-    assert len({name for name, _ in made}) == 43
+    assert len({name for name, _ in made}) == 68
     for name, seed in made:
         changes = {"accuracy": {}} if name.partition(".")[0] in ("encoder_pretraining", "privacy") else {}
         if not name.startswith("adr_"):
@@ -1080,7 +1084,8 @@ def test_after_all_that_make_tables_trains_nothing_is_missing(tmp_path):
     evidence = Evidence(tmp_path / "synthetic")
     assert [what for what, _ in find_missing(evidence)] == ["answers by question, for the differences"]
     asked = [("fine_tuning", 2), ("fine_tuning.frames4", 0), ("hyper", 0), ("cdc_mmpg_session", 1), ("privacy", 0),
-             ("cdc_mmpg_frozen.group8_anchor", 3), ("on_device", 0), ("session_oracle", 2)]  # fmt: skip
+             ("cdc_mmpg_frozen.group8_anchor", 3), ("on_device", 0), ("session_oracle", 2),
+             ("linear.devices24", 0), ("cdc_mmpg_session.no_background", 0), ("prompts", 0)]  # fmt: skip
     for name, seed in asked:
         assert (name, seed) in made
         shutil.rmtree(tmp_path / "synthetic" / name / f"seed{seed}")

@@ -85,7 +85,7 @@ def choose_examples(
     chosen: tuple[list[ClipExample], list[ClipExample]] = ([], [])
     used: tuple[set[str], set[str]] = (set(), set())
     for key, (answered, right) in read_words(first, case):
-        clip, device, _, _, question, answer, _ = key
+        clip, device, _, question, answer, _ = key
         way = 0 if right else 1
         was, was_right = before.get(key, ("", right))
         if right != was_right and device not in used[way] and len(chosen[way]) < EXAMPLES_OF_A_KIND:

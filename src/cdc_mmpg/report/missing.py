@@ -14,6 +14,7 @@ from cdc_mmpg.catalogue import (
     RECIPE_FRAMES,
     STUDY,
     STUDY_SEEDS,
+    VARIANTS,
     WORLDS,
     runs_of_all,
     with_frames,
@@ -38,6 +39,8 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
     sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
     other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
     listed_frames = other_frames if build_frames_table(evidence) else []
+    changed = [f"{method}.{name}" for name, own in VARIANTS.items() for method in own.methods if method != PRETRAINING]
+    variants = changed if devices else []
     has_study = devices and evidence.dataset not in FURTHER_WORLDS
     seeds = evidence.find_seeds(main) or [0]
     seeds_of_once = evidence.find_seeds(once) or seeds[:1]
@@ -47,6 +50,7 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
         ("sessions", sessions, seeds),
         ("opponents on the device", ["on_device", "prompts"] if devices else [], seeds_of_once),
         ("frames (table 4)", listed_frames, evidence.find_seeds(other_frames) or seeds[:1]),
+        ("what is changed in training", variants, evidence.find_seeds(variants) or seeds[:1]),
         ("the study of the reasoner", list(STUDY) if has_study else [], STUDY_SEEDS),
         ("privacy", ["privacy"] if devices else [], evidence.find_seeds(["privacy"]) or seeds[:1]),
     ]
