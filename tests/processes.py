@@ -48,12 +48,16 @@ class Recorder(Callback):
 class Witness(Callback):
     """Writes down into the run's folder, on every process, what a run came to: `witness.<rank>.pt`.
 
-    The weights after training, before testing loads the best epoch; what was logged after every evaluation; the
-    outcomes by split.
+    The weights after training, before testing loads the best epoch; what was logged after every evaluation; the turns
+    of encoder pretraining; the outcomes by split.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Any] = {"weights": {}, "logged": [], "outcomes": {}}
+        self.found: dict[str, Any] = {"weights": {}, "logged": [], "turns": [], "outcomes": {}}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: object) -> None:
+        if (turn := getattr(pl_module, "_turn", None)) is not None:
+            self.found["turns"].append((turn.captions, None if turn.frames is None else turn.frames.tolist()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, pl_module, "val")

@@ -309,6 +309,7 @@ def test_texts_without_padding_need_no_mask():
     encoder, (video, ids, mask) = small().eval(), inputs()
     assert_agree(encoder(video, ids, None).frame_features, encoder(video, ids, mask).frame_features)
     assert_agree(encoder.encode_text(ids, None), encoder.encode_text(ids, mask))
+    assert_agree(encoder.encode_words(video, ids, None), encoder.encode_words(video, ids, mask))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.distributed
 from cdc_mmpg.data.batch import UNKNOWN_LABEL
 from cdc_mmpg.data.sampling import BatchPlan, EpochBatches, EpochDataModule, EpochOrder, plan_batches
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.models.processes import moments_over_processes
+from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training.cli import main
 from communities import write_msrvtt_retrieval
@@ -272,7 +272,8 @@ def moments(path: str) -> int:
     own = (rows[:2] if rank == 0 else rows[2:]).clone().requires_grad_()  # two rows, and three
     mean, std = moments_over_processes(own)
     (mean.square() * std).sum().backward()
-    torch.save((mean.detach(), std.detach(), own.grad / 2), f"{path}.{rank}")
+    number = average_over_processes(own.detach().mean(), torch.tensor(float(own.numel())))
+    torch.save((mean.detach(), std.detach(), own.grad / 2, number), f"{path}.{rank}")
     torch.distributed.destroy_process_group()
     return 0
 
@@ -290,3 +291,4 @@ def test_statistics_over_processes_are_those_of_all_rows(tmp_path):
         assert_agree(part[0], mean.detach())
         assert_agree(part[1], std.detach())
     assert_agree(torch.cat([part[2] for part in parts]), rows.grad)
+    assert float(sum(part[3] for part in parts)) / 2 == pytest.approx(float(rows.mean()), abs=1e-6)

@@ -145,8 +145,8 @@ def test_every_pair_parses_with_the_papers_settings(dataset, method, phase_one):
     assert type(model).__module__ == f"cdc_mmpg.methods.{module}"
     phase_one_run = method.startswith("adr_pretraining")
     pretraining = method == "encoder_pretraining"  # ours
-    assert model.learning_rate == (6e-4 if pretraining else 2e-5 if phase_one_run else 1e-4)
-    assert experiment.trainer.max_epochs == (16 if pretraining else 10 if phase_one_run else 40)
+    assert model.learning_rate == (7e-4 if pretraining else 2e-5 if phase_one_run else 1e-4)
+    assert experiment.trainer.max_epochs == (22 if pretraining else 10 if phase_one_run else 40)
     assert data.batch_size == (32 if dataset == "synthetic" else 256)
     frames_of_five = dataset in ("msrvtt_choice", "tgif_action", "tgif_transition") and model.train_encoder
     assert experiment.trainer.accumulate_grad_batches == (4 if frames_of_five else 1)

@@ -351,6 +351,8 @@ def test_the_contrast_of_clips_and_first_captions_in_numpy():
         lambda: EncoderPretraining(encoder(), OpenEnded(5), whole_epochs=-1),
         lambda: EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=-1.0),
         lambda: EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=float("nan")),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), question_share=-0.1),
+        lambda: EncoderPretraining(encoder(), OpenEnded(5), question_share=1.1),
         lambda: FineTuning(encoder(), OpenEnded(5), learning_rate=float("inf")),
         lambda: FineTuning(encoder(), OpenEnded(5), learning_rate=-1.0),
         lambda: FineTuning(encoder(), OpenEnded(5), weight_decay=float("inf")),
@@ -361,7 +363,7 @@ def test_impossible_settings_are_refused(impossible):
         impossible()
     for possible in (OpenEnded(1, 1), Retrieval(1, 1e-3), FineTuning(encoder(), OpenEnded(5), weight_decay=0.0)):
         assert isinstance(possible, torch.nn.Module)
-    EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, whole_epochs=0, anchor_weight=0.0)
+    EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, whole_epochs=0, question_share=0.0)
 
 
 def captioned(number: int, words: int = 8) -> CaptionBatch:
@@ -388,7 +390,7 @@ def test_half_of_the_words_are_masked_and_in_a_fifth_of_the_captions_all(monkeyp
 
     monkeypatch.setattr(method.encoder, "encode_words", spy)
     with torch.no_grad():
-        loss = method.words_loss(batch, batch.frames[:, :1])
+        loss, accuracy = method.captions_loss(batch, training=True)
     is_word = batch.caption_ids >= 5
     masked = (seen[0] == 4) & is_word
     assert (masked == (seen[0] != batch.caption_ids)).all()
@@ -400,22 +402,34 @@ def test_half_of_the_words_are_masked_and_in_a_fifth_of_the_captions_all(monkeyp
     # Equal hidden states: the scores are the bias behind norm and embedding, the same for every word.
     hidden = method.word_head(torch.zeros(1, 192))
     scores = (hidden @ method.encoder.text_embeddings.word_embeddings.weight.T + method.word_bias)[0].log_softmax(-1)
-    by_caption = [-scores[ids[own]].mean().item() for ids, own in zip(batch.caption_ids, masked, strict=True)]
-    assert loss.item() == pytest.approx(np.mean(by_caption), rel=1e-4)
+    wanted = batch.caption_ids[masked]
+    assert loss.item() == pytest.approx(-scores[wanted].mean().item(), rel=1e-4)
+    assert accuracy.item() == pytest.approx((wanted == scores.argmax()).float().mean().item(), abs=1e-6)
 
 
 @torch.no_grad()
-def test_the_words_of_a_caption_are_told_from_an_anchor():
-    method, batch = EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=7.0).eval(), captioned(5)
-    frames = torch.randint(256, (5, 1, 32, 32, 3), generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+@pytest.mark.parametrize(("number", "part"), [(9, 2), (3, 1)])
+def test_a_quarter_tells_the_words_of_its_caption_from_one_frame(number, part):
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captioned(number)
+    generator = torch.Generator().manual_seed(6)
+    frames = torch.randint(256, (number, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    batch = batch._replace(frames=frames)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    prompt = torch.tensor([[2, 4, 4, 4, 4, 4, 4, 4, 4, 3]] * 5)
-    video = ((frames.double() / 255 - mean) / std).movedim(-1, 2).float()
-    scores = method.anchor_head(method.encoder(video, prompt, torch.ones_like(prompt)).fused).double().numpy()
-    there = np.array([[word in row and word > 0 for word in range(50)] for row in batch.caption_ids.tolist()])
-    losses = np.log1p(np.exp(-np.abs(scores))) + np.maximum(scores, 0) - scores * there
-    assert method.captions_loss(batch, frames).item() == pytest.approx(7 * losses.mean(), rel=1e-5)
-    assert method.captions_loss(batch, frames, 2).item() == pytest.approx(7 * losses[::2].mean(), rel=1e-5)
+    prompt = torch.tensor([[2, 4, 4, 4, 4, 4, 4, 4, 4, 3]] * part)
+    there = np.array([[word in row and word > 0 for word in range(50)] for row in batch.caption_ids[:part].tolist()])
+    expected = []
+    for frame in range(3):
+        video = ((batch.frames[:part, frame : frame + 1].double() / 255 - mean) / std).movedim(-1, 2).float()
+        scores = method.anchor_head(method.encoder(video, prompt, torch.ones_like(prompt)).fused).double().numpy()
+        losses = np.log1p(np.exp(-np.abs(scores))) + np.maximum(scores, 0) - scores * there
+        expected.append(10 * losses.mean())
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(12):
+        loss = method.anchors_loss(batch).item()
+        (frame,) = [frame for frame in range(3) if loss == pytest.approx(expected[frame], rel=1e-5)]
+        seen.add(frame)
+    assert seen == {0, 1, 2}  # any of the three, each by itself
 
 
 @torch.no_grad()
@@ -425,48 +439,97 @@ def test_questions_of_the_pretraining_are_answered_in_words():
     fused = method.encoder(pixels.movedim(-1, 2).float(), batch.text_ids, batch.text_mask).fused
     scores = method.layer(method.head.phi(fused))
     assert scores.shape == (6, 50)  # words, not the head's classes
-    loss, accuracy = method.questions_loss(batch, batch.frames)
+    loss, accuracy = method.questions_loss(batch)
     assert_agree(loss, F.cross_entropy(scores, batch.labels))
     assert accuracy.item() == pytest.approx((scores.argmax(-1) == batch.labels).float().mean().item())
 
 
-def test_all_but_the_last_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypatch):
-    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=2, whole_epochs=1)
+def test_most_epochs_of_the_pretraining_see_a_single_frame_of_each_clip(monkeypatch):
+    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=3, question_share=1.0, whole_epochs=1)
+    monkeypatch.setattr(EncoderPretraining, "SINGLE_FRAME", 1.0)
     batch, asked = captioned(8), []
 
     def note(kind: str) -> Callable[..., object]:
-        def loss(seen: CaptionBatch, frames: torch.Tensor, every: int = 1) -> object:
-            if method.training:
-                asked.append((kind, frames[:, :, 0, 0, 0].tolist()))
-            value = method.layer.bias.square().sum()
-            return (value, value) if kind == "questions" else value
+        def loss(seen: CaptionBatch, training: bool = True) -> object:
+            asked.append((kind, seen.frames[:, :, 0, 0, 0].tolist()))
+            value = method.word_bias.square().sum()
+            return value if kind == "anchors" else (value, value)
 
         return loss
 
-    for kind in ("words", "captions", "questions"):
+    for kind in ("captions", "questions", "anchors"):
         monkeypatch.setattr(method, f"{kind}_loss", note(kind))
-    trainer(max_epochs=5).fit(method, DataLoader([batch], batch_size=None))
-    assert [kind for kind, _ in asked] == ["words", "captions"] * 2 + ["questions", "captions"] * 3
+    loader = DataLoader([batch], batch_size=None)
+    trainer(max_epochs=5).fit(method, loader)
+    assert [kind for kind, _ in asked] == ["captions", "anchors"] * 3 + ["questions", "anchors"] * 2
     own = batch.frames[:, :, 0, 0, 0].tolist()
-    draws = [
-        [frames.index(grey) for (grey,), frames in zip(greys, own, strict=True)]
-        for kind, greys in asked if kind == "captions" or greys != own
-    ]  # fmt: skip
-    assert len(draws) == 9  # the last question alone sees all
-    assert {place for draw in draws for place in draw} == {0, 1, 2}
-    assert len(set(map(tuple, draws))) == 9  # every clip by itself, anchors and questions apart
-    assert asked[-2] == ("questions", own)
+    chosen = []
+    for kind, greys in asked[:8]:
+        places = [frames.index(grey) for (grey,), frames in zip(greys, own, strict=True)]
+        chosen += places if kind != "anchors" else []
+    assert set(chosen) == {0, 1, 2}
+    assert len(set(map(tuple, zip(*[iter(chosen)] * 8, strict=True)))) > 1
+    assert [greys for _, greys in asked[8:]] == [own] * 2
 
 
-def test_without_a_loss_on_anchors_nothing_waits_for_one():
-    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, anchor_weight=0.0)
-    method.trainer = trainer(max_epochs=1)
-    method._step(captioned(4), "train").backward()
-    left = [name for name, value in method.named_parameters() if value.requires_grad and value.grad is None]
-    assert {name.split(".")[0] for name in left} == {"word_head", "word_bias"}
+def test_without_a_loss_on_anchors_none_is_computed(monkeypatch):
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5), anchor_weight=0.0), captioned(4)
+    monkeypatch.setattr(method, "anchors_loss", None)
     with torch.no_grad():
-        loss, _ = method.eval().questions_loss(captioned(4), captioned(4).frames)
-        assert_agree(method._step(captioned(4), "train"), loss)  # the only epoch sees all frames
+        torch.manual_seed(0)
+        expected = method.captions_loss(batch, training=True)[0]
+        torch.manual_seed(0)
+        assert_agree(method._step(batch, "train"), expected)
+
+
+def test_pretraining_takes_turns_of_captions_and_questions(monkeypatch):
+    method, seen = EncoderPretraining(encoder(), OpenEnded(5)), []
+    method.trainer = trainer(max_epochs=9)
+    nothing = torch.zeros(())
+    monkeypatch.setattr(
+        method, "captions_loss", lambda batch, training: seen.append((0, batch.frames.shape[1])) or [nothing]
+    )
+    monkeypatch.setattr(method, "questions_loss", lambda batch: seen.append((1, batch.frames.shape[1])) or [nothing])
+    monkeypatch.setattr(method, "anchors_loss", lambda batch: nothing)
+    batch = captioned(1)
+    for epoch, asked, single in ((0, 0, 0.95), (3, 0, 0.95), (4, 0.75, 0.95), (6, 0.75, 0.95), (7, 0.75, 0)):
+        monkeypatch.setattr(Method, "current_epoch", epoch)
+        seen.clear()
+        for number in range(1500):
+            method.on_train_batch_start(batch, number)
+            method._step(batch, "train")
+        questions, frames = zip(*seen, strict=True)
+        assert np.mean(questions) == pytest.approx(asked, abs=0.04)
+        assert np.mean(np.array(frames) == 1) == pytest.approx(single, abs=0.02)
+
+
+def test_all_processes_take_the_same_turn_and_draw_words_of_their_own(monkeypatch):
+    method, batch = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=0, question_share=0.5), captioned(8)
+    method.trainer = trainer(max_epochs=9)
+    turns: list[list[object]] = [[], []]
+    drawn: list[list[float]] = [[], []]
+    for rank in (0, 1):
+        monkeypatch.setattr(Method, "global_rank", rank)
+        for number in range(40):
+            method.on_train_batch_start(batch, number)
+            captions, frames, _ = method._turn
+            turns[rank].append((captions, None if frames is None else frames.tolist()))
+            drawn[rank].append(torch.rand(()).item())
+    assert turns[0] == turns[1]
+    assert {captions for captions, _ in turns[0]} == {True, False}
+    assert not set(drawn[0]) & set(drawn[1])
+
+
+@torch.no_grad()
+def test_another_seed_masks_other_words_in_validation(monkeypatch):
+    method, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), []
+    monkeypatch.setattr(
+        method.encoder, "encode_words", lambda video, ids, mask: seen.append(ids) or torch.zeros(*ids.shape, 192)
+    )
+    for method.seed in (0, 1, 0):
+        method.captions_loss(captioned(9), training=False)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
 
 
 @torch.no_grad()
@@ -475,9 +538,9 @@ def test_validation_of_the_pretraining_adds_up_both_losses(monkeypatch):
     (logged,) = trainer().validate(method, DataLoader(batches, batch_size=None), verbose=False)
     expected = {}
     for batch, weight in zip(batches, (6 / 8, 2 / 8), strict=True):
-        captions = method.eval().captions_loss(batch, batch.frames[:, 1:2])
-        loss, accuracy = method.questions_loss(batch, batch.frames)
-        for name, value in (("captions_loss", captions), ("answers_accuracy", accuracy), ("loss", captions + loss)):
+        words, words_accuracy = method.eval().captions_loss(batch, training=False)
+        loss, accuracy = method.questions_loss(batch)
+        for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):
             expected[f"val/{name}"] = expected.get(f"val/{name}", 0.0) + weight * value.item()
     assert logged == pytest.approx(expected, rel=1e-4)
 
@@ -485,7 +548,7 @@ def test_validation_of_the_pretraining_adds_up_both_losses(monkeypatch):
 def test_the_rate_of_the_pretraining_rises_then_falls(monkeypatch):
     monkeypatch.setattr(EncoderPretraining, "WARM_UP", 4)
     method, rates = EncoderPretraining(encoder(), OpenEnded(5), learning_rate=1.0), []
-    method.training_step = lambda batch, batch_idx: method.layer.bias.square().sum()
+    method.training_step = lambda batch, batch_idx: method.word_bias.square().sum()
     method.on_train_batch_end = lambda *_: rates.append(method.optimizers().param_groups[0]["lr"])
     trainer(max_epochs=8).fit(method, DataLoader([captioned(2)], batch_size=None))
     # From a quarter up to all of it in four steps, times what is left of eight.

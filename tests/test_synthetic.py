@@ -395,6 +395,7 @@ def test_stopped_in_the_middle_it_ends_as_if_nothing_had_happened(method, batch_
             f"--data.init_args.cache_dir={tmp_path / 'data'}", f"--data.init_args.vocab={synthetic / 'vocab.txt'}",
             f"--data.init_args.batch_size={batch_size}", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=3",
             "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+            *(["--model.init_args.caption_epochs=1"] if method == "encoder_pretraining" else []),
             *recording(out / "last.pt", pause),
         ]  # fmt: skip
 

@@ -45,9 +45,11 @@ def command(root: Path, out: Path, dataset: str, method: str) -> list[str]:
     """The arguments of a tiny run on two processes; every run builds on runs below `out`."""
     others = dataset != "synthetic"
     more = []
+    if method == "encoder_pretraining":  # both turns, and clips whole and frame by frame
+        more += [f"--model.init_args.{name}" for name in ("caption_epochs=0", "question_share=0.5", "whole_epochs=1")]
     if method == "adr_pretraining":
         more += ["--model.init_args.axis=batch"]
-    if not others and method in ("cdc_mmpg_session", "in_context", "linear"):
+    if not others and method in ("cdc_mmpg_session", "in_context", "linear", "fine_tuning"):
         more += ["--model.init_args.virtual=1"]
     if others and "session" in method:
         more += ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04]"]
@@ -140,8 +142,11 @@ def test_the_processes_agree_on_weights_and_on_all_that_is_logged(witnessed):
         for name, value in first["weights"].items():  # buffers, too: what training keeps beside the weights
             assert torch.equal(value, second["weights"][name]), f"{run}: {name}"
         assert first["logged"] == second["logged"], run
+        assert first["turns"] == second["turns"], run
         for split, cases in first["outcomes"].items():
             assert list(cases) == list(second["outcomes"][split]), run
+    turns = [turn for turn, _ in witnessed["synthetic/encoder_pretraining"][1][0]["turns"]]
+    assert {True, False} == set(turns)
 
 
 def test_two_processes_test_as_one_does(witnessed):

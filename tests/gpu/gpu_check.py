@@ -172,7 +172,7 @@ def runs() -> dict[str, Any]:
         partial(note, "accumulated", "cdc_mmpg", command(
             "cdc_mmpg", "f", adr, f"--data.init_args.per_device={2 if SMALL else 16}", epochs=3)),
         partial(note, "encoder_pretraining", "encoder_pretraining", command(
-            "encoder_pretraining", "a", "--model.init_args.whole_epochs=1")),
+            "encoder_pretraining", "a", "--model.init_args.caption_epochs=1", "--model.init_args.whole_epochs=1")),
         partial(note, "session", "cdc_mmpg_session", command("cdc_mmpg_session", "a")),
         partial(note, "kept_features", "hyper", command("hyper", "a")),
         partial(note, "bf16_statistics_of_batches", "adr_pretraining", command(

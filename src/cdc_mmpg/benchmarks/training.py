@@ -128,7 +128,7 @@ def build_method(name: str, task: Task, sizes: Sizes) -> Method:
         return method
     classes = {"fine_tuning": FineTuning, "linear": Linear, "hyper": Hyper, "adr_pretraining": ADRPretraining}
     if name == "encoder_pretraining":
-        return EncoderPretraining(encoder, head, caption_epochs=0)  # questions, of all frames
+        return EncoderPretraining(encoder, head, caption_epochs=1, whole_epochs=1)  # captions, of all frames
     return classes[name](encoder, head)
 
 
@@ -188,9 +188,7 @@ def count_operations(method: Method, batch: Any) -> float:
     method.cpu().train()
     with FlopCounterMode(display=False) as flops:
         if isinstance(method, EncoderPretraining):
-            (
-                method.questions_loss(few, few.frames)[0] + method.captions_loss(few, few.frames[:, :1], method.ANCHORS)
-            ).backward()
+            (method.captions_loss(few, training=True)[0] + method.anchors_loss(few)).backward()
         else:
             method._step(few, "train").backward()
     return flops.get_total_flops() / 2

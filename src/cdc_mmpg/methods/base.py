@@ -144,7 +144,11 @@ class Method(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step."""
-        place = f"{self.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+        self.seed_step(batch_idx, self.global_rank)
+
+    def seed_step(self, batch_idx: int, rank: int) -> None:
+        """Begin the random numbers of a training step as the process `rank` begins them."""
+        place = f"{self.seed} {self.current_epoch} {batch_idx} {rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -1,139 +1,197 @@
-"""Pretraining of a small encoder on captioned clips: questions about them, and their captions' words."""
+"""Pretraining of a small encoder on captioned clips: masked words first, then questions about what is to be seen."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.data.batch import CaptionBatch, FeatureBatch, Split, View, normalise
+from cdc_mmpg.data.sampling import EpochDataModule
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.methods.base import Method, ParameterCounts, Traffic, count
+from cdc_mmpg.methods.base import Averages, Method, ParameterCounts, Traffic, count
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import StaticLayer
 from cdc_mmpg.models.heads import Head
+from cdc_mmpg.models.processes import average_over_processes
 from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.models.weights import save_safetensors
 
 
+class Turn(NamedTuple):
+    """What a training step does, on all processes alike."""
+
+    captions: bool  # of captions or questions
+    frames: Tensor | None  # (B,) the only frame of each clip that is seen; None is all
+    counts: bool  # whether the batch has samples of its own, see `EpochBatches`
+
+
 class EncoderPretraining(Method):
-    """Questions and captions of clips; leaves an encoder, and what it reads of an anchor.
+    """Captions for some epochs, then questions and captions in turn; leaves an encoder and what it reads of an anchor.
 
     The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
-    enough to begin at random. In the first epochs clips are seen with their captions, half of whose words are masked,
-    in a fifth of the captions all of them; then with a question, which is answered in words, as many as the vocabulary
-    has. Beside either, one clip in `ANCHORS` is seen as anchors are (one frame, a neutral prompt), and all words of its
-    caption are told from the anchor feature. But for the last epochs a single frame of each clip is seen, which costs a
-    third and teaches what a frame shows as well. The rate rises over `WARM_UP` steps.
+    enough to begin at random. Of a caption half of the words are masked, in a fifth of the captions all of them;
+    questions are answered in words, as many as the vocabulary has. Nearly all batches see a single frame of each clip,
+    which costs a third and teaches what a frame shows as well; the last epochs see all. Beside either, a quarter of the
+    batch is seen as anchors are (one frame, a neutral prompt), and the caption's words are told from the anchor
+    feature. The rate rises over `WARM_UP` steps.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`; the head reads what the questions are answered
             from.
-        caption_epochs: how many epochs see captions.
+        caption_epochs: how many epochs see captions only.
+        question_share: of the batches after them.
         whole_epochs: how many of the last epochs see all frames of every clip.
-        anchor_weight: of the captions' loss, a mean over all words of which few are in a caption, beside the other's;
-            0 leaves it out.
+        anchor_weight: of the loss of telling words from anchors, beside the other, which is a mean over all words of
+            which few are in a caption; 0 leaves it out.
     """
 
     reads: ClassVar[View] = "captions"
     trains_in_turn: ClassVar[bool] = True
+    averages: Averages = "step"
+    needs_whole_step = "the words of a step are averaged over all that are masked in it"
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
     MASKED = 0.5
     WHOLLY_MASKED = 0.2
-    ANCHORS = 2  # one clip in so many of a step
-    WARM_UP = 200
+    SINGLE_FRAME = 0.95
+    ANCHORS = 0.25
+    WARM_UP = 100
     CLIPS_AT_ONCE = 64
 
     def __init__(
         self,
         encoder: AllInOne,
         head: Head,
-        caption_epochs: int = 1,
-        whole_epochs: int = 1,
+        caption_epochs: int = 4,
+        question_share: float = 0.75,
+        whole_epochs: int = 2,
         anchor_weight: float = 10.0,
-        learning_rate: float = 6e-4,
+        learning_rate: float = 7e-4,
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head, True, learning_rate, weight_decay, seed)
-        if min(caption_epochs, whole_epochs) < 0 or not 0 <= anchor_weight < float("inf"):
+        least = min(caption_epochs, whole_epochs)
+        if least < 0 or not 0 <= anchor_weight < float("inf") or not 0 <= question_share <= 1:
             raise ConfigError(
                 f"caption_epochs {caption_epochs}, whole_epochs {whole_epochs} and anchor_weight {anchor_weight} must "
-                "not be negative"
+                f"not be negative and question_share {question_share} be in [0, 1]"
             )
-        self.caption_epochs, self.whole_epochs, self.anchor_weight = caption_epochs, whole_epochs, anchor_weight
-        words = encoder.text_embeddings.word_embeddings.num_embeddings
+        self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
+        self.anchor_weight = anchor_weight
+        self._turn = Turn(captions=True, frames=None, counts=True)
+        self.layer = StaticLayer(head.inputs, encoder.text_embeddings.word_embeddings.num_embeddings)
         self.word_head = nn.Sequential(nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.GELU(), nn.LayerNorm(FEATURE_DIM))
-        self.word_bias = nn.Parameter(torch.zeros(words))
-        self.layer = StaticLayer(head.inputs, words)
-        self.anchor_head = nn.Linear(FEATURE_DIM, words).requires_grad_(anchor_weight > 0)
+        self.anchor_head = nn.Linear(FEATURE_DIM, encoder.text_embeddings.word_embeddings.num_embeddings)
+        self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
 
-    def words_loss(self, batch: CaptionBatch, frames: Tensor) -> Tensor:
-        """Return the cross-entropy of masked words of captions with frames (B, T, H, W, 3): of captions, a scalar.
+    def mask_words(self, batch: CaptionBatch, training: bool) -> Tensor:
+        """Draw which words of the captions are masked, (B, L): half of them, or all; at least one.
 
-        At least the first word of a caption is masked; which others is drawn anew.
+        Outside training the draws of a caption follow from its place in the split, so that they are the same in every
+        epoch and whatever else is in the batch.
         """
-        ids, device = batch.caption_ids, batch.labels.device
-        is_word = (batch.caption_mask == 1) & (ids != batch.neutral[0]) & (ids != batch.neutral[-1])
-        masked = torch.rand(ids.shape, device=device) < self.MASKED
-        masked |= torch.rand(len(ids), 1, device=device) < self.WHOLLY_MASKED
-        masked[:, 1] = True
+        rows, length = batch.caption_ids.shape
+        device = batch.labels.device
+        if training:
+            words, captions = torch.rand(rows, length, device=device), torch.rand(rows, 1, device=device)
+        else:
+            drawn = [np.random.default_rng((self.seed, i)).random(1 + length) for i in batch.indices.tolist()]
+            captions, words = torch.from_numpy(np.stack(drawn)).to(device).split([1, length], dim=1)
+        masked = (words < self.MASKED) | (captions < self.WHOLLY_MASKED)
+        cls, sep = batch.neutral[0], batch.neutral[-1]
+        is_word = (batch.caption_mask == 1) & (batch.caption_ids != cls) & (batch.caption_ids != sep)
         masked &= is_word
-        seen = torch.where(masked, batch.neutral[1], ids)
-        words = self.encoder.encode_words(normalise(frames), seen, batch.caption_mask)
-        with self.float32():
-            embeddings = self.encoder.text_embeddings.word_embeddings.weight
-            scores = F.linear(self.word_head(words), embeddings, self.word_bias)
-            losses = F.cross_entropy(scores.transpose(1, 2), ids, reduction="none") * masked
-            return (losses.sum(1) / masked.sum(1).clamp(min=1)).mean()
+        masked[:, 1] |= is_word[:, 1]
+        return masked
 
-    def captions_loss(self, batch: CaptionBatch, frames: Tensor, every: int = 1) -> Tensor:
-        """Return the loss of telling the words of every so many-th caption from an anchor feature, a scalar.
+    def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of the masked words, and how many of them are right; scalars.
 
-        Args:
-            batch: captions of B clips.
-            frames: (B, 1, H, W, 3) of theirs.
-            every: 1 is all.
+        In training the means are over the words; else over the captions, so that they do not depend on the batches.
         """
-        frames, captions = frames[::every], batch.caption_ids[::every]
-        encoded = self.encoder(normalise(frames), batch.neutral.expand(len(frames), -1), None)
+        masked = self.mask_words(batch, training)
+        places = masked.flatten().nonzero().squeeze(1)  # waits for the device: how many decides all shapes
+        ids = batch.caption_ids.masked_fill(masked, batch.neutral[1])
+        words = self.encoder.encode_words(normalise(batch.frames), ids, batch.caption_mask)
+        words = words.flatten(0, 1).index_select(0, places)
+        with self.float32():
+            scores = F.linear(
+                self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
+            )
+            wanted = batch.caption_ids.flatten()[places]
+            if training:
+                loss = self._average(F.cross_entropy(scores, wanted), len(wanted))
+                return loss, (scores.argmax(-1) == wanted).float().mean()
+            found = torch.stack(
+                [F.cross_entropy(scores, wanted, reduction="none"), (scores.argmax(-1) == wanted).float()], dim=-1
+            )
+            of_captions = found.new_zeros(len(masked), 2).index_add(0, places // masked.shape[1], found)
+            loss, right = (of_captions / masked.sum(1, keepdim=True).clamp(min=1)).mean(0)
+            return loss, right
+
+    def anchors_loss(self, batch: CaptionBatch) -> Tensor:
+        """Return the loss of telling the caption's words from the anchor feature of one frame, a scalar."""
+        part = slice(max(1, int(len(batch.labels) * self.ANCHORS)))
+        captions = batch.caption_ids[part]
+        frame = int(torch.randint(batch.frames.shape[1], ()))
+        prompt = batch.neutral.expand(len(captions), -1)
+        video = normalise(batch.frames[part, frame : frame + 1])
+        encoded = self.encoder(video, prompt, None)
         with self.float32():
             scores = self.anchor_head(encoded.fused)
         there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
         there[:, 0] = 0  # padding
-        return self.anchor_weight * F.binary_cross_entropy_with_logits(scores, there)
+        return self._average(self.anchor_weight * F.binary_cross_entropy_with_logits(scores, there), len(captions))
 
-    def questions_loss(self, batch: CaptionBatch, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the head's loss with frames (B, T, H, W, 3), and the share of right answers; scalars."""
-        encoded = self.encoder(normalise(frames), batch.text_ids, batch.text_mask)
+    def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        """Return the head's loss, and the share of right answers; scalars."""
+        encoded = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask)
         with self.float32():
-            scores = self.head(encoded.fused, self.layer)
-            loss = self.head.loss(scores, FeatureBatch(encoded.fused, batch.labels, batch.indices))
+            fused = encoded.fused
+            scores = self.head(fused, self.layer)
+            loss = self.head.loss(scores, FeatureBatch(fused, batch.labels, batch.indices))
+            if self.training:
+                loss = self._average(loss, len(scores))
             return loss, (scores.argmax(-1) == batch.labels).float().mean()
 
-    def _step(self, batch: Any, split: Split) -> Tensor:
-        middle = batch.frames[:, batch.frames.shape[1] // 2, None]
-        if split == "train":
-            frames, anchors = batch.frames, self._draw_frames(batch)
-            if self.current_epoch < self.trainer.max_epochs - self.whole_epochs:
-                frames = self._draw_frames(batch)
-            masks = self.current_epoch < self.caption_epochs
-            loss = self.words_loss(batch, frames) if masks else self.questions_loss(batch, frames)[0]
-            return loss + self.captions_loss(batch, anchors, self.ANCHORS) if self.anchor_weight else loss
-        loss, accuracy = self.questions_loss(batch, batch.frames)
-        captions = self.captions_loss(batch, middle)
-        for name, value in (("captions_loss", captions), ("answers_accuracy", accuracy), ("loss", captions + loss)):
-            self.log(f"{split}/{name}", value, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
-        return captions + loss
+    def _average(self, mean: Tensor, number: int) -> Tensor:
+        """Return the mean over so many of this process as `average_over_processes` weighs it."""
+        return average_over_processes(mean, mean.new_full((), number * self._turn.counts))
 
-    def _draw_frames(self, batch: CaptionBatch) -> Tensor:
-        """Draw one frame of every clip, (B, 1, H, W, 3)."""
-        drawn = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
-        return batch.frames.take_along_dim(drawn.view(-1, 1, 1, 1, 1), dim=1)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw the step's turn with the first process's seed, then go on with this one's.
+
+        Processes that drew turns of their own would wait for gradients of parameters that others leave out.
+        """
+        self.seed_step(batch_idx, rank=0)
+        frames = None
+        if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
+            frames = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
+        captions = self.current_epoch < self.caption_epochs or bool(torch.rand(()) >= self.question_share)
+        data = getattr(self.trainer, "datamodule", None)
+        counts = not isinstance(data, EpochDataModule) or data.weigh(batch_idx, known=False) > 0
+        self._turn = Turn(captions, frames, counts)
+        if self.global_rank:
+            self.seed_step(batch_idx, self.global_rank)
+
+    def _step(self, batch: Any, split: Split) -> Tensor:
+        if split == "train":
+            captions, frames, _ = self._turn
+            if frames is not None:
+                batch = batch._replace(frames=batch.frames.take_along_dim(frames.view(-1, 1, 1, 1, 1), dim=1))
+            loss = self.captions_loss(batch, training=True)[0] if captions else self.questions_loss(batch)[0]
+            return loss + self.anchors_loss(batch) if self.anchor_weight else loss
+        words, words_accuracy = self.captions_loss(batch, training=False)
+        loss, accuracy = self.questions_loss(batch)
+        for name, value in (("words_accuracy", words_accuracy), ("answers_accuracy", accuracy), ("loss", words + loss)):
+            self.log(f"{split}/{name}", value, batch_size=float(len(batch.labels)), sync_dist=True, prog_bar=True)
+        return words + loss
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return `Method`'s, after a warm-up: attention that starts at random is easily broken by the first steps."""

@@ -40,6 +40,18 @@ def moments_over_processes(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.clamp(min=1e-12).sqrt()  # of constant rows no gradient is infinite
 
 
+def average_over_processes(mean: Tensor, number: Tensor) -> Tensor:
+    """Return a mean such that its mean over the processes is that over what all of them have.
+
+    Args:
+        mean: of this process, a scalar.
+        number: of how many; may be 0.
+    """
+    if not is_distributed():
+        return mean
+    return mean * (number * count_processes() / sum_over_processes(number).clamp(min=1))
+
+
 def gather_rows(own: Tensor) -> Tensor:
     """Return the rows of all processes, of (B, ...) each, with a gradient for this one's."""
     parts = [torch.empty_like(own) for _ in range(count_processes())]
