@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cdc_mmpg.catalogue import METHODS
 from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.plan import PLANS, Plan
 from cdc_mmpg.commands.request import Request, find_dataset_name, read_make
@@ -93,6 +94,18 @@ def test_a_run_comes_after_all_that_it_builds_on():
         for number, step in enumerate(steps):
             assert {*step.needs, step.after} - {""} <= {before.name for before in steps[:number]}, step.name
         assert len({step.folder for step in steps if step.folder}) == len([step for step in steps if step.folder])
+
+
+def test_domains_get_the_opponents_and_the_ceiling_too():
+    steps = plan("tables", DATASET="msvd", ARGS="--data.init_args.domains=casts").steps
+    named = {name.partition("/")[0] for name, step in steps.items() if step.program == "fit"}
+    everything = {method.name for method in METHODS if method.turn and method.program == "fit"}
+    published = {method.name for method in METHODS if method.datasets == "published"}
+    assert named == (everything - published) | {"adr_pretraining"}
+    assert {"corrected_true_cast", "cdc_mmpg_session", "in_context_virtual"} <= named
+    assert all("--data.init_args.domains=casts" in step.arguments for step in steps.values() if step.program == "fit")
+    assert list(steps)[-1] == "tables of msvd"
+    assert list(plan("tables", DATASET="msvd").steps) == ["tables of msvd"]  # as before
 
 
 def test_variants_change_what_they_name_and_no_more():

@@ -264,7 +264,8 @@ def merge(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
 def plan_tables(request: Request) -> Plan:
     """Plan every table of the paper, and what it does not ask.
 
-    On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the main rows and one of the
+    On a dataset that is given domains for devices (ARGS=--data.init_args.domains=casts), one run of every method that
+    the embedded dataset has. On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the main rows and one of the
     rest (FULL=1: five of all, many hours); whether the reasoner does anything, over five seeds on one encoder's
     features.
     """
@@ -292,6 +293,10 @@ def _plan_tables_of_world(request: Request) -> Plan:
             for seed in STUDY_SEEDS:
                 for method in ("adr_pretraining_frozen", "cdc_mmpg_frozen"):
                     plan.add_run(RunName(method, seed, 0, variant))
+    elif request.has_domains:  # whose devices are of our making, in place of unseen cameras
+        for name in runs_of_all(True):
+            if BY_NAME[name].program == "fit":
+                plan.add_run(find_run(name, request.seed, request.encoder_seed(request.seed)))
     plan.add(Step(f"tables of {request.dataset}", "tables", (request.root,)))
     return plan
 

@@ -170,6 +170,11 @@ class Request:
         if self.dataset not in known:
             raise ConfigError(f"DATASET={self.dataset} is none of: {' '.join(known)}")
 
+    @property
+    def has_domains(self) -> bool:
+        """Whether the dataset is given domains that stand for devices."""
+        return any(word.startswith("--data.init_args.domains=") for word in self.words("ARGS"))
+
     @cached_property
     def methods(self) -> list[str]:
         """The methods, or the one variant, that METHOD stands for."""
