@@ -265,9 +265,9 @@ def plan_tables(request: Request) -> Plan:
     """Plan every table of the paper, and what it does not ask.
 
     On a dataset that is given domains for devices (ARGS=--data.init_args.domains=casts), one run of every method that
-    the embedded dataset has. On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the main rows and one of the
-    rest (FULL=1: five of all, many hours); whether the reasoner does anything, over five seeds on one encoder's
-    features.
+    the embedded dataset has. On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the
+    main rows and one of the rest (FULL=1: five of all, many hours); whether the reasoner does anything, over five seeds
+    on one encoder's features.
     """
     requests = request.in_all_worlds()
     return merge(requests, [_plan_tables_of_world(each) for each in requests])
