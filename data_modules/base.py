@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from cdc_mmpg.data.batch import SPLITS, UNKNOWN_LABEL, Split, VideoTextBatch
 from cdc_mmpg.data.interface import ReadableSample, SampleOrigin, Sessions
+from cdc_mmpg.data.sampling import Jitter
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import write_listing
 from cdc_mmpg.media.frames import CANDIDATES
@@ -274,6 +275,11 @@ class VideoTextDataModule(AnnotatedSplits):
         """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
         rotated = dataset.rotate(degrees)
         return rotated, rotated.digest(frames=True)
+
+    def jitter(self, dataset: ClipDataset, jitters: Sequence[Jitter]) -> tuple[ClipDataset, str]:
+        """Return one of its datasets with the colours of each sample's clip jittered, and a digest of it."""
+        jittered = dataset.jitter(jitters)
+        return jittered, jittered.digest(frames=True)
 
     def train_dataloader(self) -> DataLoader[VideoTextBatch]:
         """Return training batches: augmented, in a new order every epoch."""

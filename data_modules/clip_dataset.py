@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdc_mmpg.data.batch import VideoTextBatch
-from cdc_mmpg.data.sampling import draw_cast, draw_copy, draw_text
+from cdc_mmpg.data.sampling import Jitter, draw_cast, draw_copy, draw_text
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import Frames, crop_place, middle_candidates
 from cdc_mmpg.media.text import pad
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache, empty_frames
-from data_modules.domains import Rotation, Shift, rotate_hues
+from data_modules.domains import Change, Jittered, Rotation, rotate_hues
 
 Texts = Sequence[Sequence[int]]  # of one sample: a question, candidates or captions, as WordPieces
 
@@ -62,7 +62,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
         augment: bool = False,
         draw: bool = False,
         seed: int = 0,
-        shift: Shift | Rotation | None = None,
+        shift: Change | None = None,
     ) -> None:
         self.samples, self.texts, self.labels = samples, texts, labels
         self.cache, self.augment, self.draw, self.seed, self.shift = cache, augment, draw, seed, shift
@@ -83,6 +83,12 @@ class ClipDataset(Dataset[VideoTextBatch]):
         self._check_cache()
         by_clip = {sample.clip: own for sample, own in zip(self.samples, degrees, strict=True)}
         return self._with(shift=Rotation(by_clip, self.shift))
+
+    def jitter(self, jitters: Sequence[Jitter]) -> "ClipDataset":
+        """Return the same samples with the colours of each sample's clip jittered; arguments and errors as `rotate`."""
+        self._check_cache()
+        by_clip = {sample.clip: own for sample, own in zip(self.samples, jitters, strict=True)}
+        return self._with(shift=Jittered(by_clip, self.shift))
 
     def with_virtual_devices(self, number: int, devices: Sequence[str]) -> "ClipDataset":
         """Return the same samples, each seen by its device or, as often as each other, by one of its virtual devices.

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from cdc_mmpg.data.sampling import Jitter
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import Frames
 
@@ -23,6 +24,7 @@ CATEGORIES = (
     "documentary", "food/drink", "cooking", "beauty/fashion", "advertisement",
 )  # fmt: skip
 CAMERAS = 24
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # shares of red, green and blue in the brightness that is seen
 
 # Amounts of severity 1 to 5: degrees; standard deviation in pixels of a frame whose shorter side has 268, as the model
 # at 224 pixels is shown it; standard deviation in levels of 255; factor.
@@ -138,7 +140,7 @@ class Rotation(NamedTuple):
     """Hues of clips, rotated after what their domains do to the frames."""
 
     degrees: Mapping[str, float]  # by clip
-    before: "Shift | Rotation | None"
+    before: "Change | None"
 
     def effect(self, clip: str) -> str:
         """Describe how a clip's frames differ from those in the cache, see `Shift`."""
@@ -149,6 +151,29 @@ class Rotation(NamedTuple):
         """Return frames (T, H, W, 3) of a clip with their hues rotated."""
         frames = self.before.apply(clip, frames) if self.before else frames
         return rotate_hues(frames, self.degrees[clip]) if self.degrees[clip] else frames
+
+
+class Jittered(NamedTuple):
+    """Colours of clips, jittered after what their domains do to the frames."""
+
+    jitters: Mapping[str, Jitter]  # by clip
+    before: "Change | None"
+
+    def effect(self, clip: str) -> str:
+        """Describe how a clip's frames differ from those in the cache, see `Shift`."""
+        own = " ".join(f"{value:.4f}" for value in self.jitters[clip])
+        return f"{self.before.effect(clip) if self.before else ''} jitter {own}"
+
+    def apply(self, clip: str, frames: Frames) -> Frames:
+        """Return frames (T, H, W, 3) of a clip with their colours jittered: brightness, contrast, saturation, hue."""
+        frames, own = self.before.apply(clip, frames) if self.before else frames, self.jitters[clip]
+        colors = own.brightness * frames.astype(np.float32)
+        colors += (own.contrast - 1) * (colors - (colors @ GREY).mean())
+        colors += (own.saturation - 1) * (colors - (colors @ GREY)[..., None])
+        return rotate_hues(np.rint(colors.clip(0, 255)).astype(np.uint8), own.hue)
+
+
+Change = Shift | Rotation | Jittered  # of the frames of clips, when they are read
 
 
 def rotate_hues(frames: Frames, degrees: float) -> Frames:

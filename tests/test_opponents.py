@@ -10,7 +10,7 @@ from torch import nn
 from cdc_mmpg.controls.forward_only import adjust_prototypes, entropy, shift_activations, smooth_over_neighbours
 from cdc_mmpg.data.batch import normalise
 from cdc_mmpg.data.control_cases import CORRECTION_CASES
-from cdc_mmpg.data.sampling import draw_cast, draw_copy
+from cdc_mmpg.data.sampling import Jitter, draw_cast, draw_copy, draw_jitter
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evaluation.metrics import accuracies
 from cdc_mmpg.evidence.pairing import Side, pair_answers
@@ -26,7 +26,7 @@ from cdc_mmpg.training.corrections import CorrectedDataModule, average_chroma, p
 from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset
 from cdc_mmpg.training.sessions import SessionDataModule, shuffle_pools
 from data_modules.device_cache import DeviceCache
-from data_modules.domains import rotate_hues
+from data_modules.domains import Jittered, rotate_hues
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import paint
 
@@ -202,6 +202,48 @@ def test_frames_are_seen_by_virtual_devices_in_training_alone(prepared):
     kept.cache = object.__new__(DeviceCache)
     with pytest.raises(ConfigError, match="leave out FRAME_CACHE"):
         kept.with_virtual_devices(1, devices)
+
+
+def test_jitters_are_those_by_hand_and_of_a_device():
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    frames[..., :] = (100, 50, 20)
+    frames[0, 0, 0] = (200, 200, 200)
+
+    def jittered(**changes: float) -> np.ndarray:
+        own = Jitter(1.0, 1.0, 1.0, 0.0)._replace(**changes)
+        return Jittered({"a": own}, None).apply("a", frames)
+
+    assert np.array_equal(jittered(), frames)
+    assert jittered(brightness=1.2)[1, 0, 0].tolist() == [120, 60, 24]
+    assert jittered(brightness=1.4)[0, 0, 0].tolist() == [255, 255, 255]
+    grey = 0.299 * 100 + 0.587 * 50 + 0.114 * 20
+    assert jittered(saturation=0.6)[1, 0, 0].tolist() == [round(grey + 0.6 * (v - grey)) for v in (100, 50, 20)]
+    mean = (31 * grey + 200) / 32
+    assert jittered(contrast=0.8)[1, 0, 0].tolist() == [round(mean + 0.8 * (v - mean)) for v in (100, 50, 20)]
+    assert np.array_equal(jittered(hue=30.0), rotate_hues(frames, 30.0))
+    draws = [draw_jitter("a", number) for number in range(400)]
+    for place, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-36, 36)]):
+        values = [draw[place] for draw in draws]
+        assert low <= min(values) < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < max(values) <= high
+    assert draw_jitter("a", 0) == draws[0] != draw_jitter("b", 0)
+
+
+def test_virtual_devices_can_jitter_colours_in_place_of_rotating_hues(prepared):
+    data, model = prepared
+    upload = lambda features: model.pool(features.mean(-2))  # noqa: E731
+    view = attach(SessionDataModule(data, model, OpenEnded(17), upload, virtual=1, jitters=True), data, model)
+    view.setup("fit")
+    train, split = data.dataset("train", augment=False), view._splits["train"]
+    names = [origin.device for origin in data.origins("train")]
+    seen, _ = data.jitter(train, [draw_jitter(name, 0) for name in names])
+    batch = seen.__getitems__([(0, 5)])
+    with torch.no_grad():
+        expected = model(normalise(batch.frames), batch.text_ids, batch.text_mask).frame_features[0]
+    assert torch.allclose(split.samples.features["frame_features"][1, 5], expected, atol=1e-4)
+    cast = data.sessions().casts[data.sessions().devices["train"][5]] + draw_jitter(names[5], 0).hue
+    told = split.casts[1, data.sessions().devices["train"][5]].tolist()
+    assert told == pytest.approx([np.cos(np.radians(cast)), np.sin(np.radians(cast))], abs=1e-5)
 
 
 def test_one_copy_is_the_sample_itself():

@@ -290,6 +290,7 @@ def test_the_methods_that_answer():
         "linear", "linear_virtual", "static_mlp", "fine_tuning", "fine_tuning_virtual", "hyper", "hyper_fan_in",
         "cdc_mmpg", "cdc_mmpg_virtual", "cdc_mmpg_frozen", "cdc_mmpg_session", "cdc_mmpg_session_basis",
         "cdc_mmpg_session_full", "cdc_mmpg_session_film", "cdc_mmpg_session_bias", "cdc_mmpg_session_collected",
+        "cdc_mmpg_session_jitters",
         "cdc_mmpg_session_feature", "cdc_mmpg_session_plain", "session_concatenated", "mean_anchor",
         "mean_anchor_virtual", "in_context", "in_context_virtual", "corrected_grey_world", "corrected_hue_mode",
         "corrected_true_cast", "session_oracle", "on_device", "prompts",
@@ -331,6 +332,7 @@ def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
         "Session, FiLM",
         "Session, bias alone",
         "Session, no virtual devices",
+        "Session, jittered devices",
         "Session, mean feature",
         "Session, plain mean",
         "Concatenated, n = 16",
@@ -1076,7 +1078,7 @@ def test_after_all_that_make_tables_trains_nothing_is_missing(tmp_path):
     fits = re.findall(r'default_root_dir="?[^ "]*/synthetic/([\w.]+)/seed(\d+)', listed.stdout)
     controls = re.findall(r"-m cdc_mmpg (on_device|prompts|privacy) \S*/seed(\d+)", listed.stdout)
     made = sorted({(name, int(seed)) for name, seed in (*fits, *controls)})
-    assert len({name for name, _ in made}) == 68
+    assert len({name for name, _ in made}) == 69
     for name, seed in made:
         changes = {"accuracy": {}} if name.partition(".")[0] in ("encoder_pretraining", "privacy") else {}
         if not name.startswith("adr_"):

@@ -140,6 +140,8 @@ METHODS = (
     Method(f"{SESSION}_collected", "Session, no virtual devices", "session", "#46688a", turn=14, datasets="devices",
            features="linear", uses_reading=True, controls=SESSION_CONTROLS, several_seeds=True,
            knows="cd"),
+    Method(f"{SESSION}_jitters", "Session, jittered devices", "session", "#5f7f9f", turn=31, datasets="devices",
+           features="linear", uses_reading=True, controls=SESSION_CONTROLS, knows="cd"),
     Method(f"{SESSION}_feature", "Session, mean feature", "session", "#6a7f93", turn=13, datasets="devices",
            features=SESSION, controls=SESSION_CONTROLS, several_seeds=True, knows="vd"),
     Method(f"{SESSION}_plain", "Session, plain mean", "session", "#5b7083", turn=12, datasets="devices",

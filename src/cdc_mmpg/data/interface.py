@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdc_mmpg.data.batch import CaptionBatch, Split, Task, VideoTextBatch, View
+from cdc_mmpg.data.sampling import Jitter
 from cdc_mmpg.media.frames import Frames
 
 
@@ -115,6 +116,9 @@ class VideoTextData(Protocol):
 
     def rotate(self, dataset: Any, degrees: Sequence[float]) -> tuple[Dataset[VideoTextBatch], str]:
         """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
+
+    def jitter(self, dataset: Any, jitters: Sequence[Jitter]) -> tuple[Dataset[VideoTextBatch], str]:
+        """Return one of its datasets with the colours of each sample's clip jittered, and a digest of it."""
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return a batch of its datasets on a device, with its frames."""

@@ -167,6 +167,27 @@ def draw_cast(device: str, number: int) -> float:
     return 360 * int.from_bytes(digest[:8], "big") / 2**64
 
 
+class Jitter(NamedTuple):
+    """How a virtual device changes colours, as augmentation usually does."""
+
+    brightness: float
+    contrast: float
+    saturation: float  # factors
+    hue: float  # degrees
+
+
+def draw_jitter(device: str, number: int) -> Jitter:
+    """Return how a device's virtual device of that number jitters colours: the same in all runs.
+
+    Source: the ranges of SimCLR's color jitter at half its strength (Chen et al. 2020, "A Simple Framework for
+    Contrastive Learning of Visual Representations"), which torchvision's examples have, too.
+    """
+    digest = hashlib.sha256(f"jitter {number} {device}".encode()).digest()
+    *factors, hue = np.random.default_rng(int.from_bytes(digest[:8], "big")).uniform(-1, 1, 4).tolist()
+    brightness, contrast, saturation = (1 + 0.4 * factor for factor in factors)
+    return Jitter(brightness, contrast, saturation, 36 * hue)
+
+
 class EpochDataModule(LightningDataModule):
     """A DataModule whose order is a function of seed and epoch, and which can go on in the middle of an epoch.
 

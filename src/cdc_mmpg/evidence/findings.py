@@ -26,6 +26,7 @@ OPPONENTS = {
     Side("prompts"): "searching prompts by forward passes (FOA)",
     Side(f"{SESSION}_feature"): "averaging features in place of what is recognised in them",
     Side(f"{SESSION}_collected"): "a session without virtual devices in training",
+    Side(f"{SESSION}_jitters"): "a session whose virtual devices jitter colours as augmentation does",
     Side("corrected_grey_world"): "rotating hues back by the mean chroma, which knows the kind of shift",
     Side("corrected_hue_mode"): "rotating hues back by the most frequent hue, which knows the kind of shift",
     Side("corrected_true_cast"): "rotating hues back by the true cast, a ceiling",

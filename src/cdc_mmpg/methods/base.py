@@ -62,6 +62,7 @@ class Method(LightningModule):
     trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
     averages: Averages = "samples"  # over what the loss of a step is the mean
     virtual: int = 0  # virtual devices of each device that trains, see `FeatureDataModule`
+    jitters: bool = False  # whether these jitter colours
     needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can
     monitor: str  # the best epoch is where this is best; the earlier one of two equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

@@ -123,6 +123,8 @@ class CDCMMPGSession(Session):
             hidden units ("film", `FiLMFDA`) or a "bias" (`BiasFDA`).
         size: the rank, or how many layers the basis has; the others have none.
         payload: the precision in which it is sent, and in which validation and test answer.
+        jitters: virtual devices jitter colours, as augmentation usually does, in place of rotating hues: a control that
+            knows less of the shift.
         oracle: feed the hypernetwork the device's true hue cast in place of the anchors: a control, the ceiling.
     """
 
@@ -136,6 +138,7 @@ class CDCMMPGSession(Session):
         axes: Axes = "found",
         reading: str | None = None,
         virtual: int = 0,
+        jitters: bool = False,
         oracle: bool = False,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
@@ -143,7 +146,7 @@ class CDCMMPGSession(Session):
     ) -> None:
         axes, reading = (None, None) if oracle else (axes, reading)
         super().__init__(encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed)
-        self.oracle, self.payload = oracle, payload
+        self.oracle, self.payload, self.jitters = oracle, payload, jitters
         self.fda: Adaptor
         if generated == "full":
             self.fda = FDA(head.inputs, head.outputs, "hyperfan_in", project=True)

@@ -215,8 +215,9 @@ class Experiment(LightningCLI):
         if self.model.reads == "sessions":
             model = self.model
             return SessionDataModule(
-                self.dataset, model.encoder, model.head, model.upload, model.virtual, model.oracle, model.reads_sets
-            )
+                self.dataset, model.encoder, model.head, model.upload, model.virtual, model.oracle, model.reads_sets,
+                model.jitters,
+            )  # fmt: skip
         if not self.model.train_encoder:
             return FeatureDataModule(self.dataset, self.model.encoder, self.model.head, self.model.virtual)
         self.dataset.virtual = self.model.virtual

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cdc_mmpg.data.batch import SPLITS, FeatureBatch, Split, VideoTextBatch
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
-from cdc_mmpg.data.sampling import EpochDataModule, draw_cast, draw_copy, draw_text
+from cdc_mmpg.data.sampling import EpochDataModule, draw_cast, draw_copy, draw_jitter, draw_text
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -97,11 +97,15 @@ class FeatureDataModule(EpochDataModule):
         head: the task.
         virtual: how many virtual devices every device that trains becomes, beside itself: all of its hues rotated by a
             cast more, the same for all of its clips.
+        jitters: whether they jitter colours, as augmentation usually does, in place of that.
     """
 
-    def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head, virtual: int = 0) -> None:
+    def __init__(
+        self, data: VideoTextData, encoder: AllInOne, head: Head, virtual: int = 0, jitters: bool = False
+    ) -> None:
         super().__init__(data.batch_size, data.seed)  # kept features are small: a device holds its whole share at once
-        self.data, self.encoder, self.head, self.virtual = data, encoder, head, virtual
+        self.data, self.encoder, self.head = data, encoder, head
+        self.virtual, self.jitters = virtual, jitters
         self.even = data.even
         self._splits: dict[Split, Dataset[Any]] = {}
 
@@ -130,8 +134,14 @@ class FeatureDataModule(EpochDataModule):
             copies = [self.features(split, *self.as_virtual(dataset, devices, n)) for n in range(self.virtual)]
         return FeatureDataset(features, self.data.labels(split), draw=split == "train", seed=self.seed, copies=copies)
 
+    def draw_turn(self, device: str, number: int) -> float:
+        """Return by how many degrees a device's virtual device of that number rotates hues."""
+        return draw_jitter(device, number).hue if self.jitters else draw_cast(device, number)
+
     def as_virtual(self, dataset: Any, devices: Sequence[str], number: int) -> tuple[Dataset[VideoTextBatch], str]:
         """Return a dataset as each sample's device's virtual device of that number sees it, and a digest of it."""
+        if self.jitters:
+            return self.data.jitter(dataset, [draw_jitter(device, number) for device in devices])
         return self.data.rotate(dataset, [draw_cast(device, number) for device in devices])
 
     def features(

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from cdc_mmpg.data.batch import SessionBatch, Split, VideoTextBatch
 from cdc_mmpg.data.control_cases import SESSION_CASES, SessionCase
 from cdc_mmpg.data.interface import Sessions, VideoTextData
-from cdc_mmpg.data.sampling import draw_cast
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
@@ -193,7 +192,7 @@ class SessionDataModule(FeatureDataModule):
     """A dataset with devices as a frozen encoder sees it: samples, and anchors from a neutral prompt and one frame.
 
     Args:
-        data, encoder, head, virtual: see `FeatureDataModule`.
+        data, encoder, head, virtual, jitters: see `FeatureDataModule`.
         upload: what a clip's frame features (A, 1, 192) upload, (A, 192).
         casts: refuse a dataset that does not know the true hue casts of its devices.
         sets: see `SessionDataset`.
@@ -208,8 +207,9 @@ class SessionDataModule(FeatureDataModule):
         virtual: int = 0,
         casts: bool = False,
         sets: bool = False,
+        jitters: bool = False,
     ) -> None:
-        super().__init__(data, encoder, head, virtual)
+        super().__init__(data, encoder, head, virtual, jitters)
         self.upload, self.casts, self.sets = upload, casts, sets
 
     def setup(self, stage: str) -> None:
@@ -221,7 +221,7 @@ class SessionDataModule(FeatureDataModule):
         self._anchors = self.anchors("anchors", sessions.anchors, sessions.fingerprint)
         names = dict(zip(sessions.devices["train"], (o.device for o in self.data.origins("train")), strict=True))
         self._turns = [
-            [draw_cast(names[device], number) if device in names else 0.0 for device in range(len(sessions.pools))]
+            [self.draw_turn(names[device], number) if device in names else 0.0 for device in range(len(sessions.pools))]
             for number in range(self.virtual)
         ]
         self._copies = [self._anchors_of_virtual(sessions, number, names) for number in range(self.virtual)]
