@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cdc_mmpg.controls import privacy
 from cdc_mmpg.controls.privacy import (
@@ -19,6 +20,8 @@ from cdc_mmpg.controls.privacy import (
     score_outputs,
 )
 from cdc_mmpg.data.interface import Content
+from cdc_mmpg.methods.cdc_mmpg_session import Session
+from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic
@@ -155,11 +158,13 @@ def test_a_probe_is_a_linear_function_that_shrinks_with_its_penalty():
 
 @pytest.fixture(scope="module")
 def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pretraining of an encoder, in small."""
+    """A finished session's run with a reading, in small."""
     out = tmp_path_factory.mktemp("privacy") / "synthetic"
-    folder = out / "encoder_pretraining" / "seed3"
+    folder = out / "cdc_mmpg_session" / "seed3"
+    Reading().save(out.parent / "reading.safetensors")
     command = [
-        "fit", "--config=experiments/methods/encoder_pretraining.yaml", "--config=experiments/datasets/synthetic.yaml",
+        "fit", "--config=experiments/methods/cdc_mmpg_session.yaml", "--config=experiments/datasets/synthetic.yaml",
+        f"--model.init_args.reading={out.parent / 'reading.safetensors'}", "--model.init_args.axes=null",
         f"--trainer.default_root_dir={folder}", f"--data.init_args.root={synthetic}", "--seed_everything=3",
         f"--data.init_args.cache_dir={out / 'data'}", f"--data.init_args.vocab={synthetic / 'vocab.txt'}",
         "--data.init_args.batch_size=16", "--model.init_args.encoder.depth=1", "--trainer.max_epochs=1",
@@ -183,25 +188,38 @@ def test_the_command_writes_what_it_found_once(run, capsys):
     capsys.readouterr()
     assert privacy.main([str(run)]) == 0
     assert "finished on" in capsys.readouterr().out
-    with (run / "encoder.safetensors").open("r+b") as file:
-        file.seek(-4, 2)
-        file.write(b"\0\0\0\0")
+    content = torch.load(run / "best.ckpt", weights_only=False)
+    content["state_dict"]["encoder.pooler.dense.bias"] += 1
+    torch.save(content, run / "best.ckpt")
     assert privacy.main([str(run)]) == 0
     assert "written" in capsys.readouterr().out
+
+
+def test_what_is_probed_is_what_a_device_uploads(run, monkeypatch):
+    uploaded, probed = [], []
+    upload = Session.upload
+    monkeypatch.setattr(
+        Session, "upload", lambda self, features: uploaded.append(upload(self, features)) or uploaded[-1]
+    )
+    monkeypatch.setattr(privacy, "probe_all", lambda anchors, *others: probed.append(anchors) or [])
+    monkeypatch.setattr(privacy, "is_done", lambda *_: False)
+    assert privacy.main([str(run)]) == 0
+    assert np.array_equal(probed[0], uploaded[-1].double().numpy())
+    assert ((probed[0] >= 0) & (probed[0] <= 1)).all()  # likelihoods: the reading's, not a feature
 
 
 def test_runs_that_cannot_be_probed_are_refused(run, fit, tmp_path, capsys):
     assert privacy.main([str(tmp_path)]) == 4
     assert "not a finished run" in capsys.readouterr().err
-    assert train(fit("linear")) == 0
-    assert privacy.main([str(tmp_path / "msvd" / "linear" / "seed0")]) == 2
-    assert "left no encoder.safetensors" in capsys.readouterr().err
+    assert train(fit("adr_pretraining")) == 0
+    assert privacy.main([str(tmp_path / "msvd" / "adr_pretraining" / "seed0")]) == 2
+    assert "answers no questions" in capsys.readouterr().err
     assert train(fit("fine_tuning")) == 0
     assert privacy.main([str(tmp_path / "msvd" / "fine_tuning" / "seed0")]) == 2
     assert "does not know what its clips show" in capsys.readouterr().err
-    damaged = tmp_path / "damaged" / "encoder_pretraining" / "seed3"
+    damaged = tmp_path / "damaged" / "cdc_mmpg_session" / "seed3"
     shutil.copytree(run, damaged)
-    (damaged / "encoder.safetensors").write_bytes(b"cut short")
+    (damaged / "best.ckpt").write_bytes(b"cut short")
     assert privacy.main([str(damaged)]) == 4
 
 

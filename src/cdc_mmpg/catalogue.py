@@ -45,7 +45,7 @@ class Method(NamedTuple):
         color: of its points and lines.
         turn: place among the runs of METHOD=all, the longest first; 0 where it is not among them.
         datasets: those whose METHOD=all has it: any; devices, the embedded one; published, all others.
-        encoder: run that trains the encoder it starts from.
+        encoder: run that trains the encoder it starts from; of what evaluates a run, that run.
         adr: run of phase one whose reasoner it takes.
         features: the run that computes features that it takes, too, of the frozen encoder or of virtual devices: of
             METHOD=all it comes first.
@@ -174,7 +174,7 @@ METHODS = (
     ),
     Method("prompts", "On the device: FOA's prompts", color="#6b8e23", turn=30, datasets="devices", encoder=BASELINE,
            program="prompts"),
-    Method("privacy", turn=27, datasets="devices", program="privacy"),
+    Method("privacy", turn=27, datasets="devices", encoder=SESSION, program="privacy"),
     Method(PRETRAINING, encoder=""),
     Method("adr_pretraining", features="linear"),
     Method("adr_pretraining_frozen", encoder=BASELINE),

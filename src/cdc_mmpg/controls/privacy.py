@@ -1,8 +1,8 @@
-"""What an upload reveals: linear probes on anchor features, of one clip and of the mean of several.
+"""What an upload reveals: linear probes on what devices upload, of one clip and of the mean of several.
 
-`cdc-mmpg privacy checkpoints/<dataset>/encoder_pretraining/seed<N>` takes the encoder that a finished run left,
-computes the anchor features of all unlabelled clips as devices do (one frame, a neutral prompt: 192 floats), and
-writes `checkpoints/<dataset>/privacy/seed<N>/results.json`. Whoever reads uploads is given labels to learn from:
+`cdc-mmpg privacy checkpoints/<dataset>/cdc_mmpg_session/seed<N>` computes what all unlabelled clips upload in a
+finished run, as devices do (one frame, a neutral prompt: 192 floats, of a session the readings), and writes
+`checkpoints/<dataset>/privacy/seed<N>/results.json`. Whoever reads uploads is given labels to learn from:
 
 - of the device: which of the seen devices sent it (uploads of other clips of the same devices to learn from), and its
   cast, in degrees (other devices to learn from);
@@ -32,7 +32,8 @@ from threadpoolctl import threadpool_limits
 
 from cdc_mmpg.data.interface import Content, Controls
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.models.weights import read_state_dict
+from cdc_mmpg.methods.answering import Answering
+from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of, run_evaluation
 from cdc_mmpg.training.sessions import SessionDataModule
@@ -40,7 +41,7 @@ from cdc_mmpg.training.sessions import SessionDataModule
 logger = logging.getLogger(__name__)
 
 EVALUATION_NAME = "privacy"
-ENCODER_FILE = "encoder.safetensors"
+WEIGHTS = "best.ckpt"
 
 UPLOAD_SIZES = (1, 4, 8, 16)  # of clips in an upload
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the squared weights, beside a mean loss
@@ -63,11 +64,11 @@ class Uploads(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Probe a run's encoder; returns the exit code (see `errors`)."""
+    """Probe what a run uploads; returns the exit code (see `errors`)."""
     return run_evaluation(
         EVALUATION_NAME,
-        "what an upload reveals: linear probes on anchor features",
-        "that left an encoder",
+        "what an upload reveals: linear probes on what devices upload",
+        "that answers questions",
         evaluate,
         arguments,
     )
@@ -78,29 +79,28 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
-        ConfigError: it left no encoder, or the dataset does not know what its clips show.
+        ConfigError: it answers no questions, or the dataset does not know what its clips show.
     """
     results_of(run)
-    if not (run / ENCODER_FILE).is_file():
-        raise ConfigError(f"{run}: left no {ENCODER_FILE}; take a run of encoder_pretraining or fine_tuning")
-    folder, source = folder_of(run, EVALUATION_NAME), provenance_of(run, ENCODER_FILE)
+    folder, source = folder_of(run, EVALUATION_NAME), provenance_of(run, WEIGHTS)
     if is_done(folder, source):
         return
     experiment = reopen(run)
 
     model, data = experiment.model, experiment.dataset
+    if not isinstance(model, Answering):
+        raise ConfigError(f"{run}: answers no questions, so no device uploads for it (METHOD=cdc_mmpg_session)")
     knows_contents = isinstance(data, Controls)
     if not knows_contents:
         raise ConfigError(
             f"{type(data).__name__} does not know what its clips show: only the embedded dataset (synthetic) does"
         )
     start = perf_counter()
-    encoder = model.encoder
-    encoder.load_state_dict(read_state_dict(run / ENCODER_FILE))
+    model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
     data.prepare_data()
     data.setup("test")
     sessions, contents = data.sessions(), data.contents()
-    view = SessionDataModule(data, encoder, model.head, lambda features: encoder.pool(features.mean(-2)))
+    view = SessionDataModule(data, model.encoder.eval(), model.head, model.upload)
     view.trainer = experiment.trainer
     anchors = view.anchors("anchors", sessions.anchors, sessions.fingerprint).double().numpy()
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
