@@ -1,12 +1,13 @@
 """The benchmark of what adapting takes: every way does what it is named after, and says seconds and memory."""
 
-import json
+import os
 
 import pytest
 import torch
 
 from cdc_mmpg.benchmarks import adapting
-from cdc_mmpg.benchmarks.adapting import QUESTIONS, WAYS, Device, main
+from cdc_mmpg.benchmarks.adapting import QUESTIONS, WAYS, Device, main, measure_apart
+from cdc_mmpg.errors import CDCError
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +30,20 @@ def test_what_is_answered_alone_is_what_adapts(device):
         torch.testing.assert_close(fused, device.model.fuse(device.model.encode(device.batch).frame_features))
 
 
-def test_a_way_is_measured_in_this_process(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    assert main(["--way=T3A", "--image-size=32", "--depth=1"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["seconds"] > 0
-    assert found["megabytes"] is None or found["megabytes"] >= 0
+def test_a_way_is_measured_apart(device, monkeypatch):
+    seconds, megabytes = measure_apart(device, "T3A")
+    assert seconds > 0
+    assert megabytes is None or megabytes >= 0
     monkeypatch.setattr(adapting.Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError))
-    assert adapting.measure("T3A", 32, 1)["megabytes"] is None  # of a system that does not tell
+    assert adapting.measure(device, "T3A")[1] is None  # of a system that does not tell
+    monkeypatch.setitem(WAYS, "T3A", lambda device: os._exit(1))
+    with pytest.raises(CDCError, match="T3A: its process ended"):
+        measure_apart(device, "T3A")
 
 
-@pytest.mark.slow
-def test_all_ways_stand_in_a_table(monkeypatch, capsys):
+def test_the_ways_stand_in_a_table(monkeypatch, capsys):
     monkeypatch.setattr(adapting, "WAYS", dict(list(WAYS.items())[:2]))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     assert main(["--image-size=32", "--depth=1"]) == 0
     shown = capsys.readouterr().out
     assert "only answering" in shown

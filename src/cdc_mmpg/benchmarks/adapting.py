@@ -6,10 +6,8 @@ a way answers.
 """
 
 import argparse
-import json
+import multiprocessing
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -39,7 +37,6 @@ QUESTIONS = 15  # that a device answers
 ANCHORS = 16
 CLASSES, WORDS, IMAGE_SIZE, DEPTH = 1001, 10, 224, 12  # of the paper's MSVD-QA
 LABEL_STEPS = 100
-MODULE = f"{__package__}.adapting"
 
 
 class Device:
@@ -110,17 +107,32 @@ WAYS: dict[str, Callable[[Device], object]] = {
 }
 
 
-def measure(way: str, image_size: int, depth: int) -> dict[str, float | None]:
+def measure(device: Device, way: str) -> tuple[float, float | None]:
     """Return seconds and the peak of memory in MB of a way, in this process; the peak is None where nobody tells it."""
-    torch.set_num_threads(1)
-    device = Device(image_size, depth)
-    with torch.no_grad():
-        device.model.encode(VideoTextBatch(*(part[:1] for part in device.batch)))  # what the first pass alone takes
     before, began = _reset_peak(), perf_counter()
     WAYS[way](device)
-    seconds = perf_counter() - began
-    peak = _read_status("VmHWM")
-    return {"seconds": seconds, "megabytes": None if before is None or peak is None else peak - before}
+    seconds, peak = perf_counter() - began, _read_status("VmHWM")
+    return seconds, None if before is None or peak is None else peak - before
+
+
+def measure_apart(device: Device, way: str) -> tuple[float, float | None]:
+    """Do `measure` in a process of its own, to which nothing of another way's memory is left.
+
+    Raises:
+        CDCError: the process ended without figures.
+    """
+    context = multiprocessing.get_context("fork")
+    own, other = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: other.send(measure(device, way)))
+    process.start()
+    other.close()
+    try:
+        found: tuple[float, float | None] = own.recv()
+    except EOFError as error:
+        raise CDCError(f"{way}: its process ended without figures; it may lack memory") from error
+    finally:
+        process.join()
+    return found
 
 
 def _reset_peak() -> float | None:
@@ -143,47 +155,26 @@ def _read_status(name: str) -> float | None:
 
 def benchmark(image_size: int, depth: int) -> None:
     """Measure every way in a process of its own, and print a table."""
+    torch.set_num_threads(1)
+    device = Device(image_size, depth)
     table = make_table(
         f"Adapting on the device: {QUESTIONS} questions, {image_size} pixels, depth {depth}, one thread",
         ["way"], ["seconds", "× only answering", "MB more"],
     )  # fmt: skip
     alone = 0.0
     for way in WAYS:
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            f"--image-size={image_size}",
-            f"--depth={depth}",
-            f"--way={way}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CDCError(f"{way}: {done.stderr.strip()[-400:] or f'ended with {done.returncode}'}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        alone = alone or found["seconds"]
-        more = "–" if found["megabytes"] is None else f"{found['megabytes']:,.0f}"
-        table.add_row(way, f"{found['seconds']:.2f}", f"{found['seconds'] / alone:.2f}", more)
+        seconds, megabytes = measure_apart(device, way)
+        alone = alone or seconds
+        more = "–" if megabytes is None else f"{megabytes:,.0f}"
+        table.add_row(way, f"{seconds:.2f}", f"{seconds / alone:.2f}", more)
     Console().print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or with --way one way's figures as JSON; return the exit code."""
+    """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="pixels of a side")
     parser.add_argument("--depth", type=int, default=DEPTH, help="blocks of the encoder")
-    parser.add_argument("--way", choices=WAYS, help="only this one, in this process")
     options = parser.parse_args(arguments)
     log_to_terminal()
-
-    def run() -> None:
-        if options.way:
-            print(json.dumps(measure(options.way, options.image_size, options.depth)))
-        else:
-            benchmark(options.image_size, options.depth)
-
-    return exit_code(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return exit_code(lambda: benchmark(options.image_size, options.depth))
