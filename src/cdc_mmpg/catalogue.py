@@ -219,6 +219,8 @@ VARIANTS = {
     "no_anchor_loss": Variant("no loss on anchors in the pretraining", _OF_THE_PRETRAINING,
                               ("--model.init_args.anchor_weight=0",)),
 }  # fmt: skip
+# Runs of variants that answer questions.
+CHANGED = tuple(f"{method}.{name}" for name, own in VARIANTS.items() for method in own.methods if method != PRETRAINING)
 STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
 STUDY_SEEDS = range(5)
 

@@ -7,7 +7,6 @@ a way answers.
 
 import argparse
 import multiprocessing
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cdc_mmpg.benchmarks.render import make_table
+from cdc_mmpg.benchmarks.render import make_table, read_memory
 from cdc_mmpg.controls.forward_only import (
     Statistics,
     adjust_prototypes,
@@ -111,7 +110,7 @@ def measure(device: Device, way: str) -> tuple[float, float | None]:
     """Return seconds and the peak of memory in MB of a way, in this process; the peak is None where nobody tells it."""
     before, began = _reset_peak(), perf_counter()
     WAYS[way](device)
-    seconds, peak = perf_counter() - began, _read_status("VmHWM")
+    seconds, peak = perf_counter() - began, read_memory("VmHWM")
     return seconds, None if before is None or peak is None else peak - before
 
 
@@ -141,16 +140,7 @@ def _reset_peak() -> float | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    return _read_status("VmRSS")
-
-
-def _read_status(name: str) -> float | None:
-    """Return a figure of this process's memory in MB, None where the system tells none."""
-    try:
-        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) / 1000 if found else None
+    return read_memory("VmRSS")
 
 
 def benchmark(image_size: int, depth: int) -> None:

@@ -1,6 +1,5 @@
 """The device measured: its encoders against torch's, eager, of the same size, and the swap of a layer."""
 
-import re
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from cdc_mmpg.benchmarks.load import ExpectedLayer
-from cdc_mmpg.benchmarks.render import Report, make_table
+from cdc_mmpg.benchmarks.render import Report, make_table, read_memory
 from cdc_mmpg.cloud.model import ServedModel, generate_layer, load_model
 from cdc_mmpg.data.batch import normalise
 from cdc_mmpg.device.model import ENCODER_FILE, DeviceModel, read_bundle
@@ -130,9 +129,8 @@ def print_peak(bundles: str, name: str) -> None:
         folder = Path(bundles) / ("device" if name == "float32" else "device-int8")
         run = partial(DeviceModel(folder).features, frames, [text])
     run()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
-    print(int(peak[1]) * 1024 / 1e6 if peak else "nan")
+    peak = read_memory("VmHWM")
+    print("nan" if peak is None else peak)
 
 
 def make_encoder_table(found: Report) -> Table:

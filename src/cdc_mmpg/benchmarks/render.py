@@ -1,6 +1,8 @@
-"""What the benchmarks' parts have in common: a report of figures, and a table of it."""
+"""What the benchmarks' parts have in common: a report of figures, a table of it, and what a process takes."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -16,3 +18,12 @@ def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
+
+
+def read_memory(name: str) -> float | None:
+    """Return a figure of this process's memory (VmRSS, VmHWM) in MB; None where the system tells none."""
+    try:
+        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 / 1e6 if found else None

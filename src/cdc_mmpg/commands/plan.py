@@ -12,13 +12,13 @@ from typing import NamedTuple
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
+    CHANGED,
     EMBEDDED,
     FRAMES,
     PRETRAINING,
     REASONERS,
     RECIPE_FRAMES,
     STUDY_SEEDS,
-    VARIANTS,
     WORLDS,
     pretraining_of,
     runs_of_all,
@@ -285,8 +285,7 @@ def _plan_tables_of_world(request: Request) -> Plan:
         for seed in range(5 if full else 3):
             for name in [*main, *(frames if full else [])]:
                 plan.add_run(find_run(name, seed, seed))
-        variants = [f"{method}.{name}" for name, own in VARIANTS.items() for method in own.methods]
-        for name in [*everything, *frames, *(name for name in variants if not name.startswith(PRETRAINING))]:
+        for name in [*everything, *frames, *CHANGED]:
             plan.add_run(find_run(name, 0, 0))
         plan.add_run(RunName(BASELINE, 0, 0))
         for variant in REASONERS if first else ():

@@ -7,6 +7,7 @@ from pathlib import Path
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
+    CHANGED,
     EMBEDDED,
     FRAMES,
     PAPERS,
@@ -14,7 +15,6 @@ from cdc_mmpg.catalogue import (
     RECIPE_FRAMES,
     STUDY,
     STUDY_SEEDS,
-    VARIANTS,
     WORLDS,
     runs_of_all,
     with_frames,
@@ -39,8 +39,7 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
     sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
     other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
     listed_frames = other_frames if build_frames_table(evidence) else []
-    changed = [f"{method}.{name}" for name, own in VARIANTS.items() for method in own.methods if method != PRETRAINING]
-    variants = changed if devices else []
+    variants = list(CHANGED) if devices else []
     has_study = devices and evidence.dataset not in FURTHER_WORLDS
     seeds = evidence.find_seeds(main) or [0]
     seeds_of_once = evidence.find_seeds(once) or seeds[:1]
