@@ -115,8 +115,8 @@ def test_variants_change_what_they_name_and_no_more():
         step = plan("train", METHOD=name).steps[f"{name}/seed0"]
         folder = f"--trainer.default_root_dir=checkpoints/synthetic/{name}/seed0"
         assert set(step.arguments) - set(usual) == {f"--data.init_args.{option}", folder}
-    step = plan("train", METHOD="fine_tuning.epochs14").steps["fine_tuning.epochs14/seed0"]
-    assert step.arguments[-1] == "--trainer.max_epochs=14"  # after what was tuned
+    step = plan("train", METHOD="fine_tuning.epochs28").steps["fine_tuning.epochs28/seed0"]
+    assert step.arguments[-1] == "--trainer.max_epochs=28"  # after what was tuned
     with pytest.raises(ConfigError, match=r"cdc_mmpg_session\.no_background"):
         plan("train", METHOD="linear.no_background")
 
