@@ -1,1 +1,1 @@
-"""The datasets, one file each; they know `cdc_mmpg`'s batches, frames, video and text, and no method."""
+"""The datasets, one file each; they import `cdc_mmpg`'s batches, frames, video and text, but no method."""

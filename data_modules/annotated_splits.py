@@ -1,4 +1,4 @@
-"""The annotated splits of a dataset: what a subclass reads from annotations, and which samples a run sees."""
+"""The annotated splits of a dataset: what a subclass reads from annotations, and which samples a run uses."""
 
 import logging
 from abc import abstractmethod
@@ -11,7 +11,7 @@ from cdc_mmpg.data.batch import SPLITS, Split, Task, View
 from cdc_mmpg.data.interface import Captions
 from cdc_mmpg.data.sampling import EpochDataModule
 from cdc_mmpg.errors import ConfigError, DataError
-from data_modules.annotations import Published, leads_out
+from data_modules.annotations import Published, is_outside_folder
 from data_modules.checks import check_categories, check_root, describe_held_out
 from data_modules.clip_dataset import Sample
 from data_modules.domains import DomainKind, Shift, choose_held_out
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnnotatedSplits(EpochDataModule):
-    """Annotations and where their clips lie: a subclass reads them, this class checks them and applies domains.
+    """Annotations and paths of their clips: a subclass reads them, this class checks them and applies domains.
 
     Args:
         root, cache_dir, protocol, num_classes, domains, held_out: see `base.VideoTextDataModule`.
@@ -29,13 +29,11 @@ class AnnotatedSplits(EpochDataModule):
 
     task: ClassVar[Task]
     views: ClassVar[frozenset[View]] = frozenset({"samples"})  # views of the dataset that methods can read
-    DOMAINS: ClassVar[tuple[DomainKind, ...]] = (
-        "casts",
-        "corruptions",
-    )  # that it can be given; none where it knows devices
+    # Kinds of domains that stand for devices; empty for a dataset that knows its devices.
+    DOMAINS: ClassVar[tuple[DomainKind, ...]] = ("casts", "corruptions")
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("official",)
-    # Questions (or captions), clips and answers with a class of each split, by protocol; the questions and clips of
-    # splits that were published together, such as "train+val", are added up.
+    # Published numbers of questions (or captions), clips and answer classes of each split, by protocol; questions and
+    # clips of splits that were published together, such as "train+val", are summed.
     PUBLISHED: ClassVar[Published] = {}
 
     def __init__(
@@ -54,7 +52,7 @@ class AnnotatedSplits(EpochDataModule):
         self.domains, self.held_out = domains, choose_held_out(domains, held_out) if domains else []
         self.root, self.cache_dir = Path(root).expanduser(), Path(cache_dir).expanduser()
         self.protocol, self.num_classes = protocol or self.PROTOCOLS[0], num_classes or 0
-        self.notes: dict[Split, str] = {}  # where a split comes from, where that has to be said; `read_split` fills it
+        self.notes: dict[Split, str] = {}  # how a split was made, if worth reporting; `read_split` fills it
         self._annotated: dict[Split, list[Sample]] = {}
         self._selected: dict[Split, list[Sample]] = {}
 
@@ -63,66 +61,66 @@ class AnnotatedSplits(EpochDataModule):
         """Read all samples of a split from the annotations.
 
         Raises:
-            DataError: an annotation is absent or damaged; names file and place.
+            DataError: an annotation is absent or damaged; names file and position.
         """
 
     @abstractmethod
     def find_clips(self) -> dict[str, Path]:
-        """Return the clips on disk, by the name that annotations use."""
+        """Return the paths of the clips on disk, by the name that annotations use."""
 
     @abstractmethod
     def remedy(self) -> str:
         """Return what to fetch, from where, under which terms, and where to put it."""
 
     def read_vocabulary(self) -> None:
-        """Read what the annotations hold beside the samples, where the task needs something."""
+        """Read the answer vocabulary, if the task has one."""
         return
 
     def list_further_clips(self) -> set[str]:
-        """Return the names of clips that no split asks about but that the dataset has a use for."""
+        """Return the names of clips that the dataset needs although no split has a question about them."""
         return set()
 
     def read_categories(self) -> dict[str, str]:
-        """Read one of `domains.CATEGORIES` for every clip, of a dataset whose `DOMAINS` have "categories".
+        """Read the category of every clip, one of `domains.CATEGORIES`, if `DOMAINS` contains "categories".
 
         Raises:
-            DataError: no file says it.
+            DataError: no file holds categories.
         """
         raise ConfigError(f"{type(self).__name__} knows no categories of its clips")
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse samples that are not what the task needs.
+        """Refuse samples that are invalid for the task.
 
         Raises:
-            DataError: one is not; names it.
+            DataError: a sample is invalid; names it.
         """
 
     def check_answers(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse samples of which none can be answered right, once the vocabulary is read.
+        """Refuse samples if no answer of theirs is in the vocabulary; call `read_vocabulary` first.
 
         Raises:
-            DataError: gives an example.
+            DataError: no answer is in it; gives an example.
         """
 
     def count_unknown_answers(self, samples: Sequence[Sample]) -> int:
-        """Count the samples that no method can get right."""
+        """Count the samples whose answer is outside the vocabulary: no method can get them right."""
         return 0
 
     def count_questions(self, samples: Sequence[Sample]) -> int:
-        """Count the questions that samples are."""
+        """Count the questions of samples."""
         return len(samples)
 
     def captions(self) -> Captions:
-        """Return captioned clips, of a dataset whose `views` have "captions".
+        """Return captioned clips, if `views` contains "captions".
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: it does not.
         """
         raise ConfigError(f"{type(self).__name__} has no captions: encoder_pretraining needs them")
 
     @cached_property
     def shift(self) -> Shift | None:
-        """Domains of the clips; None where it was given none.
+        """Domains of the clips; None without `domains`.
 
         Raises:
             DataError: see `read_categories`.
@@ -134,10 +132,10 @@ class AnnotatedSplits(EpochDataModule):
         )
 
     def samples(self, split: Split) -> list[Sample]:
-        """Return all samples of a split, read once.
+        """Return all samples of a split; the annotations are read only once.
 
         Raises:
-            DataError: see `read_split`; also a clip's name that leads out of the clips' folder.
+            DataError: see `read_split`; also if a clip name points outside the clips' folder.
         """
         if split not in self._annotated:
             check_root(self.root, self.remedy)
@@ -146,26 +144,26 @@ class AnnotatedSplits(EpochDataModule):
                 raise DataError(f"{self.root}: split {split} has no questions")
             self.check_samples(split, samples)
             for sample in samples:
-                if leads_out(sample.clip):
+                if is_outside_folder(sample.clip):
                     raise DataError(
-                        f"{self.root}, split {split}: the clip {sample.clip!r} would lie outside of the clips' "
-                        "folder; refused"
+                        f"{self.root}, split {split}: the clip name {sample.clip!r} points outside the clips' folder; "
+                        "refused"
                     )
             self._annotated[split] = samples
         return self._annotated[split]
 
     def select_samples(self, split: Split) -> list[Sample]:
-        """Return a split as a run sees it: without samples of held-out domains, which the test alone keeps.
+        """Return the samples of a split that a run uses: only the test split keeps those of held-out domains.
 
         Raises:
-            DataError: see `samples`; also a clip whose domain no file tells, and a split of which nothing is left.
+            DataError: see `samples`; also if a clip has no known domain, or no sample of the split is left.
         """
         if split not in self._selected:
             samples, shift = self.samples(split), self.shift
             if shift is not None:
                 check_categories(self, split, shift)
                 if split != "test":
-                    samples = [sample for sample in samples if not shift.unseen(sample.clip)]
+                    samples = [sample for sample in samples if not shift.is_unseen(sample.clip)]
                     note = describe_held_out(self, split, samples)
                     self.notes[split] = "; ".join(filter(None, [self.notes.get(split), note]))
                     logger.info("split %s: %s", split, note)
@@ -173,5 +171,5 @@ class AnnotatedSplits(EpochDataModule):
         return self._selected[split]
 
     def list_named_clips(self) -> list[str]:
-        """Return the names of all clips that the dataset has a use for, sorted."""
+        """Return the names of all clips that the dataset needs, sorted."""
         return sorted({sample.clip for split in SPLITS for sample in self.samples(split)} | self.list_further_clips())

@@ -1,4 +1,4 @@
-"""What all readers of annotation files share: text, rows, checked fields, and which of several conventions is there."""
+"""Reading annotation files: text, rows with checked fields, and detection of the file format."""
 
 import csv
 import io
@@ -15,24 +15,24 @@ from cdc_mmpg.errors import DataError
 logger = logging.getLogger(__name__)
 
 Field = TypeVar("Field", str, int)
-# A published number; where editions differ and all are official, every number with the name of its edition.
+# A published number; if several official editions differ, each number with the name of its edition.
 Count = int | Mapping[int, str]
 Published = Mapping[str, Mapping[str, Mapping[str, Count]]]  # see `VideoTextDataModule.PUBLISHED`
 
 DAMAGED_FILE = "the file is damaged or cut short; fetch it again"
-# Characters that end a line somewhere, or show as nothing.
+# Characters that some program treats as a line end, or that are invisible.
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LIST, OBJECT, LINES = "a JSON list", "a JSON object", "JSON lines, an object a line"
-TABS, COMMAS = "a table whose fields are separated by TABs", "a table whose fields are separated by commas"
-FILE_BEGINNINGS = {  # of files, by how they begin
-    "a pointer of Git LFS in place of the file, which `git lfs pull` fetches": "version https://git-lfs",
+JSON_LIST, JSON_OBJECT, JSON_LINES = "a JSON list", "a JSON object", "JSON lines, one object per line"
+TAB_SEPARATED, COMMA_SEPARATED = "a TAB-separated table", "a comma-separated table"
+FILE_BEGINNINGS = {  # pattern of the beginning of a file, by kind of file
+    "a Git LFS pointer instead of the file (fetch it with `git lfs pull`)": "version https://git-lfs",
     "a web page": r"(?i)<!doctype|<html|<\?xml",
-    LINES: r"\{.*\}\s*\n\s*\{",
-    LIST: r"\[\s*([\[{\"\d-]|\])",
-    OBJECT: r"\{",
-    TABS: r".*\t",
-    COMMAS: r".*,",
-    "a table whose fields are separated by semicolons": r".*;",
+    JSON_LINES: r"\{.*\}\s*\n\s*\{",
+    JSON_LIST: r"\[\s*([\[{\"\d-]|\])",
+    JSON_OBJECT: r"\{",
+    TAB_SEPARATED: r".*\t",
+    COMMA_SEPARATED: r".*,",
+    "a semicolon-separated table": r".*;",
 }
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
@@ -44,22 +44,22 @@ class AnnotationRow(NamedTuple):
     fields: dict[str, Any]
 
     def value(self, *keys: str) -> Any:
-        """Return what is under the first of the keys that is there; None without any."""
+        """Return the value of the first key that is present; None if no key is."""
         return next((self.fields[key] for key in keys if key in self.fields), None)
 
     def refusal(self, keys: Sequence[str], expected: str) -> DataError:
-        """Return the error that says what a field is and what it should be."""
+        """Return the error for a field: its value and what was expected."""
         where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
         if not any(key in self.fields for key in keys):
             there = ", ".join(map(str, self.fields))
-            return DataError(f"{where} is not there, only {there:.200}: {another_convention(keys[0])}")
-        return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; mend the file, or fetch it again")
+            return DataError(f"{where} is missing, found only {there:.200}: {explain_unsupported_format(keys[0])}")
+        return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; fix the file, or fetch it again")
 
     def field(self, kind: type[Field], *keys: str) -> Field:
-        """Return a field, under the first of the keys that is there: conventions call the same thing by several names.
+        """Return the field of the first key that is present: file formats name the same field differently.
 
         Raises:
-            DataError: it is absent, of another kind, or no proper text.
+            DataError: it is absent, of another type, or invalid text.
         """
         value = self.value(*keys)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -69,10 +69,10 @@ class AnnotationRow(NamedTuple):
         return value
 
     def line(self, *keys: str) -> str:
-        """Return a text without line feeds and other control characters: answers are kept one a line.
+        """Return a text field that has no line feeds or other control characters: answers are stored one per line.
 
         Raises:
-            DataError: see `field`; also a control character.
+            DataError: see `field`; also if it holds a control character.
         """
         text = self.field(str, *keys)
         if CONTROL_CHARACTERS.search(text):
@@ -80,7 +80,7 @@ class AnnotationRow(NamedTuple):
         return text
 
     def texts(self, number: int, key: str) -> tuple[str, ...]:
-        """Return a list of as many texts."""
+        """Return a field that is a list of `number` texts; refuse anything else."""
         values = self.value(key)
         if not isinstance(values, list) or len(values) != number or not all(isinstance(text, str) for text in values):
             raise self.refusal([key], f"a list of {number} texts")
@@ -92,15 +92,15 @@ class AnnotationRow(NamedTuple):
         """Return the name of a clip.
 
         Raises:
-            DataError: also where it would lead out of the clips' folder.
+            DataError: see `field`; also if it points outside the clips' folder.
         """
         name = self.field(str, *keys)
-        if leads_out(name):
+        if is_outside_folder(name):
             raise self.refusal(keys, "a name within the clips' folder")
         return name
 
-    def which(self, number: int, *keys: str) -> int:
-        """Return the place of the right candidate, counted from 0; the file has a number or its digits."""
+    def index_below(self, number: int, *keys: str) -> int:
+        """Return a field that is an index from 0 to `number` - 1, stored as a number or as its digits."""
         value = self.value(*keys)
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
             value = int(value)
@@ -109,18 +109,18 @@ class AnnotationRow(NamedTuple):
         return value
 
     def _check(self, keys: Sequence[str], text: str) -> None:
-        """Refuse half of a surrogate pair, which JSON can write and no tokenizer takes."""
+        """Refuse half of a surrogate pair: JSON can express it, but no tokenizer accepts it."""
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise self.refusal(keys, "text: it holds half of a character")
 
 
-def leads_out(name: str) -> bool:
-    """Return whether a clip's name would lead out of the clips' folder."""
+def is_outside_folder(name: str) -> bool:
+    """Return whether a clip name points outside the clips' folder."""
     return "/" in name or "\\" in name or name in ("", ".", "..")
 
 
-def question_type(row: AnnotationRow, question: str) -> str:
-    """Return the type that an annotation states, or the question's first word among `QUESTION_WORDS`, or "other"."""
+def read_question_type(row: AnnotationRow, question: str) -> str:
+    """Return the annotated type, or else the question's first word if it is in `QUESTION_WORDS`, or else "other"."""
     for key in ("type", "answer_type"):
         if key in row.fields:
             return row.field(str, key)
@@ -129,49 +129,49 @@ def question_type(row: AnnotationRow, question: str) -> str:
     return word if word in QUESTION_WORDS else "other"
 
 
-def another_convention(expected: str) -> str:
-    """Return what to say of a file that is complete, but follows another convention than the one that is read."""
-    return f"another convention than the one that is read here, which has {expected}; the dataset's class names all"
+def explain_unsupported_format(expected: str) -> str:
+    """Return the message part for a complete file whose format is not supported."""
+    return f"unsupported format, expected {expected}; the docstring of the dataset's class lists the supported formats"
 
 
-def recognise(text: str) -> str:
-    """Return which of `FILE_BEGINNINGS` a text seems to be, as far as its beginning shows; "" for none."""
+def recognise_format(text: str) -> str:
+    """Return the kind of `FILE_BEGINNINGS` that the beginning of a text matches; "" if none matches."""
     start = text[:10_000].lstrip()
     return next((kind for kind, pattern in FILE_BEGINNINGS.items() if re.match(pattern, start)), "")
 
 
 def refuse_other_kind(text: str, path: Path, expected: Sequence[str]) -> None:
-    """Refuse a text that is of another kind than expected, and seems complete.
+    """Refuse a text whose beginning shows another kind of file than expected.
 
     Args:
         text: the file's content.
         path: the file.
-        expected: those of `FILE_BEGINNINGS` that the reader reads.
+        expected: kinds of `FILE_BEGINNINGS` that the caller can read.
 
     Raises:
         DataError: names both kinds.
     """
-    kind = recognise(text)
+    kind = recognise_format(text)
     if kind and kind not in expected:
-        raise DataError(f"{path}: this is {kind}: {another_convention(expected[0])}")
+        raise DataError(f"{path}: this is {kind}: {explain_unsupported_format(expected[0])}")
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a file is there; one whose link leads nowhere or in a circle, or whose name is too long, is not.
+    """Return whether a file exists; False for a broken or circular link, and for a name that is too long.
 
     Raises:
-        DataError: its folder may not be read.
+        DataError: permission to read its folder is missing.
     """
     try:
         return path.is_file()
     except PermissionError as error:
-        raise DataError(f"{path}: may not be read ({error.strerror}): mend the permissions") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): fix the permissions") from error
     except OSError:
         return False
 
 
 def find_file(paths: Sequence[Path]) -> Path | None:
-    """Return the first of the files that is there; log which convention that is."""
+    """Return the first of the files that exists, None if none does; log its name if there were alternatives."""
     found = next((path for path in paths if is_file(path)), None)
     if found is not None and len(paths) > 1:
         logger.info("reading %s", found)
@@ -179,10 +179,10 @@ def find_file(paths: Sequence[Path]) -> Path | None:
 
 
 def choose_file(paths: Sequence[Path], remedy: str) -> Path:
-    """See `find_file`.
+    """Return the first of the files that exists, see `find_file`.
 
     Raises:
-        DataError: none is there.
+        DataError: none exists; the message ends with `remedy`.
     """
     found = find_file(paths)
     if found is None:
@@ -192,13 +192,13 @@ def choose_file(paths: Sequence[Path], remedy: str) -> Path:
     return found
 
 
-def clips_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return the clips of a folder by their name without suffix, none where it is absent; earlier suffixes go first.
+def list_clips(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return the clips of a folder by name without suffix; earlier suffixes have priority.
 
-    An entry that leads nowhere or in a circle is absent.
+    A folder that does not exist has no clips. Broken and circular links are ignored.
 
     Raises:
-        DataError: the folder may not be read.
+        DataError: the folder cannot be read.
     """
     rank = {suffix: place for place, suffix in enumerate(suffixes)}
     try:
@@ -207,59 +207,59 @@ def clips_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise DataError(f"{folder}: may not be read ({error.strerror}): mend that") from error
+        raise DataError(f"{folder}: cannot be read ({error.strerror}): fix the permissions") from error
     paths = [path for path in paths if path.suffix.lower() in rank]
     return {path.stem: path for path in sorted(paths, key=lambda path: (-rank[path.suffix.lower()], path.suffix))}
 
 
 def read_text(path: Path) -> str:
-    """Read the text of an annotation file, with or without a byte order mark; lines end in \\n.
+    """Read the text of an annotation file, with or without a byte order mark; any line ending becomes a line feed.
 
     Raises:
-        DataError: not UTF-8, or not to be read.
+        DataError: it is not UTF-8, or cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, byte {error.start}: not UTF-8; save it as UTF-8, or fetch it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend that") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
 def read_json(path: Path) -> Any:
     """Read the content of a JSON file.
 
     Raises:
-        DataError: with line and column.
+        DataError: it is not valid JSON; names line and column.
     """
     text = read_text(path)
     try:
         return _parse(text, str(path))
     except DataError:
-        refuse_other_kind(text, path, (LIST, OBJECT))
+        refuse_other_kind(text, path, (JSON_LIST, JSON_OBJECT))
         raise
 
 
 def as_rows(content: Any, path: Path, key: str = "") -> list[AnnotationRow]:
-    """Return a list of JSON objects as rows: the whole file, or what it has under a key.
+    """Return a list of JSON objects as rows: the content of a file, or of one key in it.
 
     Raises:
-        DataError: anything else, or an empty list.
+        DataError: the content is anything else, or an empty list.
     """
     place = f"{path}: {key}"
     if not isinstance(content, list) or not content:
         if content == []:
             raise DataError(f"{path}: {key or 'the file'} is an empty list; fetch it again")
         kind = f"an object of {', '.join(content):.200}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise DataError(f"{path}: {key or 'the file'} is {kind}: {another_convention('a list of objects')}")
+        raise DataError(f"{path}: {key or 'the file'} is {kind}: {explain_unsupported_format('a list of objects')}")
     for number, row in enumerate(content):
         if not isinstance(row, dict):
-            raise DataError(f"{place}[{number}] is {row!r:.80}, not an object; mend the file, or fetch it again")
+            raise DataError(f"{place}[{number}] is {row!r:.80}, not an object; fix the file, or fetch it again")
     return [AnnotationRow(f"{place}[{number}]", row) for number, row in enumerate(content)]
 
 
 def read_json_list(path: Path) -> list[AnnotationRow]:
-    """Read the rows of a file that is one JSON list.
+    """Read the rows of a file that is a JSON list of objects.
 
     Raises:
         DataError: see `read_json` and `as_rows`.
@@ -268,19 +268,19 @@ def read_json_list(path: Path) -> list[AnnotationRow]:
 
 
 def read_json_lines(path: Path) -> list[AnnotationRow]:
-    """Read the rows of a file with a JSON object a line; blank lines are skipped.
+    """Read the rows of a file with one JSON object per line; blank lines are skipped.
 
     Raises:
-        DataError: with the line.
+        DataError: a line is damaged; names it.
     """
     rows, text = [], read_text(path)
-    refuse_other_kind(text, path, (LINES, OBJECT))  # a single line is an object
+    refuse_other_kind(text, path, (JSON_LINES, JSON_OBJECT))  # a single line is an object
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         row = _parse(line, str(path), number)
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: {row!r:.80} is not an object; mend the file, or fetch it again")
+            raise DataError(f"{path}, line {number}: {row!r:.80} is not an object; fix the file, or fetch it again")
         rows.append(AnnotationRow(f"{path}, line {number}", row))
     if not rows:
         raise DataError(f"{path}: empty; fetch it again")
@@ -290,18 +290,20 @@ def read_json_lines(path: Path) -> list[AnnotationRow]:
 def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[AnnotationRow]:
     """Read the rows of a csv file with a header; blank lines are skipped.
 
-    In TAB-separated files a row is a line and a quote is a character, so that a stray one cannot swallow the rows after
-    it; only a field that is quoted as a whole is unquoted.
+    In a TAB-separated file every line is a row and quotes are ordinary characters, so that a stray quote cannot swallow
+    the rows after it; only a field that is entirely quoted is unquoted.
 
     Args:
-        columns: those that must be there; others are kept, too.
+        path: the file.
+        columns: names of the columns that must be present; others are kept, too.
+        delimiter: character between two fields.
 
     Raises:
-        DataError: with the line.
+        DataError: a line is damaged, or a column is missing; names the line.
     """
     text, tabs = read_text(path), delimiter == "\t"
     if len(columns) > 1 or tabs:  # a table of one column has no delimiter
-        refuse_other_kind(text, path, (TABS if tabs else COMMAS,))
+        refuse_other_kind(text, path, (TAB_SEPARATED if tabs else COMMA_SEPARATED,))
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
@@ -321,7 +323,7 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list
                     shown, wanted = ", ".join(header), f"the columns {', '.join(columns)}"
                     raise DataError(
                         f"{place}: no column {', '.join(absent)} in the header ({shown:.200}): "
-                        f"{another_convention(wanted)}"
+                        f"{explain_unsupported_format(wanted)}"
                     )
                 continue
             if len(values) != len(header):
@@ -335,34 +337,34 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list
 
 
 def _unquote(field: str) -> str:
-    """Return a field without the quotes around it, its own quotes no longer doubled; any other field as it is."""
+    """Return a quoted field without its quotes and with doubled quotes undone; any other field unchanged."""
     inner = field[1:-1]
     quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if quoted else field
 
 
 def _parse(text: str, path: str, line: int | None = None) -> Any:
-    """Parse JSON; `line` where the text is but a line of the file."""
+    """Parse JSON; `line` is the line number if the text is one line of the file."""
     try:
         return json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"{path}, line {line or error.lineno}, column {error.colno}: {error.msg}"
     except RecursionError:
-        place = f"{path}{f', line {line}' if line else ''}: nested too deep"
-    except ValueError as error:  # a number of thousands of digits, a key twice, NaN
+        place = f"{path}{f', line {line}' if line else ''}: nested too deeply"
+    except ValueError as error:  # a number with thousands of digits, a repeated key, NaN
         place = f"{path}{f', line {line}' if line else ''}: {error}"
     raise DataError(f"{place}: {DAMAGED_FILE}")
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON whose keys are all different; a reader would take one of the values at random."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Build a JSON object and refuse repeated keys, because it is undefined which of the values counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return found
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return fields
 
 
 def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which JSON does not know."""
-    raise ValueError(f"{name} is no number")
+    """Refuse NaN and Infinity, which are not valid JSON."""
+    raise ValueError(f"{name} is not valid JSON")

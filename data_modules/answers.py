@@ -1,4 +1,4 @@
-"""The answer vocabulary: which answers have a class of their own."""
+"""The answer vocabulary: the answers that are classes."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,7 @@ from cdc_mmpg.errors import DataError
 from data_modules.annotations import (
     CONTROL_CHARACTERS,
     AnnotationRow,
-    another_convention,
+    explain_unsupported_format,
     is_file,
     read_json,
     read_text,
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Answers:
-    """Answers with a class each, and one class more for all others.
+    """Answers with one class each, and one more class for all other answers.
 
     Args:
         words: the known answers in the order of their classes.
@@ -32,20 +32,20 @@ class Answers:
         self._labels = {word: label for label, word in enumerate(words)}
 
     def label(self, answer: str) -> int:
-        """Return the class of an answer, `UNKNOWN_LABEL` outside the vocabulary."""
+        """Return the class of an answer, or `UNKNOWN_LABEL` if it is outside the vocabulary."""
         return self._labels.get(answer, UNKNOWN_LABEL)
 
     @classmethod
     def read(cls, path: Path, num_classes: int, training_answers: Iterable[str]) -> "Answers":
-        """Read the distributed vocabulary, or, where it is absent, take the most frequent training answers.
+        """Read the distributed vocabulary, or count the most frequent training answers if its file is absent.
 
-        A text file has an answer a line, its class the line's number; a JSON file {answer: class}.
+        A text file has one answer per line, whose class is the line's index; a JSON file has {answer: class}.
 
         Raises:
-            DataError: the vocabulary does not hold num_classes - 1 different answers, or not a class for each.
+            DataError: the vocabulary does not have num_classes - 1 different answers with one class each.
         """
-        there = is_file(path)
-        if there:
+        is_present = is_file(path)
+        if is_present:
             words = _read_labels(path) if path.suffix == ".json" else _read_lines(path)
         else:
             counts = Counter(training_answers)
@@ -53,49 +53,50 @@ class Answers:
             _warn_of_ties(path, len(words), len(counts))
         if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
             source = f"{path}: {len(set(words))} different answers in {len(words)} lines"
-            if not there:
+            if not is_present:
                 source = f"{path.parent}: {len(words)} different training answers"
             raise DataError(
                 f"{source}, but num_classes is {num_classes}, one of them for all other answers: set "
-                f"ARGS=--data.init_args.num_classes={len(set(words)) + 1}, or mend the file"
+                f"ARGS=--data.init_args.num_classes={len(set(words)) + 1}, or fix the file"
             )
         return cls(words)
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Return the answers of a file that has one a line.
+    """Read the answers of a file that has one per line.
 
     Raises:
-        DataError: a line is blank, or holds a control character, which could end a line elsewhere; names it.
+        DataError: a line is blank, or holds a control character, which other programs may read as a line end; names it.
     """
     words = read_text(path).rstrip("\n").split("\n")
     for number, word in enumerate(words, start=1):
         if not word.strip() or CONTROL_CHARACTERS.search(word):
-            raise DataError(f"{path}, line {number}: {word!r:.80} is no answer; mend the file, or fetch it again")
+            raise DataError(f"{path}, line {number}: {word!r:.80} is not an answer; fix the file, or fetch it again")
     return words
 
 
 @cache
 def _warn_of_ties(path: Path, taken: int, different: int) -> None:
-    """Say once a process that the vocabulary is counted, not read: a run reads it several times."""
+    """Warn once per process that the vocabulary is counted, not read (a run reads it several times)."""
     logger.warning(
-        "%s is absent: took the %d most frequent of %d training answers instead, by alphabet where frequencies "
-        "tie; the distributed file breaks ties in its own way, so a few classes may differ",
+        "%s is absent: using the %d most frequent of %d training answers instead, ties in alphabetical order; the "
+        "distributed file may break ties differently, so a few classes may differ",
         path, taken, different,
     )  # fmt: skip
 
 
 def _read_labels(path: Path) -> list[str]:
-    """Read the answers of {answer: class}, in the order of their classes."""
+    """Read the answers of a JSON file {answer: class}, in the order of their classes."""
     labels = read_json(path)
     if not isinstance(labels, dict):
-        raise DataError(f"{path}: holds a {type(labels).__name__}: {another_convention('{answer: class}')}")
+        raise DataError(f"{path}: holds a {type(labels).__name__}: {explain_unsupported_format('{answer: class}')}")
     row = AnnotationRow(str(path), labels)
     for word in labels:
         if not word.strip() or CONTROL_CHARACTERS.search(word):
-            raise DataError(f"{path}: {word!r:.80} is no answer; mend the file, or fetch it again")
+            raise DataError(f"{path}: {word!r:.80} is not an answer; fix the file, or fetch it again")
         if isinstance(labels[word], str) and word.isdigit():
-            raise DataError(f"{path}: {{{word!r}: {labels[word]!r:.80}}}: {another_convention('{answer: class}')}")
+            problem = explain_unsupported_format("{answer: class}")
+            raise DataError(f"{path}: {{{word!r}: {labels[word]!r:.80}}}: {problem}")
     words = {row.field(int, word): word for word in labels}
     for label in range(len(labels)):
         if label not in words:

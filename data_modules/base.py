@@ -1,4 +1,4 @@
-"""The base of all datasets of clips with texts: the frame cache, the text, the splits as batches."""
+"""The base of all datasets of clips with texts: frame cache, text encoding, splits as batches."""
 
 import logging
 from abc import abstractmethod
@@ -45,38 +45,38 @@ logger = logging.getLogger(__name__)
 
 
 class VideoTextDataModule(AnnotatedSplits):
-    """Clips with texts: a subclass says what the task is (see `tasks`), a subclass of that reads annotations.
+    """Clips with texts: a subclass per task (see `tasks`), and a subclass of that which reads the annotations.
 
     Splits that share a clip are refused. Clips are decoded once, into the frame cache, before training; a clip that
-    changed since is refused by name.
+    has changed since then is refused by name.
 
     Args:
-        root: the dataset's folder.
-        cache_dir: where frames and features are kept.
-        num_classes: of open-ended questions: the known answers, plus one class for all others.
-        protocol: which of the dataset's published splits; None is the first of `PROTOCOLS`.
-        num_frames: T, frames that the model sees of a clip.
-        image_size: pixels of a side of what it sees.
+        root: folder of the dataset.
+        cache_dir: folder for frames and features.
+        num_classes: classes of open-ended questions: the known answers, plus one class for all others.
+        protocol: name of one of the dataset's published splits; None is the first of `PROTOCOLS`.
+        num_frames: T, frames of a clip that the model sees.
+        image_size: side of the square that the model sees, in pixels.
         resize: pixels to which the shorter side of a frame is resized before the crop; None is 268/224 of image_size.
-        candidates: frames that the cache keeps of each of the T segments of a clip; training takes any of them.
+        candidates: frames that the cache keeps for each of the T segments of a clip; training uses any of them.
         batch_size: samples of an optimizer step, over all devices and accumulated batches.
-        per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
-        num_workers: processes that load batches; None is `EpochDataModule.loading_processes`.
-        frame_cache: where batches are read from. "device" keeps the frames of all clips in the memory of the device
-            that computes (a GPU's, or the machine's), where they fit, and needs no processes that load: the same
-            frames, see `device_cache`.
-        vocab: a local `vocab.txt`; None fetches bert-base-uncased's from the hub.
-        text_length: most tokens in a text.
+        per_device: maximum number of samples that a device holds at once, the rest is accumulated; None is its share.
+        num_workers: processes that load batches; None is `EpochDataModule.count_loading_processes`.
+        frame_cache: where batches are read from. "device" keeps the frames of all clips in the memory of the computing
+            device (GPU or host), if they fit, and needs no loading processes; the frames are the same, see
+            `device_cache`.
+        vocab: a local `vocab.txt`; None downloads bert-base-uncased's from the hub.
+        text_length: maximum number of tokens in a text.
         decoder: see `cdc_mmpg.media.video`.
-        max_missing: how many clips may be absent or unreadable; their samples are left out, and counted. More
-            refuse the run, all named.
-        only_present: take the samples whose clips are there and leave out the others: for partial copies.
-        domains: what stands for devices, see `data_modules.domains`. A clip's domain is the same in all splits. Clips
-            of domains that are held out leave training and validation; the test keeps all, and tells those unseen from
-            those seen. Every domain's unlabelled clips are its training clips. The answer vocabulary stays the whole
-            dataset's.
+        max_missing: number of clips that may be absent or unreadable; their samples are left out and counted. With
+            more, the run is refused and the error lists them.
+        only_present: use the samples whose clips are present and leave out the others: for partial copies.
+        domains: kind of domain that stands for devices, see `data_modules.domains`. A clip's domain is the same in all
+            splits. Clips of held-out domains leave training and validation; the test keeps them as group "unseen".
+            Every domain's unlabelled clips are its training clips. The answer vocabulary is still counted on the
+            entire dataset.
         held_out: names of the domains that training does not see; None is about a fifth, see `domains`.
-        seed: of the order and the augmentation.
+        seed: seed of the sample order and the augmentation.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VideoTextDataModule(AnnotatedSplits):
     ) -> None:
         if resize is not None and resize < image_size:
             raise ConfigError(
-                f"data.init_args.resize is {resize}, less than image_size ({image_size}), which is cut out"
+                f"data.init_args.resize is {resize}, less than image_size ({image_size}), the size of the crop"
             )
         check_minimums(
             {
@@ -128,14 +128,14 @@ class VideoTextDataModule(AnnotatedSplits):
         self.cache = kind(self.cache_dir / "frames", num_frames, image_size, decoder, resize, candidates)
         self._splits: dict[Split, ClipDataset] = {}
         self._left_out: Counter[Split] = Counter()
-        self.virtual = 0  # virtual devices of each device that trains, in batches of frames; the method sets it
+        self.virtual = 0  # virtual devices of each training device, in batches of frames; set by the method
 
     @abstractmethod
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
-        """Return samples whose clips are ready as a dataset, not augmented."""
+        """Build an unaugmented dataset from samples whose clips are ready."""
 
     def prepare_data(self) -> None:
-        """Check the dataset and fill the frame cache (one process a machine).
+        """Check the dataset and fill the frame cache (in one process per machine).
 
         Raises:
             DataError: see the class.
@@ -162,21 +162,21 @@ class VideoTextDataModule(AnnotatedSplits):
         for line in lost:
             logger.warning("left out with its questions: %s", line)
         if absent and self.only_present:
-            logger.warning("a partial copy: %d of %d clips are here", len(present), len(named))
+            logger.warning("partial copy: %d of %d clips are present", len(present), len(named))
 
     def check(self) -> dict[str, Any]:
-        """Report on everything and fill the frame cache, see `checks.report`."""
+        """Check everything and fill the frame cache; return the report, see `checks.report`."""
         return report(self)
 
     def published(self) -> list[dict[str, Any]]:
-        """Return every published count of `PUBLISHED` beside the number in the annotation files that are here.
+        """Compare every count in `PUBLISHED` with the count in the local annotation files.
 
-        Absent clips and domains that are held out change nothing here: `summary` counts those.
+        Absent clips and held-out domains do not change these counts: `summary` counts those.
 
         Returns:
-            Rows of split ("test", or "train+val" where both were published together), what ("questions", "clips" or
-            "answers"), published and here (numbers), same (whether they are equal), edition (its name where official
-            editions differ, else ""). Figures of a paper compare with a run only where all rows are the same.
+            Rows of split ("test", or "train+val" if both were published together), what ("questions", "clips" or
+            "answers"), published and here (numbers), same (whether they are equal), edition (its name if official
+            editions differ, else ""). A paper's figures are comparable with a run only if all rows are the same.
 
         Raises:
             DataError: see `samples`.
@@ -184,21 +184,21 @@ class VideoTextDataModule(AnnotatedSplits):
         return compare_with_published(self, {split: count_samples(self, self.samples(split)) for split in SPLITS})
 
     def list_lost(self, absent: Sequence[str], unreadable: Mapping[str, str]) -> list[str]:
-        """Return the clips that count towards `max_missing`, with what is wrong."""
+        """Return the clips that count towards `max_missing`, each with the reason."""
         lost = [] if self.only_present else [f"{name}: absent" for name in absent]
         return lost + [f"{name}: {reason}" for name, reason in unreadable.items()]
 
     def describe_lost(self, lost: Sequence[str], clips: int) -> str:
-        """Return the error of too many lost clips, of `clips`; write all of them into `missing.txt`."""
+        """Return the error message for too many lost clips out of `clips`; write all of them into `missing.txt`."""
         return (
-            f"{self.root}: of {clips} clips {len(lost)} are absent or unreadable, {self.max_missing} may be:"
+            f"{self.root}: {len(lost)} of {clips} clips are absent or unreadable, max_missing is {self.max_missing}:"
             f"{write_listing(lost, self.cache_dir / 'missing.txt')}\n{self.remedy()}\nTo leave clips out: "
-            "ARGS=--data.init_args.max_missing=<how many>, or, where the copy is a part of the dataset, "
+            "ARGS=--data.init_args.max_missing=<number>, or, for a partial copy of the dataset, "
             "ARGS=--data.init_args.only_present=true"
         )
 
     def setup(self, stage: str) -> None:
-        """Build the splits from what `prepare_data` made ready."""
+        """Build the splits from the clips that `prepare_data` has decoded."""
         if self._splits:
             return
         self.text = TextEncoder(self.vocab, self.text_length)
@@ -219,14 +219,14 @@ class VideoTextDataModule(AnnotatedSplits):
             self.cache.clips = [name for name in named if self.is_ready(name)]
 
     def sessions(self) -> Sessions:
-        """Return unlabelled clips by device: of every domain its training clips, which of unseen ones nobody trains on.
+        """Return unlabelled clips by device: the training clips of every domain, also of unseen domains.
 
         Raises:
-            ConfigError: the dataset knows no devices and was given none.
+            ConfigError: the dataset does not know its devices, and `domains` is None.
         """
         if self.shift is None:
             raise ConfigError(
-                f"{type(self).__name__} does not know its clips' devices, and sessions need them: give it some, "
+                f"{type(self).__name__} does not know its clips' devices, but sessions need devices: define domains, "
                 "ARGS=--data.init_args.domains=casts"
             )
         clips = dict.fromkeys(sample.clip for sample in self.samples("train") if self.is_ready(sample.clip))
@@ -235,14 +235,14 @@ class VideoTextDataModule(AnnotatedSplits):
     def pool_sessions(
         self, devices: Mapping[str, str], casts: Mapping[str, float], backgrounds: Mapping[str, float] | None = None
     ) -> Sessions:
-        """Return the sessions of devices with unlabelled clips.
+        """Group unlabelled clips by device.
 
         Args:
-            devices: whose each unlabelled clip is.
-            casts: of every device in turn, in degrees, not a number where it is unknown.
-            backgrounds: hue of every clip's background in degrees; None where nobody knows them.
+            devices: device of each unlabelled clip.
+            casts: hue cast of every device, in degrees; NaN if unknown. Its order numbers the devices.
+            backgrounds: hue of every clip's background in degrees; None if unknown.
         """
-        anchors = self.build([Sample(clip, "", options=("",)) for clip in devices])  # one text, whatever the task
+        anchors = self.build([Sample(clip, "", options=("",)) for clip in devices])  # one text for every task
         anchors.texts = [[self.text.neutral()]] * len(devices)
         number = {device: place for place, device in enumerate(casts)}
         place = {clip: i for i, clip in enumerate(devices)}
@@ -268,16 +268,16 @@ class VideoTextDataModule(AnnotatedSplits):
         return clip in self._ready
 
     def dataset(self, split: Split, augment: bool) -> ClipDataset:
-        """Return a split, its frames drawn anew for every epoch or always the same."""
+        """Return a split; with `augment` its frames are drawn anew in every epoch."""
         return self._splits[split].with_augmentation(augment)
 
     def rotate(self, dataset: ClipDataset, degrees: Sequence[float]) -> tuple[ClipDataset, str]:
-        """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
+        """Return a dataset of this module with the hues of each sample's clip rotated, and its digest."""
         rotated = dataset.rotate(degrees)
         return rotated, rotated.digest(frames=True)
 
     def jitter(self, dataset: ClipDataset, jitters: Sequence[Jitter]) -> tuple[ClipDataset, str]:
-        """Return one of its datasets with the colours of each sample's clip jittered, and a digest of it."""
+        """Return a dataset of this module with the colours of each sample's clip jittered, and its digest."""
         jittered = dataset.jitter(jitters)
         return jittered, jittered.digest(frames=True)
 
@@ -288,28 +288,28 @@ class VideoTextDataModule(AnnotatedSplits):
         return self.batches(dataset, shuffle=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[VideoTextBatch]:
-        """Return validation batches, as annotated."""
+        """Return validation batches, unaugmented and in annotation order."""
         return self.batches(self.dataset("val", augment=False), shuffle=False, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[VideoTextBatch]:
-        """Return test batches, as annotated."""
+        """Return test batches, unaugmented and in annotation order."""
         return self.batches(self.dataset("test", augment=False), shuffle=False, num_workers=self.num_workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, as Lightning does; frames that are kept on the device are gathered there."""
+        """Move a batch to a device; frames of a `DeviceCache` are gathered there."""
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return batch._replace(frames=self.cache.gather(batch.frames)) if isinstance(self.cache, DeviceCache) else batch
 
     def labels(self, split: Split) -> Tensor:
-        """Return the class of every sample, or the place of its right candidate, (N,)."""
+        """Return the class of every sample, or the index of its right candidate, (N,)."""
         return self._splits[split].labels
 
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """Return a digest of a split's clips by name, its texts and labels, and with `frames` of its frames."""
+        """Return a digest of a split's clip names, texts and labels; with `frames` also of its frames."""
         return self._splits[split].digest(frames)
 
     def origins(self, split: Split) -> list[SampleOrigin]:
-        """Return where each sample comes from: of its clip's domain, or, without domains, of a device of its own."""
+        """Return the origin of each sample; its device is the clip's domain, or without domains the clip itself."""
         return [
             SampleOrigin(
                 sample.clip, *self._find_device(sample.clip), sample.type, sample.question, self.word(split, index)
@@ -321,24 +321,24 @@ class VideoTextDataModule(AnnotatedSplits):
         """Return a clip's device and the device's group."""
         if self.shift is None:
             return clip, ""
-        return self.shift.domain(clip), "unseen" if self.shift.unseen(clip) else "seen"
+        return self.shift.domain(clip), "unseen" if self.shift.is_unseen(clip) else "seen"
 
     def texts(self, split: Split, index: int) -> Sequence[str]:
-        """Return a sample's candidates or captions; none of an open-ended question."""
+        """Return a sample's candidates or captions; empty for an open-ended question."""
         return self._splits[split].samples[index].options
 
     def word_counts(self, split: Split) -> Counter[int]:
-        """Count how often each WordPiece is in a split's texts."""
+        """Count how often each WordPiece occurs in a split's texts."""
         return Counter(word for texts in self._splits[split].texts for text in texts for word in text)
 
     @abstractmethod
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """Return the right answer to a sample as an annotation has it, or the word of the prediction `label`."""
+        """Return the right answer to a sample as annotated, or the word for a predicted `label`."""
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return by split: questions, clips, questions left out, unknown answers and the ceiling of the accuracy.
+        """Return for each split: questions, clips, questions left out, unknown answers and the maximum accuracy.
 
-        Left out are those whose clips are not there; what left with unseen domains is counted apart, under held_out.
+        A question is left out if its clip is absent; those of held-out domains are counted separately, in held_out.
         """
         summary: dict[str, dict[str, float]] = {}
         for split, dataset in self._splits.items():
@@ -356,18 +356,18 @@ class VideoTextDataModule(AnnotatedSplits):
         return summary
 
     def example(self, split: Split, index: int) -> ReadableSample:
-        """Return a sample to look at."""
+        """Return a sample in a form that a person can read."""
         dataset = self._splits[split]
         sample = dataset.samples[index]
         return ReadableSample(sample.clip, dataset.frames(0, index).numpy(), sample.question, self.word(split, index))
 
     def answers(self) -> list[str]:
-        """Return the word of every class but the last, which stands for all others; none where there are no classes."""
+        """Return the word of every class except the last, which stands for all others; empty without classes."""
         return []
 
 
 def find_alike(hues: NDArray[np.float64], clips: Sequence[int], number: int = 8) -> list[int]:
-    """Return those of a device's clips whose hues (C,) lie in the smallest arc that holds so many, in its order."""
+    """Find the `number` clips of a device whose hues (of all clips, (C,)) lie in the smallest arc, in arc order."""
     order = sorted(clips, key=lambda clip: hues[clip] % 360)
     turns = [order[start:] + order[:start] for start in range(len(order))]
     return min(

@@ -1,7 +1,7 @@
-"""How many samples a second come to the device that trains: from the disk, by processes that load, and from the device.
+"""Loading speed in samples per second on the training device: from disk with loading processes, and from the device.
 
-Of real clips' size at 224 pixels, read and cropped as in training; the arrays are written into a temporary folder, so
-that they lie in the system's memory, as a dataset does that was read once and fits there.
+Clips have the size of real ones at 224 pixels and are read and cropped as in training. The arrays are in a temporary
+folder, so that they are in the page cache, like a dataset that fits in memory and was read once.
 """
 
 import argparse
@@ -30,16 +30,16 @@ QUESTION = (101, 2054, 2003, 1996, 2158, 2725, 1029, 102)  # WordPieces
 
 
 class Clips(VideoTextDataModule):
-    """Samples of so many clips that a cache holds."""
+    """Samples of clips of which only the cached frames exist."""
 
     task: ClassVar[Task] = "open_ended"
 
     def read_split(self, split: Split) -> list[Sample]:
-        """Return nothing: `build` is given samples."""
+        """Return nothing: `build` gets the samples."""
         return []
 
     def find_clips(self) -> dict[str, Path]:
-        """Return nothing: only their frames are there."""
+        """Return nothing: only frames exist."""
         return {}
 
     def remedy(self) -> str:
@@ -47,17 +47,17 @@ class Clips(VideoTextDataModule):
         return ""
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """Return nothing: no answer is asked for."""
+        """Return nothing: no answer is needed."""
         return ""
 
     def build(self, samples: Sequence[Sample]) -> QADataset:
-        """Return samples as they are trained on."""
+        """Build the augmented dataset of samples."""
         labels = torch.zeros(len(samples), dtype=torch.long)
         return QADataset(samples, [[QUESTION]] * len(samples), labels, self.cache, augment=True, seed=self.seed)
 
 
 def write_frames(cache: FrameCache, clips: Sequence[str]) -> None:
-    """Write frames of noise as `FrameCache` keeps them: pictures of 4:3."""
+    """Write noise as frames of 4:3, in the format of `FrameCache`."""
     cache.folder.mkdir(parents=True, exist_ok=True)
     shape = cache.num_frames * cache.candidates, cache.side, round(cache.side * 4 / 3), 3
     with (cache.folder / "index.jsonl").open("w", encoding="utf-8") as index:
@@ -76,7 +76,7 @@ def measure(
     processes: int,
     pinned: bool,
 ) -> float:
-    """Return samples a second in a second epoch: in the first one all arrays are opened, and processes start."""
+    """Measure samples per second in a second epoch: the first one opens all arrays and starts the processes."""
     data = Clips(
         str(folder), str(folder), 2, image_size=options.image_size, batch_size=options.batch_size,
         num_workers=processes, frame_cache=frame_cache,
@@ -103,14 +103,14 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table; figures are of this machine, now, and belong side by side only within one run."""
+    """Print a table; only figures of the same run are comparable."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=8, help="batches of each process")
+    parser.add_argument("--steps", type=int, default=8, help="batches per process")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument(
-        "--processes", type=int, nargs="+", help="that load; default: 0, 1, 2, 4, ... up to our processors"
+        "--processes", type=int, nargs="+", help="loading processes; default: 0, 1, 2, 4, ... up to our processors"
     )
     options = parser.parse_args(arguments)
     protect_output()
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(column, justify="left" if column in ("frames from", "transfer") else "right")
     with tempfile.TemporaryDirectory() as folder:
         clips = [f"clip{number}" for number in range(options.clips)]
-        most = Clips(folder, folder, 2).loading_processes()
+        most = Clips(folder, folder, 2).count_loading_processes()
         several = options.processes or [0, *(2**power for power in range(most.bit_length()))]
         rows: list[tuple[Literal["disk", "device"], int]] = [*(("disk", number) for number in several), ("device", 0)]
         for frame_cache, processes in rows:

@@ -1,12 +1,12 @@
 """The frame cache: every clip's candidate frames, decoded once, resized, as memory-mapped uint8 arrays.
 
-A folder a choice of settings. In it one `.npy` (K, H, W, 3) a clip (fewer than K where the clip has fewer frames),
-named after the clip and its content, and `index.jsonl`: size, time, number of frames and sha256 of every clip. A clip
-that was touched or moved is hashed, not decoded again; one whose content changed is refused by name, until the user
-asks for it.
+One folder per combination of settings. It holds one `.npy` (K, H, W, 3) per clip (shorter than K if the clip has fewer
+frames), named after the clip and its content, and `index.jsonl`: size, modification time, number of frames and sha256
+of every clip. A clip that was touched or moved is hashed, not decoded again; one whose content has changed is refused
+by name until the user runs `make data`.
 
-Arrays appear whole or not at all. The index is only appended to, a line a clip, after its array is in place. An array
-missing from the index is recovered by its file name: losing the index costs re-hashing, not re-decoding.
+Arrays are written atomically. The index is append-only, one line per clip, written after its array. An array missing
+from the index is recovered by its file name: losing the index costs re-hashing, not re-decoding.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from rich.filesize import decimal
 from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError
-from cdc_mmpg.files import file_digest, remove_leftovers, write_listing
+from cdc_mmpg.files import hash_file, remove_leftovers, write_listing
 from cdc_mmpg.media.frames import CANDIDATES, Frames, candidate_indices, shorter_side
 from cdc_mmpg.media.video import Decoder
 from data_modules.decoding import DecodingSettings, decode_clips
@@ -36,20 +36,20 @@ from data_modules.frame_index import NOT_DECODED, Entry, FrameIndex
 
 logger = logging.getLogger(__name__)
 
-MAX_MAPPED_ARRAYS = 32_768  # arrays that a process keeps mapped; Linux lets it have 65,530 maps
+MAX_MAPPED_ARRAYS = 32_768  # arrays that a process keeps mapped; Linux allows 65,530 maps per process
 
 
 class FrameCache:
-    """Candidate frames of clips, on disk; clips go by the name that annotations use.
+    """Candidate frames of clips, on disk; clips are identified by the name that annotations use.
 
     Args:
-        folder: where the settings' folders lie.
+        folder: parent of the folders per settings.
         num_frames, image_size, decoder: see `frames` and `video`.
         side: pixels to which a frame's shorter side is resized; None is `shorter_side(image_size)`.
-        candidates: frames kept of each of the `num_frames` segments of a clip.
+        candidates: frames kept for each of the `num_frames` segments of a clip.
     """
 
-    TIMEOUT_SECONDS: float = 300  # for a clip to be decoded in
+    TIMEOUT_SECONDS: float = 300  # limit for decoding one clip
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class FrameCache:
     ) -> None:
         self.num_frames, self.image_size, self.decoder, self.candidates = num_frames, image_size, decoder, candidates
         self.side = side or shorter_side(image_size)
-        self.changed_list = folder.parent / "changed.txt"  # beside the list of missing clips
+        self.changed_list = folder.parent / "changed.txt"  # next to the list of missing clips
         self.folder = folder / f"{decoder}-{self.side}px-{num_frames}x{candidates}"
         self.ready: frozenset[str] = frozenset()  # clips whose frames can be read, after `load` or `fill`
         self.index = FrameIndex(self.folder)
@@ -71,21 +71,21 @@ class FrameCache:
         """Read the index that another process has filled.
 
         Raises:
-            DataError: the index was damaged from outside.
+            DataError: a line of the index is damaged.
         """
         self.index.read(repair=False)
         self._set_ready()
 
     def entry(self, name: str) -> Entry:
-        """Return what the index knows of a clip, see `FrameIndex.find`."""
+        """Return the index entry of a clip, see `FrameIndex.find`."""
         return self.index.find(name)
 
     def key(self, name: str) -> str:
-        """Return the identity of a clip's frames: its content and the settings."""
+        """Return the key of a clip's frames: the settings and the digest of its content."""
         return f"{self.folder.name}/{self.entry(name).sha256}"
 
     def estimate(self, clips: int) -> int:
-        """Estimate how many bytes the frames of `clips` clips take: pictures of 4:3, none of the clips brief."""
+        """Estimate the size in bytes of the frames of `clips` clips: frames of 4:3, no clip shorter than K frames."""
         return clips * self.num_frames * self.candidates * self.side * round(self.side * 4 / 3) * 3
 
     def read(self, name: str, candidates: Sequence[int]) -> Frames:
@@ -94,10 +94,10 @@ class FrameCache:
         return kept[self.indices(len(kept), candidates)]
 
     def array(self, name: str) -> Frames:
-        """Return all kept frames of a clip, (K, H, W, 3): mapped, so that only what is used of them is read.
+        """Return all kept frames of a clip, (K, H, W, 3), memory-mapped: only the parts that are used are read.
 
         Raises:
-            DataError: not prepared, or the file was damaged from outside.
+            DataError: the clip is not prepared, or its array file is damaged.
         """
         if not (entry := self.entry(name)).frames:
             raise DataError(f"{name}: no frames ({entry.error})")
@@ -114,55 +114,55 @@ class FrameCache:
             ) from error
 
     def indices(self, kept: int, candidates: Sequence[int]) -> list[int]:
-        """Return which of so many kept frames candidates are."""
-        every = candidate_indices(kept, self.num_frames, self.candidates)
-        return [every[candidate] for candidate in candidates]
+        """Return the indices of candidates among the `kept` frames of a clip."""
+        frame_indices = candidate_indices(kept, self.num_frames, self.candidates)
+        return [frame_indices[candidate] for candidate in candidates]
 
     def fill(self, clips: Mapping[str, Path], workers: int, renew: bool = False) -> dict[str, str]:
-        """Decode what is not there yet, in `workers` processes; what was done stays if this is killed.
+        """Decode the clips that are not in the cache yet; clips that are done stay if the process is killed.
 
         Args:
-            clips: where each clip lies.
-            workers: processes.
-            renew: take clips whose content changed as they are now, and try again those that could not be decoded.
+            clips: path of each clip.
+            workers: number of decoding processes.
+            renew: decode clips whose content has changed again, and retry clips that could not be decoded.
 
         Returns:
-            The clips that cannot be decoded, with the reason; known ones are not tried again unless their file changed.
+            The clips that cannot be decoded, with the reason; known failures are retried only if their file changed.
 
         Raises:
-            DataError: clips changed since they were decoded; the index was damaged from outside; the disk has too
-                little room; decoding processes cannot be started.
-            CDCError: the disk is full or may not be written.
+            DataError: clips changed since they were decoded; the index is damaged; the disk has too little space;
+                decoding processes cannot be started.
+            CDCError: the disk is full or not writable.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.index.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise CDCError(
-                f"{self.folder}: cannot be written ({error.strerror}): set the cache_dir elsewhere"
+                f"{self.folder}: cannot be written ({error.strerror}): set another --data.init_args.cache_dir"
             ) from error
         remove_leftovers(self.folder)
         try:
             return self._fill(clips, max(1, workers), renew, descriptor)
         finally:
             os.close(descriptor)
-            remove_leftovers(self.folder)  # of decoders that were stopped, or that outlived a killed run
+            remove_leftovers(self.folder)  # decoders that were stopped or outlived a killed run leave temporary files
 
     def _fill(self, clips: Mapping[str, Path], workers: int, renew: bool, descriptor: int) -> dict[str, str]:
         self.index.read(repair=True)
         now, failures = _read_statuses(clips)
-        other = self._touched(clips, now, failures, workers, descriptor)
+        other = self._find_changed(clips, now, failures, workers, descriptor)
         changed = [name for name in other if self.index.entries[name].frames]
         if changed and not renew:
             raise DataError(
-                f"{self.folder}: {len(changed)} clips changed after they were prepared:"
+                f"{self.folder}: {len(changed)} clips changed after they were decoded:"
                 f"{write_listing([f'{name} ({clips[name]})' for name in changed], self.changed_list)}\n"
-                "fetch them again, or run `make data` to take them as they are now"
+                "fetch them again, or run `make data` to decode the changed files"
             )
         if changed:
-            logger.warning("decoding anew, for their files changed: %s", ", ".join(changed))
+            logger.warning("decoding again, because their files changed: %s", ", ".join(changed))
         obsolete = {self.index.array_file(name) for name in changed}
-        files, missing = self._files(), []
+        files, missing = self._list_files(), []
         for name in sorted(now.keys() - failures.keys()):
             known = name in self.index.entries and name not in other
             if known and not self.index.entries[name].frames and not renew:
@@ -183,15 +183,15 @@ class FrameCache:
             chosen = {name: clips[name] for name in missing}
             decode_clips(chosen, now, files, settings, workers, self.TIMEOUT_SECONDS, record)
         for name in sorted(failures.keys() & self.index.entries.keys()):
-            if self.index.entries[name].frames:  # of what the clip was
+            if self.index.entries[name].frames:  # frames of the file's former content
                 self.index.append(descriptor, name, NOT_DECODED)
         self._set_ready()
         for file in obsolete - {self.index.array_file(name) for name in self.ready if obsolete}:
-            with suppress(OSError):  # it only takes room
+            with suppress(OSError):  # an obsolete file only takes space
                 (self.folder / file).unlink(missing_ok=True)
         return failures
 
-    def _touched(
+    def _find_changed(
         self,
         clips: Mapping[str, Path],
         now: Mapping[str, os.stat_result],
@@ -199,7 +199,7 @@ class FrameCache:
         workers: int,
         descriptor: int,
     ) -> list[str]:
-        """Return names of clips with another content than the index has; store the new time of those with the same."""
+        """Find clips whose content differs from the index; store the new time of those that are the same."""
         touched = [
             name
             for name in sorted(now.keys() - failures.keys())
@@ -207,11 +207,11 @@ class FrameCache:
         ]
         if not touched:
             return []
-        logger.info("%d clips were touched: comparing their content", len(touched))
+        logger.info("%d clips have another size or time: comparing their content", len(touched))
         other = []
-        pool = ThreadPoolExecutor(workers)  # reading and hashing free the interpreter
+        pool = ThreadPoolExecutor(workers)  # threads suffice: reading and hashing release the GIL
         try:
-            digests = {name: pool.submit(file_digest, clips[name]) for name in sorted(touched)}
+            digests = {name: pool.submit(hash_file, clips[name]) for name in sorted(touched)}
             for name, digest in track(digests.items(), description="comparing clips"):
                 try:
                     if digest.result() == (entry := self.index.entries[name]).sha256:
@@ -227,25 +227,25 @@ class FrameCache:
 
     def _check_room(self, clips: int) -> None:
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
-            raise DataError("decord is not installed here (it has no wheels for this platform): use decoder pyav")
+            raise DataError("decord is not installed (it lacks wheels for some platforms): use decoder=pyav")
         needed = self.estimate(clips)
         logger.info("decoding %d clips into %s, about %s", clips, self.folder, decimal(needed))
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise DataError(
                 f"{self.folder}: about {decimal(needed)} are needed for the frames of {clips} clips, "
-                f"{decimal(free)} are free: make room, or set --data.init_args.cache_dir"
+                f"{decimal(free)} are free: free disk space, or set another --data.init_args.cache_dir"
             )
 
-    def _files(self) -> set[str]:
+    def _list_files(self) -> set[str]:
         try:
             return set(os.listdir(self.folder))
         except FileNotFoundError:
             return set()
         except OSError as error:
-            raise CDCError(f"{self.folder}: may not be read ({error.strerror}): mend that") from error
+            raise CDCError(f"{self.folder}: cannot be read ({error.strerror}): fix the permissions") from error
 
     def _set_ready(self) -> None:
-        files = self._files()
+        files = self._list_files()
         self.ready = frozenset(
             n for n, entry in self.index.entries.items() if entry.frames and self.index.array_file(n) in files
         )
@@ -259,12 +259,12 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 @lru_cache(MAX_MAPPED_ARRAYS)
 def _map_array(path: str) -> Frames:
-    """Return a file's array, mapped once by a process: to map it takes longer than to read three frames of it.
+    """Map the array of a file, once per process: mapping takes longer than reading three frames.
 
-    By the system's own call: Python's maps hold a file descriptor each, of which a process often has 1,024.
+    It calls the C library's mmap: each of Python's maps holds a file descriptor, and the limit is often 1,024.
 
     Raises:
-        OSError, ValueError, EOFError: it is no whole array of uint8 frames.
+        OSError, ValueError, EOFError: the file is not a complete array of uint8 frames.
     """
     kept = np.load(path, mmap_mode="r", allow_pickle=False)
     if kept.dtype != np.uint8 or kept.ndim != 4:
@@ -282,7 +282,7 @@ def _map_array(path: str) -> Frames:
 
 
 def _read_statuses(clips: Mapping[str, Path]) -> tuple[dict[str, os.stat_result], dict[str, str]]:
-    """Read the clips' sizes and times as they are now; return also what is wrong with those that have none."""
+    """Read the clips' current sizes and modification times; return also the clips without one, with the reason."""
     now: dict[str, os.stat_result] = {}
     failures: dict[str, str] = {}
     for name, path in clips.items():

@@ -1,4 +1,4 @@
-"""Decoding clips into the arrays of the frame cache, in processes of which one may hang or die without the others."""
+"""Decoding clips into the arrays of the frame cache, in processes that may hang or die without harming the others."""
 
 import multiprocessing
 import os
@@ -18,25 +18,25 @@ from pebble import ProcessExpired, ProcessPool
 from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError
-from cdc_mmpg.files import atomic_write, file_digest
+from cdc_mmpg.files import atomic_write, hash_file
 from cdc_mmpg.media.frames import candidate_indices
 from cdc_mmpg.media.video import Decoder, read_frames
 from cdc_mmpg.program import hold_signals
 from data_modules.frame_index import ARRAY_FILE_NAME, NOT_DECODED, Entry, array_file_name, file_stem
 
-MAX_QUEUED_CLIPS = 64  # clips given to the decoding processes at a time: 100,000 need no more memory than these
-# Exit codes of who is ended from outside, as for memory, or by SLURM, which signals all processes of a job.
+MAX_QUEUED_CLIPS = 64  # clips queued for the decoding processes: memory does not grow with the dataset
+# Exit codes of a process ended from outside, as by the out-of-memory killer, or by SLURM, which signals entire jobs.
 EXTERNAL_STOP_EXIT_CODES = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGUSR1)
 
 
 class DecodingSettings(NamedTuple):
-    """What decides the array of a clip."""
+    """Settings that decide the array of a clip."""
 
-    folder: Path  # of the arrays
+    folder: Path  # folder of the arrays
     num_frames: int  # segments of a clip
-    candidates: int  # frames kept of each segment
-    image_size: int  # pixels of a side of what the model sees
-    side: int  # pixels of a frame's shorter side
+    candidates: int  # frames kept for each segment
+    image_size: int  # side of the square that the model sees, in pixels
+    side: int  # shorter side of a kept frame, in pixels
     decoder: Decoder
 
 
@@ -52,17 +52,17 @@ def decode_clips(
     """Decode clips into their arrays, in `workers` processes.
 
     Args:
-        clips: where each clip lies.
-        statuses: sizes and times of the clips' files, as the index is to have them.
-        files: names of the arrays that are there.
-        settings: of the decoding.
-        workers: processes.
-        timeout_seconds: for a clip to be decoded in.
-        record: is given every clip as soon as it is done, with what the index is to know of it.
+        clips: path of each clip.
+        statuses: size and modification time of each clip's file, for the index.
+        files: names of the existing arrays.
+        settings: settings of the decoding.
+        workers: maximum number of processes.
+        timeout_seconds: limit for decoding one clip.
+        record: called with the name and the index entry of every clip as soon as it is done.
 
     Raises:
         DataError: decoding processes cannot be started.
-        CDCError: the disk is full or may not be written.
+        CDCError: the disk is full or not writable.
     """
     kept: defaultdict[str, list[str]] = defaultdict(list)
     for file in filter(ARRAY_FILE_NAME.fullmatch, files):
@@ -73,8 +73,8 @@ def decode_clips(
     pool = ProcessPool(min(workers, len(clips)), initializer=_start_worker, context=context)
     try:
         with hold_signals(for_helpers=True):
-            if not pool.active:  # asked for the first time, it starts
-                raise RuntimeError("none is left")
+            if not pool.active:  # the first access starts the processes
+                raise RuntimeError("no process is left")
         for _ in track(range(len(clips)), description="decoding clips"):
             for name, path in islice(waiting, max(MAX_QUEUED_CLIPS, 2 * workers) - len(running)):
                 arguments = (name, path, kept[file_stem(name)], settings)
@@ -83,24 +83,24 @@ def decode_clips(
                 future.add_done_callback(done.put)
             finished = _wait_for_next(done, pool)
             name = running.pop(finished)
-            record(name, _entry_of(finished, clips[name], statuses[name], settings.decoder, timeout_seconds))
+            record(name, _make_entry(finished, clips[name], statuses[name], settings.decoder, timeout_seconds))
     except RuntimeError as error:  # of the pool
         raise DataError(
-            f"the decoding processes end or do not start ({error}): free memory, if it is short, and type the "
-            "same command again; what was decoded stays"
+            f"the decoding processes died or did not start ({error}): free memory if it is short, and re-run the "
+            "same command; decoded clips are kept"
         ) from error
     finally:
         pool.stop()
-        # The pool removes its locks before it ends its workers: one that still starts would look for them in vain.
+        # The pool removes its locks before it ends its workers: a worker that is still starting would fail on them.
         for worker in {*multiprocessing.active_children()} - others:
             worker.terminate()
         pool.join()
 
 
-def _entry_of(
+def _make_entry(
     future: "Future[Entry]", path: Path, status: os.stat_result, decoder: Decoder, timeout_seconds: float
 ) -> Entry:
-    """Return what the index is to know of a clip: permanent failures are stored, transient ones are not."""
+    """Return the index entry of a clip: permanent failures are stored, transient ones are not."""
     remedy = "fetch it again" + (", or try decoder pyav" if decoder == "decord" else "")
     fatal = Entry(status.st_size, status.st_mtime_ns, 0, "")
     try:
@@ -110,19 +110,19 @@ def _entry_of(
     except (CDCError, BrokenProcessPool):
         raise
     except TimeoutError:
-        return fatal._replace(error=f"hangs the decoder (no end within {timeout_seconds:g} s): {remedy}")
+        return fatal._replace(error=f"the decoder hangs (not done after {timeout_seconds:g} s): {remedy}")
     except ProcessExpired as error:
         entry = NOT_DECODED if error.exitcode in EXTERNAL_STOP_EXIT_CODES else fatal
-        return entry._replace(error=f"kills the decoder (exit code {error.exitcode}): {remedy}")
-    except Exception as error:  # nothing that one clip does may keep the others from being decoded
+        return entry._replace(error=f"the decoder crashes (exit code {error.exitcode}): {remedy}")
+    except Exception as error:  # no error in one clip may keep the others from being decoded
         return NOT_DECODED._replace(error=f"{type(error).__name__} while decoding it ({error}): {remedy}")
 
 
 def _wait_for_next(done: "SimpleQueue[Future[Entry]]", pool: ProcessPool) -> "Future[Entry]":
-    """Wait for a clip to be done.
+    """Wait until a clip is done.
 
     Raises:
-        RuntimeError: the pool is broken, and may have forgotten the clip.
+        RuntimeError: the pool is broken, and may have lost the clip.
     """
     while True:
         try:
@@ -133,7 +133,7 @@ def _wait_for_next(done: "SimpleQueue[Future[Entry]]", pool: ProcessPool) -> "Fu
 
 
 def _start_worker() -> None:
-    """End this process with the one that started it; Ctrl-C, which reaches both, is left to that one by pebble."""
+    """End this process when its parent ends; pebble leaves Ctrl-C, which reaches both, to the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -145,16 +145,16 @@ def _start_worker() -> None:
 
 
 def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSettings) -> Entry:
-    """Decode one clip into its array, unless one of the `kept` files of its name is just that.
+    """Decode one clip into its array, unless one of the `kept` files already is this array.
 
     Raises:
-        DataError: the clip cannot be read now, or changes meanwhile.
+        DataError: the clip cannot be read now, or changes while it is decoded.
         CDCError: the array cannot be written.
     """
     folder, num_frames, candidates, image_size, side, decoder = settings
     before = _read_status(path)
     try:
-        digest = file_digest(path)
+        digest = hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for file in kept:
@@ -164,7 +164,7 @@ def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSe
     count = 0
 
     def choose(frames: int) -> Sequence[int]:
-        """Return which frames to keep: all, without repetitions, of a clip with fewer frames than candidates."""
+        """Return the indices of the frames to keep: all, without repetitions, if there are fewer than candidates."""
         nonlocal count
         count = frames
         return candidate_indices(count, num_frames, candidates) if count > num_frames * candidates else range(count)
@@ -175,7 +175,7 @@ def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSe
     except DataError as error:
         count, reason = 0, str(error).removeprefix(f"{path}: ")
     if _read_status(path) != before:
-        raise DataError(f"{path}: changes while it is decoded: wait until it is complete")
+        raise DataError(f"{path}: changed while it was decoded: wait until it is complete")
     if count:
         with atomic_write(folder / array_file_name(name, digest, count)) as array:
             np.save(array, frames)
@@ -183,7 +183,7 @@ def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSe
 
 
 def _read_status(path: Path) -> tuple[int, int]:
-    """Return size in bytes and time of modification in nanoseconds."""
+    """Return size in bytes and modification time in nanoseconds."""
     try:
         status = path.stat()
     except OSError as error:

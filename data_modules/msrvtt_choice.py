@@ -1,4 +1,4 @@
-"""MSRVTT multiple choice: which of five captions belongs to a clip (Yu et al. 2018)."""
+"""MSRVTT multiple choice: select the caption of a clip among five (Yu et al. 2018)."""
 
 import hashlib
 import itertools
@@ -11,23 +11,23 @@ from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import Published, choose_file, read_json_lines
 from data_modules.clip_dataset import Sample
-from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, clip_name
+from data_modules.msrvtt import GET_CAPTIONS, GET_CLIPS, MSRVTT, TERMS, read_clip_name
 from data_modules.tasks import MultipleChoiceDataModule
 
 logger = logging.getLogger(__name__)
 
 CHOICES = 5
-MAX_CAPTION_DRAWS = 10_000  # after so many the captions of other clips are too few or too much alike
+MAX_CAPTION_DRAWS = 10_000  # draws until the captions of other clips count as too few or too similar
 
 
-def draws(name: str) -> Iterator[int]:
-    """Yield whole numbers that follow from a name alone; random generators promise less between versions."""
+def draw_numbers(name: str) -> Iterator[int]:
+    """Yield integers that depend on the name alone: random generators may change between library versions."""
     for number in itertools.count():
         yield int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "big")
 
 
 class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
-    """MSRVTT multiple choice as people have it on disk, with training and validation items made from captions.
+    """MSRVTT multiple choice as distributed, with training and validation items made from captions.
 
     Source: the test from Yu et al. 2018, "A Joint Sequence Fusion Model for Video Question Answering and Retrieval", as
     a jsonl file from Lei et al. 2021, ClipBERT (https://github.com/jayleicn/ClipBERT, scripts/download_msrvtt.sh), made
@@ -37,26 +37,27 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
 
     Licence: for research; the clips remain YouTube's and their authors'.
 
-    Splits: only the test is distributed, 2,990 items on as many clips. Of each of the 6,513 training clips (0-6512)
-    and 497 validation clips (6513-7009) `ITEMS_PER_CLIP` captions become an item each, 32,565 and 2,485 (fewer where a
-    clip has fewer different captions): with four captions of four other clips of the same split and of other
-    categories, none of them one of the clip's own; a clip without a category is one of its own, and the log says so.
-    What is drawn follows from the clip's name and the captions (and, with `domains`, from which are held out: unseen
-    ones give no wrong candidates): the same on every machine and in every run. The question is empty.
+    Splits: only the test is distributed, 2,990 items on as many clips. For each of the 6,513 training clips (0-6512)
+    and 497 validation clips (6513-7009), `ITEMS_PER_CLIP` captions become one item each, 32,565 and 2,485 in total
+    (fewer if clips have fewer distinct captions). The wrong candidates are four captions of four other clips of the
+    same split and of other categories, none of them equal to one of the clip's captions; a clip without a category
+    counts as a category, and the log says so. The draws depend on the clip's name and the captions alone (and, with
+    `domains`, on the held-out domains: unseen clips give no wrong candidates), so they are the same on every machine
+    and in every run. The question is empty.
 
     Deviation: the paper takes negatives with other "activity-phrase labels", which MSR-VTT does not have; training and
     validation items take captions of clips of other categories.
 
-    Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` ({clip_name or video_id, options:
+    Files below `root`: `msrvtt_mc_test.jsonl` or `msrvtt_retrieval_mc_test.jsonl` (one {clip_name or video_id, options:
     [5], answer: 0 to 4} a line); `MSRVTT_data.json` (sentences: [{caption, video_id}], videos: [{video_id, category}]),
     or `MSR_VTT.json`, also in `annotation/` (annotations: [{caption, image_id}], no categories), or
     `train_val_videodatainfo.json` and `test_videodatainfo.json` in the layout of the first; clips `video<N>.mp4` (or
     .webm, .avi, .mkv) in `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself.
 
-    Refused: an answer that is none of the candidates; other than five candidates; too few clips of other categories.
+    Refused: an answer that is no index of a candidate; other than five candidates; too few clips of other categories.
     """
 
-    # Five passes through the encoder each, that is about as many in an epoch as MSRVTT-QA takes.
+    # An item takes five passes through the encoder: an epoch takes about as many as one of MSRVTT-QA.
     ITEMS_PER_CLIP: ClassVar[int] = 5
     PUBLISHED: ClassVar[Published] = {
         "official": {"train": {"clips": 6_513}, "val": {"clips": 497}, "test": {"questions": 2_990, "clips": 2_990}}
@@ -77,29 +78,29 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
         rows = read_json_lines(choose_file(paths, self.remedy()))
         return [
             Sample(
-                clip_name(row, "clip_name", "video_id"), "",
-                options=row.texts(CHOICES, "options"), right=row.which(CHOICES, "answer"),
+                read_clip_name(row, "clip_name", "video_id"), "",
+                options=row.texts(CHOICES, "options"), right=row.index_below(CHOICES, "answer"),
             )
             for row in rows
         ]  # fmt: skip
 
     def _draw_items(self, split: Split) -> list[Sample]:
-        """Build items from captions; see the class."""
-        clips, categories = self.clips_by_number(split), self.captioned.categories
+        """Draw the items of a split from captions, see the class; refuse too few captions or categories."""
+        clips, categories = self.list_captioned_clips(split), self.captioned.categories
         if not clips:
-            raise DataError(f"{self.root}: no caption is of a clip of split {split}\n{self.remedy()}")
+            raise DataError(f"{self.root}: no clip of split {split} has a caption\n{self.remedy()}")
         unknown = sum(clip not in categories for clip in clips)
         categories = {clip: categories.get(clip, -place) for place, clip in enumerate(clips, start=1)}
-        # A caption of an unseen domain that is always wrong in training would teach that such captions are wrong.
-        drawn = [clip for clip in clips if self.shift is None or not self.shift.unseen(clip)]
-        sizes = Counter(categories[clip] for clip in drawn)
+        # Captions of unseen domains would be wrong in every item, and training would learn that.
+        sources = [clip for clip in clips if self.shift is None or not self.shift.is_unseen(clip)]
+        sizes = Counter(categories[clip] for clip in sources)
         for category in categories.values():
-            if (fitting := len(drawn) - sizes[category]) < CHOICES - 1:
+            if (fitting := len(sources) - sizes[category]) < CHOICES - 1:
                 raise DataError(
-                    f"{self.root}: of the {len(drawn)} captioned clips of split {split} {fitting} are of "
-                    f"another category than {category}, and an item needs {CHOICES - 1}\n{self.remedy()}"
+                    f"{self.root}: {fitting} of the {len(sources)} captioned clips of split {split} have another "
+                    f"category than {category}, but an item needs {CHOICES - 1}\n{self.remedy()}"
                 )
-        samples = [sample for clip in clips for sample in self._items(clip, drawn, categories)]
+        samples = [sample for clip in clips for sample in self._draw_clip_items(clip, sources, categories)]
         others = "clips of other categories" + (f"; {unknown} have none and count as one each" if unknown else "")
         logger.info(
             "split %s: made %d items from the captions of %d clips, their wrong candidates from %s",
@@ -107,14 +108,14 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
         )  # fmt: skip
         return samples
 
-    def _items(self, clip: str, clips: list[str], categories: dict[str, int]) -> list[Sample]:
-        """Yield the items of one clip."""
-        captions, draw, items = self.captioned.captions, draws(clip), []
-        own = list(dict.fromkeys(captions[clip]))
-        # Texts that differ in case are the same to an uncased vocabulary.
-        fitting = {caption.lower() for caption in own}
-        for _ in range(min(self.ITEMS_PER_CLIP, len(own))):
-            right = own.pop(next(draw) % len(own))
+    def _draw_clip_items(self, clip: str, clips: list[str], categories: dict[str, int]) -> list[Sample]:
+        """Draw the items of one clip, with wrong candidates from `clips`."""
+        captions, draw, items = self.captioned.captions, draw_numbers(clip), []
+        remaining = list(dict.fromkeys(captions[clip]))
+        # Texts that differ only in case are equal in an uncased vocabulary.
+        fitting = {caption.lower() for caption in remaining}
+        for _ in range(min(self.ITEMS_PER_CLIP, len(remaining))):
+            right = remaining.pop(next(draw) % len(remaining))
             options: dict[str, str] = {}  # by clip
             taken = set(fitting)
             for _ in range(MAX_CAPTION_DRAWS):
@@ -128,8 +129,8 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
                     break
             else:
                 raise DataError(
-                    f"{self.root}: {clip}: {MAX_CAPTION_DRAWS} draws among the captions of other clips gave no "
-                    f"{CHOICES - 1} that differ from its own and from each other\n{self.remedy()}"
+                    f"{self.root}: {clip}: {MAX_CAPTION_DRAWS} draws of captions of other clips did not give "
+                    f"{CHOICES - 1} that differ from the clip's captions and from each other\n{self.remedy()}"
                 )
             place, texts = next(draw) % CHOICES, list(options.values())
             items.append(Sample(clip, "", options=(*texts[:place], right, *texts[place:]), right=place))

@@ -4,15 +4,22 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from cdc_mmpg.data.batch import Split
-from data_modules.annotations import Published, choose_file, find_file, question_type, read_json_lines, read_json_list
+from data_modules.annotations import (
+    Published,
+    choose_file,
+    find_file,
+    read_json_lines,
+    read_json_list,
+    read_question_type,
+)
 from data_modules.answers import Answers
 from data_modules.clip_dataset import Sample
-from data_modules.msrvtt import GET_CLIPS, MSRVTT, TERMS, clip_name
+from data_modules.msrvtt import GET_CLIPS, MSRVTT, TERMS, read_clip_name
 from data_modules.tasks import VideoQADataModule
 
 
 class MSRVTTQA(MSRVTT, VideoQADataModule):
-    """MSRVTT-QA as people have it on disk, in either of two conventions.
+    """MSRVTT-QA as distributed, in either of two file formats.
 
     Source: questions from Xu et al. 2017, "Video Question Answering via Gradually Refined Attention over Appearance
     and Motion" (https://github.com/xudejing/video-question-answering), made from the captions of MSR-VTT (Xu et al.
@@ -25,20 +32,20 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
     Splits: 158,581 / 12,278 / 72,821 questions on the clips 0-6512 / 6513-7009 / 7010-9999 (6,513 / 497 / 2,990).
 
     Vocabulary: the 1,500 most frequent training answers, and one class for the rest: 1,501. 93.0 % of the validation
-    and 93.1 % of the test answers are in it, the ceiling of any accuracy.
+    and 93.1 % of the test answers are in it, the upper bound of any accuracy.
 
-    Types: what, who, how, when, where, as the jsonl files state or by the question's first word, or other.
+    Types: what, who, how, when, where, as stated in the jsonl files or by the question's first word, or other.
 
-    Files below `root`, each split in the first of these that is there: `{train,val,test}_qa.json` (a list of {answer,
+    Files below `root`, each split in the first of these that exists: `{train,val,test}_qa.json` (a list of {answer,
     category_id, id, question, video_id: 7010}), `msrvtt_qa_{split}.jsonl` or `{split}.jsonl` ({answer, question,
-    video_id: "video7010", answer_type} a line); `msrvtt_train_ans2label.json` or `train_ans2label.json` ({answer:
-    class}; counted from the training questions where both are absent); clips `video<N>.mp4` (or .webm, .avi, .mkv) in
-    `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself; for `domains: categories` alone also
+    video_id: "video7010", answer_type} per line); `msrvtt_train_ans2label.json` or `train_ans2label.json` ({answer:
+    class}; counted from the training questions if both are absent); clips `video<N>.mp4` (or .webm, .avi, .mkv) in
+    `videos/`, `videos/all/`, `TrainValVideo/` and `TestVideo/`, or `root` itself; for `domains: categories` also
     `MSRVTT_data.json`.
 
-    Refused: a video_id that is no clip's name; a vocabulary whose classes are not 0, 1, 2 and so on, each once.
+    Refused: a video_id that is not a clip name; a vocabulary whose classes are not 0, 1, 2 and so on, each once.
 
-    The same clip and question occur with several answers: they stay separate questions.
+    If the same clip and question occur with several answers, they stay separate questions.
     """
 
     PUBLISHED: ClassVar[Published] = {
@@ -66,7 +73,7 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
         for row in read_json_lines(path) if path.suffix == ".jsonl" else read_json_list(path):
             question = row.field(str, "question")
             samples.append(
-                Sample(clip_name(row, "video_id"), question, row.line("answer"), question_type(row, question))
+                Sample(read_clip_name(row, "video_id"), question, row.line("answer"), read_question_type(row, question))
             )
         return samples
 

@@ -11,10 +11,10 @@ from data_modules.annotations import (
     Published,
     as_rows,
     choose_file,
-    clips_in,
-    leads_out,
-    question_type,
+    is_outside_folder,
+    list_clips,
     read_json,
+    read_question_type,
     read_text,
 )
 from data_modules.answers import Answers
@@ -25,7 +25,7 @@ CLIP_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
 
 
 class MSVDQA(VideoQADataModule):
-    """MSVD-QA as people have it on disk.
+    """MSVD-QA as distributed.
 
     Source: questions from Xu et al. 2017, "Video Question Answering via Gradually Refined Attention over Appearance
     and Motion" (https://github.com/xudejing/video-question-answering), made from the captions of MSVD (Chen and Dolan
@@ -37,17 +37,17 @@ class MSVDQA(VideoQADataModule):
     Splits: 30,933 / 6,415 / 13,157 questions on 1,161 / 245 / 504 of the 1,970 clips.
 
     Vocabulary: the 1,000 most frequent training answers, and one class for the rest: 1,001. 89.5 % of the validation
-    and 90.8 % of the test answers are in it, the ceiling of any accuracy.
+    and 90.8 % of the test answers are in it, the upper bound of any accuracy.
 
     Types: what, who, how, when, where, by the question's first word, or other.
 
     Files below `root`: `{train,val,test}_qa.json` (a list of {answer, id, question, video_id}), `youtube_mapping.txt`
-    (`<clip> vid<video_id>` a line), `answer_set.txt` (an answer a line; counted from the training questions where it
+    (`<clip> vid<video_id>` per line), `answer_set.txt` (one answer per line; counted from the training questions if it
     is absent) and `YouTubeClips/<clip>.avi` (or .mp4, .mkv, .webm).
 
-    Refused: a question whose clip the mapping does not name; a mapping that leads out of `YouTubeClips`.
+    Refused: a question whose clip is not in the mapping; a clip name that points outside `YouTubeClips`.
 
-    The same clip and question occur with several answers: they stay separate questions.
+    If the same clip and question occur with several answers, they stay separate questions.
     """
 
     PUBLISHED: ClassVar[Published] = {
@@ -71,15 +71,15 @@ class MSVDQA(VideoQADataModule):
         return self.read_questions(f"{split}_qa.json")
 
     def read_questions(self, name: str) -> list[Sample]:
-        """Read all samples of an annotation file; what its rows have beside, such as their id, is left unread."""
+        """Read all samples of an annotation file; other fields of its rows, such as the id, are ignored."""
         names = self._read_mapping()
         path = self.root / name
         samples = []
         for row in as_rows(self.read_json(path), path):
             question, answer, number = row.field(str, "question"), row.line("answer"), row.field(int, "video_id")
             if number not in names:
-                raise row.refusal(["video_id"], "a clip that youtube_mapping.txt names")
-            samples.append(Sample(names[number], question, answer, question_type(row, question)))
+                raise row.refusal(["video_id"], "a clip in youtube_mapping.txt")
+            samples.append(Sample(names[number], question, answer, read_question_type(row, question)))
         return samples
 
     def read_json(self, path: Path) -> Any:
@@ -91,9 +91,9 @@ class MSVDQA(VideoQADataModule):
         return Answers.read(self.root / "answer_set.txt", self.num_classes, training_answers)
 
     def find_clips(self) -> dict[str, Path]:
-        """Return the clips on disk by their name without suffix."""
+        """Return the clips on disk by name without suffix."""
         folder = self.root / "YouTubeClips"
-        if not (found := clips_in(folder, CLIP_SUFFIXES)) and not folder.is_dir():
+        if not (found := list_clips(folder, CLIP_SUFFIXES)) and not folder.is_dir():
             raise DataError(f"{folder}: no such folder\n{self.remedy()}")
         return found
 
@@ -108,8 +108,8 @@ class MSVDQA(VideoQADataModule):
             if not parts:
                 raise DataError(f"{path}, line {number}: {line!r} is not '<clip> vid<number>'; fetch it again")
             name, vid = parts[1], int(parts[2])
-            if leads_out(name):
-                raise DataError(f"{path}, line {number}: {name!r} would lead out of the clips' folder; refused")
+            if is_outside_folder(name):
+                raise DataError(f"{path}, line {number}: {name!r} points outside the clips' folder; refused")
             if names.setdefault(vid, name) != name:
-                raise DataError(f"{path}, line {number}: vid{vid} is {name!r}, and {names[vid]!r} above; mend the file")
+                raise DataError(f"{path}, line {number}: vid{vid} is {name!r}, but {names[vid]!r} above; fix the file")
         return names

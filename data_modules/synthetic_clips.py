@@ -1,8 +1,8 @@
-"""The embedded dataset's generator: colour constancy, posed with real video files in MSVD-QA's layout.
+"""Generator of the synthetic dataset: colour constancy with real video files in MSVD-QA's layout.
 
-`cdc-mmpg clips <folder>` makes it, goes on where it was stopped, or checks what is there;
-`--size toy` makes a small one. What the files hold and why is in the data sheet, `data_modules.synthetic.Synthetic`.
-No torch in here.
+`cdc-mmpg clips <folder>` renders it, resumes where it was stopped, or checks a finished dataset;
+`--size toy` renders a small one. The data sheet, `data_modules.synthetic.Synthetic`, describes the files.
+This module does not import torch.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.program import exit_code, hold_signals, leave_on_signals, log_to_terminal
+from cdc_mmpg.program import exit_on_signals, hold_signals, log_to_terminal, run_to_exit_code
 
 logger = logging.getLogger(__name__)
 
@@ -40,38 +40,37 @@ SIZES = ("small", "big")
 SIDES = ("left", "right")
 COUNTS = ("one", "two")
 ANSWER_WORDS = (*COLOR_NAMES, *SHAPES, *SIZES, *SIDES, *COUNTS)
-BACKGROUND_WORD = " on "  # in a caption before the background's hue
+BACKGROUND_WORD = " on "  # precedes the background's hue in a caption
 QUESTION_SHARES = {"color": 0.40, "shape": 0.12, "size": 0.16, "side": 0.16, "count": 0.16}  # share of the questions
 
 DIGESTS = "digests.json"  # written last
-EDITION = 2  # of what is written; 1 asked in pretraining for six colours
+EDITION = 2  # version of the files; in version 1, pretraining questions had six colours
 
-FRAME_PIXELS = 64  # pixels of a frame, what the model sees: nothing is resampled
+FRAME_PIXELS = 64  # side of a frame, the size that the model sees: nothing is resampled
 CLIP_FRAMES = 6
-HUE_JITTER = 8.0  # degrees, uniform, of a colour's hue
+HUE_JITTER = 8.0  # maximum deviation of an object's hue from its colour, uniform, in degrees
 
-# What tells a cast, because it has a hue of its own wherever a camera is: mean and deviation in degrees.
+# The hues that reveal a cast, because they are the same for all cameras: mean and standard deviation in degrees.
 World = Literal["sky", "memory"]
-SKY = (240.0, 50.0)  # of the backgrounds, in the world "sky"
-MEMORY = ("pole", 120.0, 20.0)  # of one shape, in the world "memory", whose backgrounds have any hue
+SKY_HUE = (240.0, 50.0)  # hue of the backgrounds in the world "sky"
+MEMORY_SHAPE = ("pole", 120.0, 20.0)  # a shape and its hue in the world "memory", whose backgrounds have any hue
 
 
 class DatasetCounts(NamedTuple):
-    """How many devices and clips of each kind."""
+    """Numbers of devices and clips."""
 
     seen: int = 96  # devices that train
-    unseen: int = 48  # devices that are tested only
-    val: int = 24
-    labelled: int = 8  # clips of a seen device with questions
-    history: int = 16  # its clips without; other devices have labelled + history without
+    unseen: int = 48  # devices in the test only
+    val: int = 24  # validation devices
+    labelled: int = 8  # clips with questions of a seen device
+    history: int = 16  # clips without questions of a seen device; other devices have labelled + history of them
     test_seen: int = 6  # test clips of a seen device
-    test: int = 10  # of an unseen device, and validation clips of a validation device
-    captioned: int = 6016  # clips for pretraining, each of a camera of its own
-    questions: int = 3  # about a clip
+    test: int = 10  # test clips of an unseen device, validation clips of a validation device
+    captioned: int = 6016  # clips for pretraining, each of a different camera
+    questions: int = 3  # questions about a clip
 
 
-# What `--size` names: the embedded dataset, and one that shows in minutes that a machine can train it, and not what a
-# method is worth.
+# Datasets by `--size`: the full one, and one that shows in minutes that training works, but not how good a method is.
 DATASET_SIZES = {
     "full": DatasetCounts(),
     "toy": DatasetCounts(seen=16, unseen=8, val=6, captioned=480),
@@ -79,9 +78,9 @@ DATASET_SIZES = {
 
 
 class Camera(NamedTuple):
-    """A device's way to see."""
+    """The properties of a device's camera."""
 
-    cast: float  # degrees that it rotates all hues by
+    cast: float  # rotation of all hues in degrees
     gain: float
     gamma: float
     noise: float
@@ -91,50 +90,50 @@ class Camera(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """An object of a scene, in pixels of the uncropped frame."""
+    """An object of a scene."""
 
     shape: str
     color: str
     size: str
     side: str
-    hue: float
-    place: tuple[float, float]
-    drift: tuple[float, float]
+    hue: float  # degrees
+    place: tuple[float, float]  # center (x, y) in pixels
+    drift: tuple[float, float]  # movement (x, y) during the clip in pixels, at speed 1
 
 
 class Scene(NamedTuple):
-    """What is in front of the camera."""
+    """The scene in front of a camera."""
 
     things: list[Thing]
-    hue: float  # of the background
+    hue: float  # hue of the background
     angle: float
     period: float
-    checked: bool  # a checkerboard, else stripes
+    checked: bool  # whether the background is a checkerboard, else stripes
 
 
 class Clip(NamedTuple):
-    """A clip to be made: what it is called, who records it, and what for."""
+    """A clip to be rendered."""
 
     name: str
     device: str
     role: str  # train, history, test, val, pretraining
 
 
-def generator(seed: int, *place: object) -> np.random.Generator:
-    """Return random numbers that depend on the seed and on what they are for, not on the order of making."""
+def make_generator(seed: int, *place: object) -> np.random.Generator:
+    """Return a random generator that depends on the seed and the purpose of its numbers, not on the rendering order."""
     return np.random.default_rng(
         int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, *place))).encode()).digest()[:8], "big")
     )
 
 
 def plan(counts: DatasetCounts, seed: int = 0, world: World = "sky") -> list[Clip]:
-    """Return all clips, in order; no two worlds have a name in common.
+    """Plan all clips, in order; no two worlds share a name.
 
-    Captioned clips are of "sky" with seed 0 alone: the encoder that they teach serves all worlds.
+    Only "sky" with seed 0 has captioned clips: the encoder trained on them serves all worlds.
     """
     clips: list[Clip] = []
-    first = (world, seed) == ("sky", 0)
-    of_world = "" if first else f"-{world}{seed}"
+    is_first = (world, seed) == ("sky", 0)
+    suffix = "" if is_first else f"-{world}{seed}"
 
     def add(device: str, role: str, number: int) -> None:
         start = sum(clip.device == device for clip in clips[-64:])
@@ -142,19 +141,19 @@ def plan(counts: DatasetCounts, seed: int = 0, world: World = "sky") -> list[Cli
 
     for i in range(counts.seen):
         for role, number in (("train", counts.labelled), ("history", counts.history), ("test", counts.test_seen)):
-            add(f"seen{i:03}{of_world}", role, number)
+            add(f"seen{i:03}{suffix}", role, number)
     for group, devices in (("unseen", counts.unseen), ("val", counts.val)):
         for i in range(devices):
-            add(f"{group}{i:03}{of_world}", "history", counts.labelled + counts.history)
-            add(f"{group}{i:03}{of_world}", "test" if group == "unseen" else "val", counts.test)
-    if first:
+            add(f"{group}{i:03}{suffix}", "history", counts.labelled + counts.history)
+            add(f"{group}{i:03}{suffix}", "test" if group == "unseen" else "val", counts.test)
+    if is_first:
         clips.extend(Clip(f"web{i:05}", f"web{i:05}", "pretraining") for i in range(counts.captioned))
     return clips
 
 
 def draw_camera(seed: int, device: str) -> Camera:
     """Draw a device's camera."""
-    draw = generator(seed, "camera", device)
+    draw = make_generator(seed, "camera", device)
     return Camera(
         cast=draw.uniform(-180, 180),
         gain=draw.uniform(0.85, 1.15),
@@ -167,8 +166,8 @@ def draw_camera(seed: int, device: str) -> Camera:
 
 
 def draw_scene(seed: int, clip: str, world: World = "sky") -> Scene:
-    """Draw what a clip shows; in every world the same but for the hues."""
-    draw = generator(seed, "scene", clip)
+    """Draw the scene of a clip; the worlds differ only in its hues."""
+    draw = make_generator(seed, "scene", clip)
     number = int(draw.integers(1, 3))
     shapes = draw.permutation(len(SHAPES))[:number]
     first = int(draw.integers(2))
@@ -187,10 +186,10 @@ def draw_scene(seed: int, clip: str, world: World = "sky") -> Scene:
                 drift=(draw.uniform(-1.5, 1.5), draw.uniform(-4, 4)),
             )
         )
-    scene = Scene(things, draw.normal(*SKY), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2)))
+    scene = Scene(things, draw.normal(*SKY_HUE), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2)))
     if world == "sky":
         return scene
-    draw, (known, mean, deviation) = generator(seed, world, clip), MEMORY
+    draw, (known, mean, deviation) = make_generator(seed, world, clip), MEMORY_SHAPE
     for place, thing in enumerate(things):
         if thing.shape == known:
             hue = draw.normal(mean, deviation)
@@ -199,30 +198,30 @@ def draw_scene(seed: int, clip: str, world: World = "sky") -> Scene:
 
 
 def name_hue(hue: float, names: Sequence[str] = COLOR_NAMES) -> str:
-    """Return the name of a hue as a viewer sees it."""
+    """Return the name of the colour nearest to a hue in degrees."""
     return names[round(hue * len(names) / 360) % len(names)]
 
 
 def draw_questions(seed: int, clip: str, scene: Scene, number: int, world: World = "sky") -> list[tuple[str, str, str]]:
-    """Draw (type, question, answer) about the scene as it is, all different; nobody asks for a color that is known."""
-    draw = generator(seed, "questions", clip)
+    """Draw distinct (type, question, answer) about the true scene; in "memory" none asks for the colour of a pole."""
+    draw = make_generator(seed, "questions", clip)
     asked: list[tuple[str, str, str]] = []
-    alone = len(scene.things) == 1
-    answers_itself = world == "memory" and {thing.shape for thing in scene.things} == {MEMORY[0]}
+    is_alone = len(scene.things) == 1
+    only_poles = world == "memory" and {thing.shape for thing in scene.things} == {MEMORY_SHAPE[0]}
     while len(asked) < number:
-        # The first asks for a colour; with half its weight in the others the shares come out as in `QUESTION_SHARES`.
+        # The first asks for a colour; with half its weight in the others, the shares are those of `QUESTION_SHARES`.
         weights = np.array([share / 2 if kind == "color" else share for kind, share in QUESTION_SHARES.items()])
-        first = not asked and not answers_itself
-        kind = "color" if first else str(draw.choice(list(QUESTION_SHARES), p=weights / weights.sum()))
+        is_first = not asked and not only_poles
+        kind = "color" if is_first else str(draw.choice(list(QUESTION_SHARES), p=weights / weights.sum()))
         thing = scene.things[int(draw.integers(len(scene.things)))]
         question, answer = {
             "color": (f"what color is the {thing.shape}?", thing.color),
-            "shape": ("what shape is the object?" if alone else f"what is on the {thing.side}?", thing.shape),
+            "shape": ("what shape is the object?" if is_alone else f"what is on the {thing.side}?", thing.shape),
             "size": (f"how big is the {thing.shape}?", thing.size),
             "side": (f"on which side is the {thing.shape}?", thing.side),
             "count": ("how many objects are there?", COUNTS[len(scene.things) - 1]),
         }[kind]
-        if kind == "color" and world == "memory" and thing.shape == MEMORY[0]:
+        if kind == "color" and world == "memory" and thing.shape == MEMORY_SHAPE[0]:
             continue
         if (kind, question, answer) not in asked:
             asked.append((kind, question, answer))
@@ -230,12 +229,12 @@ def draw_questions(seed: int, clip: str, scene: Scene, number: int, world: World
 
 
 def rename_colors_as_seen(scene: Scene, cast: float, names: Sequence[str] = COLOR_NAMES) -> Scene:
-    """Return the scene with the names of colours that a viewer of the clip gives who does not know the camera."""
+    """Return the scene with the colour names that an observer gives who does not know the camera."""
     return scene._replace(things=[thing._replace(color=name_hue(thing.hue + cast, names)) for thing in scene.things])
 
 
 def describe_scene(scene: Scene, cast: float) -> str:
-    """Return a sentence by somebody who sees the clip."""
+    """Return the caption that an observer gives who does not know the camera."""
     left, *right = (
         f"a {thing.size} {name_hue(thing.hue + cast, HUES)} {thing.shape}"
         for thing in sorted(scene.things, key=lambda thing: SIDES.index(thing.side))
@@ -245,8 +244,8 @@ def describe_scene(scene: Scene, cast: float) -> str:
 
 
 def render(seed: int, clip: str, scene: Scene, camera: Camera) -> Frames:
-    """Render the frames (6, 77, 77, 3) of a clip."""
-    draw = generator(seed, "noise", clip)
+    """Render the frames (6, 64, 64, 3) of a clip."""
+    draw = make_generator(seed, "noise", clip)
     time = np.linspace(-0.5, 0.5, CLIP_FRAMES, dtype=np.float32)[:, None, None] * camera.speed
     y, x = (grid.astype(np.float32) for grid in np.mgrid[:FRAME_PIXELS, :FRAME_PIXELS])
     middle = (FRAME_PIXELS - 1) / 2
@@ -287,7 +286,7 @@ def paint(hue: float, saturation: float) -> NDArray[np.float32]:
 
 
 def write_clip(folder: Path, seed: int, world: World, clip: Clip) -> None:
-    """Make a clip's file unless it is there; it appears whole or not at all."""
+    """Render a clip's file, atomically, unless it exists."""
     path = folder / f"{clip.name}.mp4"
     if path.exists():
         return
@@ -299,17 +298,19 @@ def write_clip(folder: Path, seed: int, world: World, clip: Clip) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CDCError(f"{path}: cannot be written ({error.strerror}): make room, or choose another folder") from error
+        raise CDCError(
+            f"{path}: cannot be written ({error.strerror}): free disk space or use another folder"
+        ) from error
 
 
 def write_video(path: Path, frames: Frames) -> None:
-    """Write frames as an MP4 file without loss of colour.
+    """Write frames as an MP4 file at full colour resolution.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with av.open(str(path), "w", format="mp4") as container:
-        # Hue is the signal: no chroma subsampling.
+        # No chroma subsampling, because hues are the signal.
         stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast", "crf": "10"})
         stream.width = stream.height = FRAME_PIXELS
         stream.pix_fmt = "yuv444p"
@@ -319,12 +320,12 @@ def write_video(path: Path, frames: Frames) -> None:
         container.mux(stream.encode(None))
 
 
-def annotations(seed: int, clips: Sequence[Clip], number: int, world: World = "sky") -> dict[str, str]:
-    """Return the text of every annotation file, by name; those of captioned clips where there are some."""
+def make_annotations(seed: int, clips: Sequence[Clip], number: int, world: World = "sky") -> dict[str, str]:
+    """Return the text of every annotation file by name; captions and vocabulary only with captioned clips."""
     videos = {clip.name: video for video, clip in enumerate(clips)}
     casts = {clip.device: draw_camera(seed, clip.device).cast for clip in clips}
 
-    def questions(role: str, group: str = "") -> list[dict[str, object]]:
+    def make_questions(role: str, group: str = "") -> list[dict[str, object]]:
         rows: list[dict[str, object]] = []
         for clip in clips:
             if clip.role == role and clip.device.startswith(group):
@@ -337,19 +338,19 @@ def annotations(seed: int, clips: Sequence[Clip], number: int, world: World = "s
         return rows
 
     content: dict[str, Any] = {
-        "train_qa.json": questions("train"),
-        "val_qa.json": questions("val"),
-        "test_qa.json": questions("test"),
-        "test_seen_qa.json": questions("test", "seen"),
-        "test_unseen_qa.json": questions("test", "unseen"),
-        "history_qa.json": questions("history", "unseen"),
+        "train_qa.json": make_questions("train"),
+        "val_qa.json": make_questions("val"),
+        "test_qa.json": make_questions("test"),
+        "test_seen_qa.json": make_questions("test", "seen"),
+        "test_unseen_qa.json": make_questions("test", "unseen"),
+        "history_qa.json": make_questions("history", "unseen"),
         "devices.json": {
             clip.name: {"device": clip.device, "role": clip.role, "cast": round(casts[clip.device], 3)}
             for clip in clips
         },
     }
     if captioned := [clip for clip in clips if clip.role == "pretraining"]:
-        content["pretraining_qa.json"] = questions("pretraining")
+        content["pretraining_qa.json"] = make_questions("pretraining")
         content["captions.json"] = {
             "sentences": [
                 {"caption": describe_scene(draw_scene(seed, clip.name, world), casts[clip.device]),
@@ -360,18 +361,18 @@ def annotations(seed: int, clips: Sequence[Clip], number: int, world: World = "s
     texts = {name: json.dumps(rows, indent=0) + "\n" for name, rows in content.items()}
     texts["youtube_mapping.txt"] = "".join(f"{clip.name} vid{videos[clip.name]}\n" for clip in clips)
     texts["answer_set.txt"] = "".join(f"{answer}\n" for answer in ANSWER_WORDS)
-    if captioned:  # the vocabulary is the encoder's
+    if captioned:  # worlds without captions use the encoder's vocabulary
         asked = [row["question"] for name in ("train_qa.json", "pretraining_qa.json") for row in content[name]]
         captions = [sentence["caption"] for sentence in content["captions.json"]["sentences"]]
-        texts["vocab.txt"] = "".join(f"{piece}\n" for piece in wordpieces([*asked, *captions, *ANSWER_WORDS]))
+        texts["vocab.txt"] = "".join(f"{piece}\n" for piece in train_wordpieces([*asked, *captions, *ANSWER_WORDS]))
     return texts
 
 
-def wordpieces(texts: Sequence[str]) -> list[str]:
-    """Return a WordPiece vocabulary trained on texts: special tokens, letters, whole words.
+def train_wordpieces(texts: Sequence[str]) -> list[str]:
+    """Train a WordPiece vocabulary on texts: special tokens, letters, entire words.
 
-    The trainer breaks ties between parts of words at random; they are left out, so that the same texts give the same
-    vocabulary.
+    Parts of words are left out, because the trainer breaks ties between them at random: the same texts must give the
+    same vocabulary.
     """
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     special: list[Any] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -384,10 +385,11 @@ def wordpieces(texts: Sequence[str]) -> list[str]:
 
 
 def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: World = "sky") -> None:
-    """Make the dataset below `root`, or what is missing of it; check it when it is complete.
+    """Render the missing parts of the dataset below `root`, or check a complete one.
 
     Raises:
-        DataError: what is there is another dataset, or was changed.
+        DataError: `root` holds another dataset, or its files have changed.
+        CDCError: a file cannot be written, or a rendering process was killed.
     """
     counts = counts or DatasetCounts()
     clips = plan(counts, seed, world)
@@ -401,67 +403,67 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: 
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     except OSError as error:
-        raise CDCError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
+        raise CDCError(f"{folder}: cannot be written ({error.strerror}): use another folder") from error
     missing = [clip for clip in clips if not (folder / f"{clip.name}.mp4").exists()]
-    logger.info("making %d clips of %d in %s", len(missing), len(clips), folder)
+    logger.info("rendering %d of %d clips in %s", len(missing), len(clips), folder)
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(count_processors(), context) as pool:
             try:
                 with hold_signals(for_helpers=True):
-                    made = pool.map(partial(write_clip, folder, seed, world), missing, chunksize=16)
-                for _ in track(made, description="making clips", total=len(missing)):
+                    rendered = pool.map(partial(write_clip, folder, seed, world), missing, chunksize=16)
+                for _ in track(rendered, description="rendering clips", total=len(missing)):
                     pass
-            except BaseException:  # a signal: what is not begun is left
+            except BaseException:  # a signal: drop the clips that are not begun
                 pool.shutdown(cancel_futures=True)
                 raise
     except BrokenProcessPool as error:
-        raise CDCError(f"{folder}: a process that makes clips was killed: type the same command again") from error
-    for name, text in annotations(seed, clips, counts.questions, world).items():
+        raise CDCError(f"{folder}: a rendering process was killed: re-run the same command") from error
+    for name, text in make_annotations(seed, clips, counts.questions, world).items():
         with atomic_write(root / name) as file:
             file.write(text.encode())
-    with atomic_write(record) as file:  # last: what has it is complete
-        file.write(json.dumps({**settings, "files": digests(root)}, indent=2).encode() + b"\n")
+    with atomic_write(record) as file:  # last, because it marks the dataset as complete
+        file.write(json.dumps({**settings, "files": hash_files(root)}, indent=2).encode() + b"\n")
 
 
-def digests(root: Path) -> dict[str, str]:
-    """Return sha256 of every annotation file, and one of all clips with their names."""
-    found = {}
+def hash_files(root: Path) -> dict[str, str]:
+    """Return the sha256 of every annotation file, and one of all clips with their names."""
+    digests = {}
     for path in sorted(root.iterdir()):
         if path.is_file() and path.name != DIGESTS and not path.name.startswith("."):
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     clips = hashlib.sha256()
     for path in sorted((root / "YouTubeClips").glob("*.mp4")):
         clips.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    return {**found, "YouTubeClips": clips.hexdigest()}
+    return {**digests, "YouTubeClips": clips.hexdigest()}
 
 
 def check(root: Path, settings: dict[str, object]) -> None:
-    """Compare a complete dataset with what was recorded when it was made.
+    """Compare a complete dataset with the record of its rendering.
 
     Raises:
-        DataError: names the files that differ.
+        DataError: settings or files differ; names them.
     """
     try:
         record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
-        record.setdefault("world", "sky")  # the only one of earlier versions
-        expected, found = dict(record.pop("files")), digests(root)
+        record.setdefault("world", "sky")  # the only world of earlier versions
+        expected, actual = dict(record.pop("files")), hash_files(root)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{root}: its files and {DIGESTS} cannot be compared ({error!r:.200}): make it anew") from error
+        raise DataError(f"{root}: cannot be compared with {DIGESTS} ({error!r:.200}): render it again") from error
     if record != settings:
-        raise DataError(f"{root}: made with {record}, asked for {settings}: delete or rename the folder")
-    if changed := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        raise DataError(f"{root}: {', '.join(changed)} changed since it was made: delete the folder, make it anew")
+        raise DataError(f"{root}: rendered with {record}, requested {settings}: delete or rename the folder")
+    if changed := sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)):
+        raise DataError(f"{root}: {', '.join(changed)} changed since rendering: delete the folder and render it again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make or check the dataset; returns the exit code."""
+    """Render or check the dataset; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path, help="the dataset's folder")
-    parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: to try the chain in minutes")
-    parser.add_argument("--world", choices=get_args(World), default="sky", help="what tells a camera's cast")
-    parser.add_argument("--seed", type=int, default=0, help="of devices, clips and questions")
+    parser.add_argument("root", type=Path, help="folder of the dataset")
+    parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: a small dataset to try in minutes")
+    parser.add_argument("--world", choices=get_args(World), default="sky", help="the hues that reveal a camera's cast")
+    parser.add_argument("--seed", type=int, default=0, help="seed of devices, clips and questions")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    leave_on_signals()
-    return exit_code(lambda: make(options.root, DATASET_SIZES[options.size], options.seed, options.world))
+    exit_on_signals()
+    return run_to_exit_code(lambda: make(options.root, DATASET_SIZES[options.size], options.seed, options.world))

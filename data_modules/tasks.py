@@ -1,4 +1,4 @@
-"""The three tasks as datasets hold them: open-ended questions, multiple choice, retrieval."""
+"""The DataModules of the three tasks: open-ended questions, multiple choice, retrieval."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +15,9 @@ from data_modules.clip_dataset import ClipDataset, QADataset, Sample
 
 
 class VideoQADataModule(VideoTextDataModule):
-    """Open-ended questions about clips, each answer a class.
+    """Open-ended questions about clips, with one class per answer.
 
-    An answer outside the vocabulary is left out of the training loss and wrong in validation and test.
+    An answer outside the vocabulary is left out of the training loss and counts as wrong in validation and test.
 
     Args:
         see `VideoTextDataModule`.
@@ -27,10 +27,10 @@ class VideoQADataModule(VideoTextDataModule):
 
     @abstractmethod
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
-        """Read the answer vocabulary, of `self.num_classes` - 1 answers; `training_answers` are read when asked for."""
+        """Read the vocabulary of `self.num_classes` - 1 answers; counting `training_answers` is the fallback."""
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse answers with line feeds and other control characters: answers are kept one a line."""
+        """Refuse answers with line feeds or other control characters: answers are stored one per line."""
         for place, sample in enumerate(samples):
             if CONTROL_CHARACTERS.search(sample.answer):
                 raise DataError(
@@ -39,21 +39,21 @@ class VideoQADataModule(VideoTextDataModule):
                 )
 
     def check_answers(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse samples of which no answer is in the vocabulary: all of them would be wrong for ever."""
+        """Refuse samples if none of their answers is in the vocabulary: no prediction could be right."""
         if not samples or self.count_unknown_answers(samples) < len(samples):
             return
         known = {word.strip().lower(): word for word in self._answers.words}
         alike = (sample.answer for sample in samples if sample.answer.strip().lower() in known)
         answer = next(alike, samples[0].answer)
         word = known.get(answer.strip().lower(), self._answers.words[0])
-        hint = ", which differ in blanks or in case" if answer.strip().lower() == word.strip().lower() else ""
+        hint = ", which differ in whitespace or case" if answer.strip().lower() == word.strip().lower() else ""
         raise DataError(
             f"{self.root}, split {split}: none of {len(samples):,} answers is in the vocabulary: an annotation has "
-            f"{answer!r}, the vocabulary {word!r}{hint}. Mend one of the files"
+            f"{answer!r}, the vocabulary {word!r}{hint}. Fix one of the files"
         )
 
     def read_vocabulary(self) -> None:
-        """Read the vocabulary of the answers."""
+        """Read the answer vocabulary."""
 
         def training_answers() -> Iterator[str]:
             yield from (sample.answer for sample in self.samples("train"))
@@ -65,7 +65,7 @@ class VideoQADataModule(VideoTextDataModule):
         return sum(self._answers.label(sample.answer) < 0 for sample in samples)
 
     def build(self, samples: Sequence[Sample]) -> QADataset:
-        """See `VideoTextDataModule`."""
+        """Build an unaugmented dataset of questions; see `VideoTextDataModule`."""
         return QADataset(
             samples,
             [[ids] for ids in self.text([sample.question for sample in samples])],
@@ -76,20 +76,20 @@ class VideoQADataModule(VideoTextDataModule):
         )
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """See `VideoTextDataModule`."""
+        """Return the annotated answer, or the word of class `label`."""
         if label is None:
             return self._splits[split].samples[index].answer
         return [*self._answers.words, UNKNOWN_ANSWER][label]
 
     def answers(self) -> list[str]:
-        """See `VideoTextDataModule`."""
+        """Return the answer vocabulary in the order of its classes."""
         return self._answers.words
 
 
 class MultipleChoiceDataModule(VideoTextDataModule):
-    """Questions about clips with candidates, of which one is right; without a question, captions of which one fits.
+    """Questions about clips with candidates, one of them right; or, without a question, captions, one of which fits.
 
-    A text is the question, [SEP] and a candidate; `TextEncoder.choices` says what is cut from long ones.
+    A text is the question, [SEP] and a candidate; `TextEncoder.encode_choices` describes how long ones are cut.
 
     Args:
         see `VideoTextDataModule`.
@@ -98,7 +98,7 @@ class MultipleChoiceDataModule(VideoTextDataModule):
     task: ClassVar[Task] = "multiple_choice"
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse samples with different numbers of candidates, or with no right one among them."""
+        """Refuse samples with different numbers of candidates, or without a right one."""
         number = len(samples[0].options)
         for place, sample in enumerate(samples):
             if len(sample.options) != number or not 0 <= sample.right < number:
@@ -109,16 +109,16 @@ class MultipleChoiceDataModule(VideoTextDataModule):
                 )
 
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
-        """See `VideoTextDataModule`."""
-        texts = self.text.choices([(sample.question, sample.options) for sample in samples])
-        # Of candidates that are equal to the model the first one is the right one: it answers with that one of them.
+        """Build an unaugmented dataset of questions with candidates; see `VideoTextDataModule`."""
+        texts = self.text.encode_choices([(sample.question, sample.options) for sample in samples])
+        # If candidates have equal ids, the model answers with the first of them, so that one is the right one.
         first = [ids.index(ids[sample.right]) for ids, sample in zip(texts, samples, strict=True)]
         samples = [sample._replace(right=right) for sample, right in zip(samples, first, strict=True)]
         labels = torch.tensor(first)
         return ClipDataset(samples, texts, labels, self.cache, seed=self.seed, shift=self.shift)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """See `VideoTextDataModule`; a candidate that equals the right one is called by the right one's text."""
+        """Return the right candidate or candidate `label`; one with the same ids as the right one has its text."""
         sample = self._splits[split].samples[index]
         texts = self._splits[split].texts[index]
         if label is not None and texts[label] == texts[sample.right]:
@@ -127,17 +127,17 @@ class MultipleChoiceDataModule(VideoTextDataModule):
 
 
 class RetrievalDataModule(VideoTextDataModule):
-    """Clips with captions: each sample is a clip with all of its captions, of which training sees one an epoch.
+    """Clips with captions: each sample is a clip with all of its captions, one of which training uses in an epoch.
 
     Args:
         see `VideoTextDataModule`.
     """
 
     task: ClassVar[Task] = "retrieval"
-    even = True  # its loss compares all clips of a step
+    even = True  # the contrastive loss needs the same number of clips in every process
 
     def build(self, samples: Sequence[Sample]) -> ClipDataset:
-        """See `VideoTextDataModule`."""
+        """Build an unaugmented dataset of clips with captions; see `VideoTextDataModule`."""
         ids = iter(self.text([caption for sample in samples for caption in sample.options]))
         texts = [[next(ids) for _ in sample.options] for sample in samples]
         labels = torch.zeros(len(samples), dtype=torch.long)
@@ -148,5 +148,5 @@ class RetrievalDataModule(VideoTextDataModule):
         return sum(len(sample.options) for sample in samples)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """Return the clip's first caption, or the rank of its best one."""
+        """Return the clip's first caption, or for a predicted `label` the rank of its best caption."""
         return self._splits[split].samples[index].options[0] if label is None else f"rank {label}"

@@ -1,4 +1,4 @@
-"""TGIF-QA: questions about animated GIFs (Jang et al. 2017, 2019), three of its tasks."""
+"""Three tasks of TGIF-QA: questions about animated GIFs (Jang et al. 2017, 2019)."""
 
 import hashlib
 import logging
@@ -13,8 +13,8 @@ from data_modules.annotations import (
     AnnotationRow,
     Published,
     choose_file,
-    clips_in,
     find_file,
+    list_clips,
     read_json_lines,
     read_table,
 )
@@ -33,12 +33,12 @@ OPTIONS = ("a1", "a2", "a3", "a4", "a5")
 
 
 def is_held_out(clip: str) -> bool:
-    """Return whether a training GIF is for validation: every tenth by a hash of its name, the same ones everywhere."""
+    """Return whether a training GIF is held out for validation: a tenth, by a hash of the name, on every machine."""
     return int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 10 == 0
 
 
 class TGIF(VideoTextDataModule):
-    """TGIF-QA as people have it on disk; see its tasks, `TGIFFrameQA`, `TGIFAction` and `TGIFTransition`.
+    """TGIF-QA as distributed; its tasks are `TGIFFrameQA`, `TGIFAction` and `TGIFTransition`.
 
     Source: Jang et al. 2019, "Video Question Answering with Spatio-Temporal Reasoning" (IJCV; 2017 at CVPR),
     https://github.com/YunseokJANG/tgif-qa, on GIFs of Li et al. 2016, "TGIF: A New Dataset and Benchmark on Animated
@@ -48,26 +48,26 @@ class TGIF(VideoTextDataModule):
     Licence: questions for academic purposes, GIFs for non-commercial research; the GIFs remain Tumblr's and their
     authors'.
 
-    Splits: there is no official validation split. Where a file for it is there, it is read; else those training GIFs
-    are held out, with all their questions, whose name's sha256 is a multiple of 10.
+    Splits: there is no official validation split. If a file for it exists, it is read; otherwise the training GIFs
+    whose name's sha256 is a multiple of 10 are held out, with all their questions.
 
     Deviation: the split that the paper describes (80K, 11K and 11K) is that of TGIF's captions; its 1,541 classes are
     TGIF-QA's FrameQA, which is read here.
 
-    Files below `root`, in `dataset/` or in `annotations/`, each split in the first of these that is there:
-    `tgif_<task>_{split}.jsonl`, `<task>_{split}.jsonl` (an object a line, the GIF as gif_name, video_id or clip_name),
-    `{Train,Val,Test}_<task>_question.csv` (TAB-separated); `gifs/<gif_name>.gif` (or .mp4, .webm). `<task>` is
-    frameqa, action or transition.
+    Files below `root`, in `dataset/` or in `annotations/`, each split in the first of these that exists:
+    `tgif_<task>_{split}.jsonl`, `<task>_{split}.jsonl` (one object per line; the GIF is gif_name, video_id or
+    clip_name), `{Train,Val,Test}_<task>_question.csv` (TAB-separated); `gifs/<gif_name>.gif` (or .mp4, .webm).
+    `<task>` is frameqa, action or transition.
 
-    Refused: names that lead out of `gifs`; an answer that is none of the five candidates; a type that is none of the
+    Refused: names that point outside `gifs`; an answer that is no index of a candidate; a type that is not one of the
     four.
 
     Args:
         see `VideoTextDataModule`.
     """
 
-    part: ClassVar[str]  # the task in file names
-    columns: ClassVar[tuple[str, ...]]  # of the csv files, those that are read
+    part: ClassVar[str]  # name of the task in file names
+    columns: ClassVar[tuple[str, ...]]  # columns of the csv files that are read
 
     def remedy(self) -> str:
         """Return what to fetch, from where, under which terms, and where to put it."""
@@ -87,12 +87,12 @@ class TGIF(VideoTextDataModule):
         chosen = [sample for sample in samples if is_held_out(sample.clip) == (split == "val")]
         if not chosen:
             raise DataError(
-                f"{self.root}: none of the training GIFs is for split {split}, by the hash of their names: put "
-                f"{self.part}_val.jsonl there\n{self.remedy()}"
+                f"{self.root}: no training GIF is in split {split}, by the hash of the names: add "
+                f"{self.part}_val.jsonl\n{self.remedy()}"
             )
         if split == "val":
             logger.info(
-                "%s: no file for validation: held out %d of %d training GIFs by a hash of their name, with %d of %d "
+                "%s: no validation file: held out %d of %d training GIFs by a hash of their name, with %d of %d "
                 "questions", self.root, len({sample.clip for sample in chosen}),
                 len({sample.clip for sample in samples}), len(chosen), len(samples),
             )  # fmt: skip
@@ -100,15 +100,15 @@ class TGIF(VideoTextDataModule):
         return chosen
 
     def find_clips(self) -> dict[str, Path]:
-        """Return the GIFs on disk by their name."""
-        found = clips_in(self.root / "gifs", CLIP_SUFFIXES)
-        if not found:
-            raise DataError(f"{self.root / 'gifs'}: no GIFs there\n{self.remedy()}")
-        return found
+        """Return the GIFs on disk by name."""
+        gifs = list_clips(self.root / "gifs", CLIP_SUFFIXES)
+        if not gifs:
+            raise DataError(f"{self.root / 'gifs'}: no GIFs found\n{self.remedy()}")
+        return gifs
 
     @abstractmethod
     def sample(self, row: AnnotationRow) -> Sample:
-        """Return the sample of a row of either convention."""
+        """Return the sample of a row of either file format."""
 
     def _paths(self, split: Split) -> list[Path]:
         names = (
@@ -125,14 +125,14 @@ class TGIF(VideoTextDataModule):
 
 
 class TGIFFrameQA(TGIF, VideoQADataModule):
-    """Open-ended questions that a frame can answer; source, licence, files: see `TGIF`.
+    """Open-ended questions that a single frame can answer; source, licence, files: see `TGIF`.
 
     Splits: 39,392 training questions (about a tenth of them held out for validation), 13,691 test.
 
     Vocabulary: `frameqa_trainval_ans2label.json`, `frameqa_train_ans2label.json` or `train_ans2label.json` ({answer:
-    class}); else the answers of all training questions, of which there are 1,540: those held out for validation and
-    those of a validation file are counted, too. One class for the rest: 1,541. 98.2 % of the test answers are in it,
-    the ceiling of any accuracy.
+    class}); otherwise the 1,540 answers of all training questions, including those held out for validation and those
+    of a validation file. One class for the rest: 1,541. 98.2 % of the test answers are in it, the upper bound of any
+    accuracy.
 
     Types: object, number, color, location (0 to 3 in the csv files).
     """
@@ -144,7 +144,7 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
     }
 
     def sample(self, row: AnnotationRow) -> Sample:
-        """See `TGIF`."""
+        """Return the sample of a row; see `TGIF`."""
         return Sample(row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), row.line("answer"), self._type(row))
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
@@ -153,17 +153,17 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
         paths = [self.root / folder / name for folder in ANNOTATION_FOLDERS for name in names]
         if path := find_file(paths):
             return Answers.read(path, self.num_classes, training_answers)
-        held = [sample.answer for sample in self.samples("val")]
-        return Answers.read(paths[0], self.num_classes, [*training_answers, *held])
+        held_out = [sample.answer for sample in self.samples("val")]
+        return Answers.read(paths[0], self.num_classes, [*training_answers, *held_out])
 
     def _type(self, row: AnnotationRow) -> str:
-        """Return the type of a question; a jsonl file may state none."""
+        """Return the type of a question; "" if a jsonl file states none."""
         stated = row.value("type", "answer_type")
         if stated is None:
             return ""
         if stated in QUESTION_TYPES:
             return str(stated)
-        return QUESTION_TYPES[row.which(len(QUESTION_TYPES), "type", "answer_type")]
+        return QUESTION_TYPES[row.index_below(len(QUESTION_TYPES), "type", "answer_type")]
 
 
 class TGIFChoice(TGIF, MultipleChoiceDataModule):
@@ -172,20 +172,20 @@ class TGIFChoice(TGIF, MultipleChoiceDataModule):
     columns = ("gif_name", "question", *OPTIONS, "answer")
 
     def sample(self, row: AnnotationRow) -> Sample:
-        """See `TGIF`."""
-        named = "options" in row.fields
-        options = row.texts(5, "options") if named else tuple(row.field(str, key) for key in OPTIONS)
+        """Return the sample of a row; see `TGIF`."""
+        has_list = "options" in row.fields
+        options = row.texts(5, "options") if has_list else tuple(row.field(str, key) for key in OPTIONS)
         return Sample(
-            row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), options=options, right=row.which(5, "answer")
+            row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), options=options, right=row.index_below(5, "answer")
         )
 
 
 class TGIFAction(TGIFChoice):
-    """What is done so many times; source, licence, files: see `TGIF`.
+    """Questions about the action that is done a given number of times; source, licence, files: see `TGIF`.
 
     Splits: 20,475 training questions (about a tenth of them held out for validation), 2,274 test; five candidates.
-    The authors' repository has 20,471 training questions today: both editions are official, and `make data` says which
-    one is here.
+    The authors' repository has 20,471 training questions today: both editions are official, and `make data` reports
+    which one is present.
     """
 
     part = "action"
@@ -198,7 +198,7 @@ class TGIFAction(TGIFChoice):
 
 
 class TGIFTransition(TGIFChoice):
-    """What is done before or after something else; source, licence, files: see `TGIF`.
+    """Questions about what happens before or after something else; source, licence, files: see `TGIF`.
 
     Splits: 52,704 training questions (about a tenth of them held out for validation), 6,232 test; five candidates.
     """

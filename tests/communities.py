@@ -1,4 +1,4 @@
-"""Small datasets as the communities distribute them, with real clips whose frames carry their number."""
+"""Small datasets in the formats of their publishers, with real clips whose frames encode their number."""
 
 import csv
 import json
@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from conftest import ANSWERS, WORDS, write_clip
 
-# Numbers of MSR-VTT's clips by official split; enough categories in each for a multiple choice.
+# Numbers of MSR-VTT's clips by official split; every split has enough categories for multiple choice.
 CLIPS = {"train": range(10), "val": range(6513, 6519), "test": range(7010, 7016)}
-CAPTIONS = 6  # of each clip, and one that is blank
-TGIF_TRAIN = [f"tumblr_n{number}o1_250" for number in range(20)]  # of which n17 and n18 are held out by their hash
+CAPTIONS = 6  # captions per clip, besides a blank one
+TGIF_TRAIN = [f"tumblr_n{number}o1_250" for number in range(20)]  # n17 and n18 are held out by their hash
 TGIF_VAL = [f"tumblr_v{number}o1_250" for number in range(2)]
 TGIF_TEST = [f"tumblr_t{number}o1_250" for number in range(4)]
 VOCAB = dict.fromkeys([*WORDS, *ANSWERS, "how", "many", "to", *"0123456789", *(f"##{digit}" for digit in range(10))])
@@ -19,21 +19,21 @@ VOCAB = dict.fromkeys([*WORDS, *ANSWERS, "how", "many", "to", *"0123456789", *(f
 Module = TypeVar("Module")
 
 
-def small(kind: type[Module], root: Path, **arguments: Any) -> Module:
-    """A dataset below `root` at a tiny size, its cache beside it."""
+def build_small(kind: type[Module], root: Path, **arguments: Any) -> Module:
+    """Return a data module of the folder `root` with tiny settings and a cache next to the folder."""
     tiny = {"image_size": 32, "batch_size": 4, "num_workers": 0, "vocab": str(root / "vocab.txt")}
     return kind(str(root), cache_dir=str(root.parent / f"{root.name}-cache"), **(tiny | arguments))
 
 
 def write_lines(path: Path, rows: Iterable[object]) -> Path:
-    """A JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def write_table(path: Path, rows: Iterable[dict[str, object]], delimiter: str = ",", end: str = "\n") -> Path:
-    """A csv file with a header."""
+    """Write a CSV file with a header."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -44,29 +44,29 @@ def write_table(path: Path, rows: Iterable[dict[str, object]], delimiter: str = 
 
 
 def write_vocabulary(root: Path) -> Path:
-    """WordPieces of all the texts here."""
+    """Write a vocabulary with the WordPieces of all texts in this file."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     return root
 
 
 def write_msrvtt_clips(root: Path, folder: str = "videos", numbers: Iterable[int] | None = None) -> Path:
-    """MSR-VTT's clips in small."""
+    """Write small clips of MSR-VTT."""
     for number in [number for split in CLIPS.values() for number in split] if numbers is None else numbers:
         write_clip(root / folder / f"video{number}.mp4", frames=6 + number % 5, size=(48, 32))
     return root
 
 
-def captions_of(number: int) -> list[str]:
-    """What `write_captions` says of a clip, without the blanks."""
-    return [f"the {ANSWERS[number % 5]} man in it is doing {place} to {number}" for place in range(CAPTIONS)]
+def list_captions(number: int) -> list[str]:
+    """Return the captions that `write_captions` writes for a clip, without the blank one."""
+    return [f"the {ANSWERS[number % 5]} man in it is doing {position} to {number}" for position in range(CAPTIONS)]
 
 
 def write_captions(root: Path, layout: Literal["data", "annotations", "microsoft"] = "data") -> Path:
-    """Captions as MSRVTT_data.json, as MSR_VTT.json or in Microsoft's two files; blanks around, and one of blanks."""
+    """Write captions as MSRVTT_data.json, MSR_VTT.json or Microsoft's two files; padded, and with a blank one."""
 
     def sentences(key: str, numbers: Iterable[int]) -> list[dict[str, object]]:
-        texts = [(number, text) for number in numbers for text in [*captions_of(number), ""]]
+        texts = [(number, text) for number in numbers for text in [*list_captions(number), ""]]
         return [{"caption": f" {text} ", key: f"video{number}", "sen_id": i} for i, (number, text) in enumerate(texts)]
 
     def data(*splits: str) -> dict[str, object]:
@@ -92,14 +92,14 @@ def write_captions(root: Path, layout: Literal["data", "annotations", "microsoft
 
 
 def write_msrvtt_qa(root: Path, convention: Literal["original", "clipbert"] = "original") -> Path:
-    """MSRVTT-QA in small: four questions a clip, five answers, of which the vocabulary knows four."""
+    """Write a small MSRVTT-QA: four questions per clip, and five answers, four of which are in the vocabulary."""
     write_msrvtt_clips(write_vocabulary(root))
-    asked = ["what is the man doing?", "who is in it?", "how many?", "is it a man?"]
+    questions = ["what is the man doing?", "who is in it?", "how many?", "is it a man?"]
     identifier = 0
     for split, numbers in CLIPS.items():
         rows: list[dict[str, object]] = []
         for number in numbers:
-            for question in asked:
+            for question in questions:
                 row = {"answer": ANSWERS[identifier % 5], "question": question}
                 if convention == "original":
                     rows.append(row | {"category_id": number % 4, "id": identifier, "video_id": number})
@@ -117,21 +117,21 @@ def write_msrvtt_qa(root: Path, convention: Literal["original", "clipbert"] = "o
 
 
 def write_msrvtt_choice(root: Path, layout: Literal["data", "annotations", "microsoft"] = "data") -> Path:
-    """MSRVTT multiple choice in small: the test as distributed, captions for the rest."""
+    """Write a small MSRVTT multiple choice: the published test file, and captions for the other splits."""
     write_captions(write_msrvtt_clips(write_vocabulary(root)), layout)
     numbers = CLIPS["test"]
     rows = []
-    for place, number in enumerate(numbers):
-        options = [captions_of(numbers[(place + step) % len(numbers)])[0] for step in range(5)]
-        right = number % 5
-        options[0], options[right] = options[right], options[0]
-        rows.append({"qid": place, "clip_name": f"video{number}", "options": options, "answer": right})
+    for position, number in enumerate(numbers):
+        options = [list_captions(numbers[(position + step) % len(numbers)])[0] for step in range(5)]
+        correct = number % 5
+        options[0], options[correct] = options[correct], options[0]
+        rows.append({"qid": position, "clip_name": f"video{number}", "options": options, "answer": correct})
     write_lines(root / "msrvtt_mc_test.jsonl", rows)
     return root
 
 
 def write_msrvtt_retrieval(root: Path, layout: Literal["data", "annotations", "microsoft"] = "data") -> Path:
-    """MSRVTT retrieval in small: the lists of all protocols; 1k-A has two clips."""
+    """Write a small MSRVTT retrieval: the clip lists of all protocols; the 1k-A test has two clips."""
     write_captions(write_msrvtt_clips(write_vocabulary(root)), layout)
     test = [7012, 7015]
     lists = {f"{split}.full": [*numbers] for split, numbers in CLIPS.items()}
@@ -154,7 +154,7 @@ def write_tgif(
     part: Literal["frameqa", "action", "transition"] = "frameqa",
     convention: Literal["csv", "clipbert"] = "csv",
 ) -> Path:
-    """A task of TGIF-QA in small, two questions a GIF: tables without validation, or jsonl files with it."""
+    """Write a small TGIF-QA task with two questions per GIF: tables without validation, or jsonl files with it."""
     splits = {"train": TGIF_TRAIN, "test": TGIF_TEST} | ({"val": TGIF_VAL} if convention == "clipbert" else {})
     write_vocabulary(root)
     identifier = 0
@@ -163,7 +163,7 @@ def write_tgif(
         for name in names:
             write_clip(root / "gifs" / f"{name}.gif", frames=5, size=(40, 30), codec="gif")
             for _ in range(2):
-                rows.append(_tgif_row(name, identifier, part, convention))
+                rows.append(_build_tgif_row(name, identifier, part, convention))
                 identifier += 1
         if convention == "csv":
             path = root / f"{split.capitalize()}_{part}_question.csv"
@@ -173,7 +173,7 @@ def write_tgif(
     return root
 
 
-def _tgif_row(name: str, identifier: int, part: str, convention: str) -> dict[str, object]:
+def _build_tgif_row(name: str, identifier: int, part: str, convention: str) -> dict[str, object]:
     row: dict[str, object] = {"gif_name": name, "question": f"what is the man doing {identifier % 3} ?"}
     if part == "frameqa":
         kinds, answer = ("object", "number", "color", "location"), ANSWERS[identifier % 5]
@@ -184,5 +184,5 @@ def _tgif_row(name: str, identifier: int, part: str, convention: str) -> dict[st
     options = ANSWERS[identifier % 5 :] + ANSWERS[: identifier % 5]
     if convention == "clipbert":
         return row | {"options": options, "answer": identifier % 5}
-    columns = {f"a{place}": option for place, option in enumerate(options, start=1)}
+    columns = {f"a{number}": option for number, option in enumerate(options, start=1)}
     return row | columns | {"answer": identifier % 5, "vid_id": f"{part.upper()}{identifier}", "key": 7}

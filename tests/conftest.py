@@ -1,4 +1,4 @@
-"""Small real files: encoded clips whose frames carry their number, annotations and vocabularies as people have them."""
+"""Shared fixtures: small encoded clips whose frames encode their number, datasets, deployments, and run arguments."""
 
 import fcntl
 import json
@@ -17,8 +17,8 @@ from data_modules.synthetic_clips import DatasetCounts, make
 if TYPE_CHECKING:
     from deployments import FakeCloud
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # products are tiny here: a second thread costs more than it gives
-os.environ["WANDB_MODE"] = "disabled"  # tests that are about W&B set their own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices are tiny here: a second thread only adds overhead
+os.environ["WANDB_MODE"] = "disabled"  # tests of W&B override it
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "who", "is", "the", "a", "man", "doing", "?", "in", "it"]
 ANSWERS = ["red", "green", "blue", "man", "dog"]
@@ -33,7 +33,7 @@ def write_clip(
     title: str = "",
     **options: str,
 ) -> Path:
-    """A clip whose frame k is of one grey, 4 + 6 k, so that any frame tells its number after resizing."""
+    """Write a clip whose frame k has the gray level 4 + 6 k, so that its number can be read after resizing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         if title:
@@ -52,7 +52,7 @@ def write_clip(
 
 
 def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
-    """MSVD-QA in small: six clips, five answers, of which the vocabulary knows four."""
+    """Write a small MSVD-QA: six clips, and five answers, four of which are in the vocabulary."""
     names = [name for clips in CLIPS.values() for name in clips]
     root.mkdir(parents=True, exist_ok=True)
     (root / "youtube_mapping.txt").write_text("".join(f"{name} vid{i}\r\n" for i, name in enumerate(names)), newline="")
@@ -75,34 +75,33 @@ def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """What answers signals is as before after the test."""
+    """Restore the signal handlers after the test."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    former = {number: signal.getsignal(number) for number in numbers}
+    saved_handlers = {number: signal.getsignal(number) for number in numbers}
     yield
-    for number, handler in former.items():
+    for number, handler in saved_handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def msvd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like MSVD-QA's, not to be changed."""
+    """Read-only folder with a small MSVD-QA."""
     return write_msvd(tmp_path_factory.mktemp("msvd"))
 
 
 @pytest.fixture
-def own_msvd(tmp_path: Path) -> Path:
-    """A folder like MSVD-QA's, to be damaged."""
+def writable_msvd(tmp_path: Path) -> Path:
+    """Writable folder with a small MSVD-QA."""
     return write_msvd(tmp_path / "msvd")
 
 
-TINY = DatasetCounts(
-    seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3
-)  # of the embedded dataset
+# Size of the small synthetic dataset.
+TINY = DatasetCounts(seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1, test=2, captioned=60, questions=3)
 
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded dataset in small, not to be changed."""
+    """Read-only folder with a small synthetic dataset."""
     root = tmp_path_factory.mktemp("synthetic") / "clips"
     make(root, TINY)
     return root
@@ -110,7 +109,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real() -> Path:
-    """The real samples, where they are at hand."""
+    """Folder with real samples; skips the test if CDC_MMPG_REAL is not set."""
     if not (folder := os.environ.get("CDC_MMPG_REAL")):
         pytest.skip("CDC_MMPG_REAL does not name a folder with real samples")
     return Path(folder)
@@ -118,7 +117,7 @@ def real() -> Path:
 
 @pytest.fixture(scope="session")
 def phase_one(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reasoner as phase one leaves it."""
+    """Weights of a reasoner, as phase one saves them."""
     import torch
 
     from cdc_mmpg.models.adr import ADR
@@ -131,25 +130,25 @@ def phase_one(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Deployments of tiny encoders, not to be changed: session/, sample/, choice/; the first process makes them."""
+    """Read-only deployments of tiny encoders: session/, sample/, choice/; the first pytest process writes them."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "deployed"
     root.mkdir(exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "done").exists():
-            from deployments import deployment
+            from deployments import write_deployment
 
-            deployment(root / "session")
-            deployment(root / "sample", "cdc_mmpg")
-            deployment(root / "choice", task="multiple_choice", kind="basis")
+            write_deployment(root / "session")
+            write_deployment(root / "sample", "cdc_mmpg")
+            write_deployment(root / "choice", task="multiple_choice", kind="basis")
             (root / "done").touch()
     return root
 
 
 @pytest.fixture
 def fake(deployed: Path) -> Iterator["FakeCloud"]:
-    """A cloud in this process that a test tells what to answer."""
+    """Cloud in this process, whose replies a test can replace."""
     from deployments import FakeCloud
 
     server = FakeCloud(deployed / "session" / "cloud")
@@ -162,9 +161,9 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture
 def fit(msvd: Path, phase_one: Path, tmp_path: Path) -> Command:
-    """The arguments of a tiny run: fit("linear", "--trainer.max_epochs=3", root=...)."""
+    """Function that returns the arguments of a tiny run, e.g. of `fit("linear", "--trainer.max_epochs=3")`."""
 
-    def arguments(method: str, *more: str, root: Path = msvd, out: Path = tmp_path) -> list[str]:
+    def arguments(method: str, *options: str, root: Path = msvd, out: Path = tmp_path) -> list[str]:
         return [
             "fit",
             f"--config=experiments/methods/{method}.yaml",
@@ -183,12 +182,12 @@ def fit(msvd: Path, phase_one: Path, tmp_path: Path) -> Command:
             "--trainer.accelerator=cpu",
             *([f"--model.init_args.adr={phase_one}"] if method in ("cdc_mmpg", "cdc_mmpg_frozen") else []),
             *(["--model.init_args.preset=small"] if method.startswith("adr_") else []),
-            *more,
+            *options,
         ]
 
     return arguments
 
 
 @pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def _run_in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""Small deployments with random weights, and the service as a real process on a real socket."""
+"""Small deployments with random weights, a fake cloud in this process, and the service as a real process."""
 
 import contextlib
 import json
@@ -25,11 +25,11 @@ from cdc_mmpg.wire.messages import Versions, decode_upload
 
 Kind = Literal["full", "low_rank", "basis"]
 OUTPUTS, INPUTS, NUMBER = 17, 96, 4
-ENCODER = bytes(range(16))  # digest of an encoder that there is not
+ENCODER = bytes(range(16))  # digest of a nonexistent encoder
 
 
-def generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Generator:
-    """A generator whose layers differ with the upload."""
+def build_generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Generator:
+    """Return a generator with random weights whose layers depend on the upload."""
     torch.manual_seed(seed)
     if kind == "full":
         return Generator(ADR(), FDA(INPUTS, outputs, "hyperfan_in", project=True)).eval()
@@ -39,21 +39,21 @@ def generator(kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) ->
     return Generator(DeviceAxes(2), adaptor).eval()
 
 
-def cloud_bundle(folder: Path, kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Versions:
-    """A cloud/ folder alone: no encoder, nothing for a device."""
-    return write_cloud_bundle(generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
+def build_cloud_bundle(folder: Path, kind: Kind = "low_rank", outputs: int = OUTPUTS, seed: int = 0) -> Versions:
+    """Write a cloud/ folder only, without an encoder or a device bundle, and return its versions."""
+    return write_cloud_bundle(build_generator(kind, outputs, seed), ENCODER, f"test/{kind}", folder).versions
 
 
 WORDS = [*SPECIAL_WORDS, "what", "who", "is", "the", "a", "man", "doing", "?", "red", "green"]
 
 
-def deployment(
+def write_deployment(
     folder: Path,
     method: Literal["cdc_mmpg_session", "cdc_mmpg"] = "cdc_mmpg_session",
     task: Literal["open_ended", "multiple_choice"] = "open_ended",
     kind: Kind = "low_rank",
 ) -> Path:
-    """All three bundles of a tiny encoder with random weights, as `make export` writes them; imports Lightning."""
+    """Write all three bundles of a tiny encoder with random weights, as `make export` does; imports Lightning."""
     from cdc_mmpg.methods.cdc_mmpg import CDCMMPG
     from cdc_mmpg.methods.cdc_mmpg_session import CDCMMPGSession
     from cdc_mmpg.models.all_in_one import AllInOne
@@ -66,15 +66,15 @@ def deployment(
     if method == "cdc_mmpg":
         folder.mkdir(parents=True, exist_ok=True)
         ADR().save(folder / "adr.safetensors")
-        made = CDCMMPG(encoder, head, adr=str(folder / "adr.safetensors"))
+        module = CDCMMPG(encoder, head, adr=str(folder / "adr.safetensors"))
     else:
-        made = CDCMMPGSession(encoder, head, generated=kind, size=2)
+        module = CDCMMPGSession(encoder, head, generated=kind, size=2)
         if kind == "low_rank":
-            torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
+            torch.nn.init.normal_(module.fda.hyper.weight, std=0.05)
     frames = {"number": 3, "candidates": 3, "size": 32, "side": 32}
     answers = ["red", "green", "blue", "man", "(unknown)"] if task == "open_ended" else []
-    kept = [i for i, word in enumerate(WORDS) if word != "green"]
-    write_bundles(Source(made.eval(), f"test/{method}", task, answers, WORDS, kept, frames, 16), folder)
+    kept_words = [i for i, word in enumerate(WORDS) if word != "green"]
+    write_bundles(Source(module.eval(), f"test/{method}", task, answers, WORDS, kept_words, frames, 16), folder)
     return folder
 
 
@@ -82,13 +82,13 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 class FakeCloud:
-    """A cloud in this process: answers as the service does, unless told to answer otherwise; counts its requests."""
+    """Cloud in this process that replies like the service, or as `change` says, and records its requests."""
 
     def __init__(self, bundle: Path) -> None:
         self.served = load_model(bundle)
         self.uploads: list[bytes] = []
-        self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None is silence
-        self.honest()
+        self.change: Callable[[bytes], Reply | None] = lambda layer: None  # None: no reply at all
+        self.answer_honestly()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -96,7 +96,7 @@ class FakeCloud:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
                 fake.uploads.append(content)
                 with contextlib.suppress(OSError):
-                    reply = fake.change(fake.layer(content))
+                    reply = fake.change(fake.build_layer(content))
                     if reply is None:
                         fake.silence.wait(30)
                         return
@@ -116,10 +116,10 @@ class FakeCloud:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def honest(self) -> None:
+    def answer_honestly(self) -> None:
         self.change = lambda layer: (200, {}, layer)
 
-    def layer(self, content: bytes) -> bytes:
+    def build_layer(self, content: bytes) -> bytes:
         upload = decode_upload(content, self.served.layouts, self.served.versions)
         return generate_layer(self.served, content, upload)
 
@@ -130,17 +130,17 @@ class FakeCloud:
 
 
 def open_device(deployed: Path, url: str | None, kind: str = "session", **options: object) -> Device:
-    """The device of one of the fixture `deployed`'s deployments."""
+    """Return the device of one deployment of the fixture `deployed`."""
     return Device(deployed / kind / "device", url, threads=1, **options)  # type: ignore[arg-type]
 
 
 class Cloud(LocalService):
-    """`python -m cdc_mmpg.cloud` on one thread, which has the time that a busy machine needs.
+    """`python -m cdc_mmpg.cloud` on one thread, with timeouts for a busy machine.
 
     Args:
-        bundle: the cloud/ folder.
-        log: where its output goes.
-        options: of the command line.
+        bundle: cloud/ folder.
+        log: file for the output.
+        options: command-line options.
     """
 
     def __init__(self, bundle: Path, log: Path, *options: str) -> None:
@@ -151,9 +151,9 @@ class Cloud(LocalService):
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
         code = super().stop(number, seconds)
-        assert number == signal.SIGKILL or code != -signal.SIGKILL, self.log_tail()
+        assert number == signal.SIGKILL or code != -signal.SIGKILL, self.read_log_tail()
         return code
 
-    def lines(self) -> list[dict[str, object]]:
-        """What it logged."""
+    def read_log(self) -> list[dict[str, object]]:
+        """Return the JSON lines of the log."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]

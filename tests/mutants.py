@@ -1,4 +1,4 @@
-"""Small changes of a Python source, each of which some test should notice: see `mutate.py`."""
+"""Small changes of a Python source that some test should detect: see `mutate.py`."""
 
 import ast
 from collections.abc import Iterator
@@ -34,24 +34,24 @@ class Mutant(NamedTuple):
     end: int
     text: bytes
 
-    def applied(self, source: bytes) -> bytes:
+    def apply(self, source: bytes) -> bytes:
         """Return the changed source."""
         return source[: self.start] + self.text + source[self.end :]
 
 
 class Finder:
-    """All mutants of one file; docstrings, annotations, messages and imports have none.
+    """Finder of all mutants of one file; docstrings, annotations, messages and imports are not mutated.
 
-    A method `of_<node>` yields those of a syntax tree's node, without those of its parts.
+    A method `of_<node>` yields the mutants of a node of the syntax tree, without those of its children.
     """
 
     def __init__(self, path: str, source: bytes) -> None:
         self.path, self.source = path, source
         self.starts = [0, *(i + 1 for i, byte in enumerate(source) if byte == ord("\n"))]
-        self.axis = False  # whether what is visited says along which axis
+        self.axis = False  # whether the visited node is an axis argument
 
     def find(self) -> Iterator[Mutant]:
-        """Yield all."""
+        """Yield all mutants."""
         return self._visit(ast.parse(self.source))
 
     def _visit(self, node: ast.AST) -> Iterator[Mutant]:
@@ -86,11 +86,11 @@ class Finder:
         return self._change(kind, node, f"({self._text(part)})")
 
     def _symbol(self, kind: str, left: ast.AST, right: ast.AST, table: dict[str, str]) -> Iterator[Mutant]:
-        """Change the operator between two operands, where parentheses may stand, too."""
+        """Change the operator between two operands; parentheses may surround it."""
         for old in sorted(table, key=len, reverse=True):
-            place = self.source.find(old.encode(), self._end(left), self._begin(right))
-            if place >= 0:
-                yield Mutant(kind, self.path, place, place + len(old), table[old].encode())
+            position = self.source.find(old.encode(), self._end(left), self._begin(right))
+            if position >= 0:
+                yield Mutant(kind, self.path, position, position + len(old), table[old].encode())
                 return
 
     def of_Compare(self, node: ast.Compare) -> Iterator[Mutant]:
@@ -126,8 +126,8 @@ class Finder:
                 yield self._change("split", node, repr(SPLITS[value]))
 
     def of_If(self, node: ast.If) -> Iterator[Mutant]:
-        refuses = isinstance(node.body[-1], ast.Raise | ast.Return | ast.Continue) and not node.orelse
-        if refuses:
+        is_guard = isinstance(node.body[-1], ast.Raise | ast.Return | ast.Continue) and not node.orelse
+        if is_guard:
             yield self._change("check", node.test, "False")
         else:
             yield self._change("mask", node.test, f"not ({self._text(node.test)})")
@@ -184,12 +184,12 @@ class Finder:
 def function_at(mutant: Mutant, source: bytes) -> int | None:
     """Return the first line of the innermost function whose body a mutant changes, None outside of all bodies.
 
-    A code object's `co_firstlineno` is this line, too: that of the first decorator.
+    It equals `co_firstlineno` of the code object: the line of the first decorator, if there is one.
     """
-    line, found = source[: mutant.start].count(b"\n") + 1, None
+    line, innermost = source[: mutant.start].count(b"\n") + 1, None
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             if node.body[0].lineno <= line <= (node.end_lineno or 0):
-                found = max(found or 0, first)
-    return found
+                innermost = max(innermost or 0, first)
+    return innermost

@@ -1,13 +1,13 @@
-"""Mutation testing: change the sources a little, many times, and see whether the tests of the changed room fail.
+"""Mutation testing: make many small changes to the sources, and check that the tests of the changed room fail.
 
     .venv/bin/python tests/mutate.py --number 150 --seed 0 --jobs 2 [--rooms models wire] [--list]
 
-Draws mutants (see `mutants.py`) from all rooms alike and from all kinds alike, runs the room's fast tests on each in a
-copy of the repository, and prints the survivors as diffs. Read each: either a test is missing, or the mutant is
-equivalent (it changes nothing that anybody could notice). First a room's tests run unchanged, and are watched: later
-those run first that reach the changed function, and all of them only if these pass.
-Tests run in forks of a process that has imported every library, and so does the server from which they start processes
-of their own: a mutant takes seconds. Linux only.
+Mutants (see `mutants.py`) are drawn evenly from all rooms and kinds. The room's fast tests run on each mutant in a copy
+of the repository, and surviving mutants are printed as diffs. For each of them, either a test is missing, or the mutant
+is equivalent (its change has no observable effect). A room's tests first run on unchanged sources and are traced: on a
+mutant, the tests that reach the changed function run first, and all others only if these pass.
+Tests run in forks of a process that has imported every library, and so does the fork server from which they start
+processes: a mutant takes seconds. Linux only.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from mutants import Finder, Mutant, function_at
 
 ROOT = Path(__file__).parents[1]
 SRC = "src/cdc_mmpg/"
-# Room: its sources, and its tests.
+# Sources and tests by room.
 ROOMS: dict[str, tuple[str, str]] = {
     "models": (SRC + "models/*.py", "adr fda steps all_in_one methods session tasks"),
     "methods": (SRC + "methods/*.py", "steps methods session tasks"),
@@ -65,40 +65,40 @@ ROOMS: dict[str, tuple[str, str]] = {
 }
 
 
-def sources(room: str) -> list[Path]:
-    """Return the files of a room, from the root of the repository."""
+def list_sources(room: str) -> list[Path]:
+    """Return the files of a room, relative to the root of the repository."""
     return sorted(file.relative_to(ROOT) for pattern in ROOMS[room][0].split() for file in ROOT.glob(pattern))
 
 
-def draw(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
+def draw_mutants(rooms: list[str], number: int, seed: int) -> list[tuple[str, Mutant]]:
     """Return `number` mutants with their rooms.
 
-    Rooms take turns (those with 300 mutants and more several); in a room every kind of mutation is as likely.
+    Rooms take turns (one more turn per 300 mutants); in a room, every kind of mutation is equally likely.
     """
     generator, drawn = random.Random(seed), []
-    found: dict[str, dict[str, list[Mutant]]] = {}
+    mutants: dict[str, dict[str, list[Mutant]]] = {}
     for room in rooms:
-        found[room] = kinds = defaultdict(list)
-        for file in sources(room):
+        mutants[room] = kinds = defaultdict(list)
+        for file in list_sources(room):
             for mutant in Finder(str(file), (ROOT / file).read_bytes()).find():
                 kinds[mutant.kind].append(mutant)
-    turns = [room for room in rooms for _ in range(1 + sum(map(len, found[room].values())) // 300)]
-    while len(drawn) < number and any(any(kinds.values()) for kinds in found.values()):
-        for room in generator.sample(turns, len(turns)):
-            while kinds := [kind for kind, left in sorted(found[room].items()) if left]:
-                left = found[room][generator.choice(kinds)]
-                mutant = left.pop(generator.randrange(len(left)))
+    room_turns = [room for room in rooms for _ in range(1 + sum(map(len, mutants[room].values())) // 300)]
+    while len(drawn) < number and any(any(kinds.values()) for kinds in mutants.values()):
+        for room in generator.sample(room_turns, len(room_turns)):
+            while kinds := [kind for kind, unused in sorted(mutants[room].items()) if unused]:
+                unused = mutants[room][generator.choice(kinds)]
+                mutant = unused.pop(generator.randrange(len(unused)))
                 source = (ROOT / mutant.path).read_bytes()
                 with contextlib.suppress(SyntaxError):
-                    compile(mutant.applied(source), mutant.path, "exec")
-                    if mutant.applied(source) != source:
+                    compile(mutant.apply(source), mutant.path, "exec")
+                    if mutant.apply(source) != source:
                         drawn.append((room, mutant))
                         break
     return drawn[:number]
 
 
 def import_libraries() -> None:
-    """Import whatever sources and tests take from elsewhere, so that forks need not."""
+    """Import all third-party modules that sources and tests use, so that forks need not."""
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     files = [file for folder in ("src", "data_modules", "tests") for file in (ROOT / folder).rglob("*.py")]
     names = {"torch._dynamo", "torch.onnx"}
@@ -107,14 +107,14 @@ def import_libraries() -> None:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    ours = {"cdc_mmpg", "data_modules", *(file.stem for file in files)}
-    for name in sorted(name for name in names if name.partition(".")[0] not in ours):
+    local_modules = {"cdc_mmpg", "data_modules", *(file.stem for file in files)}
+    for name in sorted(name for name in names if name.partition(".")[0] not in local_modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 
 def copy_repository(folder: Path) -> None:
-    """Copy what git knows, with the environment, for the tests to run in."""
+    """Copy the files that git does not ignore, and link the environment, as a folder for test runs."""
     files = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
     for name in (name for name in files.split("\0") if (ROOT / name).is_file()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,25 +123,25 @@ def copy_repository(folder: Path) -> None:
 
 
 class Watch:
-    """A plugin of pytest that writes down which functions of some files every test reaches, and how long it takes.
+    """Pytest plugin that records which functions of some files every test reaches, and how long it takes.
 
-    What is reached while a test is set up is, by fixtures, reached by all tests of its file.
+    Functions reached during setup, by fixtures, count as reached by all tests of the file.
     """
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
         self.folder, self.files = folder, {str(folder / file): str(file) for file in files}
         self.seconds: dict[str, float] = {}
-        self.reached: dict[str, set[str]] = defaultdict(set)  # by function: tests, or files of tests
+        self.reached: dict[str, set[str]] = defaultdict(set)  # tests or test files, by function
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        """Watch the fixtures."""
+        """Trace the fixtures."""
         with self._watching(item.nodeid.partition("::")[0]):
             yield
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        """Watch the test."""
+        """Trace the test."""
         began = time.process_time()
         with self._watching(item.nodeid):
             yield
@@ -162,12 +162,12 @@ class Watch:
             threading.settrace(None)  # type: ignore[arg-type]
 
     def pytest_sessionfinish(self) -> None:
-        """Write `reached.json`: by function its tests, the quickest first."""
-        found = {}
+        """Write `reached.json`: the tests that reach each function, fastest first."""
+        tests_by_function = {}
         for function, names in self.reached.items():
             tests = [test for test in self.seconds if test in names or test.partition("::")[0] in names]
-            found[function] = sorted(tests, key=lambda test: self.seconds[test])
-        (self.folder / "reached.json").write_text(json.dumps(found))
+            tests_by_function[function] = sorted(tests, key=lambda test: self.seconds[test])
+        (self.folder / "reached.json").write_text(json.dumps(tests_by_function))
 
 
 def start_tests(folder: Path, room: str, tests: list[str], watch: bool) -> int:
@@ -187,25 +187,25 @@ def start_tests(folder: Path, room: str, tests: list[str], watch: bool) -> int:
         multiprocessing.util.spawnv_passfds = _fork_server  # type: ignore[attr-defined]
         if any("from processes import" in (folder / test.partition("::")[0]).read_text() for test in tests):
             with contextlib.suppress(Exception):
-                import processes  # that of the copy, with the mutated source
+                import processes  # from the copy, with the mutated source
 
                 processes.CONTEXT.Process(target=int).start()
         shutil.rmtree(folder / "temporary", ignore_errors=True)
         options = ["-x", "-m", "not slow", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
-        plugins = [Watch(folder, sources(room))] if watch else []
+        plugins = [Watch(folder, list_sources(room))] if watch else []
         code = pytest.main([*options, f"--basetemp={folder}/temporary", *tests], plugins)
         sys.stdout.flush()
     finally:
         os._exit(code)
 
 
-def _fork_server(path: bytes, arguments: list[str], kept: list[int]) -> int:
-    """Stand in for `multiprocessing.util.spawnv_passfds`: the fork server needs no new interpreter and no imports."""
+def _fork_server(path: bytes, arguments: list[str], open_files: list[int]) -> int:
+    """Replace `multiprocessing.util.spawnv_passfds`: the fork server needs no new interpreter and no imports."""
     if "forkserver" not in arguments[-1]:
-        return SPAWN(path, arguments, kept)
+        return SPAWN(path, arguments, open_files)
     if process := os.fork():
         return process
-    for number in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, *kept}:
+    for number in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, *open_files}:
         with contextlib.suppress(OSError):
             os.close(number)
     exec(arguments[-1])
@@ -216,20 +216,20 @@ SPAWN = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 
 class Task(NamedTuple):
-    """A mutant to be tried, or a room to be watched unchanged."""
+    """A mutant to test, or a room to trace on unchanged sources."""
 
-    number: int  # of the mutant in the draw
+    number: int  # index of the mutant in the draw
     room: str
     mutant: Mutant | None
-    attempt: int = 1  # of a mutant the first is with the tests that reach it, the second with all
+    attempt: int = 1  # for mutants: 1 runs the tests that reach it, 2 all tests
 
 
 class Trials:
-    """All mutants of a draw, several at a time, each in a copy of the repository."""
+    """Runner of all mutants of a draw, several at a time, each in a copy of the repository."""
 
     def __init__(self, drawn: list[tuple[str, Mutant]], folders: list[Path]) -> None:
         self.drawn, self.free = drawn, folders
-        self.reached: dict[str, dict[str, list[str]]] = {}  # by room and function
+        self.reached: dict[str, dict[str, list[str]]] = {}  # tests by room and function
         self.survivors: list[int] = []
         self.waiting = [Task(-1, room, None) for room in dict.fromkeys(room for room, _ in drawn)]
         self.waiting += [Task(number, room, mutant) for number, (room, mutant) in enumerate(drawn)]
@@ -237,18 +237,18 @@ class Trials:
             copy_repository(folder)
 
     def run(self, limit_seconds: float) -> None:
-        """Try all, and print what became of each.
+        """Run all mutants and print their outcomes.
 
         Raises:
-            SystemExit: a room's tests fail, twice, on unchanged sources: they would kill every mutant.
+            SystemExit: a room's tests fail twice on unchanged sources: they would kill every mutant.
         """
         running: dict[int, tuple[Task, Path, float]] = {}
         while self.waiting or running:
-            able = [task for task in self.waiting if task.mutant is None or task.room in self.reached]
-            if self.free and able:
-                self.waiting.remove(able[0])
+            ready = [task for task in self.waiting if task.mutant is None or task.room in self.reached]
+            if self.free and ready:
+                self.waiting.remove(ready[0])
                 folder = self.free.pop()
-                running[self._start(able[0], folder)] = able[0], folder, time.monotonic()
+                running[self._start(ready[0], folder)] = ready[0], folder, time.monotonic()
                 continue
             time.sleep(0.05)
             for process, (task, folder, since) in list(running.items()):
@@ -266,7 +266,7 @@ class Trials:
         tests = [f"tests/test_{name}.py" for name in ROOMS[task.room][1].split()]
         if task.mutant:
             source = (ROOT / task.mutant.path).read_bytes()
-            (folder / task.mutant.path).write_bytes(task.mutant.applied(source))
+            (folder / task.mutant.path).write_bytes(task.mutant.apply(source))
             if task.attempt == 1:
                 function = f"{task.mutant.path}:{function_at(task.mutant, source)}"
                 tests = self.reached[task.room].get(function, tests)
@@ -274,10 +274,10 @@ class Trials:
 
     def _end(self, task: Task, folder: Path, code: int, seconds: str) -> None:
         log = (folder / "log").read_text(errors="replace")
-        why = [line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
+        failures = [line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
         if task.mutant:
             shutil.copy2(ROOT / task.mutant.path, folder / task.mutant.path)
-        if (task.mutant is None) == (code != 0) and task.attempt == 1:  # again: perhaps it was only the time
+        if (task.mutant is None) == (code != 0) and task.attempt == 1:  # retry: it may have been a timing failure
             self.waiting.insert(0, task._replace(attempt=2))
         elif task.mutant is None and code:
             raise SystemExit(f"{log}\n{task.room}: the tests fail on unchanged sources")
@@ -285,48 +285,50 @@ class Trials:
             self.reached[task.room] = json.loads((folder / "reached.json").read_text())
             print(task.room, "unchanged", seconds, flush=True)
         elif code:
-            print(task.number, task.room, "killed" if code > 0 else "hangs", seconds, *why, flush=True)
+            print(task.number, task.room, "killed" if code > 0 else "hangs", seconds, *failures, flush=True)
         else:
             self.survivors.append(task.number)
-            print(task.number, task.room, "SURVIVED", seconds, show(task.mutant), flush=True)
+            print(task.number, task.room, "SURVIVED", seconds, format_diff(task.mutant), flush=True)
 
     def report(self) -> None:
-        """Print how many were killed, by room and in all."""
+        """Print the number of killed mutants, by room and in total."""
         for room in dict.fromkeys(room for room, _ in self.drawn):
-            own = [number for number, (where, _) in enumerate(self.drawn) if where == room]
-            print(f"{room:15}{len(set(own) - set(self.survivors))} of {len(own)} killed")
+            numbers = [number for number, (mutant_room, _) in enumerate(self.drawn) if mutant_room == room]
+            print(f"{room:15}{len(set(numbers) - set(self.survivors))} of {len(numbers)} killed")
         print(
             f"{len(self.drawn) - len(self.survivors)} of {len(self.drawn)} killed; survivors: {sorted(self.survivors)}"
         )
 
 
-def show(mutant: Mutant) -> str:
+def format_diff(mutant: Mutant) -> str:
     """Return a mutant as a diff."""
     before = (ROOT / mutant.path).read_bytes()
-    old, new = (text.decode().splitlines() for text in (before, mutant.applied(before)))
+    old, new = (text.decode().splitlines() for text in (before, mutant.apply(before)))
     diff = list(difflib.unified_diff(old, new, f"{mutant.path} ({mutant.kind})", lineterm="", n=1))
     return "\n".join([diff[0], *diff[2:]])
 
 
 def main() -> int:
-    """Draw, run, report; the exit code is 1 where a mutant survived."""
+    """Draw mutants, run them, and report; return 1 if a mutant survived, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=60, help="of mutants")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants side by side")
-    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="where to mutate")
-    parser.add_argument("--seconds", type=float, default=300, help="until a mutant counts as one that hangs")
-    parser.add_argument("--list", action="store_true", help="print the draw, and run nothing")
-    asked = parser.parse_args()
+    parser.add_argument("--number", type=int, default=60, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants in parallel")
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms to mutate")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="time limit per mutant, after which it counts as hanging"
+    )
+    parser.add_argument("--list", action="store_true", help="print the mutants without running them")
+    options = parser.parse_args()
     warnings.simplefilter("ignore", SyntaxWarning)
-    drawn = draw(asked.rooms, asked.number, asked.seed)
-    if asked.list:
-        print(*(f"{number} {show(mutant)}" for number, (_, mutant) in enumerate(drawn)), sep="\n")
+    drawn = draw_mutants(options.rooms, options.number, options.seed)
+    if options.list:
+        print(*(f"{number} {format_diff(mutant)}" for number, (_, mutant) in enumerate(drawn)), sep="\n")
         return 0
     import_libraries()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        trials = Trials(drawn, [Path(place, str(job)) for job in range(asked.jobs)])
-        trials.run(asked.seconds)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        trials = Trials(drawn, [Path(folder, str(job)) for job in range(options.jobs)])
+        trials.run(options.seconds)
     trials.report()
     return 1 if trials.survivors else 0
 

@@ -1,4 +1,4 @@
-"""Commands as real processes, forked from one that has imported everything: a tenth of a second each."""
+"""Commands as real processes, forked from a server that has imported everything: a start takes 0.1 s."""
 
 import contextlib
 import multiprocessing
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-# The fork server does not look where pytest looks for modules.
+# The fork server does not have pytest's import path.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes"])
@@ -26,11 +26,11 @@ from cdc_mmpg.training.cli import main  # noqa: E402
 
 
 class Recorder(Callback):
-    """Writes down what training left, before testing loads the best epoch; and that steps were taken.
+    """Callback that saves the final weights, before testing loads the best epoch, and counts the steps.
 
     Args:
-        path: of the file with the last weights; `<path>.steps` grows by a byte a step.
-        pause: seconds to wait after every step, so that there is time to be killed in.
+        path: file for the final weights; `<path>.steps` grows by one byte per step.
+        pause: seconds to wait after every step, which leaves time to kill the process.
     """
 
     def __init__(self, path: str, pause: float = 0.0) -> None:
@@ -46,18 +46,18 @@ class Recorder(Callback):
 
 
 class Witness(Callback):
-    """Writes down into the run's folder, on every process, what a run came to: `witness.<rank>.pt`.
+    """Callback that saves what every process of a run computed to `witness.<rank>.pt` in the run's folder.
 
-    The weights after training, before testing loads the best epoch; what was logged after every evaluation; the turns
-    of encoder pretraining; the outcomes by split.
+    The file holds the weights after training, before testing loads the best epoch; the values logged after every
+    evaluation; the turns of encoder pretraining; the outcomes by split.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Any] = {"weights": {}, "logged": [], "turns": [], "outcomes": {}}
+        self.record: dict[str, Any] = {"weights": {}, "logged": [], "turns": [], "outcomes": {}}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: object) -> None:
         if (turn := getattr(pl_module, "_turn", None)) is not None:
-            self.found["turns"].append((turn.captions, None if turn.frames is None else turn.frames.tolist()))
+            self.record["turns"].append((turn.captions, None if turn.frames is None else turn.frames.tolist()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, pl_module, "val")
@@ -66,27 +66,27 @@ class Witness(Callback):
         self._write(trainer, pl_module, "test")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found["weights"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.record["weights"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        # Learning rates are logged by the process that has the loggers.
+        # Only the process with the loggers logs learning rates.
         logged = [(name, float(value)) for name, value in trainer.callback_metrics.items() if name[:3] != "lr-"]
-        self.found["logged"].append(logged)
+        self.record["logged"].append(logged)
         if split in (outcomes := getattr(pl_module, "outcomes", {})):
-            self.found["outcomes"][split] = outcomes[split]
+            self.record["outcomes"][split] = outcomes[split]
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.found, folder / f"witness.{trainer.global_rank}.pt")
+        torch.save(self.record, folder / f"witness.{trainer.global_rank}.pt")
 
 
-def steps(path: Path) -> int:
-    """How many steps the runs that record into `path` have taken."""
+def count_steps(path: Path) -> int:
+    """Return the number of steps of the runs whose `Recorder` has this path."""
     file = path.with_name(path.name + ".steps")
     return file.stat().st_size if file.exists() else 0
 
 
-def recording(path: Path, pause: float = 0.0) -> list[str]:
-    """Arguments that add a `Recorder` to a run."""
+def build_recorder_arguments(path: Path, pause: float = 0.0) -> list[str]:
+    """Return arguments that add a `Recorder` to a run."""
     return ["--trainer.callbacks+=processes.Recorder", f"--trainer.callbacks.path={path}",
             f"--trainer.callbacks.pause={pause}"]  # fmt: skip
 
@@ -94,7 +94,7 @@ def recording(path: Path, pause: float = 0.0) -> list[str]:
 def _run(function: Callable[..., object], arguments: tuple[object, ...], folder: str, log: str) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a program from the shell
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a program started from a shell
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -105,13 +105,13 @@ def _run(function: Callable[..., object], arguments: tuple[object, ...], folder:
 
 
 def start(log: Path, function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:
-    """Begin `function(*arguments)` in a process of its own; its output goes to `log`."""
+    """Start `function(*arguments)` in a new process, with its output in `log`."""
     process = CONTEXT.Process(target=_run, args=(function, arguments, os.getcwd(), str(log)))
     process.start()
     return process
 
 
-def _as_rank(function: Callable[..., object], rank: int, world: int, port: int, *arguments: object) -> object:
+def _run_as_rank(function: Callable[..., object], rank: int, world: int, port: int, *arguments: object) -> object:
     names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()}
     return function(*arguments)
@@ -120,18 +120,20 @@ def _as_rank(function: Callable[..., object], rank: int, world: int, port: int, 
 def start_ranks(
     folder: Path, function: Callable[..., object], *arguments: object, world: int = 2
 ) -> list[multiprocessing.process.BaseProcess]:
-    """Begin `function(*arguments)` in processes that find each other, as a cluster starts them: Lightning starts none.
+    """Start `function(*arguments)` in `world` connected processes, as a cluster does, so that Lightning starts none.
 
-    Their outputs go to `log<rank>` in the folder.
+    The outputs go to `log<rank>` in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    return [start(folder / f"log{rank}", _as_rank, function, rank, world, port, *arguments) for rank in range(world)]
+    return [
+        start(folder / f"log{rank}", _run_as_rank, function, rank, world, port, *arguments) for rank in range(world)
+    ]
 
 
 def finish(process: multiprocessing.process.BaseProcess, seconds: float = 120) -> int:
-    """Wait for the exit code; a process that hangs is killed, and reported."""
+    """Wait for the exit code; kill a process that hangs, and raise TimeoutError."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -140,17 +142,19 @@ def finish(process: multiprocessing.process.BaseProcess, seconds: float = 120) -
     return process.exitcode
 
 
-def result_of_testing_alone(folder: Path, out: Path) -> dict[str, float]:
-    """What Lightning's own test of a run's best weights prints, in one process."""
-    alone = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}", "--weights_only=true",
-             "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
-    assert finish(start(out / "log", main, alone)) == 0, (out / "log").read_text()
-    found = re.findall(r"test/([\w@]+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
-    return {name: float(value) for name, value in found}
+def run_separate_test(folder: Path, out: Path) -> dict[str, float]:
+    """Run Lightning's test of a run's best weights in one process, and return the printed metrics."""
+    command = ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'best.ckpt'}",
+               "--weights_only=true", "--trainer.devices=1", f"--trainer.default_root_dir={out / 'alone'}"]  # fmt: skip
+    assert finish(start(out / "log", main, command)) == 0, (out / "log").read_text()
+    values = re.findall(r"test/([\w@]+)\s+\S+\s+(\d\S*)", (out / "log").read_text())
+    return {name: float(value) for name, value in values}
 
 
-def until(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess, seconds: float = 60) -> None:
-    """Wait for a condition while a process runs."""
+def wait_until(
+    condition: Callable[[], bool], process: multiprocessing.process.BaseProcess, seconds: float = 60
+) -> None:
+    """Wait until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "never happened"
@@ -160,7 +164,7 @@ def until(condition: Callable[[], bool], process: multiprocessing.process.BasePr
 
 
 def kill(process: multiprocessing.process.BaseProcess, number: int = signal.SIGKILL) -> None:
-    """Send a signal."""
+    """Send a signal to a process, unless it has ended."""
     if process.pid is not None and process.exitcode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)

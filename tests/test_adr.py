@@ -1,4 +1,4 @@
-"""The reasoner: counts, equations, and what makes it a no-op."""
+"""The reasoner: parameter counts, its equations, and when it has no effect."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def anchor() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("preset", "count"), [("small", 554_880), ("paper_qa", 27_802_816), ("paper_mc", 20_213_984)])
-def test_counts(preset, count):
+def test_parameter_counts(preset, count):
     assert sum(p.numel() for p in ADR(preset).parameters()) == count
 
 
@@ -31,8 +31,8 @@ def test_renormalised_feature_has_the_decoded_statistics(anchor):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("scale", [1.0, 1e-4])  # the smaller shows epsilon
-def test_equation_16_in_numpy(anchor, groups, scale):
+@pytest.mark.parametrize("scale", [1.0, 1e-4])  # epsilon matters at the smaller one
+def test_equation_16_matches_numpy(anchor, groups, scale):
     anchor = scale * anchor
     reasoned = ADR(axis="feature" if groups == 1 else f"group:{groups}")(anchor, sample=False)
     f, decoded = (part.detach().double().numpy().reshape(8, groups, -1) for part in (anchor, reasoned.decoded))
@@ -43,8 +43,8 @@ def test_equation_16_in_numpy(anchor, groups, scale):
     assert_agree(reasoned.generated, expected.reshape(8, 192).astype(np.float32))
 
 
-def test_batch_statistics_of_one_step_in_numpy(anchor):
-    """In training those of the batch; kept are a tenth of them and nine tenths of what was there before."""
+def test_batch_statistics_of_one_step_match_numpy(anchor):
+    """Training uses the statistics of the batch and moves the running ones a tenth of the way towards them."""
     adr = ADR(axis="batch").train()
     reasoned = adr(1e-4 * anchor, sample=False)
     f, decoded = (1e-4 * anchor).double().numpy(), reasoned.decoded.detach().double().numpy()
@@ -61,53 +61,53 @@ def test_batch_statistics_of_one_step_in_numpy(anchor):
 
 
 def test_equation_12_draws_from_the_latent_distribution(anchor):
-    adr, read = ADR(), []
-    adr.decoder.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    adr, latents = ADR(), []
+    adr.decoder.register_forward_hook(lambda module, arguments, output: latents.append(arguments[0]))
     torch.nn.init.normal_(adr.encoder[-1].bias)  # deviations far from one
     torch.manual_seed(3)
     reasoned = adr(anchor, sample=True)
     torch.manual_seed(3)
     deviation = (reasoned.log_variance.exp()) ** 0.5
-    torch.testing.assert_close(read[0], reasoned.mean + deviation * torch.randn(8, 96))
-    latent = adr(anchor, sample=False)
-    assert torch.equal(read[1], latent.mean)
-    torch.testing.assert_close(torch.cat([latent.mean, latent.log_variance], -1), adr.encoder(anchor))
+    torch.testing.assert_close(latents[0], reasoned.mean + deviation * torch.randn(8, 96))
+    unsampled = adr(anchor, sample=False)
+    assert torch.equal(latents[1], unsampled.mean)
+    torch.testing.assert_close(torch.cat([unsampled.mean, unsampled.log_variance], -1), adr.encoder(anchor))
 
 
-def test_over_its_own_statistics_the_reasoner_does_nothing(anchor):
-    """Trap: g = a·f + b with two scalars, which a LayerNorm erases, so nothing behind one can tell g from f."""
+def test_normalizing_over_the_whole_feature_makes_the_reasoner_a_no_op(anchor):
+    """Trap: then g = a·f + b with two scalars, which a LayerNorm removes, so no layer behind one can tell g from f."""
 
-    def similarity(axis: str) -> float:
+    def compute_similarity(axis: str) -> float:
         norm = torch.nn.LayerNorm(192, eps=0, elementwise_affine=False)
         generated = ADR(axis=axis)(anchor, sample=False).generated
         return torch.cosine_similarity(norm(generated), norm(anchor)).min().item()
 
-    assert similarity("feature") > 0.99999
-    assert similarity("group:4") < 0.99
+    assert compute_similarity("feature") > 0.99999
+    assert compute_similarity("group:4") < 0.99
 
 
-def test_the_norm_stands_last_in_the_projection():
-    """Trap: so that a generator never sees the scale that eq. 16 happened to give."""
+def test_the_projection_ends_with_a_layer_norm():
+    """Trap: without it, a generator sees the arbitrary scale that eq. 16 gives."""
     assert isinstance(FDA(96, 5, "printed", project=True).mlp[-1], torch.nn.LayerNorm)
 
 
-def test_batch_statistics_run_when_serving(anchor):
+def test_evaluation_uses_the_running_batch_statistics(anchor):
     adr = ADR(axis="batch").train()
     for _ in range(200):
         adr(anchor, sample=False)
     assert_agree(adr.running_mean[0], anchor.mean(0))
     assert_agree(adr.running_std[0], anchor.std(0, correction=0))
-    before = adr.running_mean.clone()
-    training = adr(anchor[:1], sample=False).generated  # a batch of one has no deviation
+    mean_before = adr.running_mean.clone()
+    in_training = adr(anchor[:1], sample=False).generated  # a batch of one has no deviation
     adr.eval()
-    assert torch.equal(training, adr(anchor[:1], sample=False).generated)
-    one = adr(anchor[:1], sample=False).generated
-    assert torch.isfinite(one).all()
-    assert_agree(one, adr(anchor, sample=False).generated[:1])
-    torch.testing.assert_close(adr.running_mean, before)
+    assert torch.equal(in_training, adr(anchor[:1], sample=False).generated)
+    single = adr(anchor[:1], sample=False).generated
+    assert torch.isfinite(single).all()
+    assert_agree(single, adr(anchor, sample=False).generated[:1])
+    torch.testing.assert_close(adr.running_mean, mean_before)
 
 
-def test_losses_are_the_equations(anchor):
+def test_losses_match_the_equations(anchor):
     adr, fused = ADR(), anchor.flip(0)
     reasoned = adr(anchor, sample=True)
     losses = adr.losses(anchor, fused, reasoned)
@@ -142,7 +142,7 @@ def test_save_and_load(axis, tmp_path, anchor):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), adr.state_dict().values(), strict=True))
 
 
-def test_other_files_are_refused(tmp_path):
+def test_files_that_hold_no_reasoner_are_refused(tmp_path):
     from cdc_mmpg.models.weights import save_safetensors
 
     save_safetensors(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")

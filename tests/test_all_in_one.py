@@ -1,4 +1,4 @@
-"""The encoder against the reference's outputs, its counts, and the shapes it takes."""
+"""The encoder: agreement with the reference's outputs, parameter counts, input shapes, and imported weights."""
 
 import json
 import re
@@ -22,7 +22,7 @@ REFERENCE = Path(__file__).parent / "reference"
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """The reference's weights, made by the rule that its outputs were computed with."""
+    """Return the reference's weights, by the rule with which its outputs were computed."""
     keys = json.loads((REFERENCE / "all_in_one_tiny_keys.json").read_text())
     weights = {}
     for name, shape in keys["shapes"].items():
@@ -47,11 +47,11 @@ def video() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(1003).standard_normal((2, 3, 3, 224, 224)).astype(np.float32))
 
 
-def small(**arguments: int) -> AllInOne:
+def build_small(**arguments: int) -> AllInOne:
     return AllInOne(**{"image_size": 32, "depth": 2, "vocab_size": 50, **arguments}).eval()
 
 
-def inputs(frames: int = 3, size: int = 32, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_inputs(frames: int = 3, size: int = 32, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 50, (2, length), generator=generator)
     return torch.randn(2, frames, 3, size, size, generator=generator), ids, torch.ones_like(ids)
@@ -65,7 +65,7 @@ def test_reproduces_the_reference(encoder, expected, video):
 
 
 @torch.no_grad()
-def test_reproduces_the_passes_of_one_modality(encoder, expected, video):
+def test_reproduces_the_reference_for_one_modality(encoder, expected, video):
     text = encoder.encode_text(expected["text_ids"], expected["text_mask"])
     assert_agree(text, expected["text_cls"])
     assert_agree(encoder.encode_video(video).mean(1), expected["video_cls"])
@@ -73,7 +73,7 @@ def test_reproduces_the_passes_of_one_modality(encoder, expected, video):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fault", ["no rolling", "rolled backwards", "mask ignored"])
-def test_the_reference_tells_right_from_wrong(encoder, expected, video, fault, monkeypatch):
+def test_the_reference_detects_a_faulty_encoder(encoder, expected, video, fault, monkeypatch):
     mask = expected["text_mask"]
     if fault == "mask ignored":
         mask = torch.ones_like(mask)
@@ -90,7 +90,7 @@ def test_the_reference_tells_right_from_wrong(encoder, expected, video, fault, m
     assert (fused - expected["cls_feats"]).abs().max() > 0.1
 
 
-def test_counts():
+def test_parameter_counts():
     encoder = AllInOne()
     parts = {
         "text_embeddings": 5_868_672,
@@ -108,7 +108,7 @@ def test_counts():
 
 
 @pytest.mark.parametrize(("classes", "count"), [(1501, 11_595_421), (1001, 11_546_921), (1541, 11_599_301)])
-def test_counts_of_the_device_model(classes, count):
+def test_parameter_counts_of_the_device_model(classes, count):
     head = OpenEnded(classes)
     last_layer = head.outputs * (head.inputs + 1)
     assert 11_431_104 + sum(p.numel() for p in head.parameters()) + last_layer == count
@@ -116,15 +116,15 @@ def test_counts_of_the_device_model(classes, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("frames", "size"), [(1, 32), (2, 48), (3, 16), (5, 64)])
-def test_any_number_of_frames_and_any_multiple_of_16(frames, size):
-    encoded = small(num_frames=5)(*inputs(frames, size))
+def test_accepts_any_number_of_frames_and_any_multiple_of_16(frames, size):
+    encoded = build_small(num_frames=5)(*make_inputs(frames, size))
     assert encoded.frame_features.shape == (2, frames, 192)
     assert encoded.fused.shape == (2, 192)
 
 
 @torch.no_grad()
 def test_padding_changes_nothing():
-    encoder, (video, ids, mask) = small(), inputs()
+    encoder, (video, ids, mask) = build_small(), make_inputs()
     plain = encoder(video, ids, mask)
     padded = encoder(video, torch.nn.functional.pad(ids, (0, 20)), torch.nn.functional.pad(mask, (0, 20)))
     assert_agree(padded.fused, plain.fused)
@@ -135,19 +135,19 @@ def test_padding_changes_nothing():
 
 
 @torch.no_grad()
-def test_last_block_does_only_what_is_read():
-    """The same features as from a last block that computes every token."""
-    encoder, (video, ids, mask) = small(), inputs()
+def test_the_last_block_computes_only_the_tokens_that_are_read():
+    """The features equal those of a last block that computes every token."""
+    encoder, (video, ids, mask) = build_small(), make_inputs()
     tokens = {}
-    last = encoder.transformer.blocks[-1]
-    hook = last.norm1.register_forward_hook(lambda module, args, output: tokens.update(seen=args[0]))
+    last_block = encoder.transformer.blocks[-1]
+    hook = last_block.norm1.register_forward_hook(lambda module, args, output: tokens.update(seen=args[0]))
     features = encoder(video, ids, mask).frame_features
     hook.remove()
-    whole = encoder.transformer.norm(last(tokens["seen"]))[:, 0]
-    assert_agree(features.flatten(0, 1), whole)
+    expected = encoder.transformer.norm(last_block(tokens["seen"]))[:, 0]
+    assert_agree(features.flatten(0, 1), expected)
 
 
-def test_rolling_is_circular_and_moves_an_eighth():
+def test_rolling_is_circular_and_moves_an_eighth_of_the_patches():
     tokens = torch.arange(3.0).view(3, 1, 1).expand(3, 2 + 197, 1)  # every token holds its frame's number
     rolled = roll_tokens(tokens, frames=3, text_tokens=2)[..., 0]
     assert rolled[0].tolist() == [0] * 3 + [2] * 24 + [0] * 148 + [1] * 24
@@ -159,7 +159,7 @@ def test_one_frame_does_not_roll():
     assert roll_tokens(tokens, frames=1, text_tokens=3) is tokens
 
 
-def test_import_reports_and_refuses(state, caplog):
+def test_import_reports_unused_weights_and_refuses_unusable_ones(state, caplog):
     with caplog.at_level("INFO"):
         report = AllInOne().load_reference({**state, "something.else": torch.zeros(1)})
     assert (len(report.used), report.unexpected, report.missing) == (159, ["something.else"], [])
@@ -167,7 +167,7 @@ def test_import_reports_and_refuses(state, caplog):
     assert "something.else" in caplog.text
     with pytest.raises(CheckpointError, match=r"pooler\.dense\.bias"):
         AllInOne.from_reference({key: value for key, value in state.items() if key != "pooler.dense.bias"})
-    for key, shape, own in (
+    for key, shape, expected_shape in (
         ("transformer.norm.weight", (7,), (192,)),
         ("transformer.temporal_embed", (1, 3, 7), (1, 3, 192)),
         ("transformer.pos_embed", (1, 197, 7), (1, 197, 192)),
@@ -175,12 +175,12 @@ def test_import_reports_and_refuses(state, caplog):
         ("text_embeddings.position_embeddings.weight", (40, 7), (40, 192)),
         ("transformer.cls_token", (1, 2, 192), (1, 1, 192)),
     ):
-        with pytest.raises(CheckpointError, match=re.escape(f"{key!r} is {shape}, this encoder has {own}")):
+        with pytest.raises(CheckpointError, match=re.escape(f"{key!r} is {shape}, this encoder has {expected_shape}")):
             AllInOne.from_reference({**state, key: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model._orig_mod.", "encoder."])
-def test_import_takes_off_the_prefix_of_a_wrapper(prefix, state):
+def test_import_strips_the_prefix_of_a_wrapper(prefix, state):
     wrapped = {f"{prefix}{name}": value for name, value in state.items()} | {"head.weight": torch.zeros(2)}
     report = AllInOne().load_reference(wrapped)
     assert (len(report.used), report.unexpected, report.missing) == (159, ["head.weight"], [])
@@ -191,12 +191,12 @@ def test_import_takes_off_the_prefix_of_a_wrapper(prefix, state):
     assert "text_embeddings.word_embeddings.weight" in report.missing
 
 
-def test_import_fits_other_sizes(state):
+def test_import_resizes_embeddings(state):
     longer = AllInOne(num_frames=5, image_size=96, text_length=20)
     longer.load_reference(state)
-    time = longer.transformer.temporal_embed
-    torch.testing.assert_close(time[:, :3], state["transformer.temporal_embed"])
-    assert time[:, 3:].abs().sum() == 0
+    temporal_embed = longer.transformer.temporal_embed
+    torch.testing.assert_close(temporal_embed[:, :3], state["transformer.temporal_embed"])
+    assert temporal_embed[:, 3:].abs().sum() == 0
     positions = state["transformer.pos_embed"]
     patches = positions[:, 1:].view(1, 14, 14, 192).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(patches, (6, 6), mode="bicubic", antialias=True).flatten(2).mT
@@ -209,7 +209,7 @@ def test_import_fits_other_sizes(state):
     torch.testing.assert_close(shorter.transformer.temporal_embed, state["transformer.temporal_embed"][:, :2])
 
 
-def test_deit_alone_leaves_the_text_at_random(state):
+def test_importing_deit_leaves_the_text_embeddings_random(state):
     deit = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
     del deit["temporal_embed"]
     encoder = AllInOne()
@@ -221,30 +221,30 @@ def test_deit_alone_leaves_the_text_at_random(state):
         encoder.load_reference({k: v for k, v in deit.items() if k != "pos_embed"})
 
 
-def test_deits_own_file_and_timms_download(state, tmp_path, monkeypatch):
+def test_deit_is_loaded_from_a_file_or_downloaded_by_timm(state, tmp_path, monkeypatch):
     deit = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
     del deit["temporal_embed"]
     torch.save({"model": deit}, tmp_path / "deit.pth")
     from_file = AllInOne(checkpoint=str(tmp_path / "deit.pth"))
     assert torch.equal(from_file.transformer.cls_token, state["transformer.cls_token"])
-    create = timm.create_model
+    create_model = timm.create_model
 
-    def with_weights(name, pretrained=False, **arguments):
-        model = create(name, **arguments)
+    def create_with_weights(name, pretrained=False, **arguments):
+        model = create_model(name, **arguments)
         if pretrained:
             model.load_state_dict(deit, strict=False)
         return model
 
-    monkeypatch.setattr("timm.create_model", with_weights)
-    fetched = AllInOne(checkpoint="deit_tiny_patch16_224")
-    assert torch.equal(fetched.transformer.pos_embed, state["transformer.pos_embed"])
+    monkeypatch.setattr("timm.create_model", create_with_weights)
+    downloaded = AllInOne(checkpoint="deit_tiny_patch16_224")
+    assert torch.equal(downloaded.transformer.pos_embed, state["transformer.pos_embed"])
 
-    def no_hub(name, pretrained=False, **arguments):
+    def fail_to_download(name, pretrained=False, **arguments):
         if pretrained:
             raise OSError("no route to the hub")
-        return create(name, **arguments)
+        return create_model(name, **arguments)
 
-    monkeypatch.setattr("timm.create_model", no_hub)
+    monkeypatch.setattr("timm.create_model", fail_to_download)
     with pytest.raises(CheckpointError, match="download its file elsewhere"):
         AllInOne(checkpoint="deit_tiny_patch16_224")
 
@@ -258,8 +258,8 @@ def test_impossible_sizes_are_refused(arguments):
         AllInOne(**arguments)
 
 
-def test_random_weights_begin_at_the_scale_of_their_inputs():
-    """So that a small encoder learns within minutes."""
+def test_random_weights_have_the_scale_of_their_inputs():
+    """This lets a small encoder learn within minutes."""
     torch.manual_seed(0)
     encoder = AllInOne(image_size=224, depth=1, vocab_size=500)
     vit, block = encoder.transformer, encoder.transformer.blocks[0]
@@ -282,9 +282,9 @@ def test_random_weights_begin_at_the_scale_of_their_inputs():
 
 
 @torch.no_grad()
-def test_embeddings_of_a_frame_and_of_a_text_by_hand():
-    """A patch has its position, its time and its modality; the visual [CLS] the first position; a text no time."""
-    encoder, (video, ids, mask) = small(num_frames=4), inputs(frames=3)
+def test_embeddings_match_a_computation_by_hand():
+    """A patch gets its position, time and modality; the visual [CLS] gets the first position; a text gets no time."""
+    encoder, (video, ids, mask) = build_small(num_frames=4), make_inputs(frames=3)
     for parameter in (*encoder.token_type_embeddings.parameters(), encoder.transformer.temporal_embed):
         torch.nn.init.normal_(parameter)
     vit, modality = encoder.transformer, encoder.token_type_embeddings.weight
@@ -306,15 +306,15 @@ def test_embeddings_of_a_frame_and_of_a_text_by_hand():
 
 @torch.no_grad()
 def test_texts_without_padding_need_no_mask():
-    encoder, (video, ids, mask) = small().eval(), inputs()
+    encoder, (video, ids, mask) = build_small().eval(), make_inputs()
     assert_agree(encoder(video, ids, None).frame_features, encoder(video, ids, mask).frame_features)
     assert_agree(encoder.encode_text(ids, None), encoder.encode_text(ids, mask))
     assert_agree(encoder.encode_words(video, ids, None), encoder.encode_words(video, ids, mask))
 
 
 @torch.no_grad()
-def test_frames_of_another_shape_get_the_positions_of_that_shape():
-    encoder, (_, ids, mask) = small(image_size=64), inputs()
+def test_positions_are_resized_to_frames_of_another_shape():
+    encoder, (_, ids, mask) = build_small(image_size=64), make_inputs()
     vit = encoder.transformer
     tall = torch.zeros(2, 3, 3, 96, 32)
     positions = vit.pos_embed[:, 1:].view(1, 4, 4, 192).permute(0, 3, 1, 2)
@@ -325,12 +325,12 @@ def test_frames_of_another_shape_get_the_positions_of_that_shape():
 
 
 @torch.no_grad()
-def test_a_device_computes_what_the_cloud_computes():
-    encoder, (video, ids, mask) = small(), inputs()
-    together = encoder(video, ids, mask).frame_features
-    for place in range(2):
-        alone = encoder.one_clip(video[place : place + 1], ids[place : place + 1])
-        torch.testing.assert_close(alone, together[place], rtol=1e-4, atol=1e-4)
+def test_encoding_one_clip_on_a_device_matches_encoding_a_batch():
+    encoder, (video, ids, mask) = build_small(), make_inputs()
+    batched = encoder(video, ids, mask).frame_features
+    for index in range(2):
+        single = encoder.encode_clip(video[index : index + 1], ids[index : index + 1])
+        torch.testing.assert_close(single, batched[index], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -350,21 +350,21 @@ def test_a_device_computes_what_the_cloud_computes():
 )
 def test_each_wrong_shape_is_refused_with_its_reason(change, message):
     with pytest.raises(ValueError, match=message):
-        small()(*change(*inputs()))
+        build_small()(*change(*make_inputs()))
 
 
 def test_wrong_inputs_are_refused():
-    encoder, (video, ids, mask) = small(), inputs()
-    for bad in [(video[:, :, :, :30], ids, mask), (video, ids, mask[:, 1:]),
+    encoder, (video, ids, mask) = build_small(), make_inputs()
+    for wrong_inputs in [(video[:, :, :, :30], ids, mask), (video, ids, mask[:, 1:]),
                 (video.repeat(1, 2, 1, 1, 1), ids, mask), (video, ids.repeat(1, 9), mask.repeat(1, 9))]:  # fmt: skip
         with pytest.raises(ValueError, match=r"video|text|frames"):
-            encoder(*bad)
+            encoder(*wrong_inputs)
 
 
-def test_a_checkpoint_is_inspected_key_by_key(state, tmp_path, capsys):
-    others = {"itm_score.fc.weight": torch.zeros(2, 192), "mystery": torch.zeros(1)}
-    longer = {"transformer.temporal_embed": torch.zeros(1, 8, 192)}
-    torch.save({"state_dict": state | others | longer}, tmp_path / "whole.ckpt")
+def test_the_checkpoint_command_lists_every_key(state, tmp_path, capsys):
+    other_weights = {"itm_score.fc.weight": torch.zeros(2, 192), "mystery": torch.zeros(1)}
+    longer_embedding = {"transformer.temporal_embed": torch.zeros(1, 8, 192)}
+    torch.save({"state_dict": state | other_weights | longer_embedding}, tmp_path / "whole.ckpt")
     assert checkpoint.main([str(tmp_path / "whole.ckpt")]) == 0
     printed = capsys.readouterr().out
     used, dropped, unexpected, missing = (
@@ -376,30 +376,32 @@ def test_a_checkpoint_is_inspected_key_by_key(state, tmp_path, capsys):
     torch.save({"model": deit}, tmp_path / "deit_in_time.pth")  # DeiT's names, with a temporal embedding
     assert checkpoint.main([str(tmp_path / "deit_in_time.pth")]) == 0
     capsys.readouterr()
-    part = {key: value for key, value in state.items() if "blocks.3." not in key}
-    torch.save({"state_dict": part}, tmp_path / "part.ckpt")
+    partial_state = {key: value for key, value in state.items() if "blocks.3." not in key}
+    torch.save({"state_dict": partial_state}, tmp_path / "part.ckpt")
     assert checkpoint.main([str(tmp_path / "part.ckpt")]) == 4
-    said = capsys.readouterr()
-    assert said.out.count("  transformer.blocks.3.") == len(state) - len(part)
-    assert "lacks" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.count("  transformer.blocks.3.") == len(state) - len(partial_state)
+    assert "lacks" in captured.err
     assert checkpoint.main([""]) == 4
     assert "FILE=" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_compiled_the_encoder_is_the_same_and_is_compiled_once():
-    encoder, compiled = small(depth=3).eval(), small(depth=3).eval()
+def test_a_compiled_encoder_gives_the_same_results_and_is_compiled_once():
+    encoder, compiled = build_small(depth=3).eval(), build_small(depth=3).eval()
     compiled.load_state_dict(encoder.state_dict())
     compiled.compile_blocks()
-    graphs = torch._dynamo.utils.counters["stats"]
+    compile_counters = torch._dynamo.utils.counters["stats"]
     for length in (7, 9):
-        video, ids, mask = inputs(length=length)
+        video, ids, mask = make_inputs(length=length)
         mask[0, 5:] = 0
-        ours, expected = (model(video, ids, mask).frame_features for model in (compiled, encoder))
-        assert (ours - expected).abs().max() <= 1e-5
-        for features in (ours, expected):
+        actual, expected = (model(video, ids, mask).frame_features for model in (compiled, encoder))
+        assert (actual - expected).abs().max() <= 1e-5
+        for features in (actual, expected):
             features.sum().backward()
-        for (name, own), other in zip(compiled.named_parameters(), encoder.parameters(), strict=True):
-            if other.grad is not None:
-                torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3, msg=name)
-        assert graphs["unique_graphs"] == 1
+        for (name, parameter), expected_parameter in zip(
+            compiled.named_parameters(), encoder.parameters(), strict=True
+        ):
+            if expected_parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected_parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
+        assert compile_counters["unique_graphs"] == 1

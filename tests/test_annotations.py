@@ -1,4 +1,4 @@
-"""What all readers share: each kind of damage is refused with file and place, what is only unusual is read."""
+"""Reading annotation files: damage is refused with file and place, unusual but valid input is read."""
 
 import json
 import logging
@@ -10,27 +10,27 @@ from pathlib import Path
 import pytest
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.results import annotations_digest
+from cdc_mmpg.results import hash_annotations
 from data_modules.annotations import (
     AnnotationRow,
     choose_file,
-    clips_in,
     find_file,
-    leads_out,
-    question_type,
+    is_outside_folder,
+    list_clips,
     read_json,
     read_json_lines,
     read_json_list,
+    read_question_type,
     read_table,
     read_text,
 )
 from data_modules.answers import Answers
 
 
-def test_text_with_or_without_a_byte_order_mark(tmp_path):
+def test_text_is_read_with_or_without_a_byte_order_mark(tmp_path):
     path = tmp_path / "file"
-    for before in (b"", b"\xef\xbb\xbf"):
-        path.write_bytes(before + "é\r\n".encode())
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + "é\r\n".encode())
         assert read_text(path) == "é\n"
 
 
@@ -47,7 +47,7 @@ def test_other_encodings_are_refused(tmp_path, reader):
         reader(path)
 
 
-def test_paths_that_are_no_files_are_refused(tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_text(tmp_path)
 
@@ -57,17 +57,17 @@ def test_paths_that_are_no_files_are_refused(tmp_path):
     [
         ('[{"a": 1},\n {"a"', r"rows, line 2, column 6: "),
         ("", r"rows, line 1, column 1"),
-        ('{"a": 1}', r"rows: the file is an object of a: another convention .* a list of objects"),
+        ('{"a": 1}', r"rows: the file is an object of a: unsupported format, expected a list of objects"),
         ("[]", r"rows: the file is an empty list"),
         ('[{"a": 1}, 7]', r"rows: \[1\] is 7, not an object"),
-        ("[" * 100_000, r"rows: nested too deep"),
+        ("[" * 100_000, r"rows: nested too deeply"),
         (f"[{'9' * 5_000}]", r"rows: .*digits"),
-        ('[{"a": 1, "b": 2, "a": 3}]', r"rows: the key 'a' stands twice"),
-        ('[{"a": NaN}]', r"rows: NaN is no number"),
-        ('{"a": 1}\n{"a": 2}\n', r"rows: this is JSON lines, an object a line: another convention"),
+        ('[{"a": 1, "b": 2, "a": 3}]', r"rows: the key 'a' occurs twice"),
+        ('[{"a": NaN}]', r"rows: NaN is not valid JSON"),
+        ('{"a": 1}\n{"a": 2}\n', r"rows: this is JSON lines, one object per line: unsupported format"),
         ("<!DOCTYPE html>\n<html>", r"rows: this is a web page"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"rows: this is a pointer of Git LFS"),
-        ("a\tb\n1\t2\n", r"rows: this is a table whose fields are separated by TABs"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"rows: this is a Git LFS pointer"),
+        ("a\tb\n1\t2\n", r"rows: this is a TAB-separated table"),
     ],
 )
 def test_damaged_json_is_refused(tmp_path, content, message):
@@ -76,9 +76,9 @@ def test_damaged_json_is_refused(tmp_path, content, message):
         read_json_list(tmp_path / "rows")
 
 
-def test_json_lines_know_their_lines(tmp_path):
+def test_json_lines_report_their_line_numbers(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes('\r\n{"a": "one\u2028two"}\r\n\r\n{"a": 2}'.encode())  # U+2028 is no end of a line
+    path.write_bytes('\r\n{"a": "one\u2028two"}\r\n\r\n{"a": 2}'.encode())  # U+2028 does not end a line
     rows = read_json_lines(path)
     assert [row.place for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
     assert [row.value("a") for row in rows] == ["one\u2028two", 2]
@@ -91,9 +91,9 @@ def test_json_lines_know_their_lines(tmp_path):
         ('{"a": 1}\n\n[1]\n', r"rows, line 3: \[1\] is not an object"),
         ("\n\n", r"rows: empty"),
         ('{"a": 1} {"a": 2}', r"rows, line 1, column 10"),
-        ('[{"a": 1},\n{"a": 2}]', r"rows: this is a JSON list: another convention .* JSON lines"),
-        ("a,b\n1,2\n", r"rows: this is a table whose fields are separated by commas: another convention"),
-        ("{}\n" + "[" * 100_000, r"rows, line 2: nested too deep"),
+        ('[{"a": 1},\n{"a": 2}]', r"rows: this is a JSON list: unsupported format, expected JSON lines"),
+        ("a,b\n1,2\n", r"rows: this is a comma-separated table: unsupported format"),
+        ("{}\n" + "[" * 100_000, r"rows, line 2: nested too deeply"),
     ],
 )
 def test_damaged_json_lines_are_refused(tmp_path, content, message):
@@ -102,10 +102,10 @@ def test_damaged_json_lines_are_refused(tmp_path, content, message):
         read_json_lines(tmp_path / "rows")
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_tables(tmp_path, end):
+@pytest.mark.parametrize("line_ending", ["\n", "\r\n"])
+def test_tables_are_read_with_either_line_ending(tmp_path, line_ending):
     path = tmp_path / "rows.csv"
-    path.write_text(end.join(["id,text", '1,"a, ""b"""', "", "2,c"]) + end, newline="")
+    path.write_text(line_ending.join(["id,text", '1,"a, ""b"""', "", "2,c"]) + line_ending, newline="")
     rows = read_table(path, ["text"])
     assert [row.fields for row in rows] == [{"id": "1", "text": 'a, "b"'}, {"id": "2", "text": "c"}]
     assert [row.place for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
@@ -127,10 +127,17 @@ def test_a_stray_quote_does_not_swallow_rows(tmp_path):
         ("id,text\n1,a,b\n", r"rows, line 2: 3 fields where the header has 2"),
         (
             "id,texts\n1,a\n",
-            r"rows, line 1: no column text in the header \(id, texts\): another convention .* id, text;",
+            r"rows, line 1: no column text in the header \(id, texts\): "
+            r"unsupported format, expected the columns id, text;",
         ),
-        ('[{"id": 1, "text": "a"}]', r"rows: this is a JSON list: another convention .* by commas"),
-        ("id\ttext\n1\ta\n", r"rows: this is a table whose fields are separated by TABs: .* by commas"),
+        (
+            '[{"id": 1, "text": "a"}]',
+            r"rows: this is a JSON list: unsupported format, expected a comma-separated table",
+        ),
+        (
+            "id\ttext\n1\ta\n",
+            r"rows: this is a TAB-separated table: unsupported format, expected a comma-separated table",
+        ),
         ("id,text\n", r"rows: no rows"),
         ("", r"rows: no rows"),
         ('id,text\n1,a\n2,"cut', r"rows, line 3: unexpected end of data"),
@@ -146,7 +153,7 @@ def test_damaged_tables_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda row: row.field(str, "absent"), r"f, line 3: absent is not there, only .*another convention"),
+        (lambda row: row.field(str, "absent"), r"f, line 3: absent is missing, found only .*unsupported format"),
         (lambda row: row.field(int, "text"), r"f, line 3: text is 'yes', not a int"),
         (lambda row: row.field(int, "truth"), r"truth is True, not a int"),
         (lambda row: row.field(str, "half"), r"half is '\\ud800', not text"),
@@ -154,10 +161,10 @@ def test_damaged_tables_are_refused(tmp_path, content, message):
         (lambda row: row.texts(2, "text"), r"text is 'yes', not a list of 2 texts"),
         (lambda row: row.texts(3, "list"), r"list is \['a', 'b'\], not a list of 3 texts"),
         (lambda row: row.texts(2, "mixed"), r"mixed is \['a', 2\], not a list of 2 texts"),
-        (lambda row: row.which(7, "number"), r"number is 7, not a whole number from 0 to 6"),
-        (lambda row: row.which(5, "text"), r"text is 'yes', not a whole number"),
-        (lambda row: row.which(5, "truth"), r"truth is True, not a whole number"),
-        (lambda row: row.which(5, "minus"), r"minus is '-1', not a whole number"),
+        (lambda row: row.index_below(7, "number"), r"number is 7, not a whole number from 0 to 6"),
+        (lambda row: row.index_below(5, "text"), r"text is 'yes', not a whole number"),
+        (lambda row: row.index_below(5, "truth"), r"truth is True, not a whole number"),
+        (lambda row: row.index_below(5, "minus"), r"minus is '-1', not a whole number"),
         (lambda row: row.line("lines"), r"lines is 'a\\nb', not a text on one line"),
         (lambda row: row.line("separated"), r"separated is 'a\\u2028b', not a text on one line"),
         (lambda row: row.clip("out"), r"out is '\.\./x', not a name within"),
@@ -170,31 +177,31 @@ def test_wrong_fields_are_refused(read, message):
         read(AnnotationRow("f, line 3", fields))
 
 
-def test_right_fields_are_read():
+def test_valid_fields_are_read():
     row = AnnotationRow("f: [0]", {"text": "é", "number": 4, "digits": "4", "list": ["a", "b"], "clip": "-aB_0_5"})
     assert (row.field(str, "nothing", "text"), row.field(int, "number")) == ("é", 4)
-    assert (row.which(5, "number"), row.which(5, "digits")) == (4, 4)
+    assert (row.index_below(5, "number"), row.index_below(5, "digits")) == (4, 4)
     assert (row.texts(2, "list"), row.clip("clip")) == (("a", "b"), "-aB_0_5")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a\\b", "", ".", ".."])
-def test_names_that_lead_out(name):
-    assert leads_out(name)
-    assert not leads_out(f"x{name}".replace("/", "").replace("\\", ""))
+def test_names_that_lead_outside_the_folder_are_recognized(name):
+    assert is_outside_folder(name)
+    assert not is_outside_folder(f"x{name}".replace("/", "").replace("\\", ""))
 
 
-def test_types_of_questions():
-    bare = AnnotationRow("f", {})
-    asked = ["What is it?", "who's there", " HOW many", "when", "where to", "whose is it", "", "?"]
+def test_question_types_are_read_or_derived_from_the_first_word():
+    untyped_row = AnnotationRow("f", {})
+    questions = ["What is it?", "who's there", " HOW many", "when", "where to", "whose is it", "", "?"]
     types = ["what", "who", "how", "when", "where", "other", "other", "other"]
-    assert [question_type(bare, question) for question in asked] == types
-    assert question_type(AnnotationRow("f", {"type": "colour"}), "what?") == "colour"
-    assert question_type(AnnotationRow("f", {"answer_type": "who"}), "what?") == "who"
+    assert [read_question_type(untyped_row, question) for question in questions] == types
+    assert read_question_type(AnnotationRow("f", {"type": "colour"}), "what?") == "colour"
+    assert read_question_type(AnnotationRow("f", {"answer_type": "who"}), "what?") == "who"
     with pytest.raises(DataError, match="type is 3"):
-        question_type(AnnotationRow("f", {"type": 3}), "what?")
+        read_question_type(AnnotationRow("f", {"type": 3}), "what?")
 
 
-def test_the_first_convention_that_is_there(tmp_path, caplog):
+def test_the_first_existing_file_is_chosen(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
     assert find_file(paths) is None
@@ -208,23 +215,23 @@ def test_the_first_convention_that_is_there(tmp_path, caplog):
     assert f"reading {paths[1]}" in caplog.text
 
 
-def test_clips_of_a_folder(tmp_path):
+def test_clips_of_a_folder_are_listed_by_name(tmp_path):
     for name in ("a.avi", "a.mp4", "b.MP4", "c.txt", "d.mp4.part"):
         (tmp_path / name).touch()
     (tmp_path / "e.mp4").mkdir()
     (tmp_path / "f.mp4").symlink_to(tmp_path / "gone")
-    (tmp_path / "g.mp4").symlink_to(tmp_path / "g.mp4")  # in a circle
+    (tmp_path / "g.mp4").symlink_to(tmp_path / "g.mp4")  # a link to itself
     (tmp_path / "h.mp4").symlink_to("x" * 300)
-    found = clips_in(tmp_path, (".avi", ".mp4"))
-    assert found == {"a": tmp_path / "a.avi", "b": tmp_path / "b.MP4"}
-    assert clips_in(tmp_path, (".mp4", ".avi"))["a"] == tmp_path / "a.mp4"
-    assert clips_in(tmp_path / "gone", (".mp4",)) == {}
+    clips = list_clips(tmp_path, (".avi", ".mp4"))
+    assert clips == {"a": tmp_path / "a.avi", "b": tmp_path / "b.MP4"}
+    assert list_clips(tmp_path, (".mp4", ".avi"))["a"] == tmp_path / "a.mp4"
+    assert list_clips(tmp_path / "gone", (".mp4",)) == {}
 
 
-def test_a_vocabulary_of_lines_or_of_the_most_frequent_answers(tmp_path):
+def test_a_vocabulary_comes_from_a_file_or_from_the_most_frequent_answers(tmp_path):
     path = tmp_path / "answers.txt"
     training = ["red", "blue", "blue", "dog", "dog", "dog", "cat", "ant"]
-    assert Answers.read(path, 4, training).words == ["dog", "blue", "ant"]  # by alphabet where frequencies tie
+    assert Answers.read(path, 4, training).words == ["dog", "blue", "ant"]  # ties are in alphabetical order
     with pytest.raises(
         DataError, match=rf"{tmp_path}: 5 different training answers, but num_classes is 7.*num_classes=6"
     ):
@@ -242,7 +249,7 @@ def test_a_vocabulary_of_lines_or_of_the_most_frequent_answers(tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """A folder that a user without privileges may use, while the test runs as such a user."""
+    """Yield a folder that every user may write, while the test runs as an unprivileged user."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     privileged = os.geteuid() == 0
@@ -261,15 +268,15 @@ def test_unreadable_annotation_files_are_refused_by_name(unprivileged):
     (folder / "a.mp4").touch()
     folder.chmod(0)
     try:
-        with pytest.raises(DataError, match=rf"{folder}: may not be read \(Permission denied\)"):
-            clips_in(folder, (".mp4",))
-        with pytest.raises(DataError, match=r"a\.mp4: may not be read \(Permission denied\)"):
+        with pytest.raises(DataError, match=rf"{folder}: cannot be read \(Permission denied\)"):
+            list_clips(folder, (".mp4",))
+        with pytest.raises(DataError, match=r"a\.mp4: cannot be read \(Permission denied\)"):
             find_file([folder / "a.mp4"])
         folder.chmod(0o777)
         (folder / "train_qa.json").write_text("[]")
         (folder / "train_qa.json").chmod(0)
-        with pytest.raises(DataError, match=r"train_qa\.json: may not be read \(Permission denied\)"):
-            annotations_digest(folder)
+        with pytest.raises(DataError, match=r"train_qa\.json: cannot be read \(Permission denied\)"):
+            hash_annotations(folder)
     finally:
         folder.chmod(0o777)
 
@@ -277,20 +284,20 @@ def test_unreadable_annotation_files_are_refused_by_name(unprivileged):
 @pytest.mark.parametrize(
     ("content", "line"), [("red\nblue\x85green\n", 2), ("red\n\nblue\n", 2), ("a\tb\nred\nblue\n", 1)]
 )
-def test_answers_that_would_shift_the_vocabularys_classes_are_refused(content, line, tmp_path):
-    """`str.splitlines` ends a line at more characters than those that read a vocabulary elsewhere."""
+def test_vocabulary_lines_that_would_shift_the_classes_are_refused(content, line, tmp_path):
+    """`str.splitlines` ends a line at more characters than other readers of vocabularies do."""
     path = tmp_path / "answer_set.txt"
     path.write_text(content)
-    with pytest.raises(DataError, match=rf"answer_set\.txt, line {line}: .* is no answer"):
+    with pytest.raises(DataError, match=rf"answer_set\.txt, line {line}: .* is not an answer"):
         Answers.read(path, 4, [])
 
 
-def test_blank_lines_at_the_end_of_a_vocabulary_are_no_answers(tmp_path):
+def test_blank_lines_at_the_end_of_a_vocabulary_are_ignored(tmp_path):
     (tmp_path / "answer_set.txt").write_text("red\nblue\n\n\n")
     assert Answers.read(tmp_path / "answer_set.txt", 3, []).words == ["red", "blue"]
 
 
-def test_a_vocabulary_of_labels(tmp_path):
+def test_a_vocabulary_is_read_from_a_label_file(tmp_path):
     path = tmp_path / "train_ans2label.json"
     path.write_text(json.dumps({"red": 2, "blue": 0, "green": 1}))
     answers = Answers.read(path, 4, [])
@@ -305,13 +312,13 @@ def test_a_vocabulary_of_labels(tmp_path):
         ({"red": 1, "blue": 2, "green": 3}, r"none of 3 answers has class 0"),
         ({"red": 0, "blue": -1, "green": 1}, r"none of 3 answers has class 2"),
         ({"red": 0, "blue": "1", "green": 2}, r"blue is '1', not a int"),
-        (["red", "blue", "green"], r"holds a list: another convention .*\{answer: class\}"),
-        ({"0": "red", "1": "blue", "2": "green"}, r"\{'0': 'red'\}: another convention .*\{answer: class\}"),
-        ({"red": 0, "blue\ngreen": 1, "man": 2}, r"'blue\\ngreen' is no answer"),
+        (["red", "blue", "green"], r"holds a list: unsupported format, expected \{answer: class\}"),
+        ({"0": "red", "1": "blue", "2": "green"}, r"\{'0': 'red'\}: unsupported format, expected \{answer: class\}"),
+        ({"red": 0, "blue\ngreen": 1, "man": 2}, r"'blue\\ngreen' is not an answer"),
         ({"red": 0, "blue": 1}, r"2 different answers.*num_classes=3"),
     ],
 )
-def test_damaged_labels_are_refused(tmp_path, labels, message):
+def test_damaged_label_files_are_refused(tmp_path, labels, message):
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     with pytest.raises(DataError, match=rf"labels\.json.*{message}"):
         Answers.read(tmp_path / "labels.json", 4, [])

@@ -1,4 +1,4 @@
-"""The frame cache: resumable, never half-written, and refused by name where a clip is no longer what was decoded."""
+"""The frame cache: filling it can be resumed, no array is half written, and changed clips are refused by name."""
 
 import hashlib
 import io
@@ -41,7 +41,7 @@ assert not FrameCache(Path(sys.argv[2]), 3, 32, "pyav").fill(clips, int(sys.argv
 
 
 def make_clips(folder: Path, count: int, frames: int = 12, size: tuple[int, int] = (64, 48)) -> dict[str, Path]:
-    """Clips c0, c1, ..., of which the k-th has k more frames."""
+    """Write the clips c0, c1, ...; the k-th has k frames more than the first."""
     return {f"c{i}": write_clip(folder / f"c{i}.avi", frames=frames + i, size=size) for i in range(count)}
 
 
@@ -49,29 +49,29 @@ def make_cache(tmp_path: Path) -> FrameCache:
     return FrameCache(tmp_path / "frames", 3, 32, "pyav")
 
 
-def numbers(cache: FrameCache, name: str, candidates: list[int]) -> list[int]:
-    """Which frames of a clip the cache gives, read off their grey."""
+def read_frame_numbers(cache: FrameCache, name: str, candidates: list[int]) -> list[int]:
+    """Return which frames of a clip the cache holds, read off their gray level."""
     return [round((float(frame.mean()) - 4) / 6) for frame in cache.read(name, candidates)]
 
 
-def times(cache: FrameCache) -> dict[str, int]:
-    """When each array was written."""
+def read_write_times(cache: FrameCache) -> dict[str, int]:
+    """Return when each array was written, in ns since the epoch."""
     return {path.name: path.stat().st_mtime_ns for path in cache.folder.glob("*.npy")}
 
 
-def lines(cache: FrameCache) -> list[dict[str, object]]:
+def read_index(cache: FrameCache) -> list[dict[str, object]]:
     return [json.loads(line) for line in (cache.folder / "index.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
 def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """forbid("file_digest"): from here on the cache may not use it."""
+    """Return a function that keeps the cache from using the function of a name."""
 
-    def forbid(what: str) -> None:
-        for place in (module, decoding):
-            monkeypatch.setattr(place, what, None, raising=False)
+    def forbid_function(name: str) -> None:
+        for namespace in (module, decoding):
+            monkeypatch.setattr(namespace, name, None, raising=False)
 
-    return forbid
+    return forbid_function
 
 
 def test_cached_frames_are_the_candidates_of_each_clip(tmp_path):
@@ -81,24 +81,24 @@ def test_cached_frames_are_the_candidates_of_each_clip(tmp_path):
     assert cache.fill(clips, 1) == {}
     assert cache.ready == set(clips)
     for name, frames in zip(clips, (40, 2), strict=True):
-        assert numbers(cache, name, list(range(9))) == candidate_indices(frames, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(frames, 3)
         status, entry = clips[name].stat(), cache.entry(name)
         assert entry == Entry(status.st_size, status.st_mtime_ns, frames, entry.sha256)
         assert cache.key(name) == f"pyav-38px-3x3/{entry.sha256}"
-    assert numbers(cache, "index", middle_candidates(3)) == [0, 1, 1]
+    assert read_frame_numbers(cache, "index", middle_candidates(3)) == [0, 1, 1]
     assert sorted(np.load(path).shape[0] for path in cache.folder.glob("*.npy")) == [2, 9]
     assert cache.estimate(1) == max(path.stat().st_size for path in cache.folder.glob("*.npy")) - 128
 
-    later = make_cache(tmp_path)
+    reopened = make_cache(tmp_path)
     with pytest.raises(DataError, match=r"index: not in .*index\.jsonl"):
-        later.read("index", [0])
-    later.load()
-    assert later.ready == set(clips)
-    np.testing.assert_array_equal(later.read("index", [0, 8]), cache.read("index", [0, 8]))
+        reopened.read("index", [0])
+    reopened.load()
+    assert reopened.ready == set(clips)
+    np.testing.assert_array_equal(reopened.read("index", [0, 8]), cache.read("index", [0, 8]))
 
 
 def test_decoding_one_clip_keeps_its_candidates(tmp_path, forbid):
-    """As a decoding process does it, without one."""
+    """Calls in this process what a decoding process runs."""
     settings = decoding.DecodingSettings(tmp_path / "frames", 3, 3, 32, 38, "pyav")
     settings.folder.mkdir()
     for frames, kept in ((40, 9), (10, 9), (9, 9), (8, 8), (2, 2), (1, 1)):
@@ -116,7 +116,7 @@ def test_decoding_one_clip_keeps_its_candidates(tmp_path, forbid):
     assert (entry.size, entry.frames, entry.sha256) == (6, 0, hashlib.sha256(b"<html>").hexdigest())
     assert entry.error.startswith("pyav cannot decode it")
     assert not list(settings.folder.glob("page*"))
-    forbid("read_frames")  # what is there under the clip's name and content is taken
+    forbid("read_frames")  # an array with the clip's name and content is reused
     others = ["a_clip.000000000000.1.npy", f"a_clip.{digest[:12]}.1.npy"]
     assert decoding.decode_clip("a clip", path, others, settings).frames == 1
     with pytest.raises(DataError, match="cannot be read"):
@@ -126,141 +126,143 @@ def test_decoding_one_clip_keeps_its_candidates(tmp_path, forbid):
 def test_a_decoder_that_is_not_installed_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
     clips = make_clips(tmp_path, 1)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="decord is not installed here"):
+    with pytest.raises(DataError, match="decord is not installed"):
         FrameCache(tmp_path / "frames", 3, 32, "decord").fill(clips, 1)
 
 
-def test_settings_have_folders_of_their_own(tmp_path):
-    clips, one = make_clips(tmp_path, 1, frames=40), make_cache(tmp_path)
-    one.fill(clips, 1)
+def test_each_setting_has_its_own_folder(tmp_path):
+    clips, first = make_clips(tmp_path, 1, frames=40), make_cache(tmp_path)
+    first.fill(clips, 1)
     other = FrameCache(tmp_path / "frames", 2, 32, "pyav", side=40, candidates=4)
     assert other.fill(clips, 1) == {}
     assert [path.name for path in sorted((tmp_path / "frames").iterdir())] == ["pyav-38px-3x3", "pyav-40px-2x4"]
-    assert numbers(other, "c0", list(range(8))) == candidate_indices(40, 2, 4) == [2, 7, 12, 17, 22, 27, 32, 37]
-    assert numbers(other, "c0", middle_candidates(2, 4)) == [12, 32]
+    assert (
+        read_frame_numbers(other, "c0", list(range(8))) == candidate_indices(40, 2, 4) == [2, 7, 12, 17, 22, 27, 32, 37]
+    )
+    assert read_frame_numbers(other, "c0", middle_candidates(2, 4)) == [12, 32]
     assert other.read("c0", [0]).shape[1:3] == (40, 53)
-    assert other.key("c0") != one.key("c0")
-    assert numbers(one, "c0", middle_candidates(3)) == [6, 20, 33]
+    assert other.key("c0") != first.key("c0")
+    assert read_frame_numbers(first, "c0", middle_candidates(3)) == [6, 20, 33]
 
 
-def children_of(pid: int) -> set[int]:
+def list_children(pid: int) -> set[int]:
     return {int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def is_running(pid: int) -> bool:
-    """Not gone, and not merely waiting for init to take note of it."""
+    """Return whether a process runs; one that has ended and that init has not reaped yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
         return False
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
-    """Nothing is decoded twice, nothing is half there, no decoder stays behind."""
+def test_filling_resumes_after_a_kill(tmp_path):
+    """No clip is decoded twice, no array is half written, and no decoder keeps running."""
     clips, cache = make_clips(tmp_path / "clips", 12, frames=30, size=(480, 360)), make_cache(tmp_path)
-    run = subprocess.Popen([sys.executable, "-c", FILL, tmp_path / "clips", tmp_path / "frames", "1"])
-    end = time.monotonic() + 20
-    while len(times(cache)) < 3:
-        assert time.monotonic() < end
+    process = subprocess.Popen([sys.executable, "-c", FILL, tmp_path / "clips", tmp_path / "frames", "1"])
+    deadline = time.monotonic() + 20
+    while len(read_write_times(cache)) < 3:
+        assert time.monotonic() < deadline
         time.sleep(0.002)
-    decoders = children_of(run.pid)
-    run.kill()
-    run.wait()
+    decoders = list_children(process.pid)
+    process.kill()
+    process.wait()
     assert decoders
     while any(is_running(pid) for pid in decoders):
-        assert time.monotonic() < end, "a decoder was left behind"
+        assert time.monotonic() < deadline, "a decoder was left behind"
         time.sleep(0.01)
-    made = times(cache)
-    assert 3 <= len(made) < 12
+    written = read_write_times(cache)
+    assert 3 <= len(written) < 12
     assert cache.fill(clips, 1) == {}
-    assert len(times(cache)) == 12
-    assert made.items() <= times(cache).items(), "a clip was decoded twice"
+    assert len(read_write_times(cache)) == 12
+    assert written.items() <= read_write_times(cache).items(), "a clip was decoded twice"
     assert cache.ready == set(clips)
     for number, name in enumerate(clips):
         assert cache.entry(name).frames == 30 + number
-        assert numbers(cache, name, list(range(9))) == candidate_indices(30 + number, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(30 + number, 3)
     assert not list(cache.folder.glob(".*"))
 
 
-def test_no_decoder_stays_behind_when_it_hangs(tmp_path):
+def test_a_hanging_decoder_ends_when_its_parent_is_killed(tmp_path):
     clip = write_clip(tmp_path / "clips" / "hangs.avi")
     (tmp_path / "sitecustomize.py").write_text(BAD_DECODER)
     command = [sys.executable, "-c", FILL, clip.parent, tmp_path / "frames", "1"]
-    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 20
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
     while not (tmp_path / "hanging").exists():
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     decoder = int((tmp_path / "hanging").read_text())
-    assert decoder in children_of(run.pid)
-    run.kill()
-    run.wait()
+    assert decoder in list_children(process.pid)
+    process.kill()
+    process.wait()
     while is_running(decoder):
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path, monkeypatch):
-    """A decoder of a killed run may live on for a moment."""
-    cache, late = make_cache(tmp_path), subprocess.Popen(["sleep", "60"])
+    """A decoder may live a moment longer than its killed run: its file is removed only after it has ended."""
+    cache, decoder = make_cache(tmp_path), subprocess.Popen(["sleep", "60"])
     cache.folder.mkdir(parents=True)
-    early, later = (cache.folder / f".c.npy.{HOST}.{pid}.tmp" for pid in (4194999, late.pid))
-    early.touch()
-    later.touch()
+    abandoned_file, decoder_file = (cache.folder / f".c.npy.{HOST}.{pid}.tmp" for pid in (4194999, decoder.pid))
+    abandoned_file.touch()
+    decoder_file.touch()
 
-    def fill(*arguments: object) -> dict[str, str]:
-        assert not early.exists()
-        assert later.exists()
-        late.kill()
-        late.wait()
+    def end_decoder(*arguments: object) -> dict[str, str]:
+        assert not abandoned_file.exists()
+        assert decoder_file.exists()
+        decoder.kill()
+        decoder.wait()
         return {}
 
-    monkeypatch.setattr(cache, "_fill", fill)
+    monkeypatch.setattr(cache, "_fill", end_decoder)
     cache.fill({}, 1)
-    assert not later.exists()
+    assert not decoder_file.exists()
 
 
-def test_a_cut_index_and_a_half_written_array_are_made_good(tmp_path):
+def test_a_truncated_index_and_a_half_written_array_are_repaired(tmp_path):
     clips, cache = make_clips(tmp_path, 3), make_cache(tmp_path)
     cache.fill(clips, 1)
-    made, index = times(cache), cache.folder / "index.jsonl"
+    written, index = read_write_times(cache), cache.folder / "index.jsonl"
     index.write_bytes(index.read_bytes()[:-30])
-    half = cache.folder / f".c1.000000000000.13.npy.{HOST}.4194999.tmp"
-    half.write_bytes(b"half")
+    temporary = cache.folder / f".c1.000000000000.13.npy.{HOST}.4194999.tmp"
+    temporary.write_bytes(b"half")
     reader = make_cache(tmp_path)
     reader.load()
     assert len(reader.ready) == 2
     assert index.read_bytes()[-1:] != b"\n", "who only reads changes nothing"
     assert make_cache(tmp_path).fill(clips, 1) == {}
-    assert not half.exists()
-    assert {line["name"] for line in lines(cache)} == set(clips)
-    assert times(cache) == made, "a whole array was decoded again"
+    assert not temporary.exists()
+    assert {line["name"] for line in read_index(cache)} == set(clips)
+    assert read_write_times(cache) == written, "a whole array was decoded again"
 
 
 def test_a_damaged_index_is_refused_and_can_be_deleted(tmp_path):
     clips, cache = make_clips(tmp_path, 3), make_cache(tmp_path)
     cache.fill(clips, 1)
-    made, index = times(cache), cache.folder / "index.jsonl"
-    whole = index.read_text().splitlines()
+    written, index = read_write_times(cache), cache.folder / "index.jsonl"
+    index_lines = index.read_text().splitlines()
     entries = [cache.entry(name) for name in clips]
-    for damaged in ('{"name": "c0"', "[]", "\0\0", whole[1].replace(": 12", ': "12"').replace(": 13", ': "13"')):
-        index.write_text("\n".join([whole[0], damaged, whole[2], ""]))
+    for damaged in ('{"name": "c0"', "[]", "\0\0", index_lines[1].replace(": 12", ': "12"').replace(": 13", ': "13"')):
+        index.write_text("\n".join([index_lines[0], damaged, index_lines[2], ""]))
         for action in (cache.load, lambda: cache.fill(clips, 1)):
             with pytest.raises(DataError, match=r"index\.jsonl:2: the index is damaged .*: delete the file"):
                 action()
     index.unlink()
     assert cache.fill(clips, 1) == {}
     assert [cache.entry(name) for name in clips] == entries
-    assert times(cache) == made, "the arrays were there"
+    assert read_write_times(cache) == written, "the arrays were there"
 
 
 def test_a_damaged_array_is_refused_and_can_be_deleted(tmp_path):
     clips, cache = make_clips(tmp_path, 1), make_cache(tmp_path)
     cache.fill(clips, 1)
     (path,) = cache.folder.glob("*.npy")
-    whole, shorter = path.read_bytes(), io.BytesIO()
-    np.save(shorter, np.load(path)[:5])
-    for damaged in (whole[:-1], b"", b"\0" * len(whole), shorter.getvalue()):
+    content, short_array = path.read_bytes(), io.BytesIO()
+    np.save(short_array, np.load(path)[:5])
+    for damaged in (content[:-1], b"", b"\0" * len(content), short_array.getvalue()):
         path.write_bytes(damaged)
         with pytest.raises(
             DataError, match=rf"{path.name}: the cached frames of c0 cannot be read .*: delete the file"
@@ -270,27 +272,31 @@ def test_a_damaged_array_is_refused_and_can_be_deleted(tmp_path):
     cache.load()
     assert not cache.ready
     cache.fill(clips, 1)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
-def test_a_changed_clip_is_refused_by_name_until_asked_for(tmp_path, caplog):
+def test_a_changed_clip_is_refused_by_name_unless_renewal_is_requested(tmp_path, caplog):
     clips, cache = make_clips(tmp_path, 6), make_cache(tmp_path)
     cache.fill(clips, 1)
-    before, key, made = numbers(cache, "c3", [0, 8]), cache.key("c3"), times(cache)
+    frames_before, key_before, written = (
+        read_frame_numbers(cache, "c3", [0, 8]),
+        cache.key("c3"),
+        read_write_times(cache),
+    )
     write_clip(clips["c3"], frames=40)
     with pytest.raises(
         DataError, match=r" 1 clips changed .*\n  c3 \(.*c3\.avi\)\nfetch them again, or run `make data`"
     ):
         cache.fill(clips, 1)
-    assert times(cache) == made
+    assert read_write_times(cache) == written
     with caplog.at_level(logging.WARNING):
         assert cache.fill(clips, 1, renew=True) == {}
-    assert "decoding anew, for their files changed: c3" in caplog.text
+    assert "decoding again, because their files changed: c3" in caplog.text
     assert cache.entry("c3").frames == 40
-    assert numbers(cache, "c3", [0, 8]) == [2, 37] != before
-    assert cache.key("c3") != key
-    assert len(times(cache)) == 6, "the old array was not removed"
-    assert len(made.items() - times(cache).items()) == 1, "another clip was decoded again"
+    assert read_frame_numbers(cache, "c3", [0, 8]) == [2, 37] != frames_before
+    assert cache.key("c3") != key_before
+    assert len(read_write_times(cache)) == 6, "the old array was not removed"
+    assert len(written.items() - read_write_times(cache).items()) == 1, "another clip was decoded again"
     for path in clips.values():
         write_clip(path, frames=5)
     with pytest.raises(DataError, match=r" 6 clips changed (.|\n)*\n  c\d \(.*\n") as error:
@@ -311,13 +317,13 @@ def test_every_changed_clip_is_named_in_a_file(tmp_path):
     assert str(tmp_path / "changed.txt") in str(error.value)
 
 
-def test_a_changed_clip_that_is_no_longer_one_loses_its_frames(tmp_path):
+def test_frames_of_a_clip_that_became_undecodable_are_removed(tmp_path):
     clips, cache = make_clips(tmp_path, 2), make_cache(tmp_path)
     cache.fill(clips, 1)
     clips["c0"].write_text("<html>404</html>")
     assert list(cache.fill(clips, 1, renew=True)) == ["c0"]
     assert cache.ready == {"c1"}
-    assert [name.partition(".")[0] for name in times(cache)] == ["c1"]
+    assert [name.partition(".")[0] for name in read_write_times(cache)] == ["c1"]
     with pytest.raises(DataError, match=r"c0: no frames .*pyav cannot decode it"):
         cache.read("c0", [0])
 
@@ -325,21 +331,21 @@ def test_a_changed_clip_that_is_no_longer_one_loses_its_frames(tmp_path):
 def test_a_touched_or_moved_clip_is_not_decoded_again(tmp_path, forbid):
     clips, cache = make_clips(tmp_path / "here", 3), make_cache(tmp_path)
     cache.fill(clips, 1)
-    made, keys = times(cache), [cache.key(name) for name in clips]
+    written, keys = read_write_times(cache), [cache.key(name) for name in clips]
     forbid("ProcessPool")
     (tmp_path / "here").rename(tmp_path / "there")
     clips = {name: tmp_path / "there" / path.name for name, path in clips.items()}
     os.utime(clips["c1"])
     assert cache.fill(clips, 1) == {}
-    assert times(cache) == made
+    assert read_write_times(cache) == written
     assert [cache.key(name) for name in clips] == keys
     assert cache.entry("c1").mtime_ns == clips["c1"].stat().st_mtime_ns
-    assert [line["name"] for line in lines(cache)][3:] == ["c1"]
-    forbid("file_digest")
+    assert [line["name"] for line in read_index(cache)][3:] == ["c1"]
+    forbid("hash_file")
     assert cache.fill(clips, 1) == {}
 
 
-def test_clips_that_cannot_be_decoded_are_remembered(tmp_path, forbid, monkeypatch):
+def test_undecodable_clips_are_remembered(tmp_path, forbid, monkeypatch):
     clips, cache = make_clips(tmp_path, 1), make_cache(tmp_path)
     clips["no"] = tmp_path / "no.mp4"
     clips["no"].write_text("<html>404</html>")
@@ -356,7 +362,7 @@ def test_clips_that_cannot_be_decoded_are_remembered(tmp_path, forbid, monkeypat
         with pytest.raises(TypeError):
             cache.fill(clips, 1, renew=True)
     assert cache.fill(clips, 1, renew=True) == failures
-    write_clip(clips["no"], codec="libx264")  # fetched again: nothing was prepared from what it was
+    write_clip(clips["no"], codec="libx264")  # as if fetched again: nothing was cached of the old file
     assert cache.fill(clips, 1) == {}
     assert cache.ready == {"c0", "no"}
 
@@ -372,13 +378,13 @@ def test_a_clip_that_hangs_or_kills_its_decoder_is_the_only_one_to_fail(tmp_path
         failures = cache.fill(clips, 1)
     remedy = "fetch it again"
     assert failures == {
-        "hangs": f"{clips['hangs']}: hangs the decoder (no end within 1 s): {remedy}",
-        "dies": f"{clips['dies']}: kills the decoder (exit code -11): {remedy}",
-        "ended": f"{clips['ended']}: kills the decoder (exit code -9): {remedy}",
+        "hangs": f"{clips['hangs']}: the decoder hangs (not done after 1 s): {remedy}",
+        "dies": f"{clips['dies']}: the decoder crashes (exit code -11): {remedy}",
+        "ended": f"{clips['ended']}: the decoder crashes (exit code -9): {remedy}",
         "surprises": f"{clips['surprises']}: AttributeError while decoding it (no attribute): {remedy}",
     }
     assert cache.ready == {f"c{i}" for i in range(3)}
-    del failures["ended"], failures["surprises"]  # as the system ends who takes too much memory: of the moment
+    del failures["ended"], failures["surprises"]  # may be transient, as when memory runs out: not stored
     assert cache.fill(clips, 1) == failures
     assert cache.ready == clips.keys() - failures.keys()
     forbid("ProcessPool")
@@ -404,11 +410,11 @@ cdc_mmpg.media.video.read_frames = read_frames
 def test_decoders_that_do_not_start_are_an_error(tmp_path, monkeypatch, capfd):
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(DataError, match=r"decoding processes end or do not start .* type the same command again"):
+    with pytest.raises(DataError, match=r"decoding processes died or did not start .* re-run the same command"):
         make_cache(tmp_path).fill(make_clips(tmp_path, 1), 1)
 
 
-def test_clips_that_are_no_files_are_named_and_tried_again(tmp_path):
+def test_paths_that_are_not_files_are_named_and_retried(tmp_path):
     clips, cache = make_clips(tmp_path, 1), make_cache(tmp_path)
     clips |= {"pipe": tmp_path / "pipe", "folder": tmp_path, "absent": tmp_path / "absent.avi"}
     os.mkfifo(clips["pipe"])
@@ -421,46 +427,46 @@ def test_clips_that_are_no_files_are_named_and_tried_again(tmp_path):
     assert cache.ready == {"c0"}
     write_clip(clips["absent"])
     assert cache.fill(clips, 1).keys() == {"pipe", "folder"}
-    kept = clips["absent"].rename(tmp_path / "kept.avi")
+    moved = clips["absent"].rename(tmp_path / "kept.avi")
     assert "absent" in cache.fill(clips, 1)
     assert cache.ready == {"c0"}
-    kept.rename(clips["absent"])
+    moved.rename(clips["absent"])
     assert "absent" not in cache.fill(clips, 1)
 
 
-def test_a_clip_that_is_still_being_written_is_not_prepared(tmp_path, monkeypatch):
+def test_a_clip_that_is_still_being_written_is_not_cached(tmp_path, monkeypatch):
     clip = write_clip(tmp_path / "growing.avi")
 
-    def read(path, *arguments):
+    def read_and_append(path, *arguments):
         with path.open("ab") as file:
             file.write(b"more")
         return read_frames(path, *arguments)
 
-    monkeypatch.setattr(decoding, "read_frames", read)
+    monkeypatch.setattr(decoding, "read_frames", read_and_append)
     settings = decoding.DecodingSettings(tmp_path / "frames", 3, 3, 32, 38, "pyav")
-    with pytest.raises(DataError, match=r"growing\.avi: changes while it is decoded"):
+    with pytest.raises(DataError, match=r"growing\.avi: changed while it was decoded"):
         decoding.decode_clip("growing", clip, [], settings)
     assert not (tmp_path / "frames").exists()
 
 
-def test_few_clips_wait_in_the_decoders_at_a_time(tmp_path, monkeypatch):
-    waiting, most = [], 0
+def test_the_queue_of_the_decoders_is_bounded(tmp_path, monkeypatch):
+    futures, max_queued = [], 0
 
     class Pool(decoding.ProcessPool):
         def schedule(self, *arguments, **keywords):
-            nonlocal most
-            waiting.append(super().schedule(*arguments, **keywords))
-            most = max(most, sum(not future.done() for future in waiting))
-            return waiting[-1]
+            nonlocal max_queued
+            futures.append(super().schedule(*arguments, **keywords))
+            max_queued = max(max_queued, sum(not future.done() for future in futures))
+            return futures[-1]
 
     monkeypatch.setattr(decoding, "ProcessPool", Pool)
     monkeypatch.setattr(decoding, "MAX_QUEUED_CLIPS", 4)
     assert make_cache(tmp_path).fill(make_clips(tmp_path, 12), 1) == {}
-    assert len(waiting) == 12
-    assert 2 <= most <= 4
+    assert len(futures) == 12
+    assert 2 <= max_queued <= 4
 
 
-def test_too_little_room(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     clips, cache = make_clips(tmp_path, 2), make_cache(tmp_path)
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=cache.estimate(2) - 1)
@@ -468,7 +474,7 @@ def test_too_little_room(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"104\.7 kB are needed for the frames of 2 clips, 104\.7 kB are free"):
             cache.fill(clips, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as the end of a disk, for the decoders too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as on a full disk, also for the decoders
     try:
         with pytest.raises(CDCError, match=r"c\d\..*\.npy: cannot be written"):
             cache.fill(clips, 1)
@@ -477,7 +483,7 @@ def test_too_little_room(tmp_path, monkeypatch):
     assert [path.name for path in cache.folder.iterdir()] == ["index.jsonl"]
 
 
-def test_the_room_ends_within_a_line_of_the_index(tmp_path):
+def test_filling_resumes_after_the_disk_filled_up_within_an_index_line(tmp_path):
     clips, cache = make_clips(tmp_path, 2), make_cache(tmp_path)
     cache.fill(clips, 1)
     os.utime(clips["c1"])
@@ -491,10 +497,10 @@ def test_the_room_ends_within_a_line_of_the_index(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (cache.folder / "index.jsonl").stat().st_size == size + 30
     assert cache.fill(clips, 1) == {}
-    assert [line["name"] for line in lines(cache)] == ["c0", "c1", "c1"]
+    assert [line["name"] for line in read_index(cache)] == ["c0", "c1", "c1"]
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "frames").write_text("a file")
     with pytest.raises(CDCError, match=r"frames.*: cannot be written"):
         make_cache(tmp_path).fill({}, 1)
@@ -502,41 +508,45 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB, where this user may mount one."""
+    """Yield a file system of 256 kB; skip the test if this user may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=False)
-    if done.returncode:
+    mounting = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=False
+    )
+    if mounting.returncode:
         pytest.skip("this user may mount no file system")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_or_may_only_be_read(small_disk, own_msvd, tmp_path, monkeypatch, capsys):
-    """Whatever is written for a dataset: a named error, what was there is intact, and there is room it goes on."""
+def test_filling_resumes_after_the_disk_was_full_or_read_only(small_disk, writable_msvd, tmp_path, monkeypatch, capsys):
+    """Every write of a dataset fails with a named error and leaves existing files intact; later it resumes."""
     clips, cache = make_clips(tmp_path / "clips", 8), FrameCache(small_disk / "frames", 3, 32, "pyav")
-    with pytest.raises(DataError, match="make room"):
+    with pytest.raises(DataError, match="free disk space"):
         cache.fill(clips, 1)
-    monkeypatch.setattr(FrameCache, "estimate", lambda self, clips: 0)  # as if another program took the room meanwhile
-    with pytest.raises(CDCError, match=r"\.npy: cannot be written .*, and what was there is untouched"):
+    monkeypatch.setattr(FrameCache, "estimate", lambda self, clips: 0)  # as if another program used up the space
+    with pytest.raises(CDCError, match=r"\.npy: cannot be written .*; an existing file is unchanged"):
         cache.fill(clips, 1)
-    made = times(cache)
-    assert 0 < len(made) < 8
+    written = read_write_times(cache)
+    assert 0 < len(written) < 8
     missing = small_disk / "missing.txt"
-    for path in made:
+    for path in written:
         (cache.folder / path).unlink()
     missing.write_text("old")
     with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"0" * 4096)
-    (own_msvd / "YouTubeClips" / "e_3_4.avi").unlink()
-    data = MSVDQA(str(own_msvd), str(small_disk), num_classes=5, image_size=32, vocab=str(own_msvd / "vocab.txt"))
-    with pytest.raises(CDCError, match=r"missing\.txt: cannot be written .*No space left.* untouched"):
+    (writable_msvd / "YouTubeClips" / "e_3_4.avi").unlink()
+    data = MSVDQA(
+        str(writable_msvd), str(small_disk), num_classes=5, image_size=32, vocab=str(writable_msvd / "vocab.txt")
+    )
+    with pytest.raises(CDCError, match=r"missing\.txt: cannot be written .*No space left.* unchanged"):
         data.prepare_data()
     assert missing.read_text() == "old"
     with pytest.raises(CDCError, match=r"data\.json: cannot be written"):
-        prepare(MSVDQA(str(own_msvd), str(tmp_path), num_classes=5, image_size=32), {}, small_disk)
+        prepare(MSVDQA(str(writable_msvd), str(tmp_path), num_classes=5, image_size=32), {}, small_disk)
     monkeypatch.setitem(synthetic_clips.DATASET_SIZES, "toy", TINY)
     assert synthetic_clips.main([str(small_disk / "synthetic"), "--size=toy"]) == 1
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
@@ -557,13 +567,13 @@ def test_a_disk_that_is_full_or_may_only_be_read(small_disk, own_msvd, tmp_path,
 def test_two_processes_may_fill_the_same_cache(tmp_path):
     clips, cache = make_clips(tmp_path / "clips", 12), make_cache(tmp_path)
     command = [sys.executable, "-c", FILL, tmp_path / "clips", tmp_path / "frames", "1"]
-    runs = [subprocess.Popen(command) for _ in range(2)]
-    assert [run.wait(30) for run in runs] == [0, 0]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(30) for process in processes] == [0, 0]
     cache.load()
     assert cache.ready == set(clips)
     assert len(list(cache.folder.iterdir())) == 13
     for number, name in enumerate(clips):
-        assert numbers(cache, name, list(range(9))) == candidate_indices(12 + number, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(12 + number, 3)
 
 
 def test_a_decoding_process_loads_no_training_library():
@@ -572,7 +582,7 @@ def test_a_decoding_process_loads_no_training_library():
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_every_odd_file_at_once_is_as_alone(real, tmp_path, decoder, capfd):
+def test_odd_files_are_decoded_as_without_a_cache(real, tmp_path, decoder, capfd):
     if decoder == "decord":
         pytest.importorskip("decord")
     clips = {path.name: path for path in sorted((real / "odd").iterdir())}
@@ -585,12 +595,12 @@ def test_every_odd_file_at_once_is_as_alone(real, tmp_path, decoder, capfd):
                 read_frames(path, lambda count: [0], 32, decoder)
             assert failures[name].startswith(f"{path}: ")
         else:
-            alone = read_frames(path, lambda count: candidate_indices(count, 3), 32, decoder)
-            np.testing.assert_array_equal(cache.read(name, list(range(9))), alone)
+            expected = read_frames(path, lambda count: candidate_indices(count, 3), 32, decoder)
+            np.testing.assert_array_equal(cache.read(name, list(range(9))), expected)
     assert capfd.readouterr().err == ""
 
 
-# The second process that decodes starts only when the first is to be ended, which takes two seconds.
+# The second decoding process starts only while the first is being ended, which takes two seconds.
 SLOW_START = """
 import multiprocessing.process, os, pathlib, sys, time
 place, end = pathlib.Path(os.environ["SLOW_START"]), multiprocessing.process.BaseProcess.terminate
@@ -608,15 +618,15 @@ if "spawn_main" in " ".join(sys.orig_argv):
 """
 
 
-def test_a_process_that_still_starts_when_all_is_done_says_nothing(tmp_path):
+def test_a_process_that_starts_during_shutdown_prints_no_traceback(tmp_path):
     make_clips(tmp_path / "clips", 2)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_START)
-    places = os.pathsep.join(map(str, (tmp_path / "site", ROOT, ROOT / "src")))
-    done = subprocess.run(
+    search_path = os.pathsep.join(map(str, (tmp_path / "site", ROOT, ROOT / "src")))
+    completed = subprocess.run(
         [sys.executable, "-c", FILL, tmp_path / "clips", tmp_path / "frames", "2"], capture_output=True, text=True,
-        check=False, env=os.environ | {"PYTHONPATH": places, "SLOW_START": str(tmp_path)},
+        check=False, env=os.environ | {"PYTHONPATH": search_path, "SLOW_START": str(tmp_path)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "ends").exists()
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in completed.stderr

@@ -1,4 +1,4 @@
-"""Checkpoints and signals piece by piece; `test_interruptions.py` has the real runs and the real kills."""
+"""Checkpoints and signal handling in units; `test_interruptions.py` kills real runs."""
 
 import signal
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from cdc_mmpg.training.checkpointing import (
 )
 
 
-def save(path: Path, step: int) -> Path:
+def save_state(path: Path, step: int) -> Path:
     AtomicCheckpointIO().save_checkpoint({"step": step}, path)
     return path
 
@@ -31,57 +31,57 @@ def test_a_checkpoint_is_saved_loaded_and_removed(tmp_path):
     assert torch.equal(io.load_checkpoint(path)["weights"], torch.arange(3.0))
     assert [entry.name for entry in path.parent.iterdir()] == ["state.ckpt"]
     io.remove_checkpoint(path)
-    io.remove_checkpoint(path)  # gone already
+    io.remove_checkpoint(path)  # already removed
     assert not path.exists()
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be saved; the checkpoint before it is untouched"):
+    with pytest.raises(CheckpointError, match=r"state\.ckpt: cannot be saved; the previous checkpoint is unchanged"):
         io.save_checkpoint({}, tmp_path / "file" / "state.ckpt")
 
 
-def test_the_newest_state_is_that_of_the_most_steps(tmp_path):
+def test_the_newest_state_is_the_one_with_the_most_steps(tmp_path):
     assert find_newest_state(tmp_path) is None
     folder = tmp_path / RESUME
     folder.mkdir()
     assert find_newest_state(tmp_path) is None
     for epoch, step in ((0, 8), (1, 9), (2, 10), (3, 100)):
-        save(folder / f"epoch={epoch}-step={step}.ckpt", step)
-    stopped = save(folder / "stopped-step=99.ckpt", 99)
-    save(folder / "last.ckpt", 1000)  # none of ours: no step in its name
+        save_state(folder / f"epoch={epoch}-step={step}.ckpt", step)
+    stopped = save_state(folder / "stopped-step=99.ckpt", 99)
+    save_state(folder / "last.ckpt", 1000)  # not ours: no step in its name
     leftovers = [parent / f".state.ckpt.{HOST}.999999999.tmp" for parent in (tmp_path, folder)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
     newest = find_newest_state(tmp_path)
     assert newest == folder / "epoch=3-step=100.ckpt"
-    assert sorted(folder.iterdir()) == sorted([newest, stopped])  # the last two stay, the rest goes
+    assert sorted(folder.iterdir()) == sorted([newest, stopped])  # the last two are kept
     assert not any(leftover.exists() for leftover in leftovers)
 
 
-def test_an_old_state_may_be_cleared_by_another_process_first(tmp_path, monkeypatch):
-    states = [save(tmp_path / RESUME / f"epoch={n}-step={n}.ckpt", n) for n in range(3)]
+def test_another_process_may_delete_an_old_state_meanwhile(tmp_path, monkeypatch):
+    states = [save_state(tmp_path / RESUME / f"epoch={n}-step={n}.ckpt", n) for n in range(3)]
 
-    def meanwhile(path: Path) -> object:
+    def load_after_deletion(path: Path) -> object:
         states[0].unlink()
         return load_checkpoint(path)
 
-    monkeypatch.setattr("cdc_mmpg.training.checkpointing.load_checkpoint", meanwhile)
+    monkeypatch.setattr("cdc_mmpg.training.checkpointing.load_checkpoint", load_after_deletion)
     assert find_newest_state(tmp_path) == states[2]
 
 
-def test_a_damaged_state_is_skipped_and_all_damaged_are_an_error(tmp_path, caplog):
+def test_a_damaged_state_is_skipped_unless_all_are_damaged(tmp_path, caplog):
     folder = tmp_path / RESUME
-    states = [save(folder / f"epoch={n}-step={n}.ckpt", n) for n in range(4)]
+    states = [save_state(folder / f"epoch={n}-step={n}.ckpt", n) for n in range(4)]
     states[3].write_bytes(states[3].read_bytes()[:-20])
     assert find_newest_state(tmp_path) == states[2]
     assert "epoch=3-step=3.ckpt" in caplog.text
-    assert "going on from the state before it" in caplog.text
-    assert sorted(folder.iterdir()) == states[1:]  # the sound one and the one before it; the damaged one to look at
+    assert "resuming from the previous state" in caplog.text
+    assert sorted(folder.iterdir()) == states[1:]  # the last two intact ones; the damaged one for inspection
     for state in states[1:]:
         state.write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"{RESUME}: all 3 states are damaged: delete {tmp_path}"):
         find_newest_state(tmp_path)
 
 
-def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_path):
+def test_the_best_weights_are_saved_before_the_state_that_refers_to_them(tmp_path):
     best, last = build_checkpoint_callbacks(tmp_path, "val/accuracy", "max")
     assert (best.dirpath, best.filename, best.monitor, best.mode) == (str(tmp_path), "best", "val/accuracy", "max")
     assert (best.save_weights_only, best.save_top_k) == (True, 1)
@@ -94,25 +94,25 @@ def test_the_best_weights_are_written_before_the_state_that_knows_of_them(tmp_pa
 
 
 class FakeTrainer:
-    """As much of a trainer as the callback asks: eight batches an epoch, perhaps another process that was told."""
+    """Trainer stub with eight batches an epoch; another process has received `remote_signal`, unless it is 0."""
 
     global_step, current_epoch, world_size = 41, 0, 1
 
-    def __init__(self, accumulate: int = 1, told: int = 0) -> None:
+    def __init__(self, accumulate: int = 1, remote_signal: int = 0) -> None:
         self.num_training_batches, self.accumulate_grad_batches = 8, accumulate
         self.saved: list[Path] = []
         self.strategy = SimpleNamespace(
-            reduce_boolean_decision=self._reduce, reduce=self._highest, root_device=torch.device("cpu")
+            reduce_boolean_decision=self._reduce_decision, reduce=self._reduce_max, root_device=torch.device("cpu")
         )
-        self._told = told
+        self._remote_signal = remote_signal
 
-    def _reduce(self, decision: bool, all: bool) -> bool:
-        assert not all  # one process that was told is enough
-        return decision or bool(self._told)
+    def _reduce_decision(self, decision: bool, all: bool) -> bool:
+        assert not all  # a signal in one process is enough
+        return decision or bool(self._remote_signal)
 
-    def _highest(self, number: torch.Tensor, reduce_op: str) -> torch.Tensor:
+    def _reduce_max(self, number: torch.Tensor, reduce_op: str) -> torch.Tensor:
         assert reduce_op == "max"
-        return number.clamp(min=self._told)
+        return number.clamp(min=self._remote_signal)
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(path)
@@ -125,7 +125,7 @@ def end_batch(callback: StopOnSignal, trainer: FakeTrainer, batch_idx: int) -> N
 
 @pytest.fixture
 def handlers() -> Iterator[dict[int, object]]:
-    """The handlers as they were, put back afterwards."""
+    """Yield the signal handlers as they were; restore them afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     former = {number: signal.getsignal(number) for number in numbers}
     yield former
@@ -134,32 +134,32 @@ def handlers() -> Iterator[dict[int, object]]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_end_of_the_step_and_leaves(number, code, handlers, tmp_path):
+def test_a_signal_saves_a_state_at_the_end_of_the_step_and_exits(number, code, handlers, tmp_path):
     callback, trainer = StopOnSignal(tmp_path), FakeTrainer(accumulate=3)
     callback.on_train_start(trainer, None)
     end_batch(callback, trainer, 2)
     callback.on_train_epoch_start(trainer, None)
     assert trainer.saved == []
     signal.raise_signal(number)
-    for batch in (0, 1, 3, 4, 6):  # within an accumulated step
+    for batch in (0, 1, 3, 4, 6):  # within an accumulation of gradients
         end_batch(callback, trainer, batch)
-    end_batch(callback, trainer, 7)  # the epoch's end saves by itself
+    end_batch(callback, trainer, 7)  # the end of an epoch saves a state anyway
     assert trainer.saved == []
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         end_batch(callback, trainer, 2)
-    assert left.value.code == code
+    assert exit_info.value.code == code
     assert trainer.saved == [tmp_path / RESUME / "stopped-step=41.ckpt"]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         callback.on_train_epoch_start(trainer, None)
-    assert left.value.code == code
+    assert exit_info.value.code == code
     assert len(trainer.saved) == 1
-    with pytest.raises(SystemExit) as left:  # too late for training: its end leaves, the handlers put back
+    with pytest.raises(SystemExit) as exit_info:  # too late for a step: the end of training exits
         callback.on_train_end(trainer, None)
-    assert left.value.code == code
+    assert exit_info.value.code == code
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_without_a_signal_training_ends_as_it_is(handlers, tmp_path):
+def test_without_a_signal_training_ends_and_restores_the_handlers(handlers, tmp_path):
     callback, trainer = StopOnSignal(tmp_path), FakeTrainer()
     callback.on_train_start(trainer, None)
     assert all(signal.getsignal(number) not in handlers.values() for number in handlers)
@@ -168,25 +168,25 @@ def test_without_a_signal_training_ends_as_it_is(handlers, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_process_leaves_with_the_one_that_was_told(number, code, handlers, tmp_path):
-    with pytest.raises(SystemExit) as left:
-        StopOnSignal(tmp_path).on_train_epoch_start(FakeTrainer(told=number), None)
-    assert left.value.code == code
+def test_a_process_exits_when_another_one_received_a_signal(number, code, handlers, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        StopOnSignal(tmp_path).on_train_epoch_start(FakeTrainer(remote_signal=number), None)
+    assert exit_info.value.code == code
 
 
-def test_a_second_signal_leaves_at_once_unless_it_is_the_same_hand(handlers, tmp_path, monkeypatch):
-    """Ctrl-C reaches a process twice, from the terminal and from make: within a second that is one."""
+def test_a_second_signal_exits_at_once_unless_it_follows_within_a_second(handlers, tmp_path, monkeypatch):
+    """Ctrl-C reaches a process twice, from the terminal and from make: within a second that counts as one signal."""
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr("cdc_mmpg.training.checkpointing.time", clock)
-    callback, now = StopOnSignal(tmp_path), 0.5  # even when the machine has just begun
+    callback, now = StopOnSignal(tmp_path), 0.5  # also right after the machine has booted
     callback.on_train_start(FakeTrainer(), None)
     signal.raise_signal(signal.SIGINT)
     for now in (0.6, 1.4):  # noqa: B007
         signal.raise_signal(signal.SIGTERM)
     now = 1.6
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         signal.raise_signal(signal.SIGTERM)
-    assert left.value.code == 143
-    with pytest.raises(SystemExit) as left:
+    assert exit_info.value.code == 143
+    with pytest.raises(SystemExit) as exit_info:
         end_batch(callback, FakeTrainer(), 0)
-    assert left.value.code == 130  # the first one counts
+    assert exit_info.value.code == 130  # the exit code of the first signal

@@ -1,4 +1,4 @@
-"""The service piece by piece, without a process or a socket; `test_cloud.py` has the real one."""
+"""The service in units, without a process or a socket; `test_cloud.py` runs the real one."""
 
 import asyncio
 import hashlib
@@ -49,13 +49,13 @@ from cdc_mmpg.cloud.model import (
 )
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
-from deployments import cloud_bundle
+from deployments import build_cloud_bundle
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    cloud_bundle(folder, "low_rank")
+    build_cloud_bundle(folder, "low_rank")
     return folder
 
 
@@ -78,7 +78,7 @@ def served(bundle: Path) -> ServedModel:
         ([(b"content-length", b"836"), (b"transfer-encoding", b"chunked")], 400),
     ],
 )
-def test_the_length_that_headers_declare(headers, status):
+def test_a_wrong_declared_length_is_refused(headers, status):
     if not status:
         check_length(headers)
         return
@@ -87,8 +87,8 @@ def test_the_length_that_headers_declare(headers, status):
     assert (refused.value.status, refused.value.error) == (status, "http" if len(headers) == 2 else "body")
 
 
-def receiver(*pieces: bytes, ends: bool = True) -> Any:
-    """What a server hands over: pieces of a body, and then nothing more, or that the client has left."""
+def make_receive(*pieces: bytes, ends: bool = True) -> Any:
+    """Return an ASGI `receive` that hands over pieces of a body; one without an end is followed by a disconnect."""
     messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
     if ends:
         messages[-1]["more_body"] = False
@@ -105,14 +105,14 @@ def receiver(*pieces: bytes, ends: bool = True) -> Any:
 
 def test_a_body_is_read_to_its_end_and_no_further(monkeypatch):
     body = bytes(range(256)) * 3 + bytes(68)
-    assert asyncio.run(read_body(receiver(body))) == body
-    assert asyncio.run(read_body(receiver(body[:1], b"", body[1:700], body[700:]))) == body
-    assert asyncio.run(read_body(receiver(b""))) == b""
+    assert asyncio.run(read_body(make_receive(body))) == body
+    assert asyncio.run(read_body(make_receive(body[:1], b"", body[1:700], body[700:]))) == body
+    assert asyncio.run(read_body(make_receive(b""))) == b""
     with pytest.raises(ClientLeft):
-        asyncio.run(read_body(receiver(body, ends=False)))
+        asyncio.run(read_body(make_receive(body, ends=False)))
     for pieces in ((body + b"!",), (body, b"!"), (bytes(900), bytes(900))):
         with pytest.raises(Refused, match="more than the 836 bytes") as refused:
-            asyncio.run(read_body(receiver(*pieces)))
+            asyncio.run(read_body(make_receive(*pieces)))
         assert (refused.value.status, refused.value.error) == (413, "body")
     assert BODY_SECONDS == 5
     monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
@@ -121,37 +121,37 @@ def test_a_body_is_read_to_its_end_and_no_further(monkeypatch):
         await asyncio.sleep(0.02)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    with pytest.raises(Refused, match=r"[123] of 836 bytes came in 0\.05 s") as refused:
+    with pytest.raises(Refused, match=r"[123] of 836 bytes arrived in 0\.05 s") as refused:
         asyncio.run(read_body(drip))
     assert (refused.value.status, refused.value.error) == (408, "body")
 
 
-def digest(key: str) -> bytes:
+def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()[:16]
 
 
-def test_keys_in_a_file_and_in_a_header(tmp_path):
+def test_keys_are_read_from_a_file_and_found_in_headers(tmp_path):
     path = tmp_path / "keys"
     assert read_keys("") == []
     path.write_bytes("\ufeffone\r\n\r\n  two words \nthreé".encode())
     keys = read_keys(str(path))
-    assert keys == [digest("one"), digest("two words"), digest("threé")]
+    assert keys == [hash_key("one"), hash_key("two words"), hash_key("threé")]
     for key in ("one", "two words", "threé"):
         for header in (f"Bearer {key}", f"bearer   {key} ", f"BEARER {key}"):
-            assert find_key([header.encode()], keys) == digest(key)
+            assert find_key([header.encode()], keys) == hash_key(key)
     for headers in ([], [b"one"], [b"Basic one"], [b"Bearer"], [b"Bearer on"], [b"Bearer one2"], [b"Bearer one"] * 2):
         assert find_key(headers, keys) is None
     path.write_text("\n \n")
-    with pytest.raises(ConfigError, match="no key in it"):
+    with pytest.raises(ConfigError, match="the file contains no key"):
         read_keys(str(path))
     path.write_text("good\nb\x07d\n")
-    with pytest.raises(ConfigError, match="line 2: a character"):
+    with pytest.raises(ConfigError, match="line 2: unprintable character"):
         read_keys(str(path))
-    with pytest.raises(ConfigError, match="no file of keys"):
+    with pytest.raises(ConfigError, match="cannot read keys"):
         read_keys(str(tmp_path / "absent"))
 
 
-def test_loopback_addresses_are_told_from_others():
+def test_loopback_addresses_are_recognized():
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
         assert is_local_only(host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", ""):
@@ -159,17 +159,17 @@ def test_loopback_addresses_are_told_from_others():
     assert (choose_family("::1"), choose_family("127.0.0.1")) == (socket.AF_INET6, socket.AF_INET)
 
 
-def test_refusals_say_what_the_client_may_do():
-    for status, further in ((503, {"retry-after": "1"}), (401, {"www-authenticate": "Bearer"}), (400, {})):
+def test_refusals_carry_the_headers_of_their_status():
+    for status, status_headers in ((503, {"retry-after": "1"}), (401, {"www-authenticate": "Bearer"}), (400, {})):
         refusal = make_refusal(status, "why", "a sentence")
         assert refusal.status_code == status
         assert json.loads(refusal.body) == {"error": "why", "detail": "a sentence"}
         headers = {name: value for name, value in refusal.headers.items() if not name.startswith("content-")}
-        assert headers == {"connection": "close", **further}
+        assert headers == {"connection": "close", **status_headers}
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 200_000])
-def test_a_reply_goes_out_in_pieces(size):
+def test_a_reply_is_sent_in_pieces(size):
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def test_a_reply_goes_out_in_pieces(size):
     assert sent[-1]["body"] == b""
 
 
-def test_lines_of_the_log_are_json():
+def test_log_lines_are_json():
     try:
         raise ValueError("why")
     except ValueError:
@@ -201,17 +201,17 @@ def test_lines_of_the_log_are_json():
 
 
 @pytest.mark.parametrize(("option", "value"), [("--workers", "0"), ("--workers", "-1"), ("--places", "0")])
-def test_there_is_at_least_one_of_each(option, value, bundle, capsys, monkeypatch):
+def test_at_least_one_worker_and_one_place_are_required(option, value, bundle, capsys, monkeypatch):
     assert main([str(bundle), option, value]) == 2
-    assert "workers and places are at least 1" in capsys.readouterr().err
+    assert "workers and places must be at least 1" in capsys.readouterr().err
     monkeypatch.setattr(command, "check_certificate", lambda *_: (_ for _ in ()).throw(ConfigError("so far")))
     assert main([str(bundle), option, "1"]) == 2
     assert "so far" in capsys.readouterr().err
     assert main([str(bundle), "--host", "10.9.9.9"]) == 2
-    assert "without keys everyone may ask" in capsys.readouterr().err
+    assert "without keys everyone has access" in capsys.readouterr().err
 
 
-def test_a_bundle_is_warm_and_as_it_was_exported(bundle, served):
+def test_a_loaded_bundle_has_the_settings_of_its_export(bundle, served):
     settings = json.loads((bundle / "cloud.json").read_text())
     assert (served.versions.encoder.hex(), served.versions.generator.hex()) == (
         settings["encoder"],
@@ -223,11 +223,11 @@ def test_a_bundle_is_warm_and_as_it_was_exported(bundle, served):
     }  # fmt: skip
     assert load_model(bundle, "bfloat16").weights == "bfloat16"
     assert not served.generator.training
-    with pytest.raises(CheckpointError, match=r"cloud\.json: not a part of a cloud bundle"):
+    with pytest.raises(CheckpointError, match=r"cloud\.json: not a valid file of a cloud bundle"):
         read_cloud_bundle(bundle.parent)
 
 
-def upload(served: ServedModel, feature: np.ndarray, kind: str) -> tuple[bytes, Any]:
+def make_upload(served: ServedModel, feature: np.ndarray, kind: str) -> tuple[bytes, Any]:
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     content = encode_upload(feature.astype(np.float32), layout, served.versions)
     return content, decode_upload(content, served.layouts, served.versions)
@@ -235,120 +235,131 @@ def upload(served: ServedModel, feature: np.ndarray, kind: str) -> tuple[bytes, 
 
 def test_batched_requests_each_get_their_own_layer(served):
     features = [FEATURE, -FEATURE, FEATURE[::-1].copy(), np.full(192, 1e-13)]
-    waiting = [upload(served, feature, kind) for feature, kind in
+    requests = [make_upload(served, feature, kind) for feature, kind in
                zip(features, ("float32", "low_rank", "int8", "float32"), strict=True)]  # fmt: skip
-    layers = generate_layers(served, waiting)
-    for (content, asked), layer, feature in zip(waiting, layers, features, strict=True):
-        given = torch.from_numpy(np.where(np.abs(feature) < 1e-12, 0, feature).astype(np.float32))[None]
+    layers = generate_layers(served, requests)
+    for (content, upload), layer, feature in zip(requests, layers, features, strict=True):
+        cleaned = torch.from_numpy(np.where(np.abs(feature) < 1e-12, 0, feature).astype(np.float32))[None]
         with torch.no_grad():
-            expected = served.generator.matrices(served.generator(given), asked.layout.kind)
-        arrived = decode_layer(layer, content, asked.layout, served.versions, served.key.public_key())
-        for matrix, wanted in zip(arrived, expected, strict=True):
-            np.testing.assert_allclose(matrix, wanted[0].numpy(), atol=1e-2 * max(1e-6, wanted.abs().max().item()))
-    nothing, zeros = (
-        generate_layer(served, *waiting[3]),
-        generate_layer(served, *upload(served, 0 * FEATURE, "float32")),
+            expected = served.generator.matrices(served.generator(cleaned), upload.layout.kind)
+        received = decode_layer(layer, content, upload.layout, served.versions, served.key.public_key())
+        for matrix, expected_matrix in zip(received, expected, strict=True):
+            np.testing.assert_allclose(
+                matrix, expected_matrix[0].numpy(), atol=1e-2 * max(1e-6, expected_matrix.abs().max().item())
+            )
+    from_tiny, from_zeros = (
+        generate_layer(served, *requests[3]),
+        generate_layer(served, *make_upload(served, 0 * FEATURE, "float32")),
     )
-    assert nothing[132:] == zeros[132:]  # numbers next to nothing are none
+    assert from_tiny[132:] == from_zeros[132:]  # tiny numbers count as zeros
 
 
-def test_a_layer_that_cannot_be_sent_is_the_fault_of_its_own_upload(served, monkeypatch):
-    waiting = [
-        upload(served, sign * FEATURE, kind) for sign, kind in ((1, "float32"), (-1, "float16"), (1, "low_rank"))
+def test_a_layer_that_cannot_be_encoded_fails_only_its_own_request(served, monkeypatch):
+    requests = [
+        make_upload(served, sign * FEATURE, kind) for sign, kind in ((1, "float32"), (-1, "float16"), (1, "low_rank"))
     ]
     encode = model.encode_layer
 
-    def once(matrices: Any, content: bytes, *rest: Any) -> bytes:
-        if content == waiting[1][0]:
+    def encode_or_fail(matrices: Any, content: bytes, *rest: Any) -> bytes:
+        if content == requests[1][0]:
             raise DataError("too large")
         return encode(matrices, content, *rest)
 
-    monkeypatch.setattr(model, "encode_layer", once)
-    layers = generate_layers(served, waiting)
+    monkeypatch.setattr(model, "encode_layer", encode_or_fail)
+    layers = generate_layers(served, requests)
     assert [isinstance(layer, bytes) for layer in layers] == [True, False, True]
     with pytest.raises(DataError, match="too large"):
-        generate_layer(served, *waiting[1])
+        generate_layer(served, *requests[1])
 
 
-def test_the_batcher_answers_what_waits_and_forgets_who_left(served):
+def test_the_batcher_batches_queued_requests_and_drops_cancelled_ones(served):
     async def run() -> None:
         batcher = Batcher(served)
-        asked = [upload(served, FEATURE * place / 40, "low_rank") for place in range(1, 41)]
-        leaving = asyncio.create_task(batcher.generate(*asked[0]))
-        tasks = [asyncio.create_task(batcher.generate(*one)) for one in asked]
+        requests = [make_upload(served, FEATURE * number / 40, "low_rank") for number in range(1, 41)]
+        cancelled = asyncio.create_task(batcher.generate(*requests[0]))
+        tasks = [asyncio.create_task(batcher.generate(*request)) for request in requests]
         await asyncio.sleep(0)
-        leaving.cancel()
-        made = await asyncio.gather(*tasks)
-        for (content, own), layer in zip(asked, made, strict=True):
-            decode_layer(layer.content, content, own.layout, served.versions, served.key.public_key())
+        cancelled.cancel()
+        layers = await asyncio.gather(*tasks)
+        for (content, upload), layer in zip(requests, layers, strict=True):
+            decode_layer(layer.content, content, upload.layout, served.versions, served.key.public_key())
             assert 0 < layer.generating < 60
             assert 0 <= layer.waiting < 60
-        assert sum(1 / layer.batch for layer in made) == pytest.approx(len({layer.batch for layer in made}), abs=1)
-        assert max(layer.batch for layer in made) == 31  # of 32 one has left; the other nine come after them
-        assert sorted({layer.batch for layer in made}) == [9, 31]
+        assert sum(1 / layer.batch for layer in layers) == pytest.approx(len({layer.batch for layer in layers}), abs=1)
+        assert max(layer.batch for layer in layers) == 31  # one of the first 32 was cancelled; the other nine follow
+        assert sorted({layer.batch for layer in layers}) == [9, 31]
         await batcher.stop()
 
     asyncio.run(run())
 
 
 class FakeBatcher:
-    """One that has made a layer already."""
+    """Batcher stub that returns a given layer or fails with a given exception."""
 
-    def __init__(self, served: ServedModel, made: GeneratedLayer | Exception) -> None:
-        self.served, self.made = served, made
+    def __init__(self, served: ServedModel, result: GeneratedLayer | Exception) -> None:
+        self.served, self.result = served, result
 
-    async def generate(self, content: bytes, asked: Any) -> GeneratedLayer:
-        if isinstance(self.made, Exception):
-            raise self.made
-        return self.made
+    async def generate(self, content: bytes, upload: Any) -> GeneratedLayer:
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
 
 
-def service(served: ServedModel | None, keys: str = "", made: GeneratedLayer | Exception | None = None) -> Service:
-    own = Service(Settings("", keys, 3, "", 0))
+def build_service(
+    served: ServedModel | None, keys: str = "", result: GeneratedLayer | Exception | None = None
+) -> Service:
+    service = Service(Settings("", keys, 3, "", 0))
     if served is not None:
-        own.batcher = FakeBatcher(served, made or GeneratedLayer(b"layer", 0.25, 0.125, 5))
-    return own
+        service.batcher = FakeBatcher(served, result or GeneratedLayer(b"layer", 0.25, 0.125, 5))
+    return service
 
 
 def test_a_layer_is_counted_logged_and_timed(served, caplog):
     async def run() -> None:
-        own = service(served)
-        content, asked = upload(served, FEATURE, "low_rank")
+        service = build_service(served)
+        content, upload = make_upload(served, FEATURE, "low_rank")
         start = perf_counter() - 2
-        scope = {"type": "http", UPLOAD_KEY: AdmittedUpload(content, asked, start)}
+        scope = {"type": "http", UPLOAD_KEY: AdmittedUpload(content, upload, start)}
         with caplog.at_level("INFO", "cdc_mmpg.cloud"):
-            reply = await own.answer_upload(Request(scope))
+            reply = await service.answer_upload(Request(scope))
         assert (reply.status_code, reply.body) == (200, b"layer")
         assert reply.headers["server-timing"] == "generate;dur=250.000, wait;dur=125.000"
         fields = caplog.records[-1].fields
         assert 2000 <= fields.pop("milliseconds") < 60_000
         assert fields == {"status": 200, "kind": "low_rank", "bytes": 5, "batch": 5}
         page = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-                for line in own.metrics.render().decode().splitlines() if not line.startswith("#")}  # fmt: skip
+                for line in service.metrics.render().decode().splitlines() if not line.startswith("#")}  # fmt: skip
         assert page['cdc_mmpg_replies_total{status="200"}'] == 1
         assert page['cdc_mmpg_layer_bytes_total{kind="low_rank"}'] == 5
         assert 2 <= page["cdc_mmpg_seconds_sum"] < 60
         assert page["cdc_mmpg_generating_seconds_sum"] == 0.25
         buckets = {name: value for name, value in page.items() if name.startswith("cdc_mmpg_batch_bucket")}
-        assert buckets == {f'cdc_mmpg_batch_bucket{{le="{most}"}}': float(at >= 3) for at, most in
+        assert buckets == {f'cdc_mmpg_batch_bucket{{le="{limit}"}}': float(index >= 3) for index, limit in
                            enumerate(("1.0", "2.0", "4.0", "8.0", "16.0", "32.0", "+Inf"))}  # fmt: skip
-        own.batcher.made = DataError("too large for float16")
-        reply = await own.answer_upload(Request(scope))
+        service.batcher.result = DataError("too large for float16")
+        reply = await service.answer_upload(Request(scope))
         assert (reply.status_code, json.loads(reply.body)["error"]) == (422, "finite")
-        assert "ask for float32" in json.loads(reply.body)["detail"]
+        assert "request a float32 layer" in json.loads(reply.body)["detail"]
 
     asyncio.run(run())
 
 
-def ask(own: Service, *headers: tuple[bytes, bytes], path: str = LAYER_PATH, method: str = "POST", body: bytes = b"",
-        ends: bool = True, fails: bool = False) -> tuple[int, str, dict[str, Any]]:  # fmt: skip
-    """A request through the gate: status, the reason or the text, and the scope as the endpoint saw it."""
+def send_through_gate(
+    service: Service,
+    *headers: tuple[bytes, bytes],
+    path: str = LAYER_PATH,
+    method: str = "POST",
+    body: bytes = b"",
+    ends: bool = True,
+    fails: bool = False,
+) -> tuple[int, str, dict[str, Any]]:
+    """Send a request through the gate; return status, reason or text, and the scope that the endpoint saw."""
     seen: list[dict[str, Any]] = []
     sent: list[dict[str, Any]] = []
 
     async def api(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        seen.append(scope | {"held": dict(own.door.places._held)})
-        assert own.door.places.free == (2 if UPLOAD_KEY in scope else 3)
+        seen.append(scope | {"held": dict(service.door.places._held)})
+        assert service.door.places.free == (2 if UPLOAD_KEY in scope else 3)
         if fails:
             raise RuntimeError("inside")
         await PlainTextResponse("inside")(scope, receive, send)
@@ -358,58 +369,61 @@ def ask(own: Service, *headers: tuple[bytes, bytes], path: str = LAYER_PATH, met
 
     async def run() -> None:
         scope = {"type": "http", "path": path, "method": method, "client": ("10.0.0.7", 1), "headers": list(headers)}
-        await Gate(own, api)(scope, receiver(body, ends=ends), send)  # type: ignore[arg-type]
+        await Gate(service, api)(scope, make_receive(body, ends=ends), send)  # type: ignore[arg-type]
 
     if fails:
         with pytest.raises(RuntimeError):
             asyncio.run(run())
     else:
         asyncio.run(run())
-    assert own.door.places.free == 3  # given back
+    assert service.door.places.free == 3  # the place was released
     if not sent:
         return 0, "", seen[0] if seen else {}
     text = sent[1]["body"].decode()
     return sent[0]["status"], text if text == "inside" else json.loads(text)["error"], seen[0] if seen else {}
 
 
-def test_only_uploads_take_a_place_and_only_good_ones_come_in(served, tmp_path):
-    own, (good, asked) = service(served), upload(served, FEATURE, "int8")
-    status, text, scope = ask(own, body=good)
+def test_only_uploads_take_a_place_and_only_valid_ones_pass_the_gate(served, tmp_path):
+    service, (content, upload) = build_service(served), make_upload(served, FEATURE, "int8")
+    status, text, scope = send_through_gate(service, body=content)
     assert (status, text) == (200, "inside")
-    assert scope[UPLOAD_KEY][0] == good
-    assert scope[UPLOAD_KEY][1].layout == asked.layout
+    assert scope[UPLOAD_KEY][0] == content
+    assert scope[UPLOAD_KEY][1].layout == upload.layout
     assert 0 <= perf_counter() - scope[UPLOAD_KEY][2] < 60
-    assert ask(own, body=good, fails=True)[0] == 0
-    status, text, scope = ask(own, body=good, path=f"HTTPS://some.host:99{LAYER_PATH}")
+    assert send_through_gate(service, body=content, fails=True)[0] == 0
+    status, text, scope = send_through_gate(service, body=content, path=f"HTTPS://some.host:99{LAYER_PATH}")
     assert (status, text, scope["path"]) == (200, "inside", LAYER_PATH)
     for other in ({"path": "/health", "method": "GET"}, {"method": "GET"}, {"path": f"{LAYER_PATH}/"}):
-        status, text, scope = ask(own, **other)
+        status, text, scope = send_through_gate(service, **other)
         assert (status, text) == (200, "inside")
         assert UPLOAD_KEY not in scope
-    assert ask(own, body=good[:-1])[:2] == (400, "length")
-    assert ask(own, body=good[:68] + b"\xff" * 768)[:2] == (422, "range")
-    assert ask(own, body=good[:8] + bytes(16) + good[24:])[:2] == (409, "encoder")
-    assert ask(own, body=good[:24] + bytes(16) + good[40:])[:2] == (409, "generator")
-    assert ask(own, body=b"GARB" + good[4:])[:2] == (400, "magic")
-    assert ask(own, (b"content-length", b"9"), body=good)[:2] == (400, "body")
-    assert ask(own, body=good, ends=False) == (0, "", {})
-    assert ask(service(None), body=good)[:2] == (503, "loading")
+    assert send_through_gate(service, body=content[:-1])[:2] == (400, "length")
+    assert send_through_gate(service, body=content[:68] + b"\xff" * 768)[:2] == (422, "range")
+    assert send_through_gate(service, body=content[:8] + bytes(16) + content[24:])[:2] == (409, "encoder")
+    assert send_through_gate(service, body=content[:24] + bytes(16) + content[40:])[:2] == (409, "generator")
+    assert send_through_gate(service, body=b"GARB" + content[4:])[:2] == (400, "magic")
+    assert send_through_gate(service, (b"content-length", b"9"), body=content)[:2] == (400, "body")
+    assert send_through_gate(service, body=content, ends=False) == (0, "", {})
+    assert send_through_gate(build_service(None), body=content)[:2] == (503, "loading")
     path = tmp_path / "keys"
     path.write_text("secret\n")
-    guarded = service(served, str(path))
-    assert ask(guarded, body=good)[:2] == (401, "key")
-    assert ask(guarded, (b"authorization", b"Bearer wrong"), body=good)[:2] == (401, "key")
-    assert ask(guarded, (b"x-other", b"1"), (b"authorization", b"Bearer secret"), body=good)[:2] == (200, "inside")
-    scope = ask(guarded, (b"authorization", b"Bearer secret"), body=good)[2]
-    assert scope["held"] == {"10.0.0.7": 1, digest("secret"): 1}  # under the client's address and its key
+    guarded = build_service(served, str(path))
+    assert send_through_gate(guarded, body=content)[:2] == (401, "key")
+    assert send_through_gate(guarded, (b"authorization", b"Bearer wrong"), body=content)[:2] == (401, "key")
+    assert send_through_gate(guarded, (b"x-other", b"1"), (b"authorization", b"Bearer secret"), body=content)[:2] == (
+        200,
+        "inside",
+    )
+    scope = send_through_gate(guarded, (b"authorization", b"Bearer secret"), body=content)[2]
+    assert scope["held"] == {"10.0.0.7": 1, hash_key("secret"): 1}  # under the client's address and its key
 
 
-def test_a_client_without_room_is_told_to_come_again(served):
-    own, (good, _) = service(served), upload(served, FEATURE, "int8")
+def test_a_client_beyond_its_share_is_refused_with_a_retry_time(served):
+    service, (content, _) = build_service(served), make_upload(served, FEATURE, "int8")
     for _ in range(2):
-        own.door.places.take("10.0.0.7")  # of three places; a third one would leave none for others
+        service.door.places.take("10.0.0.7")  # of three places; a third one would leave none for others
 
-    async def never(*_: Any) -> None:
+    async def fail_if_called(*_: Any) -> None:
         raise AssertionError
 
     sent = []
@@ -419,12 +433,12 @@ def test_a_client_without_room_is_told_to_come_again(served):
             sent.append(message)
 
         scope = {"type": "http", "path": LAYER_PATH, "method": "POST", "client": ("10.0.0.7", 1), "headers": []}
-        await Gate(own, never)(scope, receiver(good), send)  # type: ignore[arg-type]
+        await Gate(service, fail_if_called)(scope, make_receive(content), send)  # type: ignore[arg-type]
 
     asyncio.run(run())
     assert sent[0]["status"] == 503
     assert dict(sent[0]["headers"])[b"retry-after"] == str(limits.RETRY_SECONDS).encode()
-    assert own.door.places.free == 1
+    assert service.door.places.free == 1
 
 
 def test_importing_the_service_without_its_libraries_names_them(monkeypatch):
@@ -435,14 +449,14 @@ def test_importing_the_service_without_its_libraries_names_them(monkeypatch):
         runpy.run_module("cdc_mmpg.cloud", run_name="imported")
 
 
-def test_ready_alive_and_metrics(served):
+def test_readiness_health_and_metrics_are_reported(served):
     async def run() -> None:
-        for own, status in ((service(served), 200), (service(None), 503)):
-            ready = await own.report_ready(Request({"type": "http"}))
+        for service, status in ((build_service(served), 200), (build_service(None), 503)):
+            ready = await service.report_ready(Request({"type": "http"}))
             assert ready.status_code == status
-            alive = await own.report_health(Request({"type": "http"}))
-            assert json.loads(alive.body) == {"status": "alive"}
-            page = await own.report_metrics(Request({"type": "http"}))
+            health = await service.report_health(Request({"type": "http"}))
+            assert json.loads(health.body) == {"status": "alive"}
+            page = await service.report_metrics(Request({"type": "http"}))
             assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
         assert json.loads(ready.body)["error"] == "loading"
 

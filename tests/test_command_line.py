@@ -1,4 +1,4 @@
-"""The command line on small real files: every method, the table, prediction, two processes, and bad input."""
+"""The command line on small real files: every method, the table, prediction, W&B, and invalid input."""
 
 import csv
 import json
@@ -24,19 +24,19 @@ from cdc_mmpg.report.method_table import build_method_table
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
 from conftest import write_clip
-from processes import finish, result_of_testing_alone, start
+from processes import finish, run_separate_test, start
 
 METHODS = ("linear", "fine_tuning", "hyper", "hyper_fan_in", "cdc_mmpg", "cdc_mmpg_frozen")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder of runs, filled by the tests below in their order."""
+    """Return a folder of runs, which the tests below fill in their order."""
     return tmp_path_factory.mktemp("finished")
 
 
 @pytest.mark.parametrize("method", ["adr_pretraining", *METHODS])
-def test_a_run_leaves_its_results(method, fit, finished):
+def test_a_run_writes_its_results_and_is_not_repeated(method, fit, finished):
     command = fit(method, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", out=finished)
     assert main(command) == 0
     folder = finished / "msvd" / method / "seed0"
@@ -59,23 +59,23 @@ def test_a_run_leaves_its_results(method, fit, finished):
     assert "optimizer_states" not in best
     assert not (folder / "resume").exists()
     assert list(folder.glob("logs/version_0/metrics.csv"))
-    products = {"linear": set(), "hyper": set(), "hyper_fan_in": set(), "fine_tuning": {"encoder.safetensors"}}
-    assert {path.name for path in folder.glob("*.safetensors")} == products.get(method, {"adr.safetensors"})
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    began = time.process_time()
-    assert main(command) == 0  # nothing is done twice
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert time.process_time() - began < 5
+    expected_files = {"linear": set(), "hyper": set(), "hyper_fan_in": set(), "fine_tuning": {"encoder.safetensors"}}
+    assert {path.name for path in folder.glob("*.safetensors")} == expected_files.get(method, {"adr.safetensors"})
+    times_before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    cpu_seconds_before = time.process_time()
+    assert main(command) == 0
+    assert times_before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert time.process_time() - cpu_seconds_before < 5
 
 
-def test_the_logs_hold_the_metrics(finished):
+def test_the_logs_contain_the_metrics(finished):
     text = (finished / "msvd" / "fine_tuning" / "seed0" / "logs" / "version_0" / "metrics.csv").read_text()
     for name in ("train/loss", "val/accuracy", "val/loss", "test/accuracy", "lr-AdamW"):
         assert name in text.splitlines()[0]
 
 
 def test_the_best_epoch_is_the_one_that_was_tested(fit, tmp_path):
-    """The weights in best.ckpt, an earlier epoch's, give the accuracy that results.json reports."""
+    """The weights in best.ckpt, of an earlier epoch, give the loss that results.json reports."""
     command = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=1.0", out=tmp_path)
     assert main(command) == 0
     folder = tmp_path / "msvd" / "linear" / "seed0"
@@ -88,25 +88,25 @@ def test_the_best_epoch_is_the_one_that_was_tested(fit, tmp_path):
     assert best < 5, "choose a run whose best epoch is not its last"
     assert results["best_epoch"] == best
     assert results["metrics"]["val/accuracy"] == pytest.approx(max(scores))
-    assert result_of_testing_alone(folder, tmp_path)["loss"] == pytest.approx(results["metrics"]["test/loss"], abs=1e-4)
+    assert run_separate_test(folder, tmp_path)["loss"] == pytest.approx(results["metrics"]["test/loss"], abs=1e-4)
 
 
-def test_the_table_puts_the_methods_side_by_side(finished, capsys):
+def test_the_table_compares_the_methods(finished, capsys):
     assert tables.main([str(finished / "msvd")]) == 0
     printed = capsys.readouterr().out
     table = (finished / "msvd" / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     by_label = {row[0].strip("| "): row for row in rows[2:]}
-    assert [label for label in by_label if label in catalogue.NAMES.values()] == [
-        catalogue.NAMES[name] for name in METHODS
+    assert [label for label in by_label if label in catalogue.METHOD_LABELS.values()] == [
+        catalogue.METHOD_LABELS[name] for name in METHODS
     ]
     for method in METHODS:
-        row = by_label[catalogue.NAMES[method]]
+        row = by_label[catalogue.METHOD_LABELS[method]]
         results = json.loads((finished / "msvd" / method / "seed0" / "results.json").read_text())
         assert row[1].startswith(f"{100 * results['metrics']['test/accuracy']:.1f} [")
         assert row[rows[0].index("D-Param")] == f"{results['parameters']['device']:,}"
         assert f"{results['parameters']['cloud']:,}" in printed
-    assert "35.4" not in table  # the paper's, which is of all questions
+    assert "35.4" not in table  # the paper's accuracy, which is over all questions
     assert "Not the published files" in table
     assert "8 test questions" in table
     assert "random weights" in table
@@ -129,7 +129,7 @@ def test_the_table_gives_the_spread_over_seeds(finished, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["linear", "cdc_mmpg"])
-def test_prediction_of_any_clip(method, finished, tmp_path, capsys):
+def test_prediction_works_for_any_clip(method, finished, tmp_path, capsys):
     clip = write_clip(tmp_path / "own.mp4", codec="libx264")
     run = finished / "msvd" / method / "seed0"
     assert predict.main([f"--run={run}", f"--video={clip}", "--question=what is the man doing?"]) == 0
@@ -138,7 +138,7 @@ def test_prediction_of_any_clip(method, finished, tmp_path, capsys):
     assert sum(float(line.split("%")[0]) for line in lines) == pytest.approx(100, abs=0.3)
 
 
-def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
+def test_prediction_refuses_unusable_input(finished, tmp_path, capsys):
     run = finished / "msvd" / "linear" / "seed0"
     assert predict.main([f"--run={run}", "--video=absent.mp4", "--question=what?"]) == 3
     assert "absent.mp4: no such clip" in capsys.readouterr().err
@@ -158,8 +158,8 @@ def test_prediction_refuses_what_it_cannot_use(finished, tmp_path, capsys):
     assert "a folder, not a clip" in capsys.readouterr().err
 
 
-def test_prediction_is_what_the_test_split_saw(finished, msvd):
-    """The same clip and question through files and explicit layers, and through the loader and the contraction."""
+def test_prediction_matches_the_test_of_the_same_sample(finished, msvd):
+    """A clip's file with an explicit layer, and the loader with a contraction, give the same scores."""
     run = finished / "msvd" / "cdc_mmpg" / "seed0"
     from cdc_mmpg.training.experiment import Experiment
 
@@ -171,8 +171,8 @@ def test_prediction_is_what_the_test_split_saw(finished, msvd):
     with torch.no_grad():
         scores = model(model.encode(batch).frame_features).softmax(-1)[0]
     clip = msvd / "YouTubeClips" / "t_0_1.avi"
-    task, found = predict.predict(run, clip, data.example("test", 0).question)
-    answers = dict(found)
+    task, predictions = predict.predict(run, clip, data.example("test", 0).question)
+    answers = dict(predictions)
     assert task == "open_ended"
     for word, label in zip(data.answers(), range(4), strict=True):
         assert answers[word] == pytest.approx(scores[label].item(), abs=1e-5)
@@ -187,7 +187,7 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path):
     data.prepare_data()
     data.setup("fit")
     data.trainer = SimpleNamespace(world_size=5, global_rank=0)
-    with pytest.raises(ConfigError, match="4 samples cannot be shared out to 5 processes"):
+    with pytest.raises(ConfigError, match="4 samples cannot be divided among 5 processes"):
         data.val_dataloader()
 
 
@@ -199,12 +199,12 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path):
         ("--trainer.max_epoch=3", "the nearest that exists is trainer.max_epochs", 2),
         ("--model.init_args.encoder.depht=3", "the nearest that exists is model.init_args.encoder.depth", 2),
         ("--model.init_args.head.init_args.hiden=3", "that exists is model.init_args.head.init_args.hidden", 2),
-        ("--model.init_args.zzqqxx=1", "model.init_args.zzqqxx: there is no such key, and none that exists is like", 2),
+        ("--model.init_args.zzqqxx=1", "model.init_args.zzqqxx: there is no such key, and no similar one", 2),
         ("--only_present=true", "the nearest that exists is data.init_args.only_present", 2),
         ("--seed=3", "the nearest that exists is seed_everything", 2),
         ("--modl.init_args.learning_rate=1", "the nearest that exists is model.init_args.learning_rate", 2),
         ("--data.init_args.batch_size=many", "batch_size", 2),
-        ("--data.init_args.batch_size=0", "batch_size is 0: at least 1", 2),
+        ("--data.init_args.batch_size=0", "batch_size is 0: must be at least 1", 2),
         ("--data.init_args.image_size=100", "image_size 100 is not a multiple of 16", 2),
         ("--data.init_args.decoder=opencv", "decoder", 2),
         ("--model.init_args.learning_rate=nan", "learning_rate", 2),
@@ -212,18 +212,18 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path):
         ("--trainer.accelerator=gpu", "No supported gpu backend", 2),
         ("--data.init_args.num_classes=9", "num_classes=5", 3),
         ("--data.init_args.root=/nowhere", "/nowhere: no such folder", 3),
-        ("--data.init_args.vocab=/nowhere/vocab.txt", "VOCAB= names a file", 3),
-        ("--model.init_args.encoder.checkpoint=/nowhere/x.ckpt", "CHECKPOINT= names a file", 4),
+        ("--data.init_args.vocab=/nowhere/vocab.txt", "VOCAB= must name a file", 3),
+        ("--model.init_args.encoder.checkpoint=/nowhere/x.ckpt", "CHECKPOINT= must name a file", 4),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_with_the_remedy(argument, message, code, fit, tmp_path, capsys):
     if "gpu" in argument and torch.cuda.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("this machine has a GPU")
     assert main([*fit("linear"), argument]) == code
     captured = capsys.readouterr().err
     assert message in captured, captured
     assert "Traceback" not in captured
-    assert main(fit("linear")) == 0, "the folder must be free for the command put right"
+    assert main(fit("linear")) == 0, "the folder must be free for the corrected command"
 
 
 def test_a_bad_root_is_refused_before_anything_slow_is_imported(tmp_path):
@@ -236,11 +236,11 @@ def test_a_bad_root_is_refused_before_anything_slow_is_imported(tmp_path):
             f"'--data.init_args.root={tmp_path / name}']); "
             "assert 'torch' not in sys.modules; sys.exit(code)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 3, done.stderr
-        assert reason in done.stderr
-        assert "YouTubeClips" in done.stderr  # what to fetch, and where from
-        assert "https://" in done.stderr
+        completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert completed.returncode == 3, completed.stderr
+        assert reason in completed.stderr
+        assert "YouTubeClips" in completed.stderr  # what to fetch, and where from
+        assert "https://" in completed.stderr
 
 
 def test_a_checkpoint_of_another_shape_or_with_code_is_refused(fit, tmp_path, capsys):
@@ -262,58 +262,58 @@ def test_a_run_starts_from_a_checkpoint(fit, finished, tmp_path, caplog):
 
 def test_without_a_checkpoint_a_warning_says_what_that_means(fit, caplog):
     assert main(fit("linear")) == 0
-    assert "no CHECKPOINT: the encoder starts at random" in caplog.text
+    assert "no CHECKPOINT: the encoder starts from random weights" in caplog.text
 
 
-def test_phase_two_refuses_another_file_than_phase_ones(fit, tmp_path, capsys):
+def test_phase_two_refuses_an_absent_checkpoint_of_phase_one(fit, tmp_path, capsys):
     assert main([*fit("cdc_mmpg"), "--model.init_args.adr=absent.safetensors"]) == 4
     assert "absent.safetensors: no such checkpoint" in capsys.readouterr().err
 
 
-def offline(command: list[str]) -> int:
+def run_offline(command: list[str]) -> int:
     os.environ["WANDB_MODE"] = "offline"
     return main(command)
 
 
-def test_wandb_stays_below_each_run_of_a_command_and_logs_examples_and_results(fit, tmp_path, monkeypatch):
+def test_wandb_writes_examples_and_results_into_the_folder_of_each_run(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(Path(__file__).parents[1] / "experiments")
     command = [*fit("fine_tuning", out=tmp_path / "out"), "--", *fit("linear", out=tmp_path / "out")]
-    assert finish(start(tmp_path / "log", offline, command)) == 0, (tmp_path / "log").read_text()
+    assert finish(start(tmp_path / "log", run_offline, command)) == 0, (tmp_path / "log").read_text()
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "log", "experiments", "msvd", "msvd0"}
     for method, other in (("fine_tuning", "linear"), ("linear", "fine_tuning")):
         folder = tmp_path / "out" / "msvd" / method / "seed0"
         (run,) = folder.glob("wandb/offline-run-*")
         assert run.name.endswith((folder / "wandb" / "id").read_text())
-        written = (run / f"run-{run.name.rpartition('-')[2]}.wandb").read_bytes()
-        assert b"test/own/test" in written  # of the results, in the run's summary
-        # A run's name has its length before it; the command, which is recorded, too, names both runs by their paths.
-        name, other_name = (f"msvd/{own}/seed0".encode() for own in (method, other))
-        assert bytes([len(name)]) + name in written
-        assert bytes([len(other_name)]) + other_name not in written
+        content = (run / f"run-{run.name.rpartition('-')[2]}.wandb").read_bytes()
+        assert b"test/own/test" in content  # of the results, in the run's summary
+        # A run's name follows its length; the recorded command also contains both names, within longer paths.
+        name, other_name = (f"msvd/{run_method}/seed0".encode() for run_method in (method, other))
+        assert bytes([len(name)]) + name in content
+        assert bytes([len(other_name)]) + other_name not in content
         logged = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
         assert {tuple(table["columns"]) for table in logged} == {("frames", "clip", "question", "prediction", "answer")}
         assert any(row[1] == "t_0_1" for table in logged for row in table["data"])
 
 
 @pytest.mark.slow
-def test_a_silent_wandb_server_costs_seconds_and_nothing_else(fit, tmp_path):
-    """It accepts connections and never answers."""
+def test_a_silent_wandb_server_only_delays_a_run(fit, tmp_path):
+    """The server accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        process = start(tmp_path / "log", online, fit("linear", out=tmp_path / "out"), f"http://127.0.0.1:{port}")
+        process = start(tmp_path / "log", run_online, fit("linear", out=tmp_path / "out"), f"http://127.0.0.1:{port}")
         assert finish(process) == 0, (tmp_path / "log").read_text()
     assert "W&B cannot be used" in (tmp_path / "log").read_text()
     assert (tmp_path / "out" / "msvd" / "linear" / "seed0" / "results.json").exists()
 
 
-def online(command: list[str], server: str) -> int:
+def run_online(command: list[str], server: str) -> int:
     dashboard.PATIENCE_SECONDS = 3
     os.environ |= {"WANDB_MODE": "online", "WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40}
     return main(command)
 
 
-def test_examples_come_from_all_over_the_split(finished):
+def test_examples_cover_the_whole_split(finished):
     folder = finished / "msvd" / "cdc_mmpg" / "seed0"
     with (folder / "examples.test.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -323,7 +323,7 @@ def test_examples_come_from_all_over_the_split(finished):
 
 @pytest.mark.slow
 def test_the_real_clips_at_the_papers_size(real, tmp_path):
-    """One clip of each split of MSVD-QA, 1,001 classes, and the counts and bytes of the full-sized model."""
+    """One clip of each split of MSVD-QA gives the counts and bytes of the full-sized model with 1,001 classes."""
     root = tmp_path / "one_of_each"
     (root / "YouTubeClips").mkdir(parents=True)
     for path in (real / "msvd").iterdir():
@@ -332,12 +332,12 @@ def test_the_real_clips_at_the_papers_size(real, tmp_path):
     from data_modules.msvd_qa import MSVDQA
 
     data = MSVDQA(str(root), str(tmp_path), 1001)
-    here, asked = {path.stem: path for path in (real / "msvd" / "YouTubeClips").iterdir()}, {}
+    available, question_counts = {path.stem: path for path in (real / "msvd" / "YouTubeClips").iterdir()}, {}
     for split in ("train", "val", "test"):
-        clips = [sample.clip for sample in data.read_split(split) if sample.clip in here]
+        clips = [sample.clip for sample in data.read_split(split) if sample.clip in available]
         fewest = min(set(clips), key=lambda clip: (clips.count(clip), clip))
-        asked[split] = clips.count(fewest)
-        (root / "YouTubeClips" / here[fewest].name).symlink_to(here[fewest])
+        question_counts[split] = clips.count(fewest)
+        (root / "YouTubeClips" / available[fewest].name).symlink_to(available[fewest])
     run, vocab = tmp_path / "msvd" / "hyper" / "seed0", real.parent / "vocab" / "vocab.txt"
     command = ["fit", "--config=experiments/methods/hyper.yaml", "--config=experiments/datasets/msvd.yaml",
                f"--trainer.default_root_dir={run}", f"--data.init_args.root={root}",
@@ -346,35 +346,35 @@ def test_the_real_clips_at_the_papers_size(real, tmp_path):
                "--data.init_args.only_present=true", "--data.init_args.batch_size=32"]  # fmt: skip
     assert main(command) == 0
     results = json.loads((run / "results.json").read_text())
-    assert results["questions"] == asked
+    assert results["questions"] == question_counts
     assert results["classes"] == 1001
     assert results["parameters"]["device"] == 11_546_921
     assert results["parameters"]["cloud"] == 18_739_721
     assert results["bytes"]["down"] == 388_388
 
 
-def test_wandb_disabled_leaves_nothing(fit, tmp_path):
+def test_disabled_wandb_writes_no_files(fit, tmp_path):
     assert main(fit("linear")) == 0
     assert not list(tmp_path.rglob("wandb"))
 
 
-def test_several_commands_in_one_process_are_as_many_runs(fit, tmp_path):
-    once = [fit(method, out=tmp_path / "once") for method in ("linear", "hyper")]
-    both = [fit(method, out=tmp_path / "both") for method in ("linear", "hyper")]
-    for command in once:
+def test_several_commands_in_one_process_give_the_results_of_separate_ones(fit, tmp_path):
+    separate_commands = [fit(method, out=tmp_path / "once") for method in ("linear", "hyper")]
+    pair = [fit(method, out=tmp_path / "both") for method in ("linear", "hyper")]
+    for command in separate_commands:
         assert finish(start(tmp_path / "log", main, command)) == 0, (tmp_path / "log").read_text()
-    assert finish(start(tmp_path / "log", main, [*both[0], "--", *both[1], "--"])) == 0, (tmp_path / "log").read_text()
+    assert finish(start(tmp_path / "log", main, [*pair[0], "--", *pair[1], "--"])) == 0, (tmp_path / "log").read_text()
     for method in ("linear", "hyper"):
-        alone, together = (
+        separate, joint = (
             json.loads((tmp_path / out / "msvd" / method / "seed0" / "results.json").read_text())
             for out in ("once", "both")
         )
-        assert together["accuracy"] == alone["accuracy"]
-        assert together["metrics"] == alone["metrics"]
-        assert together["method"] == method
+        assert joint["accuracy"] == separate["accuracy"]
+        assert joint["metrics"] == separate["metrics"]
+        assert joint["method"] == method
 
 
-def test_the_first_command_that_fails_is_the_last(fit, tmp_path):
-    wrong, right = fit("linear", "--trainer.max_epochs=0", out=tmp_path), fit("hyper", out=tmp_path)
-    assert finish(start(tmp_path / "log", main, [*wrong, "--", *right])) == 2
+def test_a_failing_command_stops_the_following_ones(fit, tmp_path):
+    invalid, valid = fit("linear", "--trainer.max_epochs=0", out=tmp_path), fit("hyper", out=tmp_path)
+    assert finish(start(tmp_path / "log", main, [*invalid, "--", *valid])) == 2
     assert not (tmp_path / "msvd" / "hyper").exists()

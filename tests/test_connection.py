@@ -1,4 +1,4 @@
-"""The cloud, the network and the environment at their worst: the device answers, says why, and tells no secret."""
+"""The device with a broken cloud, network or environment: it answers, reports the reason, and leaks no secret."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_proxies_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper() in PROXIES or name.startswith("SSL_CERT"):
             monkeypatch.delenv(name)
@@ -38,7 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def serve(talk: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A server that says what `talk` says to everyone, until the block ends; its port."""
+    """Yield the port of a server that handles every connection with `talk` until the block ends."""
     stop = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -46,9 +46,9 @@ def serve(talk: Callable[[socket.socket], None]) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 while not stop.is_set():
                     connection, _ = server.accept()
-                    threading.Thread(target=answer, args=(connection,), daemon=True).start()
+                    threading.Thread(target=handle, args=(connection,), daemon=True).start()
 
-        def answer(connection: socket.socket) -> None:
+        def handle(connection: socket.socket) -> None:
             with contextlib.suppress(OSError), connection:
                 talk(connection)
 
@@ -61,11 +61,11 @@ def serve(talk: Callable[[socket.socket], None]) -> Iterator[int]:
 @pytest.mark.parametrize(
     "key", ["", "secret\r\n", "sec ret", "\tsecret", "s\u00e9cret", "secret\0", "secret\x7f", " ", 7, b"secret"]
 )
-def test_a_key_that_no_header_holds_is_refused_at_once_and_not_repeated(deployed, key):
-    with pytest.raises(ConfigError, match="the key") as caught:
+def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(deployed, key):
+    with pytest.raises(ConfigError, match="the key") as error:
         open_device(deployed, "http://127.0.0.1:1", key=key)
-    assert "secret" not in repr(caught.value)
-    assert "ret" not in str(caught.value)
+    assert "secret" not in repr(error.value)
+    assert "ret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -76,44 +76,44 @@ def test_a_key_that_no_header_holds_is_refused_at_once_and_not_repeated(deployed
      "http://host/#secret", "http://" + "a" * 64, "http://a..b", "http://ho\u202est", "http://h\r\nX: y", "http://%00",
      "http://[::1", "http://[nothing:]", "http://user:secret@host:port", "unix:///socket", 5, b"http://host"],
 )  # fmt: skip
-def test_an_address_that_is_none_is_refused_at_once_and_no_password_repeated(deployed, url):
-    with pytest.raises(ConfigError, match="CLOUD=") as caught:
+def test_an_invalid_address_is_refused_without_repeating_its_password(deployed, url):
+    with pytest.raises(ConfigError, match="CLOUD=") as error:
         open_device(deployed, url)
-    assert "secret" not in str(caught.value)
-    assert str(caught.value).isprintable()
+    assert "secret" not in str(error.value)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(
     "url", ["http://host", "HTTP://HOST/", "https://host:8443/a/b/", "http://[::1]:80", "http://b\u00fccher.de"]
 )
-def test_an_address_of_a_cloud_is_one(url):
+def test_a_valid_address_is_accepted(url):
     assert check_url(url).host
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "2", None, 1e9])
-def test_a_deadline_that_is_none_is_refused(deployed, deadline):
+def test_an_invalid_deadline_is_refused(deployed, deadline):
     with pytest.raises(ConfigError, match="deadline"):
         open_device(deployed, None, deadline=deadline)
 
 
-def test_a_number_of_threads_that_is_none_is_refused(deployed):
+def test_an_invalid_number_of_threads_is_refused(deployed):
     for threads in (-1, 1.5, "2"):
         with pytest.raises(ConfigError, match="threads"):
             Device(deployed / "session" / "device", threads=threads)
 
 
 @pytest.mark.parametrize(
-    ("host", "is_one"),
+    ("host", "expected"),
     [("localhost", True), ("LOCALHOST.", True), ("a.localhost", True), ("127.0.0.1", True), ("127.200.3.4", True),
      ("127.1", True), ("2130706433", True), ("0.0.0.0", True), ("::1", True), ("::", True), ("::ffff:127.0.0.1", True),
      ("128.0.0.1", False), ("localhost.example", False), ("10.0.0.1", False), ("::2", False), ("notlocalhost", False)],
 )  # fmt: skip
-def test_loopback_is_known_however_it_is_written(host, is_one):
-    assert is_loopback(host) is is_one
+def test_loopback_is_recognized_in_every_spelling(host, expected):
+    assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize(
-    ("environment", "url", "proxy"),
+    ("environment", "url", "expected_host"),
     [
         ({"HTTP_PROXY": "http://p:1"}, "http://cloud", "p"),
         ({"http_proxy": "p:1"}, "http://cloud", "p"),
@@ -132,20 +132,22 @@ def test_loopback_is_known_however_it_is_written(host, is_one):
         ({"ALL_PROXY": ""}, "http://cloud", None),
     ],
 )
-def test_the_proxy_is_the_environments_and_never_for_this_machine(monkeypatch, environment, url, proxy):
+def test_the_proxy_comes_from_the_environment_and_is_never_used_for_this_machine(
+    monkeypatch, environment, url, expected_host
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = find_proxy(httpx2.URL(url))
-    assert (found.host if found else None) == proxy
+    proxy_url = find_proxy(httpx2.URL(url))
+    assert (proxy_url.host if proxy_url else None) == expected_host
 
 
-def test_requests_to_this_machine_go_past_the_proxy(deployed, fake, clip, monkeypatch):
-    asked = []
-    with serve(lambda connection: asked.append(connection.recv(100))) as port:
+def test_requests_to_this_machine_bypass_the_proxy(deployed, fake, clip, monkeypatch):
+    proxy_requests = []
+    with serve(lambda connection: proxy_requests.append(connection.recv(100))) as port:
         for name in ("HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
         assert open_device(deployed, fake.url, key="secret", deadline=20.0).answer(clip, QUESTION).origin == "adapted"
-    assert asked == []
+    assert proxy_requests == []
 
 
 def test_a_proxy_that_refuses_is_named_without_its_password(deployed, clip, monkeypatch):
@@ -174,7 +176,7 @@ def test_a_proxy_that_works_is_named_in_the_log(deployed, fake, clip, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "reason"),
     [
         ({"ALL_PROXY": "socks5://user:secret@127.0.0.1:1"}, "socks5://127.0.0.1:1"),
         ({"HTTPS_PROXY": "gopher://user:secret@host"}, "gopher://host"),
@@ -184,67 +186,75 @@ def test_a_proxy_that_works_is_named_in_the_log(deployed, fake, clip, monkeypatc
         ({"SSL_CERT_FILE": __file__}, "SSL_CERT_FILE"),
     ],
 )
-def test_no_environment_keeps_the_device_from_answering(deployed, clip, monkeypatch, environment, said):
+def test_the_device_answers_despite_a_broken_environment(deployed, clip, monkeypatch, environment, reason):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     device = open_device(deployed, "https://cloud.invalid", deadline=1.0)
     answer = device.answer(clip, QUESTION)
     assert answer.origin == "shared"
-    assert said in answer.trouble
+    assert reason in answer.trouble
     assert "secret" not in answer.trouble
     device.close()
 
 
-def test_a_broken_certificate_file_is_nothing_to_a_cloud_without_tls(deployed, fake, clip, monkeypatch):
+def test_a_missing_certificate_file_does_not_matter_without_tls(deployed, fake, clip, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
     assert open_device(deployed, fake.url, deadline=20.0).answer(clip, QUESTION).origin == "adapted"
 
 
-def drip(connection: socket.socket, content: Iterator[bytes]) -> None:
-    for piece in content:
+def drip(connection: socket.socket, pieces: Iterator[bytes]) -> None:
+    """Send the pieces of a content slowly."""
+    for piece in pieces:
         connection.sendall(piece)
         time.sleep(0.01)
 
 
-ENDLESS: dict[str, Callable[[socket.socket], None]] = {
-    "bytes of a header": lambda to: drip(to, itertools.chain([b"HTTP/1.1 200 OK\r\nX: "], itertools.repeat(b"y"))),
-    "headers": lambda to: drip(to, itertools.chain([b"HTTP/1.1 200 OK\r\n"], itertools.repeat(b"X: y\r\n"))),
-    "informational replies": lambda to: drip(to, itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)),
-    "bytes of a body": lambda to: drip(
-        to, itertools.chain([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], itertools.repeat(b"1\r\nx\r\n"))
+ENDLESS_REPLIES: dict[str, Callable[[socket.socket], None]] = {
+    "bytes of a header": lambda connection: drip(
+        connection, itertools.chain([b"HTTP/1.1 200 OK\r\nX: "], itertools.repeat(b"y"))
     ),
-    "bytes of an error": lambda to: drip(
-        to, itertools.chain([b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n"], itertools.repeat(b"x"))
+    "headers": lambda connection: drip(
+        connection, itertools.chain([b"HTTP/1.1 200 OK\r\n"], itertools.repeat(b"X: y\r\n"))
     ),
-    "chunk lengths": lambda to: drip(
-        to, itertools.chain([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], itertools.repeat(b"0"))
+    "informational replies": lambda connection: drip(
+        connection, itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+    ),
+    "bytes of a body": lambda connection: drip(
+        connection,
+        itertools.chain([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], itertools.repeat(b"1\r\nx\r\n")),
+    ),
+    "bytes of an error": lambda connection: drip(
+        connection, itertools.chain([b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n"], itertools.repeat(b"x"))
+    ),
+    "chunk lengths": lambda connection: drip(
+        connection, itertools.chain([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], itertools.repeat(b"0"))
     ),
 }
 
 
 @pytest.mark.parametrize("kind", ["session", "sample"])
-@pytest.mark.parametrize("what", ENDLESS)
-def test_a_cloud_that_never_ends_holds_neither_the_answer_nor_the_thread(deployed, clip, monkeypatch, what, kind):
+@pytest.mark.parametrize("reply", ENDLESS_REPLIES)
+def test_an_endless_reply_blocks_neither_the_answer_nor_the_thread(deployed, clip, monkeypatch, reply, kind):
     monkeypatch.setattr(client, "MAX_LAYER_SECONDS", 0.3)
-    before = set(threading.enumerate())
-    with serve(ENDLESS[what]) as port:
+    threads_before = set(threading.enumerate())
+    with serve(ENDLESS_REPLIES[reply]) as port:
         answer = open_device(deployed, f"http://127.0.0.1:{port}", kind, deadline=0.2).answer(clip, QUESTION)
         assert answer.origin == "shared"
         assert answer.trouble
-        asking = [thread for thread in set(threading.enumerate()) - before if "ask" in thread.name]
-        for thread in asking:
+        request_threads = [thread for thread in set(threading.enumerate()) - threads_before if "ask" in thread.name]
+        for thread in request_threads:
             thread.join(5)
             assert not thread.is_alive()
 
 
-def test_a_handshake_that_never_ends_holds_no_thread(deployed, clip, monkeypatch):
+def test_an_endless_handshake_blocks_no_thread(deployed, clip, monkeypatch):
     monkeypatch.setattr(client, "MAX_LAYER_SECONDS", 0.3)
-    talk = itertools.chain([b"\x16\x03\x03\x40\x00"], itertools.repeat(b"\0"))
-    with serve(lambda connection: drip(connection, talk)) as port:
+    handshake = itertools.chain([b"\x16\x03\x03\x40\x00"], itertools.repeat(b"\0"))
+    with serve(lambda connection: drip(connection, handshake)) as port:
         device = open_device(deployed, f"https://127.0.0.1:{port}", deadline=0.2)
         assert device.answer(clip, QUESTION).origin == "shared"
-        device._asking.join(5)
-        assert not device._asking.is_alive()
+        device._request_thread.join(5)
+        assert not device._request_thread.is_alive()
 
 
 def test_refusal_texts_are_shown_without_control_characters_or_keys(deployed, fake, clip):
@@ -255,7 +265,7 @@ def test_refusal_texts_are_shown_without_control_characters_or_keys(deployed, fa
     assert "s3cr3t" not in answer.trouble
 
 
-def test_a_cloud_that_sends_elsewhere_is_not_followed(deployed, fake, clip):
+def test_a_redirect_is_not_followed(deployed, fake, clip):
     fake.change = lambda layer: (307, {"Location": "http://evil.example/v1/layer"}, b"")
     answer = open_device(deployed, fake.url, key="secret", deadline=20.0).answer(clip, QUESTION)
     assert len(fake.uploads) == 1
@@ -273,14 +283,14 @@ def test_a_cloud_that_sends_elsewhere_is_not_followed(deployed, fake, clip):
         ({"Transfer-Encoding": "gzip"}, b"x"),
     ],
 )
-def test_a_reply_that_is_odd_is_no_layer(deployed, fake, clip, headers, body):
+def test_a_malformed_reply_is_not_used(deployed, fake, clip, headers, body):
     fake.change = lambda layer: (200, headers, body)
     answer = open_device(deployed, fake.url, deadline=0.5).answer(clip, QUESTION)
     assert answer.origin == "shared"
     assert answer.trouble
 
 
-def test_a_machine_without_threads_answers(deployed, fake, clip, monkeypatch):
+def test_the_device_answers_when_no_thread_can_be_started(deployed, fake, clip, monkeypatch):
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

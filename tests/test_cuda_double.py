@@ -1,6 +1,6 @@
-"""On a double for CUDA: every method and task computes there what it computes on the CPU, and how often the host waits.
+"""Every method and task on a double for CUDA: the results of the CPU, and the expected synchronizations.
 
-The double itself is held to what it says, here and, where there is a GPU, by that GPU.
+The double itself is compared with what it documents and, on a machine with a GPU, with that GPU.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from cuda_double import CudaDouble, CudaTensor, DeviceError, Sync
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
-from test_session import captions, encoder, sessions
+from test_session import build_encoder, build_sessions, draw_captions
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -34,23 +34,23 @@ from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.training.experiment import Experiment
 from tolerances import assert_agree
 
-ON_FRAMES = ("fine_tuning", "cdc_mmpg")
+FRAME_METHODS = ("fine_tuning", "cdc_mmpg")
 HEADS = {"open_ended": lambda: OpenEnded(200, 16), "choice": MultipleChoice, "retrieval": lambda: Retrieval(16)}
-NAMES = (
-    *ON_FRAMES, "linear", "hyper", "cdc_mmpg_frozen", "adr_pretraining", "session_low_rank", "session_full",
+METHOD_NAMES = (
+    *FRAME_METHODS, "linear", "hyper", "cdc_mmpg_frozen", "adr_pretraining", "session_low_rank", "session_full",
     "session_basis", "session_oracle", "session_concatenated",
 )  # fmt: skip
-PAIRS = [(name, task) for name in NAMES for task in HEADS]
+PAIRS = [(name, task) for name in METHOD_NAMES for task in HEADS]
 PAIRS += [("session_plain", "open_ended"), ("encoder_pretraining", "captions"), ("encoder_pretraining", "questions")]
 
-# How often the host waits for the device in a training step, by the function that makes it wait; never in all others.
-WAITS = {
+# How often the host waits for the device in a training step, by the function that waits; all others never do.
+EXPECTED_WAITS = {
     ("encoder_pretraining", "captions"): {"EncoderPretraining.captions_loss": 1},
 }
 
 
 class Data(test_precision.Data):
-    """Three training batches and one of evaluation, pinned on their way."""
+    """Three equal training batches and one for evaluation, from loaders that pin them."""
 
     def __init__(self, training, evaluation):
         super().__init__(evaluation)
@@ -65,20 +65,20 @@ class Data(test_precision.Data):
     test_dataloader = val_dataloader
 
 
-class Notes(Callback):
-    """How many waits there were after each training step."""
+class SyncRecorder(Callback):
+    """Callback that records the number of synchronizations so far after each training step."""
 
     def __init__(self, card):
-        self.card, self.after = card, []
+        self.card, self.counts = card, []
 
     def on_train_batch_end(self, *_):
-        self.after.append(len(self.card.syncs))
+        self.counts.append(len(self.card.syncs))
 
 
 @cache
-def frames(task: str, training: bool) -> VideoTextBatch:
-    """Three samples: one text is shorter than the others, an answer is unknown, a caption absent; one each to train."""
-    pictures, ids, mask, labels, indices = (part[:3].clone() for part in test_precision.samples(task))
+def make_frames(task: str, training: bool) -> VideoTextBatch:
+    """Return three samples: one text is shorter, one answer unknown, one caption absent; to train, one caption each."""
+    pictures, ids, mask, labels, indices = (part[:3].clone() for part in test_precision.draw_samples(task))
     ids[0, ..., 4:] = mask[0, ..., 4:] = 0
     if task == "retrieval":
         ids[1, 1] = mask[1, 1] = 0
@@ -91,50 +91,52 @@ def frames(task: str, training: bool) -> VideoTextBatch:
 
 
 @cache
-def features(task: str, training: bool) -> FeatureBatch:
-    """What the encoder makes of them."""
+def make_features(task: str, training: bool) -> FeatureBatch:
+    """Return the same samples encoded."""
     with torch.no_grad():
-        return HEADS[task]().encode(encoder().eval(), frames(task, training))
+        return HEADS[task]().encode(build_encoder().eval(), make_frames(task, training))
 
 
-def batch(name: str, task: str, training: bool) -> object:
-    """What the method reads; of sessions, one without anchors."""
+def make_batch(name: str, task: str, training: bool) -> object:
+    """Return the batch that a method reads; one sample of a session batch has no anchors."""
     if name == "encoder_pretraining":
-        return captions()
+        return draw_captions()
     if not name.startswith("session"):
-        return (frames if name in ON_FRAMES else features)(task, training)
-    _, uploads, anchors, casts, _ = (part if isinstance(part, FeatureBatch) else part[[0, 1, 0]] for part in sessions())
-    return SessionBatch(features(task, training), uploads, anchors * torch.tensor([[0], [1], [1]]), casts)
+        return (make_frames if name in FRAME_METHODS else make_features)(task, training)
+    _, uploads, anchors, casts, _ = (
+        part if isinstance(part, FeatureBatch) else part[[0, 1, 0]] for part in build_sessions()
+    )
+    return SessionBatch(make_features(task, training), uploads, anchors * torch.tensor([[0], [1], [1]]), casts)
 
 
-def build(name: str, task: str, reasoner: str) -> Method:
+def build_method(name: str, task: str, reasoner: str) -> Method:
     torch.manual_seed(0)
     if name == "encoder_pretraining":
-        return EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=task == "captions", question_share=1)
+        return EncoderPretraining(build_encoder(), OpenEnded(5), caption_epochs=task == "captions", question_share=1)
     if name == "adr_pretraining":
-        return ADRPretraining(encoder(), HEADS[task](), "small", axis="batch")
+        return ADRPretraining(build_encoder(), HEADS[task](), "small", axis="batch")
     if name == "session_plain":
-        return CDCMMPGSession(encoder(), HEADS[task](), axes=None)
+        return CDCMMPGSession(build_encoder(), HEADS[task](), axes=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_precision, "HEADS", HEADS)
-        if name not in ON_FRAMES:
-            patch.setattr(test_precision, "encoder", encoder)  # a smaller one
-        return test_precision.build(name, task, reasoner)
+        if name not in FRAME_METHODS:
+            patch.setattr(test_precision, "encoder", build_encoder)  # a smaller encoder
+        return test_precision.build_method(name, task, reasoner)
 
 
 def train_and_test(name: str, task: str, method: Method, precision: str = "32-true", card: CudaDouble | None = None):
-    """What was logged and the weights after an epoch with validation and a test, and the waits of its second step."""
-    notes = Notes(card or CudaDouble())
+    """Train, validate and test for one epoch; return logged values, weights, and the second step's synchronizations."""
+    recorder = SyncRecorder(card or CudaDouble())
     trainer = Trainer(
         precision=precision, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[notes],
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[recorder],
         **(card.trainer() if card else {"accelerator": "cpu"}),
     )  # fmt: skip
-    data = Data(*(batch(name, task, training) for training in (True, False)))
+    data = Data(*(make_batch(name, task, training) for training in (True, False)))
     trainer.fit(method, data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     logged |= trainer.test(method, data, verbose=False)[0]
-    return logged, method.state_dict(), notes.card.syncs[slice(*notes.after[:2])]
+    return logged, method.state_dict(), recorder.card.syncs[slice(*recorder.counts[:2])]
 
 
 def check_waits(waits: list[Sync], expected: dict[str, int]) -> None:
@@ -151,35 +153,36 @@ def reasoner(tmp_path_factory) -> str:
 
 
 @cache
-def on_the_cpu(name: str, task: str, reasoner: str):
-    method = build(name, task, reasoner)
+def run_on_cpu(name: str, task: str, reasoner: str):
+    method = build_method(name, task, reasoner)
     return *train_and_test(name, task, method)[:2], getattr(method, "outcomes", {})
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("name", "task"), PAIRS)
-def test_every_method_computes_on_the_device_what_it_computes_on_the_cpu(name, task, precision, reasoner):
-    logged, weights, outcomes = on_the_cpu(name, task, reasoner)
-    method = build(name, task, reasoner)
+def test_every_method_gives_the_results_of_the_cpu_on_the_device(name, task, precision, reasoner):
+    logged, weights, outcomes = run_on_cpu(name, task, reasoner)
+    method = build_method(name, task, reasoner)
     with CudaDouble() as card:
-        own, own_weights, waits = train_and_test(name, task, method, precision, card)
-    check_waits(waits, WAITS.get((name, task), {}))
+        device_logged, device_weights, waits = train_and_test(name, task, method, precision, card)
+    check_waits(waits, EXPECTED_WAITS.get((name, task), {}))
     assert {type(parameter) for parameter in method.parameters()} == {nn.Parameter}
-    if precision == "32-true" or name not in (*ON_FRAMES, "encoder_pretraining"):  # behind the encoder all is float32
-        assert own == logged
-        assert all(torch.equal(value, weights[key]) for key, value in own_weights.items())
+    # Everything behind the encoder is computed in float32.
+    if precision == "32-true" or name not in (*FRAME_METHODS, "encoder_pretraining"):
+        assert device_logged == logged
+        assert all(torch.equal(value, weights[key]) for key, value in device_weights.items())
         for case, (where, rows) in outcomes.get("test", {}).items():
             assert np.array_equal(where, method.outcomes["test"][case][0])
             assert np.array_equal(rows, method.outcomes["test"][case][1]), case
     else:
         for key in (key for key in logged if key.endswith("loss")):
-            assert_agree(own[key], logged[key], torch.bfloat16)
-        for key, value in own_weights.items():
+            assert_agree(device_logged[key], logged[key], torch.bfloat16)
+        for key, value in device_weights.items():
             assert_agree(value, weights[key], torch.bfloat16)
 
 
-def values() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers that want a gradient, a mask of half of them, and numbers of rows; on the GPU that there is."""
+def make_values() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return numbers that need a gradient, a mask of half of them, and row numbers, on the device."""
     x = torch.arange(6.0, device="cuda").view(2, 3)
     return x.requires_grad_(), (x > 2).detach(), torch.ones(2, dtype=torch.long, device="cuda")
 
@@ -189,7 +192,7 @@ def assign(x, index, value):
     x[index] = value
 
 
-# How often the host waits, by `set_sync_debug_mode`.
+# How often the host waits, as `set_sync_debug_mode` reports it.
 OPERATIONS = {
     "item": (1, lambda x, mask, rows: x.sum().item()),
     "tolist": (1, lambda x, mask, rows: x.tolist()),
@@ -235,9 +238,9 @@ OPERATIONS = {
     "sizes": (0, lambda x, mask, rows: [len(x), x.shape[0], x.dim(), x.numel(), x.device, x.dtype]),
     "losses": (0, lambda x, mask, rows: F.cross_entropy(x, rows).backward()),
 }  # fmt: skip
-# In what CUDA computes under autocast to bfloat16, given float32 or bfloat16.
+# The type in which CUDA computes under autocast to bfloat16, for operands in float32 or bfloat16.
 LOW = torch.bfloat16
-CASTS = {
+AUTOCAST_TYPES = {
     "linear": (LOW, lambda x, low: F.linear(x, x)),
     "matmul": (LOW, lambda x, low: x @ x.T),
     "einsum": (LOW, lambda x, low: torch.einsum("ij,kj->ik", x, x)),
@@ -270,48 +273,48 @@ HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_host_synchronisations_are_counted_by_line(name):
+def test_synchronizations_are_recorded_with_their_line(name):
     times, operation = OPERATIONS[name]
     with CudaDouble() as card:
-        given = values()
-        before = len(card.syncs)
-        operation(*given)
-    assert len(card.syncs) - before == times
-    here = operation.__code__.co_firstlineno, assign.__code__.co_firstlineno + 2
-    for sync in card.syncs[before:]:
-        assert any(f"tests/test_cuda_double.py:{line}: " in sync.line for line in here)
+        operands = make_values()
+        count_before = len(card.syncs)
+        operation(*operands)
+    assert len(card.syncs) - count_before == times
+    lines = operation.__code__.co_firstlineno, assign.__code__.co_firstlineno + 2
+    for sync in card.syncs[count_before:]:
+        assert any(f"tests/test_cuda_double.py:{line}: " in sync.line for line in lines)
         assert sync.where == "test_cuda_double: " + ("assign" if "assign" in sync.where else "<lambda>")
 
 
 @pytest.mark.gpu
 @HAS_GPU
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_gpu_makes_the_host_wait_as_often(name):
+def test_a_gpu_synchronizes_as_often_as_the_double(name):
     times, operation = OPERATIONS[name]
-    operation(*values())  # what is set up once
-    given = values()
+    operation(*make_values())  # warm-up
+    operands = make_values()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            operation(*given)
+            operation(*operands)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing CUDA operation" in str(warning.message) for warning in caught) == times
 
 
 @pytest.mark.parametrize("place", ["double", pytest.param("gpu", marks=[pytest.mark.gpu, HAS_GPU])])
-def test_autocast_computes_in_what_cuda_computes_in(place):
+def test_autocast_computes_in_the_types_of_cuda(place):
     with CudaDouble() if place == "double" else nullcontext():
         x = torch.rand(8, 8, device="cuda") + 1
         with torch.autocast("cuda", LOW):
-            found = {name: operation(x, x.to(LOW)).dtype for name, (_, operation) in CASTS.items()}
+            types = {name: operation(x, x.to(LOW)).dtype for name, (_, operation) in AUTOCAST_TYPES.items()}
         assert F.linear(x, x).dtype == torch.float32
-    assert found == {name: dtype for name, (dtype, _) in CASTS.items()}
+    assert types == {name: dtype for name, (dtype, _) in AUTOCAST_TYPES.items()}
 
 
-def test_autocast_of_the_cpu_is_none_of_the_devices():
+def test_autocast_of_the_cpu_does_not_affect_the_device():
     with CudaDouble():
         x = torch.rand(8, 8, device="cuda")
         with torch.autocast("cpu", LOW):
@@ -326,22 +329,22 @@ def test_autocast_of_the_cpu_is_none_of_the_devices():
                 F.hardtanh(x)
 
 
-HOST = torch.ones(2, 3)
-REFUSED = {
-    "a sum": lambda x, mask, rows: x + HOST,
-    "a sum the other way round": lambda x, mask, rows: HOST + x,
-    "a product": lambda x, mask, rows: x @ HOST.T,
+HOST_TENSOR = torch.ones(2, 3)
+REFUSED_OPERATIONS = {
+    "a sum": lambda x, mask, rows: x + HOST_TENSOR,
+    "a sum the other way round": lambda x, mask, rows: HOST_TENSOR + x,
+    "a product": lambda x, mask, rows: x @ HOST_TENSOR.T,
     "from_numpy": lambda x, mask, rows: x * torch.from_numpy(np.ones((2, 3), np.float32)),
     "a vector of one": lambda x, mask, rows: x + torch.ones(1),
     "a scalar among parts": lambda x, mask, rows: torch.stack([x.sum(), torch.tensor(1.0)]),
     "in place on the host": lambda x, mask, rows: torch.tensor(1.0).add_(x.sum()),
     "+= on the host": lambda x, mask, rows: operator.iadd(torch.tensor(1.0), x.sum()),
-    "equal": lambda x, mask, rows: torch.equal(x, HOST),
+    "equal": lambda x, mask, rows: torch.equal(x, HOST_TENSOR),
     "where": lambda x, mask, rows: torch.where(mask.cpu(), x, x),
     "tensors of the host by a mask": lambda x, mask, rows: assign(x, mask, torch.ones(3)),
-    "rows of the host": lambda x, mask, rows: HOST[rows],
+    "rows of the host": lambda x, mask, rows: HOST_TENSOR[rows],
     "embedding": lambda x, mask, rows: F.embedding(rows.cpu(), x),
-    "a weight of the host": lambda x, mask, rows: F.linear(x, HOST),
+    "a weight of the host": lambda x, mask, rows: F.linear(x, HOST_TENSOR),
     "a layer of the host": lambda x, mask, rows: nn.Linear(3, 1)(x),
     "numpy": lambda x, mask, rows: x.detach().numpy(),
     "asarray": lambda x, mask, rows: np.asarray(x.detach()),
@@ -351,40 +354,56 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED_OPERATIONS)
 def test_operations_that_cuda_refuses_are_refused_with_their_line(name):
-    line = (assign.__code__.co_firstlineno + 2) if "by a mask" in name else REFUSED[name].__code__.co_firstlineno
+    line = (
+        (assign.__code__.co_firstlineno + 2)
+        if "by a mask" in name
+        else REFUSED_OPERATIONS[name].__code__.co_firstlineno
+    )
     with CudaDouble(), pytest.raises(DeviceError, match=f"tests/test_cuda_double.py:{line}: "):
-        REFUSED[name](*values())
+        REFUSED_OPERATIONS[name](*make_values())
 
 
 @pytest.mark.gpu
 @HAS_GPU
-@pytest.mark.parametrize("name", [name for name in REFUSED if name != "read too early"])
-def test_a_gpu_refuses_it(name):
+@pytest.mark.parametrize("name", [name for name in REFUSED_OPERATIONS if name != "read too early"])
+def test_a_gpu_refuses_the_same_operations(name):
     with pytest.raises((RuntimeError, TypeError)):
-        REFUSED[name](*values())
+        REFUSED_OPERATIONS[name](*make_values())
 
 
 @pytest.mark.parametrize("place", ["double", pytest.param("gpu", marks=[pytest.mark.gpu, HAS_GPU])])
 def test_operations_that_cuda_allows_are_allowed(place):
     with CudaDouble() if place == "double" else nullcontext():
-        x, mask, _ = values()
+        x, mask, _ = make_values()
         one = torch.tensor(1.0)
-        there = [x + one, one * x, torch.where(mask, x, one), x.masked_fill(mask, one), x.view_as(HOST), HOST.to(x)]
-        there += [
-            x.cuda(),
-            HOST.cuda(device=0),
-            x[torch.tensor([0])],
-            HOST.type_as(x),
-            torch.as_tensor(HOST, device="cuda"),
+        device_results = [
+            x + one,
+            one * x,
+            torch.where(mask, x, one),
+            x.masked_fill(mask, one),
+            x.view_as(HOST_TENSOR),
+            HOST_TENSOR.to(x),
         ]
-        for result in there:
+        device_results += [
+            x.cuda(),
+            HOST_TENSOR.cuda(device=0),
+            x[torch.tensor([0])],
+            HOST_TENSOR.type_as(x),
+            torch.as_tensor(HOST_TENSOR, device="cuda"),
+        ]
+        for result in device_results:
             assert (result.device, result.is_cuda, result.get_device()) == (torch.device("cuda", 0), True, 0)
             assert result.type() == "torch.cuda.FloatTensor"
         x = x.detach()
-        here = [torch.zeros_like(x, device="cpu"), x.cpu(), HOST.clone().copy_(x), torch.tensor([x.sum(), 1])]
-        for result in here:
+        host_results = [
+            torch.zeros_like(x, device="cpu"),
+            x.cpu(),
+            HOST_TENSOR.clone().copy_(x),
+            torch.tensor([x.sum(), 1]),
+        ]
+        for result in host_results:
             assert not result.is_cuda
             assert result.numpy().dtype == np.float32
         copied = x.to("cpu", non_blocking=True)
@@ -395,7 +414,7 @@ def test_operations_that_cuda_allows_are_allowed(place):
 
 
 class Forgetful(nn.Module):
-    """Keeps a tensor that `to` does not see."""
+    """Module with a tensor that `to` does not move."""
 
     def __init__(self):
         super().__init__()
@@ -405,43 +424,43 @@ class Forgetful(nn.Module):
         return x * self.scale
 
 
-def test_a_tensor_that_a_module_leaves_behind_is_found():
+def test_a_tensor_that_a_module_does_not_move_is_detected():
     with CudaDouble(), pytest.raises(DeviceError, match=r"mul of tensors in two places .* return x \* self\.scale"):
         Forgetful().to("cuda")(torch.ones(3, device="cuda"))
 
 
-def test_a_module_goes_there_trains_is_saved_and_comes_back(tmp_path):
+def test_a_module_is_moved_trained_saved_and_moved_back_as_on_the_cpu(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    weight, other = module[0].weight, copy.deepcopy(module)
+    weight, cpu_module = module[0].weight, copy.deepcopy(module)
     for place in ("cpu", "cuda"):
         with CudaDouble() as card:
-            trained = {"cpu": other, "cuda": module}[place].to(place)
+            trained = {"cpu": cpu_module, "cuda": module}[place].to(place)
             optimizer = torch.optim.AdamW(trained.parameters(), fused=True)
-            before = len(card.syncs)
+            syncs_before = len(card.syncs)
             trained(torch.arange(12.0, device=place).view(4, 3)).square().sum().backward()
             optimizer.step()
-            assert len(card.syncs) == before
+            assert len(card.syncs) == syncs_before
             if place == "cuda":
                 assert module[0].weight is weight
                 assert isinstance(weight, nn.Parameter)
                 assert {type(tensor) for tensor in (weight, weight.grad, module[1].running_mean)} == {CudaTensor}
                 assert optimizer.state[weight]["step"].is_cuda
-                again = copy.deepcopy(module)[0].weight
-                assert isinstance(again, nn.Parameter)
-                assert again.is_cuda
+                copied_weight = copy.deepcopy(module)[0].weight
+                assert isinstance(copied_weight, nn.Parameter)
+                assert copied_weight.is_cuda
                 torch.save(module.state_dict(), tmp_path / "weights.pt")
                 module.cpu()
     assert type(weight) is nn.Parameter
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
-    for key, value in other.state_dict().items():
+    for key, value in cpu_module.state_dict().items():
         assert type(loaded[key]) is torch.Tensor
         assert torch.equal(loaded[key], value)
         assert torch.equal(module.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_batches_that_are_not_pinned_are_waited_for(pinned):
+def test_copies_from_unpinned_memory_synchronize(pinned):
     with CudaDouble() as card:
         for part in DataLoader(torch.ones(2, 3), pin_memory=pinned):
             assert part.is_pinned() == pinned
@@ -450,16 +469,16 @@ def test_batches_that_are_not_pinned_are_waited_for(pinned):
     assert [sync.operation for sync in card.syncs] == expected
 
 
-def test_a_whole_command_computes_there_what_it_computes_on_the_cpu(fit, tmp_path, monkeypatch):
-    """With the progress bar, which waits for what it shows."""
+def test_a_whole_command_gives_the_results_of_the_cpu_on_the_device(fit, tmp_path, monkeypatch):
+    """The progress bar is on, since it reads values of the device to show them."""
     make_trainer, results = LightningCLI.instantiate_trainer, []
     with CudaDouble() as card:
-        notes = Notes(card)
+        recorder = SyncRecorder(card)
 
-        def on_the_device(self, callbacks, **arguments):
-            return make_trainer(self, **arguments | card.trainer() | {"callbacks": [*callbacks, notes]})
+        def make_device_trainer(self, callbacks, **arguments):
+            return make_trainer(self, **arguments | card.trainer() | {"callbacks": [*callbacks, recorder]})
 
-        monkeypatch.setattr(LightningCLI, "instantiate_trainer", on_the_device)
+        monkeypatch.setattr(LightningCLI, "instantiate_trainer", make_device_trainer)
         Experiment(fit("linear", "--trainer.enable_progress_bar=true"))
     monkeypatch.undo()
     results.append(json.loads((tmp_path / "msvd/linear/seed0/results.json").read_text()))
@@ -469,4 +488,4 @@ def test_a_whole_command_computes_there_what_it_computes_on_the_cpu(fit, tmp_pat
     results.append(json.loads((tmp_path / "msvd/linear/seed0/results.json").read_text()))
     assert [result["devices"] for result in results] == ["1 x cuda", "1 x cpu"]
     assert results[0]["metrics"] == results[1]["metrics"]
-    check_waits(card.syncs[slice(*notes.after[:2])], {})
+    check_waits(card.syncs[slice(*recorder.counts[:2])], {})

@@ -1,4 +1,4 @@
-"""Every dataset with every method, from annotation files as people have them to results; and over two processes."""
+"""Every dataset with every method, from annotation files in their published formats to results; and two processes."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from cdc_mmpg.report import tables
 from cdc_mmpg.training.cli import main
 from communities import (
     CLIPS,
-    small,
+    build_small,
     write_lines,
     write_msrvtt_choice,
     write_msrvtt_qa,
@@ -33,7 +33,7 @@ from data_modules.clip_dataset import Sample
 from data_modules.msrvtt_choice import MSRVTTChoice
 from data_modules.msrvtt_qa import MSRVTTQA
 from data_modules.tgif_qa import TGIFAction
-from processes import finish, kill, result_of_testing_alone, start, start_ranks, until
+from processes import finish, kill, run_separate_test, start, start_ranks, wait_until
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -49,17 +49,17 @@ OPEN_ENDED = ("msrvtt", "tgif")
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> dict[str, Path]:
-    """A folder like each dataset's, not to be changed."""
+    """Return a folder in the format of each dataset; tests must not change it."""
     return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    """Where runs go, for all tests here."""
+    """Return the folder of all runs of this module."""
     return tmp_path_factory.mktemp("out")
 
 
-def options(dataset: str, root: Path, out: Path) -> list[str]:
+def data_arguments(dataset: str, root: Path, out: Path) -> list[str]:
     return [
         f"--data.init_args.root={root}", f"--data.init_args.cache_dir={out / dataset / 'data'}",
         f"--data.init_args.vocab={root / 'vocab.txt'}", "--data.init_args.image_size=32",
@@ -68,19 +68,19 @@ def options(dataset: str, root: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run(dataset: str, method: str, root: Path, out: Path, phase_one: Path, *more: str) -> list[str]:
+def build_command(dataset: str, method: str, root: Path, out: Path, phase_one: Path, *more: str) -> list[str]:
     return [
         "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",
-        f"--trainer.default_root_dir={out / dataset / method / 'seed0'}", *options(dataset, root, out),
+        f"--trainer.default_root_dir={out / dataset / method / 'seed0'}", *data_arguments(dataset, root, out),
         "--model.init_args.encoder.depth=1", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu", *([f"--model.init_args.adr={phase_one}"] if method == "cdc_mmpg" else []), *more,
     ]  # fmt: skip
 
 
-def check(dataset: str, root: Path, out: Path, *more: str) -> int:
+def run_prepare(dataset: str, root: Path, out: Path, *more: str) -> int:
     return prepare.main([
         str(out / dataset), "--config=experiments/methods/linear.yaml",
-        f"--config=experiments/datasets/{dataset}.yaml", *options(dataset, root, out), *more,
+        f"--config=experiments/datasets/{dataset}.yaml", *data_arguments(dataset, root, out), *more,
     ])  # fmt: skip
 
 
@@ -95,7 +95,7 @@ COUNTS = {
 }
 
 
-# What was published of each test split, the published number and the number in these small ones.
+# Published facts of each test split: what is counted, the published number, and the number in these small files.
 TEST_COUNTS = {
     "msrvtt": [("questions", 72_821, 24), ("clips", 2_990, 6)],
     "tgif": [("questions", 13_691, 8)],
@@ -105,18 +105,18 @@ TEST_COUNTS = {
 
 
 @pytest.mark.parametrize("dataset", WRITERS)
-def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys, caplog):
-    assert check(dataset, roots[dataset], out) == 0
-    found = json.loads((out / dataset / "data.json").read_text())
-    rows = [found["splits"][split] for split in ("train", "val", "test")]
+def test_make_data_prepares_the_clips_and_reports_counts(dataset, roots, out, capsys, caplog):
+    assert run_prepare(dataset, roots[dataset], out) == 0
+    report = json.loads((out / dataset / "data.json").read_text())
+    rows = [report["splits"][split] for split in ("train", "val", "test")]
     assert tuple((row["questions"], row["clips"]) for row in rows) == COUNTS[dataset]
     assert all(row["ready"] == {"questions": row["questions"], "clips": row["clips"]} for row in rows)
-    assert found["missing"] == []
-    assert found["unreadable"] == found["shared_between_splits"] == {}
+    assert report["missing"] == []
+    assert report["unreadable"] == report["shared_between_splits"] == {}
     for row in rows:
         assert row["ceiling"] == pytest.approx(1 - row["unknown_answers"] / row["questions"])
     assert (rows[2]["unknown_answers"] > 0) == (dataset in OPEN_ENDED)
-    assert {"commit", "versions", "configuration"} <= found.keys()
+    assert {"commit", "versions", "configuration"} <= report.keys()
     printed = capsys.readouterr().out
     assert f"{rows[0]['questions']:,}" in printed
     assert "clips ready, 0 absent" in printed
@@ -126,13 +126,13 @@ def test_make_data_counts_prepares_and_says_so(dataset, roots, out, capsys, capl
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dataset", ["msrvtt_choice", "msrvtt_retrieval", "msrvtt", "tgif"])
 def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_one):
-    assert main(run(dataset, method, roots[dataset], out, phase_one)) == 0
+    assert main(build_command(dataset, method, roots[dataset], out, phase_one)) == 0
     folder = out / dataset / method / "seed0"
     results = json.loads((folder / "results.json").read_text())
     assert tuple(results["questions"].values()) == tuple(questions for questions, _ in COUNTS[dataset])
     assert [row for row in results["published"] if row["split"] == "test"] == [
-        {"split": "test", "what": what, "published": number, "here": here, "same": False, "edition": ""}
-        for what, number, here in TEST_COUNTS[dataset]
+        {"split": "test", "what": unit, "published": number, "here": count, "same": False, "edition": ""}
+        for unit, number, count in TEST_COUNTS[dataset]
     ]
     cells = results["accuracy"]["own"]["test"]
     generating = {"own", "mean_head", "float32", "float16", "int8", "shuffled", "shuffled_device"}
@@ -144,14 +144,14 @@ def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_on
     if dataset == "msrvtt_retrieval":
         assert results["protocol"] == "full"
         assert results["splits"]["test"].endswith("MSRVTT_test.full.csv")
-        for way, queries in (("VR", 6), ("TR", 36)):
-            ranks = [int(row["own"]) for row in rows if row["direction"] == way]
+        for direction, queries in (("VR", 6), ("TR", 36)):
+            ranks = [int(row["own"]) for row in rows if row["direction"] == direction]
             assert len(ranks) == queries
             for k in (1, 5, 10):
                 right = sum(rank <= k for rank in ranks)
-                assert cells[f"{way}@{k}"]["questions"] == queries
-                assert cells[f"{way}@{k}"]["value"] == pytest.approx(right / queries)
-                assert results["metrics"][f"test/{way}@{k}"] == pytest.approx(right / queries)
+                assert cells[f"{direction}@{k}"]["questions"] == queries
+                assert cells[f"{direction}@{k}"]["value"] == pytest.approx(right / queries)
+                assert results["metrics"][f"test/{direction}@{k}"] == pytest.approx(right / queries)
             assert results["floors"]["chance"]["test"]["TR@1"]["value"] == pytest.approx(1 / 6)
         assert results["classes"] == 256
         return
@@ -166,12 +166,12 @@ def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_on
         assert cells["what"]["questions"] == 6 if dataset == "msrvtt" else cells["color"]["questions"] == 2
 
 
-def test_the_table_of_each_task(roots, out, capsys):
+def test_each_task_has_its_columns_in_the_table(roots, out, capsys):
     for dataset, header in (("msrvtt_choice", "paper %"), ("msrvtt_retrieval", "VR@1 | VR@5"), ("tgif", "location")):
         assert tables.main([str(out / dataset)]) == 0
         table = (out / dataset / "table.md").read_text()
         assert header in table
-        assert all(catalogue.NAMES[method] in table for method in METHODS)
+        assert all(catalogue.METHOD_LABELS[method] in table for method in METHODS)
     assert "| VR median | TR median |" in (out / "msrvtt_retrieval" / "table.md").read_text()
     assert "Not the published files" in (out / "msrvtt_choice" / "table.md").read_text()
     assert "MSRVTT_test.full.csv" in (out / "msrvtt_retrieval" / "table.md").read_text()
@@ -182,26 +182,26 @@ def test_prediction_chooses_among_texts(roots, out, capsys):
     clip = roots["msrvtt_choice"] / "videos" / "video7010.mp4"
     texts = "a man | the man | what is it | in it | the dog"
     for dataset, method in (("msrvtt_choice", "cdc_mmpg"), ("msrvtt_retrieval", "hyper"), ("msrvtt_choice", "linear")):
-        ask = ["--run", str(out / dataset / method / "seed0"), "--video", str(clip), "--choices"]
-        assert predict.main([*ask, texts]) == 0
+        command = ["--run", str(out / dataset / method / "seed0"), "--video", str(clip), "--choices"]
+        assert predict.main([*command, texts]) == 0
         printed = capsys.readouterr().out
         scores = [float(number) for number in re.findall(r"^ +(-?\d+\.\d+)", printed, re.MULTILINE)]
         assert len(scores) == 5
         assert scores == sorted(scores, reverse=True)
         assert (sum(scores) == pytest.approx(100, abs=0.5)) == (dataset == "msrvtt_choice")
-        assert predict.main([*ask, ""]) == 2
+        assert predict.main([*command, ""]) == 2
         assert "CHOICES=" in capsys.readouterr().err
 
 
 def test_training_warns_where_the_annotations_are_not_the_published_ones(roots, caplog, monkeypatch):
-    data = small(MSRVTTQA, roots["msrvtt"], num_classes=5)
+    data = build_small(MSRVTTQA, roots["msrvtt"], num_classes=5)
     data.prepare_data()
     (warning,) = (record.message for record in caplog.records if "were published" in record.message)
     assert "test 24 of 72,821 questions" in warning
     assert "train 4 of 1,500 answers" in warning
     caplog.clear()
-    here = {"train": {"questions": 40, "clips": 10, "answers": 4}, "test": {"questions": 24, "clips": 6}}
-    monkeypatch.setattr(MSRVTTQA, "PUBLISHED", {"official": here})
+    small_counts = {"train": {"questions": 40, "clips": 10, "answers": 4}, "test": {"questions": 24, "clips": 6}}
+    monkeypatch.setattr(MSRVTTQA, "PUBLISHED", {"official": small_counts})
     data.prepare_data()
     assert "published" not in caplog.text
     assert all(row["same"] for row in data.published())
@@ -212,16 +212,16 @@ def test_training_warns_where_the_annotations_are_not_the_published_ones(roots, 
     (20_470, False, "as the paper counts"),
 ])  # fmt: skip
 def test_the_edition_of_official_annotations_is_named(here, same, edition, roots, monkeypatch):
-    data = small(TGIFAction, roots["tgif_action"])
+    data = build_small(TGIFAction, roots["tgif_action"])
     counts = {"train": here - 2_000, "val": 2_000, "test": 2_274}
     monkeypatch.setattr(data, "samples", lambda split: [Sample("clip", "")] * counts[split])
-    found = {row["split"]: (row["here"], row["same"], row["edition"]) for row in data.published()}
-    assert found == {"train+val": (here, same, edition), "test": (2_274, True, "")}
+    published = {row["split"]: (row["here"], row["same"], row["edition"]) for row in data.published()}
+    assert published == {"train+val": (here, same, edition), "test": (2_274, True, "")}
 
 
 @pytest.mark.parametrize("protocol", ["9k", "7k"])
 def test_the_protocol_is_in_the_results(protocol, roots, tmp_path, phase_one):
-    command = run("msrvtt_retrieval", "linear", roots["msrvtt_retrieval"], tmp_path, phase_one,
+    command = build_command("msrvtt_retrieval", "linear", roots["msrvtt_retrieval"], tmp_path, phase_one,
                   f"--data.init_args.protocol={protocol}")  # fmt: skip
     assert main(command) == 0
     results = json.loads((tmp_path / "msrvtt_retrieval" / "linear" / "seed0" / "results.json").read_text())
@@ -230,59 +230,60 @@ def test_the_protocol_is_in_the_results(protocol, roots, tmp_path, phase_one):
     assert results["questions"]["test"] == 2
 
 
-def test_make_data_lists_everything_that_is_wrong(tmp_path, capsys):
+def test_make_data_lists_all_problems(tmp_path, capsys):
     root = write_msrvtt_qa(tmp_path / "msrvtt")
     (root / "videos" / "video3.mp4").unlink()
     (root / "videos" / "video7011.mp4").write_bytes(b"<html>404</html>")
     rows = json.loads((root / "val_qa.json").read_text())
     rows[0]["video_id"] = 1
     (root / "val_qa.json").write_text(json.dumps(rows))
-    assert check("msrvtt", root, tmp_path / "out") == 3
-    said = capsys.readouterr().err
-    for part in ("train and val share 1 clips:\n  video1", "of 22 clips 2 are absent or unreadable", "video3: absent",
-                 "video7011: ", "belongs", "max_missing=<how many>"):  # fmt: skip
-        assert part in said
-    found = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
-    assert found["missing"] == ["video3"]
-    assert list(found["unreadable"]) == ["video7011"]
-    assert found["shared_between_splits"] == {"train and val": ["video1"]}
-    assert found["splits"]["train"]["ready"] == {"questions": 36, "clips": 9}
-    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=2") == 3  # shared all the same
+    assert run_prepare("msrvtt", root, tmp_path / "out") == 3
+    errors = capsys.readouterr().err
+    for part in ("train and val share 1 clips:\n  video1", "2 of 22 clips are absent or unreadable", "video3: absent",
+                 "video7011: ", "belongs", "max_missing=<number>"):  # fmt: skip
+        assert part in errors
+    report = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
+    assert report["missing"] == ["video3"]
+    assert list(report["unreadable"]) == ["video7011"]
+    assert report["shared_between_splits"] == {"train and val": ["video1"]}
+    assert report["splits"]["train"]["ready"] == {"questions": 36, "clips": 9}
+    # The splits still share a clip.
+    assert run_prepare("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=2") == 3
     capsys.readouterr()
     (root / "train_qa.json").unlink()
-    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=9") == 3
-    said = capsys.readouterr().err
-    assert "train_qa.json: no such file" in said
-    assert said.count("MSRVTT.zip") == 1
+    assert run_prepare("msrvtt", root, tmp_path / "out", "--data.init_args.max_missing=9") == 3
+    errors = capsys.readouterr().err
+    assert "train_qa.json: no such file" in errors
+    assert errors.count("MSRVTT.zip") == 1
     assert "val" in json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["splits"]
 
 
 def test_make_data_refuses_what_training_refuses(tmp_path, capsys):
-    """A partial copy without a clip of validation, and candidates that cannot be told apart in so few words."""
+    """Two cases: no clip of the validation split, and candidates that are equal once cut to so few words."""
     root = write_msrvtt_qa(tmp_path / "msrvtt")
     for number in CLIPS["val"]:
         (root / "videos" / f"video{number}.mp4").unlink()
-    assert check("msrvtt", root, tmp_path / "out", "--data.init_args.only_present=true") == 3
-    said = capsys.readouterr().err
-    assert "no question of split val has its clip here: looked for 'video6513', among others; found 'video" in said
+    assert run_prepare("msrvtt", root, tmp_path / "out", "--data.init_args.only_present=true") == 3
+    errors = capsys.readouterr().err
+    assert "no question of split val has its clip: looked for 'video6513', among others; found 'video" in errors
     assert json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["problems"]
     root = write_msrvtt_choice(tmp_path / "choice")
     path = root / "msrvtt_mc_test.jsonl"
     row = json.loads(path.read_text().splitlines()[0])
     write_lines(path, [row | {"options": ["a the", "the a", "a a", "the the", "a a the"]}])
-    assert check("msrvtt_choice", root, tmp_path / "out", "--data.init_args.text_length=3") == 3
+    assert run_prepare("msrvtt_choice", root, tmp_path / "out", "--data.init_args.text_length=3") == 3
     assert "cannot be told apart" in capsys.readouterr().err
 
 
-def test_of_equal_candidates_one_is_the_right_one(tmp_path):
-    """The first, as which the model answers; the others have its name, so that texts and labels say the same."""
+def test_the_first_of_equal_candidates_is_the_right_one(tmp_path):
+    """The model answers with the first; the others take its text, so that texts and labels agree."""
     root = write_msrvtt_choice(tmp_path / "choice")
     path = root / "msrvtt_mc_test.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row |= {"options": ["a dog", "The man", "a man", "the man", "it"], "answer": 3}
     write_lines(path, rows)
-    data = small(MSRVTTChoice, root)
+    data = build_small(MSRVTTChoice, root)
     data.prepare_data()
     data.setup("fit")
     assert data.labels("test").tolist() == [1] * 6
@@ -291,22 +292,22 @@ def test_of_equal_candidates_one_is_the_right_one(tmp_path):
     assert data.word("test", 0) == "The man"
 
 
-def test_the_same_file_in_two_splits_is_said(roots, tmp_path, caplog):
+def test_the_same_file_in_two_splits_is_reported(roots, tmp_path, caplog):
     root = tmp_path / "msrvtt"
     shutil.copytree(roots["msrvtt"], root)
     shutil.copy(root / "videos" / "video2.mp4", root / "videos" / "video7012.mp4")
     for number, clip in enumerate(sorted((root / "videos").iterdir())):
         if clip.name not in ("video2.mp4", "video7012.mp4"):
-            write_clip(clip, frames=5 + number // 2)  # one twice within a split is no leak
-    assert check("msrvtt", root, tmp_path / "out") == 0
+            write_clip(clip, frames=5 + number // 2)  # a file twice within a split is no leak
+    assert run_prepare("msrvtt", root, tmp_path / "out") == 0
     assert "video2, video7012" in caplog.text
-    found = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
-    assert ["video2", "video7012"] in found["same_content_in_splits"]
+    report = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
+    assert ["video2", "video7012"] in report["same_content_in_splits"]
 
 
 @pytest.mark.parametrize("answer", [5, -1])
-def test_a_right_candidate_that_is_none_is_refused_by_name(answer, tmp_path):
-    data = small(MSRVTTChoice, write_msrvtt_choice(tmp_path / "choice"))
+def test_an_invalid_right_candidate_is_refused_by_name(answer, tmp_path):
+    data = build_small(MSRVTTChoice, write_msrvtt_choice(tmp_path / "choice"))
     samples = data.read_split("test")
     with pytest.raises(DataError, match=rf"sample 1, of clip video7011, has 5 candidates and names number {answer},"):
         data.check_samples("test", [samples[0], samples[1]._replace(right=answer)])
@@ -314,30 +315,30 @@ def test_a_right_candidate_that_is_none_is_refused_by_name(answer, tmp_path):
         data.check_samples("test", [samples[0], samples[1]._replace(options=("a",) * 4)])
 
 
-def test_make_data_can_be_stopped_and_typed_again(roots, tmp_path):
+def test_make_data_resumes_after_an_interruption(roots, tmp_path):
     root = tmp_path / "msrvtt"
     shutil.copytree(roots["msrvtt"], root)
     long = write_clip(tmp_path / "long.mp4", frames=300, size=(320, 240), codec="libx264")
     for clip in (root / "videos").iterdir():
         shutil.copy(long, clip)
     arguments = ("msrvtt", root, tmp_path / "out")
-    process = start(tmp_path / "log", check, *arguments)
-    until(lambda: any((tmp_path / "out").rglob("*.npy")), process)
+    process = start(tmp_path / "log", run_prepare, *arguments)
+    wait_until(lambda: any((tmp_path / "out").rglob("*.npy")), process)
     kill(process, signal.SIGINT)
     assert finish(process, 20) == 130
-    said = (tmp_path / "log").read_text()
-    assert "stopped by SIGINT; type the same command again to go on" in said
-    assert "Traceback" not in said
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
-    assert 0 < len(made) < 22
-    assert finish(start(tmp_path / "log", check, *arguments)) == 0
-    assert made.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}.items()
+    output = (tmp_path / "log").read_text()
+    assert "stopped by SIGINT; run the same command again to resume" in output
+    assert "Traceback" not in output
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    assert 0 < len(written) < 22
+    assert finish(start(tmp_path / "log", run_prepare, *arguments)) == 0
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}.items()
 
 
-def test_a_finished_run_is_not_taken_for_one_of_other_annotations(roots, tmp_path, phase_one, capsys):
+def test_a_finished_run_is_not_reused_for_changed_annotations(roots, tmp_path, phase_one, capsys):
     root = tmp_path / "tgif"
     shutil.copytree(roots["tgif"], root)
-    command = run("tgif", "linear", root, tmp_path / "out", phase_one)
+    command = build_command("tgif", "linear", root, tmp_path / "out", phase_one)
     assert main(command) == 0
     assert main(command) == 0
     assert "finished on" in capsys.readouterr().out
@@ -347,11 +348,11 @@ def test_a_finished_run_is_not_taken_for_one_of_other_annotations(roots, tmp_pat
     assert "content of data.init_args.root" in capsys.readouterr().err
 
 
-def test_a_partial_copy_does_not_stand_beside_the_paper(roots, tmp_path, phase_one, capsys):
+def test_a_partial_copy_is_not_compared_with_the_paper(roots, tmp_path, phase_one, capsys):
     root = tmp_path / "msrvtt"
     shutil.copytree(roots["msrvtt"], root)
     (root / "videos" / "video7011.mp4").unlink()
-    command = run("msrvtt", "linear", root, tmp_path / "out", phase_one, "--data.init_args.only_present=true")
+    command = build_command("msrvtt", "linear", root, tmp_path / "out", phase_one, "--data.init_args.only_present=true")
     assert main(command) == 0
     assert tables.main([str(tmp_path / "out" / "msrvtt")]) == 0
     table = (tmp_path / "out" / "msrvtt" / "table.md").read_text()
@@ -360,13 +361,13 @@ def test_a_partial_copy_does_not_stand_beside_the_paper(roots, tmp_path, phase_o
     assert "13.6" not in table
 
 
-def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_one, caplog):
+def test_training_uses_the_frames_that_make_data_prepared(roots, tmp_path, phase_one, caplog):
     root = roots["tgif"]
-    assert check("tgif", root, tmp_path) == 0
+    assert run_prepare("tgif", root, tmp_path) == 0
     arrays = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     assert len(arrays) == 24
     caplog.clear()
-    assert main(run("tgif", "linear", root, tmp_path, phase_one)) == 0
+    assert main(build_command("tgif", "linear", root, tmp_path, phase_one)) == 0
     assert "decoding" not in caplog.text
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == arrays
 
@@ -374,8 +375,8 @@ def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_on
 @pytest.mark.parametrize(
     ("dataset", "method", "more", "message"),
     [
-        ("msrvtt", "cdc_mmpg_session", (), "does not know its clips' devices"),
-        ("msrvtt_choice", "session_oracle", (), "sessions need them"),
+        ("msrvtt", "cdc_mmpg_session", (), "does not know the devices of its clips"),
+        ("msrvtt_choice", "session_oracle", (), "which sessions need"),
         ("tgif", "encoder_pretraining", (), "no captions"),
         ("tgif_action", "linear", ("--model.init_args.head=cdc_mmpg.models.heads.Retrieval",), "head for retrieval"),
         ("msrvtt_choice", "linear", ("--data.init_args.num_classes=5",), "the other tasks none"),
@@ -387,10 +388,10 @@ def test_training_goes_on_from_what_make_data_prepared(roots, tmp_path, phase_on
 def test_impossible_settings_are_refused_with_the_reason(
     dataset, method, more, message, roots, tmp_path, phase_one, capsys
 ):
-    assert main(run(dataset, method, roots[dataset], tmp_path, phase_one, *more)) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    assert main(build_command(dataset, method, roots[dataset], tmp_path, phase_one, *more)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
 
 
 def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
@@ -407,14 +408,14 @@ def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     path = uneven["msrvtt_retrieval"] / "MSRVTT_data.json"
     captions = json.loads(path.read_text())
-    said = [(row, re.search(r"doing (\d+) to (\d+)", row["caption"])) for row in captions["sentences"]]
-    captions["sentences"] = [row for row, parts in said if parts and int(parts[1]) <= int(parts[2]) % 5 + 1]
+    matches = [(row, re.search(r"doing (\d+) to (\d+)", row["caption"])) for row in captions["sentences"]]
+    captions["sentences"] = [row for row, parts in matches if parts and int(parts[1]) <= int(parts[2]) % 5 + 1]
     path.write_text(json.dumps(captions))
     running = {}
     for dataset, method in (("msrvtt", "fine_tuning"), ("tgif_action", "hyper"), ("msrvtt_retrieval", "cdc_mmpg"),
                             ("msrvtt_retrieval", "linear")):  # fmt: skip
         folder = tmp_path / f"{dataset}-{method}"
-        command = run(dataset, method, uneven[dataset], folder, phase_one, "--trainer.devices=2",
+        command = build_command(dataset, method, uneven[dataset], folder, phase_one, "--trainer.devices=2",
                       "--data.init_args.batch_size=6", "--data.init_args.max_missing=1")  # fmt: skip
         running[dataset, method, folder] = start_ranks(folder, main, command)
     for (dataset, method, folder), ranks in running.items():
@@ -422,45 +423,45 @@ def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
             assert finish(process) == 0, (folder / f"log{rank}").read_text()
         results = json.loads((folder / dataset / method / "seed0" / "results.json").read_text())
         assert results["devices"] == "2 x cpu"
-        alone = result_of_testing_alone(folder / dataset / method / "seed0", folder)
-        both = {name.removeprefix("test/"): value for name, value in results["metrics"].items() if "test/" in name}
+        single = run_separate_test(folder / dataset / method / "seed0", folder)
+        joint = {name.removeprefix("test/"): value for name, value in results["metrics"].items() if "test/" in name}
         if dataset == "msrvtt_retrieval":
-            alone.pop("loss"), both.pop("loss")  # depends on what else is in the batch
-        assert alone.keys() == both.keys()
-        assert alone == pytest.approx(both, abs=1e-4)
+            single.pop("loss"), joint.pop("loss")  # depends on what else is in the batch
+        assert single.keys() == joint.keys()
+        assert single == pytest.approx(joint, abs=1e-4)
         counted = {cell["questions"] for cell in results["accuracy"]["own"]["test"].values()}
         assert max(counted) == {"msrvtt": 23, "tgif_action": 7}.get(dataset, results["questions"]["test"])
 
 
-def contrast(rank: int, world: int, port: int, path: str) -> int:
-    """The gradient of the text projection from this process's part of a batch, and DDP's mean over all."""
+def save_gradients(rank: int, world: int, port: int, path: str) -> int:
+    """Save the loss and the gradients from this process's part of a batch, averaged over processes as DDP does."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.manual_seed(0)
     head, layer = Retrieval(), torch.nn.Linear(192, 256)
     videos, texts = torch.randn(6, 192), torch.randn(6, 1, 192)
-    own = slice(rank, None, world)
-    batch = FeatureBatch(videos[own], torch.zeros(6)[own], torch.arange(6)[own], texts[own], torch.ones(6, 1)[own])
+    part = slice(rank, None, world)
+    batch = FeatureBatch(videos[part], torch.zeros(6)[part], torch.arange(6)[part], texts[part], torch.ones(6, 1)[part])
     loss = head.loss(head(batch.frame_features, layer), batch)
     loss.backward()
-    found = [loss.detach(), *(parameter.grad for parameter in (*head.parameters(), *layer.parameters()))]
-    for value in found:
+    values = [loss.detach(), *(parameter.grad for parameter in (*head.parameters(), *layer.parameters()))]
+    for value in values:
         torch.distributed.all_reduce(value)
     if rank == 0:
-        torch.save([value / world for value in found], path)
+        torch.save([value / world for value in values], path)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
 
 
-def test_negatives_of_all_processes_give_the_gradient_of_one(tmp_path):
-    found = {}
+def test_retrieval_has_the_same_gradient_on_any_number_of_processes(tmp_path):
+    gradients = {}
     for world in (1, 2, 3):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         path = tmp_path / f"{world}.pt"
-        ranks = [start(tmp_path / f"log{world}", contrast, rank, world, port, str(path)) for rank in range(world)]
+        ranks = [start(tmp_path / f"log{world}", save_gradients, rank, world, port, str(path)) for rank in range(world)]
         assert [finish(process, 60) for process in ranks] == [0] * world, (tmp_path / f"log{world}").read_text()
-        found[world] = torch.load(path, weights_only=True)
+        gradients[world] = torch.load(path, weights_only=True)
     for world in (2, 3):
-        for ours, expected in zip(found[world], found[1], strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        for actual, expected in zip(gradients[world], gradients[1], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

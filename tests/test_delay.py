@@ -1,4 +1,4 @@
-"""The measured time delay: what is computed, what a link holds back, and that nothing stays behind."""
+"""Measured time delay: computed figures, shaped links, and cleanup of processes and namespaces."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def test_paper_divides_bytes_by_mib_a_second(count_bytes, rate, milliseconds):
 
 
 def test_cases_have_the_bytes_of_the_paper():
-    found = {(case.outputs, kind): case.layout(kind).payload_bytes for case in delay.DELAY_CASES for kind in case.kinds}
-    assert found == {
+    sizes = {(case.outputs, kind): case.layout(kind).payload_bytes for case in delay.DELAY_CASES for kind in case.kinds}
+    assert sizes == {
         (1501, "float32"): 582_388,
         (1501, "float16"): 291_194,
         (1501, "int8"): 148_599,
@@ -56,18 +56,18 @@ def test_cases_have_the_bytes_of_the_paper():
     }
 
 
-def test_cell_tells_transfer_from_compute():
+def test_cell_separates_transfer_from_compute():
     replies = [{"whole": whole, "compute": compute, "verify": 1.0} for whole, compute in ((50, 10), (62, 20), (200, 3))]
-    found = summarise_cell(
+    cell = summarise_cell(
         delay.DELAY_CASES[0], "float32", 15, replies, LinkCounts(3 * 10_000, 3 * 610_000, 600, 1300, 0)
     )
-    assert found["transfer_ms"] == 42  # of each request, not of the medians
-    assert (found["whole_p50_ms"], found["compute_ms"]) == (62, 10)
-    assert found["whole_p99_ms"] > 195
-    assert (found["link_up_bytes"], found["link_down_bytes"]) == (10_000, 610_000)
-    assert found["floor_ms"] == pytest.approx(620_000 / (15 * 1024 * 1024) * 1000)
-    assert found["transfer_by_floor"] == pytest.approx(42 / found["floor_ms"])
-    assert found["message_bytes"] == 582_388 + 132
+    assert cell["transfer_ms"] == 42  # the median of differences, not the difference of medians
+    assert (cell["whole_p50_ms"], cell["compute_ms"]) == (62, 10)
+    assert cell["whole_p99_ms"] > 195
+    assert (cell["link_up_bytes"], cell["link_down_bytes"]) == (10_000, 610_000)
+    assert cell["floor_ms"] == pytest.approx(620_000 / (15 * 1024 * 1024) * 1000)
+    assert cell["transfer_by_floor"] == pytest.approx(42 / cell["floor_ms"])
+    assert cell["message_bytes"] == 582_388 + 132
 
 
 def test_server_timing_is_read():
@@ -77,16 +77,16 @@ def test_server_timing_is_read():
 
 def test_line_sends_one_after_another():
     line = Line(1000, 0.5)
-    assert line.due(100, 10.0) == pytest.approx(10.6)
-    assert line.due(100, 10.0) == pytest.approx(10.7)  # behind the first
-    assert line.due(100, 20.0) == pytest.approx(20.6)  # nothing is saved up
+    assert line.schedule_arrival(100, 10.0) == pytest.approx(10.6)
+    assert line.schedule_arrival(100, 10.0) == pytest.approx(10.7)  # queued behind the first
+    assert line.schedule_arrival(100, 20.0) == pytest.approx(20.6)  # an idle line saves nothing up
     assert line.passed_bytes == 300
 
 
 @pytest.mark.parametrize("size", [1, 300_001])
-def test_proxy_delivers_every_byte_and_no_sooner(size):
-    rate, held = 2_000_000, 0.05
-    sent = os.urandom(size)
+def test_proxy_delivers_all_bytes_no_sooner_than_the_link(size):
+    rate, delay_seconds = 2_000_000, 0.05
+    message = os.urandom(size)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def echo() -> None:
@@ -97,16 +97,16 @@ def test_proxy_delivers_every_byte_and_no_sooner(size):
 
         thread = threading.Thread(target=echo, daemon=True)
         thread.start()
-        with links.run_proxy(server.getsockname()[1], rate, held) as (port, up, down):
+        with links.run_proxy(server.getsockname()[1], rate, delay_seconds) as (port, up, down):
             start = time.perf_counter()
             with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-                client.sendall(sent)
+                client.sendall(message)
                 client.shutdown(socket.SHUT_WR)
                 content = b"".join(iter(lambda: client.recv(65_536), b""))
             seconds = time.perf_counter() - start
         thread.join(5)
-    assert content == sent
-    assert seconds >= 2 * (size / rate + held)  # the echo begins when all is there
+    assert content == message
+    assert seconds >= 2 * (size / rate + delay_seconds)  # the echo starts once everything has arrived
     assert up.passed_bytes == down.passed_bytes == size
 
 
@@ -121,48 +121,48 @@ def test_impossible_measurements_are_refused_at_once(folder, options, tmp_path, 
     assert not (tmp_path / "none").exists()
 
 
-def test_without_the_tools_it_is_the_proxy_and_why(monkeypatch, caplog):
+def test_missing_network_tools_select_the_proxy_and_log_the_reason(monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with ExitStack() as stack:
-        network, why = delay.choose_network(stack, proxy=False)
+        network, reason = delay.choose_network(stack, proxy=False)
         assert network.kind == "proxy"
-        assert "no program ip" in why
-    assert "no program ip" in caplog.text
+        assert "program ip not found" in reason
+    assert "program ip not found" in caplog.text
 
 
 def test_service_that_does_not_come_up_shows_its_log(monkeypatch):
     failing = ["sh", "-c", "echo no weights here >&2; exit 4"]
-    monkeypatch.setattr(Loopback, "command", lambda self, side: failing if side == "server" else [])
-    with pytest.raises(CDCError, match=r"of tiny did not come up, exit code 4:\nno weights here"):
+    monkeypatch.setattr(Loopback, "command_prefix", lambda self, side: failing if side == "server" else [])
+    with pytest.raises(CDCError, match=r"of tiny did not start, exit code 4:\nno weights here"):
         delay.measure_delay(TINY, [RATE], 1, Loopback())
 
 
-def test_over_the_proxy(tmp_path, monkeypatch, capsys):
+def test_measurement_over_the_proxy_writes_json_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(delay, "DELAY_CASES", TINY)
     monkeypatch.setattr(delay, "LINK_RATES", (RATE,))
-    monkeypatch.setattr(delay, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(delay, "IDLE_PAUSE_SECONDS", 0.01)
     assert delay.main([str(tmp_path / "msvd"), "--proxy", "--requests", "2"]) == 0
     result = json.loads((tmp_path / "msvd" / "delay.json").read_text())
     assert (result["link"], result["weights"]) == ("proxy", "random")
-    whole, small = result["cells"]
-    assert (whole["kind"], small["kind"]) == ("float32", "low_rank")
-    assert whole["payload_bytes"] == PAYLOAD
-    for found in result["cells"]:
-        assert len(found["requests"]) == 2
-        assert found["link_up_bytes"] > UPLOAD_BYTES
-        assert 0 < found["link_down_bytes"] - found["payload_bytes"] - FRAMING_BYTES < 500  # HTTP's headers
-        assert all(reply["whole"] - reply["compute"] >= found["floor_ms"] for reply in found["requests"])
-    far = result["delay"]["cells"]
-    assert [found["connection"] for found in far] == ["each", "idle", "kept"]
-    assert all(found["transfer_ms"] >= 2000 * FAR_DELAY_SECONDS for found in far)
-    written = (tmp_path / "msvd" / "delay.md").read_text()
-    assert "| tiny, 300 | float32 | 5 | 116,400 |" in written
-    assert "TCP's not" in written
+    float32_cell, low_rank_cell = result["cells"]
+    assert (float32_cell["kind"], low_rank_cell["kind"]) == ("float32", "low_rank")
+    assert float32_cell["payload_bytes"] == PAYLOAD
+    for cell in result["cells"]:
+        assert len(cell["requests"]) == 2
+        assert cell["link_up_bytes"] > UPLOAD_BYTES
+        assert 0 < cell["link_down_bytes"] - cell["payload_bytes"] - FRAMING_BYTES < 500  # HTTP's headers
+        assert all(reply["whole"] - reply["compute"] >= cell["floor_ms"] for reply in cell["requests"])
+    far_cells = result["delay"]["cells"]
+    assert [cell["connection"] for cell in far_cells] == ["each", "idle", "kept"]
+    assert all(cell["transfer_ms"] >= 2000 * FAR_DELAY_SECONDS for cell in far_cells)
+    page = (tmp_path / "msvd" / "delay.md").read_text()
+    assert "| tiny, 300 | float32 | 5 | 116,400 |" in page
+    assert "TCP's not" in page
     assert "does not" not in capsys.readouterr().err
 
 
-def namespaces() -> str:
-    """Why there can be none."""
+def find_namespace_problem() -> str:
+    """Return why namespaces cannot be created; empty if they can."""
     try:
         with Namespaces():
             return ""
@@ -170,90 +170,90 @@ def namespaces() -> str:
         return str(error)
 
 
-def left() -> list[str]:
-    """Namespaces of any run."""
+def list_delay_namespaces() -> list[str]:
+    """Return the network namespaces of all delay measurements."""
     return [name for name in os.listdir("/run/netns") if name.startswith("cdc-delay-")]
 
 
-WATCHED = """
+WATCHED_PROGRAM = """
 import json, shutil, sys
 from cdc_mmpg.benchmarks import delay
 from cdc_mmpg.wire.messages import Versions
 bundle, generator, public_key, folder = sys.argv[1:]
-measure_cell, found = delay.measure_cell, []
+measure_cell, cells = delay.measure_cell, []
 
-def watched(client, service, kind, link, rate, requests, connection="kept"):
-    if len(found) == 6:
-        print(json.dumps(found), flush=True)
+def measure_and_report(client, service, kind, link, rate, requests, connection="kept"):
+    if len(cells) == 6:
+        print(json.dumps(cells), flush=True)
         requests = 1_000_000
-    found.append(measure_cell(client, service, kind, link, rate, requests, connection))
-    return found[-1]
+    cells.append(measure_cell(client, service, kind, link, rate, requests, connection))
+    return cells[-1]
 
-def copied(cases, folder):  # to make one imports torch
+def copy_bundle(cases, folder):  # writing one would import torch
     shutil.copytree(bundle, folder / "0")
     return [(Versions(delay.ENCODER_DIGEST, bytes.fromhex(generator)), bytes.fromhex(public_key))]
 
 delay.DELAY_CASES = (delay.DelayCase("tiny", 300, native="low_rank", number=4, kinds=("float32", "low_rank")),)
-delay.LINK_RATES, delay.measure_cell, delay.write_random_bundles = (5, 100), watched, copied
+delay.LINK_RATES, delay.measure_cell, delay.write_random_bundles = (5, 100), measure_and_report, copy_bundle
 sys.exit(delay.main([folder, "--requests", "2"]))
 """
 
 
-def children(process: int) -> list[int]:
-    """Processes that one has begun."""
+def list_children(process: int) -> list[int]:
+    """Return the ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 @pytest.mark.slow
-def test_over_namespaces_and_stopped_in_the_middle(tmp_path):
-    if why := namespaces():
-        pytest.skip(why)
+def test_stopped_measurement_over_namespaces_leaves_nothing(tmp_path):
+    if problem := find_namespace_problem():
+        pytest.skip(problem)
     [(versions, public_key)] = delay.write_random_bundles(TINY, tmp_path)
     arguments = [str(tmp_path / "0"), versions.generator.hex(), public_key.hex(), str(tmp_path / "msvd")]
     with subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", WATCHED_PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         time.sleep(0.2)
-        begun = children(process.pid)
-        within = [name for name in left() if str(process.pid) in name]
+        children = list_children(process.pid)
+        namespaces = [name for name in list_delay_namespaces() if str(process.pid) in name]
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=30)
-    *cells, each, _ = json.loads(line or "[]") or pytest.fail(said)
-    for found in cells:
-        assert found["dropped"] == 0
-        assert found["link_up_bytes"] > UPLOAD_BYTES
-        assert found["link_down_bytes"] > found["payload_bytes"] + FRAMING_BYTES
-    whole, _, faster, _ = cells
-    assert min(whole["link_packets"], faster["link_packets"]) > PAYLOAD / links.FRAME_BYTES  # none larger than a frame
-    least = divide_by_rate(PAYLOAD - 2 * links.FRAME_BYTES, RATE)  # but for the bucket's content
-    assert all(reply["whole"] - reply["compute"] >= least for reply in whole["requests"])
-    assert each["transfer_ms"] >= 4 * 2000 * FAR_DELAY_SECONDS  # a handshake; 14 KB, 29 KB and then the others
+        _, errors = process.communicate(timeout=30)
+    *cells, new, _ = json.loads(line or "[]") or pytest.fail(errors)
+    for cell in cells:
+        assert cell["dropped"] == 0
+        assert cell["link_up_bytes"] > UPLOAD_BYTES
+        assert cell["link_down_bytes"] > cell["payload_bytes"] + FRAMING_BYTES
+    slow, _, fast, _ = cells
+    assert min(slow["link_packets"], fast["link_packets"]) > PAYLOAD / links.FRAME_BYTES  # of one frame at most
+    minimum_ms = divide_by_rate(PAYLOAD - 2 * links.FRAME_BYTES, RATE)  # the bucket's content passes at once
+    assert all(reply["whole"] - reply["compute"] >= minimum_ms for reply in slow["requests"])
+    assert new["transfer_ms"] >= 4 * 2000 * FAR_DELAY_SECONDS  # a handshake; 14 KB, 29 KB and then the rest
 
-    assert len(begun) == len(within) == 2  # service and client
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "Traceback" not in said
-    assert not any(Path(f"/proc/{child}").exists() for child in begun)
-    assert not any(str(process.pid) in name for name in left())
+    assert len(children) == len(namespaces) == 2  # one for the service, one for the client
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not any(str(process.pid) in name for name in list_delay_namespaces())
     assert not list((tmp_path / "msvd").iterdir())
 
 
-def test_whole_answers_of_exported_runs(tmp_path, deployed):
+def test_answers_of_exported_runs_are_measured_by_stage(tmp_path, deployed):
     run = tmp_path / "synthetic" / "cdc_mmpg_session" / "seed0"
     shutil.copytree(deployed / "session", run / "deployment")
     (run / "deployment" / "export.json").write_text("{}")
-    assert delay.find_exported_devices(tmp_path / "synthetic") == []  # no test, so no question
+    assert delay.find_exported_devices(tmp_path / "synthetic") == []  # no test results, so no question to ask
     (run / "predictions.test.csv").write_text(
         "clip,device,group,type,question,answer\nfirst,d,unseen,,what is it?,red\n"
     )
     clip = write_clip(tmp_path / "synthetic" / "data" / "clips" / "YouTubeClips" / "first.mp4", codec="libx264")
     bundles = delay.find_exported_devices(tmp_path / "synthetic")
-    assert [(each.name, each.video, each.question) for each in bundles] == [
+    assert [(exported.name, exported.video, exported.question) for exported in bundles] == [
         (f"cdc_mmpg_session/{name}", clip, "what is it?") for name in ("device", "device-int8")
     ]
     with delay.start_services([], Loopback(), tmp_path) as (client, _):
-        (found,) = delay.measure_answers(client, Loopback(), bundles[:1], 2, tmp_path)
-    assert set(found["stages_ms"]) == set(ANSWER_STAGES)
-    assert all(value > 0 for value in found["stages_ms"].values())
-    assert len(found["requests"]) == 2
+        (answer,) = delay.measure_answers(client, Loopback(), bundles[:1], 2, tmp_path)
+    assert set(answer["stages_ms"]) == set(ANSWER_STAGES)
+    assert all(value > 0 for value in answer["stages_ms"].values())
+    assert len(answer["requests"]) == 2

@@ -1,3 +1,5 @@
+"""Device client: sessions with the service, cloud failures, stored state, damaged bundles, and refused input."""
+
 import contextlib
 import json
 import os
@@ -22,8 +24,8 @@ from cdc_mmpg.device.__main__ import main
 from cdc_mmpg.device.model import DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
-from cdc_mmpg.files import file_digest, json_digest
-from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, decode_layer, signed_content
+from cdc_mmpg.files import hash_file, hash_json
+from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER, build_signed_content, decode_layer
 from conftest import write_clip
 from deployments import Cloud, Reply, open_device
 
@@ -33,7 +35,7 @@ QUESTION = "what is the man doing?"
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Clips that no two of which give the same anchor."""
+    """Write nine clips with different anchors."""
     root = tmp_path_factory.mktemp("clips")
     return [write_clip(root / f"{i}.mp4", frames=8 + 3 * i, codec="libx264") for i in range(9)]
 
@@ -50,33 +52,33 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert sum(probability for _, probability in answer.ranked) == pytest.approx(1)
         assert answer.ranked == sorted(answer.ranked, key=lambda pair: -pair[1])
         assert answer.text == answer.ranked[0][0]
-        # The layer is what the generator makes of the anchor feature, in its payload.
-        served = load_model(deployed / "session" / "cloud")
+        # The layer is the generator's output for the anchor feature, up to the payload's rounding.
+        cloud_model = load_model(deployed / "session" / "cloud")
         upload = device.model.anchor(device.model.frames(clips[0]))
-        content = np.array(upload, "<f4").tobytes()
+        upload_bytes = np.array(upload, "<f4").tobytes()
         import torch
 
         with torch.no_grad():
-            left, right = served.generator(torch.from_numpy(upload)[None])
+            left, right = cloud_model.generator(torch.from_numpy(upload)[None])
             expected = device.model.shared + (left[0].T @ right[0]).numpy()
-        assert len(content) == 768
+        assert len(upload_bytes) == 768
         assert np.abs(device._layer.matrix - expected).max() < 0.02 * np.abs(expected - device.model.shared).max()
-        assert device.answer(clips[0], QUESTION).bytes_up == 0  # one layer for the whole session
+        assert device.answer(clips[0], QUESTION).bytes_up == 0  # the session keeps its layer
 
 
-def test_a_new_layer_is_asked_for_when_the_clips_have_doubled(deployed, fake, clips):
+def test_a_new_layer_is_requested_when_the_number_of_clips_has_doubled(deployed, fake, clips):
     device = open_device(deployed, fake.url)
-    asked = []
+    request_counts = []
     for clip in [clips[0], clips[0], *clips[1:]]:
         device.answer(clip, QUESTION)
-        asked.append(len(fake.uploads))
-    assert asked == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4]  # with 1, 1 (the same clip again), 2, 3, 4, ... 8, 9 clips
+        request_counts.append(len(fake.uploads))
+    assert request_counts == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4]  # after 1, 1 (the same clip again), 2, 3, 4, ... 8, 9 clips
     assert device._layer.anchors == 8
     mean = np.mean([device.model.anchor(device.model.frames(clip)) for clip in clips[:8]], axis=0)
     assert np.frombuffer(fake.uploads[-1], "<f4", offset=HEADER.size) == pytest.approx(mean, abs=1e-6)
 
 
-def test_clips_that_are_only_observed_count(deployed, fake, clips):
+def test_observed_clips_count_as_anchors(deployed, fake, clips):
     device = open_device(deployed, fake.url)
     for clip in clips[:5]:
         device.observe(clip)
@@ -86,7 +88,7 @@ def test_clips_that_are_only_observed_count(deployed, fake, clips):
     assert device.answer(clips[5], QUESTION).anchors == 1
 
 
-def test_the_layer_is_an_input_and_the_inference_sessions_stay(deployed, fake, clips):
+def test_a_new_layer_needs_no_new_inference_session(deployed, fake, clips):
     device = open_device(deployed, fake.url)
     before = device.model._encoder, device.model._head
     answer = device.answer(clips[0], QUESTION)
@@ -98,7 +100,7 @@ def test_the_layer_is_an_input_and_the_inference_sessions_stay(deployed, fake, c
     )
 
 
-MANGLED: dict[str, Callable[[bytes], bytes]] = {
+DAMAGED_LAYERS: dict[str, Callable[[bytes], bytes]] = {
     "length: truncated": lambda layer: layer[:-1],
     "length: extended": lambda layer: layer + b"\0",
     "length: nothing": lambda layer: b"",
@@ -114,35 +116,35 @@ MANGLED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("what", MANGLED)
-def test_a_bad_layer_is_rejected_and_the_one_in_use_stays(deployed, fake, clips, what):
+@pytest.mark.parametrize("defect", DAMAGED_LAYERS)
+def test_a_bad_layer_is_rejected_and_the_one_in_use_stays(deployed, fake, clips, defect):
     device = open_device(deployed, fake.url)
     device.answer(clips[0], QUESTION)
     before = device._layer
     assert before.origin == "adapted"
-    fake.change = lambda layer: (200, {}, MANGLED[what](layer))
+    fake.change = lambda layer: (200, {}, DAMAGED_LAYERS[defect](layer))
     answer = device.answer(clips[1], QUESTION)
-    assert what.split(":")[0] in answer.trouble
+    assert defect.split(":")[0] in answer.trouble
     assert device._layer is before
-    fake.honest()
+    fake.answer_honestly()
     device._next_attempt = 0.0
     answer = device.answer(clips[2], QUESTION)
     assert (answer.anchors, answer.trouble) == (3, "")
 
 
-def test_a_layer_with_numbers_that_are_none_is_rejected_though_it_is_signed(deployed, fake, clips):
-    def poisoned(layer: bytes) -> Reply:
+def test_a_signed_layer_that_contains_nan_is_rejected(deployed, fake, clips):
+    def insert_nan(layer: bytes) -> Reply:
         header, body = layer[: HEADER.size], bytearray(layer[FRAMING_BYTES:])
-        body[:2] = np.array([np.nan], "<f2").tobytes()  # a scale
-        return 200, {}, header + fake.served.key.sign(signed_content(header, bytes(body))) + bytes(body)
+        body[:2] = np.array([np.nan], "<f2").tobytes()  # the first scale
+        return 200, {}, header + fake.served.key.sign(build_signed_content(header, bytes(body))) + bytes(body)
 
-    fake.change = poisoned
+    fake.change = insert_nan
     answer = open_device(deployed, fake.url).answer(clips[0], QUESTION)
     assert answer.origin == "shared"
     assert "finite" in answer.trouble
 
 
-def test_a_cloud_that_is_busy_is_asked_again(deployed, fake, clips):
+def test_requests_are_retried_while_the_cloud_is_busy(deployed, fake, clips):
     replies: list[Reply] = [(503, {"Retry-After": "0"}, b"{}"), (500, {}, b""), (429, {}, b"x")]
     fake.change = lambda layer: replies.pop(0) if replies else (200, {}, layer)
     answer = open_device(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
@@ -150,7 +152,7 @@ def test_a_cloud_that_is_busy_is_asked_again(deployed, fake, clips):
     assert answer.bytes_up == 4 * 836
 
 
-def test_a_refusal_is_final_and_says_why(deployed, fake, clips):
+def test_a_refusal_is_not_retried_and_its_reason_is_reported(deployed, fake, clips):
     fake.change = lambda layer: (401, {}, b'{"error": "key", "detail": "no key that is known here"}')
     answer = open_device(deployed, fake.url, deadline=20.0).answer(clips[0], QUESTION)
     assert (answer.origin, len(fake.uploads)) == ("shared", 1)
@@ -188,7 +190,7 @@ def test_an_answer_never_waits_longer_than_its_deadline(deployed, fake, clips, r
     device = open_device(deployed, url, deadline=0.4)
     start = time.monotonic()
     answer = device.answer(clips[0], QUESTION)
-    assert time.monotonic() - start < 8  # each of them would go on for half a minute
+    assert time.monotonic() - start < 8  # without the deadline each would take half a minute
     assert answer.origin == "shared"
     assert device.answer(clips[1], QUESTION).origin == "shared"
     assert answer.text
@@ -200,67 +202,67 @@ def test_after_a_failure_the_next_questions_do_not_wait_for_the_cloud(deployed, 
     device = open_device(deployed, fake.url)
     device.answer(clips[0], QUESTION)
     device._next_attempt += 60
-    asked = len(fake.uploads)
+    request_count = len(fake.uploads)
     for clip in clips[1:4]:
         assert device.answer(clip, QUESTION).trouble
-    assert len(fake.uploads) == asked
+    assert len(fake.uploads) == request_count
 
 
-def test_a_layer_that_comes_late_serves_the_next_question(deployed, fake, clips):
-    go = threading.Event()
+def test_a_late_layer_answers_the_next_question(deployed, fake, clips):
+    released = threading.Event()
 
-    def late(layer: bytes) -> Reply:
-        go.wait(20)
+    def reply_late(layer: bytes) -> Reply:
+        released.wait(20)
         return 200, {}, layer
 
-    fake.change = late
+    fake.change = reply_late
     device = open_device(deployed, fake.url, deadline=0.2)
     answer = device.answer(clips[0], QUESTION)
     assert answer.origin == "shared"
     assert "not answered yet" in answer.trouble
-    assert device.answer(clips[0], QUESTION).origin == "shared"  # and asks no second time
-    go.set()
-    device._asking.join(20)
+    assert device.answer(clips[0], QUESTION).origin == "shared"  # no second request
+    released.set()
+    device._request_thread.join(20)
     answer = device.answer(clips[0], QUESTION)
     assert (answer.origin, answer.trouble, len(fake.uploads)) == ("adapted", "", 1)
 
 
-def test_offline_the_last_layer_answers_then_the_kept_one_then_the_shared_one(deployed, fake, clips, tmp_path):
+def test_offline_devices_use_the_last_then_the_stored_then_the_shared_layer(deployed, fake, clips, tmp_path):
     offline = "http://127.0.0.1:1"
-    first = open_device(deployed, offline, state=tmp_path, deadline=0.2)
-    assert first.answer(clips[0], QUESTION).origin == "shared"
+    unconnected = open_device(deployed, offline, state=tmp_path, deadline=0.2)
+    assert unconnected.answer(clips[0], QUESTION).origin == "shared"
     online = open_device(deployed, fake.url, state=tmp_path)
-    assert online.answer(clips[1], QUESTION).anchors == 2  # the session went on
+    assert online.answer(clips[1], QUESTION).anchors == 2  # the session resumed
     fake.close()
     online.deadline = 0.2
     for clip in clips[2:5]:
         answer = online.answer(clip, QUESTION)
         assert (answer.origin, answer.anchors) == ("adapted", 2)
-    again = open_device(deployed, offline, state=tmp_path, deadline=0.2)
-    answer = again.answer(clips[0], QUESTION)
+    restarted = open_device(deployed, offline, state=tmp_path, deadline=0.2)
+    answer = restarted.answer(clips[0], QUESTION)
     assert (answer.origin, answer.anchors) == ("kept", 2)
-    assert np.array_equal(again._layer.matrix, online._layer.matrix)
-    again.new_session()
+    assert np.array_equal(restarted._layer.matrix, online._layer.matrix)
+    restarted.new_session()
     assert open_device(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
-def test_a_kept_layer_that_changed_is_not_used(deployed, fake, clips, tmp_path, damage):
+def test_a_damaged_stored_layer_is_not_used(deployed, fake, clips, tmp_path, damage):
     open_device(deployed, fake.url, state=tmp_path).answer(clips[0], QUESTION)
     (path,) = tmp_path.glob("layer.*.bin")
     content = path.read_bytes()
-    changed = {"truncated": content[:-9], "flipped": content[:200] + bytes([content[200] ^ 4]) + content[201:],
+    damaged = {"truncated": content[:-9], "flipped": content[:200] + bytes([content[200] ^ 4]) + content[201:],
                "empty": b"", "foreign": b"<html>" * 100}[damage]  # fmt: skip
-    path.write_bytes(changed)
+    path.write_bytes(damaged)
     (anchors,) = tmp_path.glob("anchors.*.f32")
     anchors.write_bytes(b"abc" if damage == "foreign" else anchors.read_bytes()[:-5])
     assert open_device(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
-def test_a_kill_at_any_moment_of_keeping_leaves_the_old_layer_or_the_new_one(deployed, fake, clips, tmp_path):
+def test_a_kill_while_saving_leaves_the_old_or_the_new_layer(deployed, fake, clips, tmp_path):
     device = open_device(deployed, fake.url, state=tmp_path)
     receipts = []
-    device._state.keep_layer = receipts.append
+    device._state.save_layer = receipts.append
     for clip in clips[:2]:
         device.answer(clip, QUESTION)
     model = device.model
@@ -271,23 +273,23 @@ def test_a_kill_at_any_moment_of_keeping_leaves_the_old_layer_or_the_new_one(dep
         for receipt in receipts
     }
     assert layers.keys() == {1, 2}
-    state, generator, met = State(tmp_path, model), random.Random(0), set()
-    state.keep_layer(receipts[0])
+    state, generator, stored_anchors = State(tmp_path, model), random.Random(0), set()
+    state.save_layer(receipts[0])
     for _ in range(40):
         child = os.fork()
         if child == 0:
             while True:
                 for receipt in receipts:
-                    state.keep_layer(receipt)
+                    state.save_layer(receipt)
         time.sleep(generator.uniform(0.001, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        kept = State(tmp_path, model).layer()
-        assert kept is not None
-        assert np.array_equal(kept.matrix, layers[kept.anchors])
-        met.add(kept.anchors)
-    assert met == {1, 2}
-    assert not list(tmp_path.glob(".*.tmp"))  # cleaned at the next start
+        stored = State(tmp_path, model).load_layer()
+        assert stored is not None
+        assert np.array_equal(stored.matrix, layers[stored.anchors])
+        stored_anchors.add(stored.anchors)
+    assert stored_anchors == {1, 2}
+    assert not list(tmp_path.glob(".*.tmp"))  # removed at the next start
 
 
 def test_encoder_and_generator_of_different_versions_are_refused_by_the_cloud(deployed, clips, tmp_path):
@@ -297,7 +299,7 @@ def test_encoder_and_generator_of_different_versions_are_refused_by_the_cloud(de
     assert "409" in answer.trouble
 
 
-def test_a_sample_has_a_layer_of_its_own_or_the_shared_one(deployed, clips, tmp_path):
+def test_every_sample_gets_a_new_layer_or_the_shared_one(deployed, clips, tmp_path):
     with Cloud(deployed / "sample" / "cloud", tmp_path / "log") as service:
         device = open_device(deployed, service.url, "sample", state=tmp_path, deadline=5.0)
         answers = [device.answer(clip, question) for clip in clips[:2] for question in (QUESTION, "who is it?")]
@@ -353,13 +355,13 @@ def test_a_bundle_that_changed_is_refused_by_name(deployed, tmp_path, name):
 
 
 def test_damaged_or_foreign_bundles_are_refused(tmp_path, deployed):
-    with pytest.raises(CheckpointError, match="not a whole device bundle"):
+    with pytest.raises(CheckpointError, match="not a complete device bundle"):
         DeviceModel(tmp_path)
     bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
     settings = json.loads((bundle / "bundle.json").read_text())
     for wrong, message in (
         ({**settings, "format": 9}, "format 9"),
-        ([], "not a whole"),
+        ([], "not a complete"),
         ({"format": 2}, "changed since"),
         ({**settings, "files": {}}, "changed since"),
         ({**settings, "unit": "sample"}, "changed since"),
@@ -370,7 +372,7 @@ def test_damaged_or_foreign_bundles_are_refused(tmp_path, deployed):
             DeviceModel(bundle)
 
 
-def test_no_bit_of_the_settings_can_flip(deployed, tmp_path):
+def test_damaged_settings_are_refused(deployed, tmp_path):
     for folder, name, read in (("device", "bundle.json", read_bundle), ("cloud", "cloud.json", read_cloud_bundle)):
         bundle = Path(shutil.copytree(deployed / "session" / folder, tmp_path / folder))
         content = (bundle / name).read_bytes()
@@ -384,43 +386,43 @@ def test_no_bit_of_the_settings_can_flip(deployed, tmp_path):
             (bundle / name).write_bytes(content[:cut])
             with pytest.raises(CheckpointError, match=name):
                 read(bundle)
-        for odd in (b"[" * 100_000, b"null", b"7", b"\xff\xfe", b'"text"', b"[]", b"{}"):
-            (bundle / name).write_bytes(odd)
+        for wrong in (b"[" * 100_000, b"null", b"7", b"\xff\xfe", b'"text"', b"[]", b"{}"):
+            (bundle / name).write_bytes(wrong)
             with pytest.raises(CheckpointError, match=name):
                 read(bundle)
 
 
-ODD = (None, True, -1, 0, 2.5, 10**30, "", "x", [], [1], {}, {"x": 1})
+ODD_VALUES = (None, True, -1, 0, 2.5, 10**30, "", "x", [], [1], {}, {"x": 1})
 
 
-def leaves(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The places of everything in JSON."""
+def walk_json(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the path of every value in JSON, the root first."""
     yield path
     for name, inner in (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     ):
-        yield from leaves(inner, (*path, name))
+        yield from walk_json(inner, (*path, name))
 
 
 def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deployed, tmp_path):
     bundle = Path(shutil.copytree(deployed / "choice" / "device", tmp_path / "bundle"))
     settings = json.loads((bundle / "bundle.json").read_text())
     del settings["digest"]
-    read = {"format", "task", "unit", "layout", "encoder", "generator", "public_key", "frames", "text", "files"}
-    for path in leaves({name: settings[name] for name in read}):
-        for odd in ODD:
+    names_in_use = {"format", "task", "unit", "layout", "encoder", "generator", "public_key", "frames", "text", "files"}
+    for path in walk_json({name: settings[name] for name in names_in_use}):
+        for odd_value in ODD_VALUES:
             wrong = inner = json.loads(json.dumps(settings))
             for name in path[:-1]:
                 inner = inner[name]
             if path:
-                inner[path[-1]] = odd
+                inner[path[-1]] = odd_value
             else:
                 wrong = {}
-            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": json_digest(wrong)}))
-            with contextlib.suppress(CheckpointError):  # what is taken is what works
+            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": hash_json(wrong)}))
+            with contextlib.suppress(CheckpointError):  # accepted settings must work
                 DeviceModel(bundle, threads=1).anchor(np.zeros((3, 32, 32, 3), np.uint8))
     del settings["files"]["shared.npy"]
-    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": json_digest(settings)}))
+    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": hash_json(settings)}))
     with pytest.raises(CheckpointError, match=r"bundle\.json.*files"):
         DeviceModel(bundle)
 
@@ -434,7 +436,7 @@ def test_a_choice_that_is_no_text_is_refused(deployed):
                 model.texts(question, choices)
 
 
-def test_sizes_are_positive_and_within_what_any_bundle_needs(deployed, tmp_path):
+def test_sizes_outside_their_range_are_refused(deployed, tmp_path):
     bundle = Path(shutil.copytree(deployed / "choice" / "device", tmp_path / "bundle"))
     settings = json.loads((bundle / "bundle.json").read_text())
     del settings["digest"]
@@ -444,11 +446,11 @@ def test_sizes_are_positive_and_within_what_any_bundle_needs(deployed, tmp_path)
         for size, is_right in ((0, False), (-1, False), (1, True), (limit, True), (4097, limit > 4097)):
             wrong = json.loads(json.dumps(settings))
             wrong[where][name] = size
-            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": json_digest(wrong)}))
+            (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": hash_json(wrong)}))
             if is_right:
                 assert read_bundle(bundle)[where][name] == size
                 continue
-            with pytest.raises(CheckpointError, match="a size is not what an export writes"):
+            with pytest.raises(CheckpointError, match="invalid size: not written by make export"):
                 read_bundle(bundle)
 
 
@@ -458,21 +460,21 @@ def test_answers_may_hold_line_feeds(tmp_path, deployed):
     (bundle / "answers.json").write_text(json.dumps(answers))
     settings = json.loads((bundle / "bundle.json").read_text())
     del settings["digest"]
-    settings["files"]["answers.json"] = file_digest(bundle / "answers.json")
-    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": json_digest(settings)}))
+    settings["files"]["answers.json"] = hash_file(bundle / "answers.json")
+    (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": hash_json(settings)}))
     assert DeviceModel(bundle).answers == answers
 
 
-def test_words_that_the_bundle_does_not_know_are_told(deployed, clips, capsys):
+def test_words_outside_the_vocabulary_are_reported(deployed, clips, capsys):
     device = open_device(deployed, None)
     assert device.answer(clips[0], QUESTION).unknown_words == []
     assert device.answer(clips[0], "What is the Zebra, green zebra?").unknown_words == ["zebra", ",", "green"]
-    choosing = open_device(deployed, None, "choice").answer(clips[0], "", ["red", "blue"])
-    assert choosing.unknown_words == ["blue"]
-    asked = ["--video", str(clips[0]), "--question", "what is xyz\x1b[2J doing?"]
-    assert main([str(deployed / "session" / "device"), *asked]) == 0
+    answer = open_device(deployed, None, "choice").answer(clips[0], "", ["red", "blue"])
+    assert answer.unknown_words == ["blue"]
+    arguments = ["--video", str(clips[0]), "--question", "what is xyz\x1b[2J doing?"]
+    assert main([str(deployed / "session" / "device"), *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "not in this bundle's vocabulary, and so not read: xyz" in printed
+    assert "not in this bundle's vocabulary, read as [UNK]: xyz" in printed
     assert "\x1b" not in printed
 
 
@@ -498,25 +500,25 @@ def test_bad_questions_and_clips_are_refused(deployed, clips, tmp_path):
         open_device(deployed, None, deadline=0.0)
 
 
-def test_the_command_line(deployed, fake, clips, tmp_path, capsys):
+def test_the_command_line_prints_answers_and_returns_exit_codes(deployed, fake, clips, tmp_path, capsys):
     bundle = str(deployed / "session" / "device")
-    asked = ["--video", str(clips[0]), "--question", QUESTION]
-    assert main([bundle, *asked, "--cloud", fake.url, "--state", str(tmp_path)]) == 0
+    arguments = ["--video", str(clips[0]), "--question", QUESTION]
+    assert main([bundle, *arguments, "--cloud", fake.url, "--state", str(tmp_path)]) == 0
     assert "last layer: adapted, from 1 clip;" in capsys.readouterr().out
-    assert main([bundle, *asked, "--state", str(tmp_path)]) == 0
-    assert "adapted before, and kept, from 1 clip;" in capsys.readouterr().out
+    assert main([bundle, *arguments, "--state", str(tmp_path)]) == 0
+    assert "adapted earlier, loaded from disk, from 1 clip;" in capsys.readouterr().out
     assert main([bundle, "--video", str(clips[0])]) == 2
     assert main([bundle, "--video", "absent.mp4", "--question", QUESTION]) == 3
-    assert main([str(tmp_path), *asked]) == 4
-    assert main([bundle, *asked, "--cloud", "ftp://nowhere"]) == 2
+    assert main([str(tmp_path), *arguments]) == 4
+    assert main([bundle, *arguments, "--cloud", "ftp://nowhere"]) == 2
     errors = capsys.readouterr().err
     assert len(re.findall(r"^(Config|Data|Checkpoint)Error: ", errors, re.MULTILINE)) == 4
     assert "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_the_device_needs_no_torch_in_an_environment_without_it(deployed, clips, tmp_path):
-    """The package with its base dependencies alone, as a device has it, and the real service."""
+def test_the_device_runs_in_an_environment_without_torch(deployed, clips, tmp_path):
+    """The package is installed with only its base dependencies, as on a device; the service is real."""
     uv = Path(sys.executable).with_name("uv")
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -538,8 +540,8 @@ for name in ("torch", "lightning", "timm", "transformers", "torchmetrics", "fast
         subprocess.run([python, "-c", script, service.url], check=True, cwd=tmp_path)
 
 
-def test_a_clip_of_a_line_takes_no_memory_to_speak_of(deployed, tmp_path):
-    """Resized before it is cropped it would take 12 MB a frame, nine of which are looked at."""
+def test_clips_one_pixel_wide_or_high_take_little_memory(deployed, tmp_path):
+    """Resizing before cropping would take 12 MB per frame, for nine frames."""
     device = open_device(deployed, None)
     for name, size in (("tall", (1, 4000)), ("wide", (4000, 1))):
         clip = write_clip(tmp_path / f"{name}.gif", frames=12, size=size, codec="gif")

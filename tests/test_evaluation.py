@@ -1,4 +1,4 @@
-"""What a test writes down, against figures by hand: answers, floors, recalls, and the table of all of it."""
+"""Results of a test, compared with figures computed by hand: answers, floors, recalls, and the table of outcomes."""
 
 import csv
 from collections import Counter
@@ -12,17 +12,17 @@ import torch
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
 from cdc_mmpg.data.interface import SampleOrigin
-from cdc_mmpg.evaluation.evaluate import evaluation
-from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, ranked, ranks, recalls
+from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
+from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, compute_ranks, compute_recalls, rank_all
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 class Questions:
-    """Open-ended questions: three in training, four in the test, as `evaluation` reads a dataset."""
+    """Open-ended questions, five in training and four in the test, as `evaluate_outcomes` reads them."""
 
     task = "open_ended"
     LABELS: ClassVar = {"train": [0, 0, UNKNOWN_LABEL, 1, 2], "test": [1, 0, UNKNOWN_LABEL, 2], "val": [2, 2, 2, 2]}
@@ -47,31 +47,31 @@ class Questions:
         return f"{split} {index}: {[*self.answers(), UNKNOWN_ANSWER][label or 0]}"
 
 
-def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
+def test_open_ended_questions_get_accuracies_floors_and_a_table(tmp_path):
     labels = np.array(Questions.LABELS["test"])
     own = np.arange(4), np.stack([[1, 1, 1, 2], labels, [0.9, 0.8, 0.7, 0.6]], 1)
     other = np.arange(4), np.stack([[0, 0, 1, 1], labels, np.ones(4)], 1)
-    some = np.array([3, 1]), np.array([[2, 2, 0.9], [2, 0, 0.8]])  # of two questions
+    some = np.array([3, 1]), np.array([[2, 2, 0.9], [2, 0, 0.8]])  # two of the questions
     cases = {"own": own, "other": other, "some": some}
-    found = evaluation(Questions(), cases, tmp_path / "table.csv")
+    results = evaluate_outcomes(Questions(), cases, tmp_path / "table.csv")
 
     def values(where: str, case: str, group: str) -> dict[str, tuple[float, int]]:
-        return {kind: (cell["value"], cell["questions"]) for kind, cell in found[where][case][group].items()}
+        return {kind: (cell["value"], cell["questions"]) for kind, cell in results[where][case][group].items()}
 
-    assert list(found) == ["accuracy", "floors", "calibration_error", "tenth_percentile"]
-    assert list(found["accuracy"]) == ["own", "other", "some"]
+    assert list(results) == ["accuracy", "floors", "calibration_error", "tenth_percentile"]
+    assert list(results["accuracy"]) == ["own", "other", "some"]
     assert values("accuracy", "some", "test") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "own", "test") == {"all": (0.5, 4), "color": (1, 1), "shape": (1, 1), "size": (0, 2)}
     assert values("accuracy", "own", "unseen") == {"all": (0.5, 2), "shape": (1, 1), "size": (0, 1)}
     assert values("accuracy", "other", "test")["all"] == (0.25, 4)
-    # Right, wrong, wrong, right, each in a bin of its own; a device has two questions, one of each group.
-    assert found["calibration_error"]["own"]["test"] == pytest.approx((0.1 + 0.8 + 0.7 + 0.4) / 4)
-    assert found["calibration_error"]["own"]["unseen"] == pytest.approx((0.8 + 0.4) / 2)
-    assert found["calibration_error"]["other"]["test"] == pytest.approx(0.75)  # sure, and right once in four times
-    assert found["tenth_percentile"]["own"] == {"test": 0.5, "seen": pytest.approx(0.1), "unseen": pytest.approx(0.1)}
-    # The class of all other answers is one of the training's answers, an unknown one is none: big twice, blue and the
-    # class once each. Of colours, blue and the class once: the first by alphabet is "(unknown)". Shapes have none.
-    assert list(found["floors"]) == ["majority", "majority_per_type"]
+    # Right, wrong, wrong, right, each in a separate bin; a device has two questions, one of each group.
+    assert results["calibration_error"]["own"]["test"] == pytest.approx((0.1 + 0.8 + 0.7 + 0.4) / 4)
+    assert results["calibration_error"]["own"]["unseen"] == pytest.approx((0.8 + 0.4) / 2)
+    assert results["calibration_error"]["other"]["test"] == pytest.approx(0.75)  # certain, but right once in four times
+    assert results["tenth_percentile"]["own"] == {"test": 0.5, "seen": pytest.approx(0.1), "unseen": pytest.approx(0.1)}
+    # Floors count the class of all other answers but not unknown answers: "big" twice, "blue" and the class once each.
+    # For colors, "blue" and the class tie: "(unknown)" comes first by alphabet. Shapes have no training answer.
+    assert list(results["floors"]) == ["majority", "majority_per_type"]
     assert values("floors", "majority", "test") == {
         "all": (0.25, 4),
         "color": (0, 1),
@@ -79,10 +79,10 @@ def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
         "size": (0.5, 2),
     }
     assert values("floors", "majority_per_type", "test") == values("floors", "majority", "test")
-    table = rows_of(tmp_path / "table.csv")
+    table = read_rows(tmp_path / "table.csv")
     assert list(table[0]) == [*SampleOrigin._fields, "own", "other", "some", RIGHT]
     assert [row["some"] for row in table] == ["", f"test 1: {UNKNOWN_ANSWER}", "", f"test 3: {UNKNOWN_ANSWER}"]
-    assert [row[RIGHT] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, a letter a case
+    assert [row[RIGHT] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, one letter per case
     assert [row["clip"] for row in table] == ["test0", "test1", "test2", "test3"]
     assert [row["question"] for row in table] == ["color, no?", "size, no?", "size, no?", "shape, no?"]
     assert table[3]["own"] == f"test 3: {UNKNOWN_ANSWER}"
@@ -90,7 +90,7 @@ def test_answers_floors_and_table_of_open_ended_questions(tmp_path):
 
 
 class Choices:
-    """Two questions of a multiple choice, with two and five candidates."""
+    """Two multiple-choice questions, with two and with five candidates."""
 
     task = "multiple_choice"
 
@@ -104,18 +104,18 @@ class Choices:
         return self.texts(split, index)[label or 0]
 
 
-def test_chance_of_a_multiple_choice_is_one_among_its_candidates(tmp_path):
-    own = np.array([1, 0]), np.array([[4, 4, 0.6], [1, 0, 0.5]])
-    rows = {"own": (own[0][::-1], own[1][::-1])}
-    found = evaluation(Choices(), rows, tmp_path / "table.csv")
-    assert found["floors"]["chance"]["test"]["all"]["value"] == pytest.approx((1 / 2 + 1 / 5) / 2)
-    assert found["accuracy"]["own"]["test"]["all"]["value"] == 0.5
-    assert found["tenth_percentile"] == {}  # whose clips these are, nobody knows
-    assert [row["own"] for row in rows_of(tmp_path / "table.csv")] == ["test candidate 1", "test candidate 4"]
+def test_chance_of_a_multiple_choice_is_one_over_its_candidates(tmp_path):
+    case_rows = np.array([1, 0]), np.array([[4, 4, 0.6], [1, 0, 0.5]])
+    outcomes = {"own": (case_rows[0][::-1], case_rows[1][::-1])}
+    results = evaluate_outcomes(Choices(), outcomes, tmp_path / "table.csv")
+    assert results["floors"]["chance"]["test"]["all"]["value"] == pytest.approx((1 / 2 + 1 / 5) / 2)
+    assert results["accuracy"]["own"]["test"]["all"]["value"] == 0.5
+    assert results["tenth_percentile"] == {}  # the devices of the clips are unknown
+    assert [row["own"] for row in read_rows(tmp_path / "table.csv")] == ["test candidate 1", "test candidate 4"]
 
 
 class Pairs:
-    """Twelve clips with a caption each, the first with two more: as `evaluation` reads a retrieval dataset."""
+    """Twelve clips with one caption each, but three for the first, as `evaluate_outcomes` reads them."""
 
     task = "retrieval"
 
@@ -128,7 +128,7 @@ class Pairs:
         return [f"caption {place} of {index}" for place in range(3 if index == 0 else 1)]
 
 
-def test_recalls_chance_and_table_of_retrieval(tmp_path):
+def test_retrieval_gets_recalls_chance_and_a_table(tmp_path):
     generator = np.random.default_rng(0)
     owners = np.array([0, 1, 0, 0, *range(2, 12)])  # captions in any order
     unit = {name: generator.normal(size=(size, 3)) for name, size in (("own", 12), ("other", 12), (CAPTIONS, 14))}
@@ -137,31 +137,31 @@ def test_recalls_chance_and_table_of_retrieval(tmp_path):
     }
     outcomes = {"own": (np.arange(12), unit["own"]), "other": (np.arange(12), unit["other"])}
     outcomes[CAPTIONS] = owners, unit[CAPTIONS]
-    found = evaluation(Pairs(), outcomes, tmp_path / "table.csv")
+    results = evaluate_outcomes(Pairs(), outcomes, tmp_path / "table.csv")
     for case in ("own", "other"):
-        scores = unit[case] @ unit[CAPTIONS].T  # by loops: clips ask for captions, then captions for clips
-        videos = [min(1 + sum(scores[i, owners != i] > scores[i, own]) for own in np.flatnonzero(owners == i))
+        scores = unit[case] @ unit[CAPTIONS].T  # ranks by loops: of captions for a clip, then of clips
+        videos = [min(1 + sum(scores[i, owners != i] > scores[i, caption]) for caption in np.flatnonzero(owners == i))
                   for i in range(12)]  # fmt: skip
         texts = [1 + sum(scores[:, j] > scores[owners[j], j]) for j in range(14)]
         for group in ("test", "seen", "unseen"):
             chosen = {"test": (0, 1), "seen": (0,), "unseen": (1,)}[group]
-            cells = found["accuracy"][case][group]
+            cells = results["accuracy"][case][group]
             assert list(cells) == [f"{way}@{k}" for way in ("VR", "TR") for k in (1, 5, 10)]
             for k in RECALLS:
-                own = [rank <= k for i, rank in enumerate(videos) if i % 2 in chosen]
+                hits = [rank <= k for i, rank in enumerate(videos) if i % 2 in chosen]
                 assert (cells[f"VR@{k}"]["value"], cells[f"VR@{k}"]["questions"]) == (
-                    pytest.approx(np.mean(own)),
-                    len(own),
+                    pytest.approx(np.mean(hits)),
+                    len(hits),
                 )
-                own = [rank <= k for j, rank in enumerate(texts) if owners[j] % 2 in chosen]
+                hits = [rank <= k for j, rank in enumerate(texts) if owners[j] % 2 in chosen]
                 assert (cells[f"TR@{k}"]["value"], cells[f"TR@{k}"]["questions"]) == (
-                    pytest.approx(np.mean(own)),
-                    len(own),
+                    pytest.approx(np.mean(hits)),
+                    len(hits),
                 )
-        assert found["median_rank"][case] == {"VR": np.median(videos), "TR": np.median(texts)}
-        table = rows_of(tmp_path / "table.csv")
+        assert results["median_rank"][case] == {"VR": np.median(videos), "TR": np.median(texts)}
+        table = read_rows(tmp_path / "table.csv")
         assert [int(row[case]) for row in table] == [*videos, *texts]
-        logged = recalls({case: outcomes[case], CAPTIONS: outcomes[CAPTIONS]})
+        logged = compute_recalls({case: outcomes[case], CAPTIONS: outcomes[CAPTIONS]})
         assert logged["recall"] == pytest.approx(
             np.mean([np.mean(np.array(places) <= k) for places in (videos, texts) for k in (1, 5, 10)])
         )
@@ -172,8 +172,8 @@ def test_recalls_chance_and_table_of_retrieval(tmp_path):
         "caption 0 of 0", "caption 0 of 1", "caption 1 of 0", "caption 2 of 0", "caption 0 of 2"
     ]  # fmt: skip
     assert [row["clip"] for row in table[12:16]] == ["clip0", "clip1", "clip0", "clip0"]
-    # A clip finds one of its own among k of 14 captions drawn at random; a caption its clip among k of 12.
-    chance = found["floors"]["chance"]["test"]
+    # Chance that k of 14 captions drawn at random include one of the clip's, and k of 12 clips the caption's.
+    chance = results["floors"]["chance"]["test"]
     for k in (1, 5, 10):
         sizes = Counter(owners.tolist()).values()
         expected = np.mean([1 - comb(14 - size, k) / comb(14, k) for size in sizes])
@@ -185,10 +185,10 @@ def test_ranks_do_not_depend_on_how_many_similarities_are_held(monkeypatch):
     generator = np.random.default_rng(1)
     owners = np.array([*range(7), 3, 0, 0])
     videos, texts = (generator.normal(size=(size, 4)).astype(np.float32) for size in (7, 10))
-    whole = ranks(videos, texts, owners)
-    for held in (5, 15):  # one row at a time whatever it takes; one row, or two
-        monkeypatch.setattr("cdc_mmpg.evaluation.metrics.SCORES", held)
-        for ours, theirs in zip(ranks(videos, texts, owners), whole, strict=True):
+    expected = compute_ranks(videos, texts, owners)
+    for limit in (5, 15):  # less than a row, which is computed anyway; one row or two
+        monkeypatch.setattr("cdc_mmpg.evaluation.metrics.MAX_SCORES", limit)
+        for ours, theirs in zip(compute_ranks(videos, texts, owners), expected, strict=True):
             assert ours.tolist() == theirs.tolist()
 
 
@@ -196,28 +196,28 @@ def test_similarities_within_a_millionth_are_ties():
     for below, rank in ((1e-6, 2), (3e-6, 1)):
         near = np.float32(1) - np.float32(below)
         texts = np.array([[1, 0], [near, (1 - near**2) ** 0.5]], np.float32)
-        by_video, by_text = ranks(np.array([[1, 0], [0, 1]], np.float32), texts, np.array([0, 1]))
+        by_video, by_text = compute_ranks(np.array([[1, 0], [0, 1]], np.float32), texts, np.array([0, 1]))
         assert by_video.tolist() == [rank, 1]
         assert by_text.tolist() == [1, 2]
 
 
-def test_ranked_takes_the_clips_in_any_order_of_samples():
-    """The samples of a retrieval split need not be numbered from 0 on, where the split is a share of one."""
+def test_rank_all_accepts_clips_in_any_order():
+    """Samples are not numbered from 0 where the split is a share of a larger one."""
     eye = np.eye(4, dtype=np.float32)
-    where = np.array([2, 5, 7, 9])
-    found = ranked({"own": (where, eye), CAPTIONS: (np.array([9, 2, 7, 5]), eye[[3, 0, 2, 1]])})
-    assert list(found) == ["own"]
-    assert [places.tolist() for places in found["own"]] == [[1] * 4, [1] * 4]
+    indices = np.array([2, 5, 7, 9])
+    ranks = rank_all({"own": (indices, eye), CAPTIONS: (np.array([9, 2, 7, 5]), eye[[3, 0, 2, 1]])})
+    assert list(ranks) == ["own"]
+    assert [places.tolist() for places in ranks["own"]] == [[1] * 4, [1] * 4]
 
 
-def test_few_captions_make_every_rank_a_hit_by_chance(tmp_path):
+def test_chance_is_one_where_captions_are_fewer_than_ranks(tmp_path):
     class Few(Pairs):
         def origins(self, split: str) -> list[SampleOrigin]:
             return super().origins(split)[:3]
 
     eye = np.eye(3, dtype=np.float32)
     outcomes = {"own": (np.arange(3), eye), CAPTIONS: (np.arange(3), eye)}
-    chance = evaluation(Few(), outcomes, tmp_path / "table.csv")["floors"]["chance"]["test"]
+    chance = evaluate_outcomes(Few(), outcomes, tmp_path / "table.csv")["floors"]["chance"]["test"]
     assert {name: cell["value"] for name, cell in chance.items()} == pytest.approx(
         {"VR@1": 1 / 3, "VR@5": 1, "VR@10": 1, "TR@1": 1 / 3, "TR@5": 1, "TR@10": 1}
     )

@@ -1,3 +1,5 @@
+"""Exported bundles of device and cloud: agreement with torch, vocabularies, keys, versions, and refusals."""
+
 import hashlib
 import json
 import shutil
@@ -27,25 +29,25 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
-from cdc_mmpg.program import exit_code
-from deployments import ENCODER, WORDS, deployment, generator
+from cdc_mmpg.program import run_to_exit_code
+from deployments import ENCODER, WORDS, build_generator, write_deployment
 from tolerances import assert_agree
 
 
-def tiny(**options: object) -> AllInOne:
+def build_tiny_encoder(**options: object) -> AllInOne:
     return AllInOne(image_size=32, depth=1, vocab_size=len(WORDS), text_length=16, **options)  # type: ignore[arg-type]
 
 
-def report(folder: Path) -> dict[str, object]:
+def read_settings(folder: Path) -> dict[str, object]:
     return json.loads((folder / "device" / "bundle.json").read_text())
 
 
-def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
-    """The whole way: features there, upload, generated layer, payload, installed layer, scores; against the method."""
-    deployment_of = deployed / "session"
+def test_device_scores_agree_with_torch_for_a_generated_layer(deployed):
+    """Covers the complete path: features, upload, generated layer, payload, installed layer, scores."""
+    folder = deployed / "session"
     torch.manual_seed(1)
-    method = method_of(deployment_of)
-    model, served = DeviceModel(deployment_of / "device"), load_model(deployment_of / "cloud")
+    method = build_method(folder)
+    model, cloud_model = DeviceModel(folder / "device"), load_model(folder / "cloud")
     rng = np.random.default_rng(0)
     frames = rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
     text = model.texts("what is the man doing?")
@@ -57,28 +59,28 @@ def test_a_device_says_what_torch_says_with_a_layer_of_the_cloud(deployed):
     with torch.no_grad():
         encoded = method.head.encode(method.encoder, batch).frame_features
         assert_agree(features, encoded)
-        sent = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
-        parts = [part[0].numpy() for part in served.generator(torch.from_numpy(upload)[None])]
+        expected = method.answer(encoded, torch.from_numpy(upload)[None], torch.ones(1))
+        parts = [part[0].numpy() for part in cloud_model.generator(torch.from_numpy(upload)[None])]
     from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
-    arrived = decode_matrices(encode_matrices(parts, "int8"), model.layout.shapes, "int8")
-    scores = model.scores(features, model.install(arrived, model.layout))
-    assert_agree(scores, sent[0])
+    received = decode_matrices(encode_matrices(parts, "int8"), model.layout.shapes, "int8")
+    scores = model.scores(features, model.install(received, model.layout))
+    assert_agree(scores, expected[0])
 
 
-def method_of(folder: Path) -> CDCMMPGSession:
-    """The very method that `deployments.deployment` exports: the same seeds."""
+def build_method(folder: Path) -> CDCMMPGSession:
+    """Return the method that `deployments.write_deployment` exports, built from the same seeds."""
     encoder = AllInOne(image_size=32, depth=2, vocab_size=len(WORDS), text_length=16)
     torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
-    made = CDCMMPGSession(encoder, OpenEnded(5), generated="low_rank", size=2)
-    torch.nn.init.normal_(made.fda.hyper.weight, std=0.05)
-    assert digest_device_weights(made).hex() == report(folder)["encoder"]
-    return made.eval()
+    method = CDCMMPGSession(encoder, OpenEnded(5), generated="low_rank", size=2)
+    torch.nn.init.normal_(method.fda.hyper.weight, std=0.05)
+    assert digest_device_weights(method).hex() == read_settings(folder)["encoder"]
+    return method.eval()
 
 
 @pytest.mark.parametrize("kind", ["session", "choice"])
 def test_no_product_of_the_int8_encoder_saturates_on_any_processor(deployed, kind):
-    """Without VNNI x86 adds two products of unsigned by signed numbers in 16 bits, which hold 2 x 255 x 64."""
+    """Without VNNI, x86 adds two unsigned-by-signed products in 16 bits, which can hold 2 x 255 x 64."""
     graph = onnx.load(deployed / kind / "device-int8" / "encoder.onnx").graph
     weights = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMulInteger", "ConvInteger")]
@@ -98,14 +100,14 @@ def test_the_whole_vocabulary_is_kept_on_request(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bundles, "write_bundles", stop)
     configurations = ["experiments/methods/cdc_mmpg_session.yaml", "experiments/datasets/synthetic.yaml"]
-    for more in ([], ["--all-words"]):
-        assert export.main([str(tmp_path), "--untrained", *configurations, *more]) == 2
-    cut, whole = sources
-    assert len(cut.kept) == 20
-    assert whole.kept == list(range(len(whole.words)))
+    for options in ([], ["--all-words"]):
+        assert export.main([str(tmp_path), "--untrained", *configurations, *options]) == 2
+    shortened, complete = sources
+    assert len(shortened.kept) == 20
+    assert complete.kept == list(range(len(complete.words)))
 
 
-def test_an_unknown_word_and_one_that_was_left_out_are_the_same(deployed):
+def test_a_word_left_out_of_the_vocabulary_reads_as_an_unknown_word(deployed):
     model = DeviceModel(deployed / "session" / "device")
     words = (deployed / "session" / "device" / "vocab.txt").read_text().split()
     assert words == [*(word for word in WORDS if word != "green"), "green"]
@@ -113,17 +115,17 @@ def test_an_unknown_word_and_one_that_was_left_out_are_the_same(deployed):
     assert model.texts("what is red?") != model.texts("what is xyz?")
 
 
-def test_the_most_frequent_words_stay_and_the_special_ones(monkeypatch):
+def test_special_and_most_frequent_words_are_selected(monkeypatch):
     monkeypatch.setattr(export, "MAX_WORDS", 7)
     words = [f"w{i}" for i in range(20)]
     words[3:8] = SPECIAL_WORDS
     counts = {10: 5, 11: 9, 12: 5, 13: 1, 5: 100}
-    assert export.select_words(words, counts) == [3, 4, 5, 6, 7, 11]  # [CLS] is frequent and special
+    assert export.select_words(words, counts) == [3, 4, 5, 6, 7, 11]  # [CLS] is frequent as well as special
     monkeypatch.setattr(export, "MAX_WORDS", 100)
     assert export.select_words(words, counts) == [3, 4, 5, 6, 7, 10, 11, 12, 13]
 
 
-def test_every_file_has_its_digest_and_the_key_is_its_owners(deployed):
+def test_every_file_has_a_digest_and_only_the_owner_reads_the_key(deployed):
     for kind in ("session", "sample", "choice"):
         for name in ("device", "device-int8"):
             bundle = deployed / kind / name
@@ -137,46 +139,49 @@ def test_every_file_has_its_digest_and_the_key_is_its_owners(deployed):
     assert (deployed / "choice" / "device" / "basis.npy").exists()
 
 
-def test_the_key_pair_is_made_once_and_both_sides_know_the_same(deployed, tmp_path):
+def test_exporting_again_keeps_the_key_pair_and_the_versions(deployed, tmp_path):
     folder = Path(shutil.copytree(deployed / "sample", tmp_path / "sample"))
-    before = (folder / "cloud" / "signing_key.pem").read_bytes(), report(folder)["public_key"]
-    deployment(folder, "cdc_mmpg")
-    assert ((folder / "cloud" / "signing_key.pem").read_bytes(), report(folder)["public_key"]) == before
-    assert report(folder)["generator"] == report(deployed / "sample")["generator"]
+    before = (folder / "cloud" / "signing_key.pem").read_bytes(), read_settings(folder)["public_key"]
+    write_deployment(folder, "cdc_mmpg")
+    assert ((folder / "cloud" / "signing_key.pem").read_bytes(), read_settings(folder)["public_key"]) == before
+    assert read_settings(folder)["generator"] == read_settings(deployed / "sample")["generator"]
     (folder / "cloud" / "signing_key.pem").write_text("no key")
     with pytest.raises(CheckpointError, match=r"signing_key\.pem: not a key"):
         load_or_create_key(folder / "cloud" / "signing_key.pem")
 
 
-@pytest.mark.parametrize("what", ["a file", "read-only", "full"])
-def test_a_place_that_takes_no_bundle_is_named_and_nothing_is_half_there(what, tmp_path, capsys):
+@pytest.mark.parametrize("obstacle", ["a file", "read-only", "full"])
+def test_an_unwritable_folder_is_named_and_no_partial_file_is_left(obstacle, tmp_path, capsys):
     folder = tmp_path / "out"
-    if what == "a file":
+    if obstacle == "a file":
         folder.write_text("in the way")
     else:
         folder.mkdir()
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", folder], check=False).returncode:
             pytest.skip("no file system may be mounted here")
     try:
-        if what == "read-only":
+        if obstacle == "read-only":
             subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        assert exit_code(lambda: write_cloud_bundle(generator("full"), ENCODER, "test/full", folder / "cloud")) == 1
+        code = run_to_exit_code(
+            lambda: write_cloud_bundle(build_generator("full"), ENCODER, "test/full", folder / "cloud")
+        )
+        assert code == 1
         assert str(folder) in capsys.readouterr().err
         assert not list(tmp_path.glob("out/**/*.tmp"))
     finally:
-        if what != "a file":
+        if obstacle != "a file":
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_key_that_others_may_read_is_its_owners_again(tmp_path):
+def test_a_key_readable_by_others_is_restricted_to_its_owner(tmp_path):
     load_or_create_key(tmp_path / "key.pem")
     (tmp_path / "key.pem").chmod(0o644)
     load_or_create_key(tmp_path / "key.pem")
     assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
 
 
-def test_another_encoder_or_generator_has_another_version():
-    encoder, head = tiny(), OpenEnded(5)
+def test_changed_device_weights_change_the_version():
+    encoder, head = build_tiny_encoder(), OpenEnded(5)
     method = Hyper(encoder, head)
     before = digest_device_weights(method)
     with torch.no_grad():
@@ -185,26 +190,26 @@ def test_another_encoder_or_generator_has_another_version():
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank", "basis"])
-def test_a_generator_is_the_same_after_a_file_and_sends_every_kind(tmp_path, kind):
-    first = generator(kind)
-    first.save(tmp_path / "generator.safetensors")
-    again = Generator.load(tmp_path / "generator.safetensors")
+def test_a_saved_generator_loads_unchanged_and_sends_every_kind(tmp_path, kind):
+    original = build_generator(kind)
+    original.save(tmp_path / "generator.safetensors")
+    loaded = Generator.load(tmp_path / "generator.safetensors")
     uploads = torch.rand(3, 192) * 2 - 1
     with torch.no_grad():
-        assert [layout.kind for layout in again.layouts()] == ["float32", "float16", "int8",
-                                                              *([] if kind == "full" else [kind])]  # fmt: skip
-        for ours, theirs in zip(first(uploads), again(uploads), strict=True):
+        assert [layout.kind for layout in loaded.layouts()] == ["float32", "float16", "int8",
+                                                               *([] if kind == "full" else [kind])]  # fmt: skip
+        for ours, theirs in zip(original(uploads), loaded(uploads), strict=True):
             assert torch.equal(ours, theirs)
-        weight, bias = first.adaptor.install(first(uploads))
-        (whole,) = again.matrices(again(uploads), "float32")
-        assert torch.equal(whole, torch.cat([weight, bias.unsqueeze(-1)], dim=-1))
-        for layout in again.layouts():
-            shapes = [tuple(part.shape[1:]) for part in again.matrices(again(uploads), layout.kind)]
+        weight, bias = original.adaptor.install(original(uploads))
+        (matrix,) = loaded.matrices(loaded(uploads), "float32")
+        assert torch.equal(matrix, torch.cat([weight, bias.unsqueeze(-1)], dim=-1))
+        for layout in loaded.layouts():
+            shapes = [tuple(part.shape[1:]) for part in loaded.matrices(loaded(uploads), layout.kind)]
             assert shapes == list(layout.shapes)
 
 
 def test_rounded_weights_make_nearly_the_same_layers():
-    exact, rounded = generator("full"), generator("full")
+    exact, rounded = build_generator("full"), build_generator("full")
     rounded.round_weights()
     uploads = torch.rand(4, 192) * 2 - 1
     with torch.no_grad():
@@ -228,7 +233,7 @@ def test_files_that_are_no_generator_are_refused(tmp_path):
 
 
 def test_offline_a_generating_method_answers_with_its_mean_layer():
-    method = Hyper(tiny(), OpenEnded(5))
+    method = Hyper(build_tiny_encoder(), OpenEnded(5))
     assert isinstance(method.fda, FDA)
     torch.nn.init.normal_(method.fda.mean_latent)
     hidden = torch.randn(3, 96)
@@ -238,22 +243,22 @@ def test_offline_a_generating_method_answers_with_its_mean_layer():
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("make_method", "message"),
     [
-        (lambda: Linear(tiny(), OpenEnded(5)), "sends nothing from a cloud"),
-        (lambda: Hyper(tiny(), Retrieval()), "retrieval"),
-        (lambda: Hyper(tiny(), MultipleChoice(per_candidate=True)), "per_candidate"),
-        (lambda: CDCMMPGSession(tiny(), OpenEnded(5), oracle=True), "oracle"),
+        (lambda: Linear(build_tiny_encoder(), OpenEnded(5)), "sends nothing from a cloud"),
+        (lambda: Hyper(build_tiny_encoder(), Retrieval()), "retrieval"),
+        (lambda: Hyper(build_tiny_encoder(), MultipleChoice(per_candidate=True)), "per_candidate"),
+        (lambda: CDCMMPGSession(build_tiny_encoder(), OpenEnded(5), oracle=True), "oracle"),
     ],
 )
-def test_methods_that_cannot_be_served_are_refused(method, message):
-    made = method()
+def test_methods_that_cannot_be_served_are_refused(make_method, message):
+    method = make_method()
     with pytest.raises(ConfigError, match=message):
-        export.check_servable(made, made.head.task)
+        export.check_servable(method, method.head.task)
 
 
-def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
-    for name, target in (("circle", "circle"), ("long", "x" * 4000)):  # beside it, and no runs
+def test_a_missing_run_is_refused(tmp_path, capsys):
+    for name, target in (("circle", "circle"), ("long", "x" * 4000)):  # neighbors that are not runs
         (tmp_path / name).symlink_to(target)
     assert export.main([str(tmp_path / "linear" / "seed0")]) == 4
     assert "not a finished run" in capsys.readouterr().err
@@ -261,14 +266,14 @@ def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_at_the_papers_size_the_int8_bundle_is_below_8_megabytes(tmp_path):
-    """1,501 answers, 12 blocks, 224 pixels, whole layers; random weights, of which the first 6,000 words stay."""
-    yaml = [Path("experiments/methods/cdc_mmpg.yaml"), Path("experiments/datasets/msrvtt.yaml")]
-    made = export.export_untrained(yaml, tmp_path)
-    assert made["bytes"]["device-int8"] < 8_000_000
-    assert made["bytes"]["device-int8"] == sum(path.stat().st_size for path in (tmp_path / "device-int8").iterdir())
-    assert made["bytes"]["down"]["float32"] == 582_388
-    assert made["words"] == {"vocabulary": 30_522, "kept": 6_000}
-    assert made["largest_difference"] <= 1e-4
+    """Covers 1,501 answers, 12 blocks, 224 pixels and full layers; with random weights the first 6,000 words stay."""
+    configurations = [Path("experiments/methods/cdc_mmpg.yaml"), Path("experiments/datasets/msrvtt.yaml")]
+    report = export.export_untrained(configurations, tmp_path)
+    assert report["bytes"]["device-int8"] < 8_000_000
+    assert report["bytes"]["device-int8"] == sum(path.stat().st_size for path in (tmp_path / "device-int8").iterdir())
+    assert report["bytes"]["down"]["float32"] == 582_388
+    assert report["words"] == {"vocabulary": 30_522, "kept": 6_000}
+    assert report["largest_difference"] <= 1e-4
     assert load_model(tmp_path / "cloud").layouts[0].payload_bytes == 582_388
     saved = json.loads((tmp_path / "export.json").read_text())
     assert {"commit", "versions", "made"} <= saved.keys()

@@ -1,4 +1,4 @@
-"""Kept features, uploads of sessions and the order of samples: by hand, on a few small samples."""
+"""Cached features, session uploads and the order of samples, compared with direct computation on a few samples."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +14,16 @@ from cdc_mmpg.data.control_cases import SESSION_CASES
 from cdc_mmpg.data.interface import Sessions
 from cdc_mmpg.data.sampling import EpochDataModule, EpochOrder, draw_text
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.media.text import vocabulary_size
+from cdc_mmpg.media.text import count_wordpieces
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, _alike, _join
-from cdc_mmpg.training.sessions import WITHOUT, SessionDataModule, SessionDataset
+from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, _interleave_shares, _pad_texts
+from cdc_mmpg.training.sessions import NO_ANCHORS_SHARE, SessionDataModule, SessionDataset
 from data_modules.msvd_qa import MSVDQA
 from data_modules.synthetic import Synthetic
 
 
-def encoder(seed: int = 0) -> AllInOne:
+def build_encoder(seed: int = 0) -> AllInOne:
     torch.manual_seed(seed)
     return AllInOne(image_size=32, depth=1, vocab_size=50)
 
@@ -31,23 +31,23 @@ def encoder(seed: int = 0) -> AllInOne:
 @pytest.fixture(scope="module")
 def data(msvd: Path, tmp_path_factory: pytest.TempPathFactory) -> MSVDQA:
     folder = str(tmp_path_factory.mktemp("cache"))
-    found = MSVDQA(
+    dataset = MSVDQA(
         str(msvd), folder, 5, image_size=32, batch_size=5, num_workers=0, vocab=str(msvd / "vocab.txt"), seed=3
     )
-    found.prepare_data()
-    found.setup("fit")
-    return found
+    dataset.prepare_data()
+    dataset.setup("fit")
+    return dataset
 
 
-def kept(data: MSVDQA, model: AllInOne) -> FeatureDataModule:
-    found = FeatureDataModule(data, model, OpenEnded(5))
-    found.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    return found
+def build_features(data: MSVDQA, model: AllInOne) -> FeatureDataModule:
+    module = FeatureDataModule(data, model, OpenEnded(5))
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return module
 
 
 @torch.no_grad()
-def test_kept_features_are_those_of_every_sample_in_its_place(data):
-    module, model = kept(data, encoder()), encoder().eval()
+def test_cached_features_match_every_sample_in_order(data):
+    module, model = build_features(data, build_encoder()), build_encoder().eval()
     module.setup("fit")
     loaders = {"train": module.train_dataloader(), "val": module.val_dataloader(), "test": module.test_dataloader()}
     for split in SPLITS:
@@ -64,47 +64,47 @@ def test_kept_features_are_those_of_every_sample_in_its_place(data):
         assert module.origins(split) == data.origins(split)
         assert module.fingerprint(split, True) == data.fingerprint(split, True)
     order = [list(loaders["train"].batch_sampler.sampler) for _ in range(2)]
-    assert order[0] == order[1] == list(EpochOrder(12, 3, True))  # the dataset's seed
+    assert order[0] == order[1] == list(EpochOrder(12, 3, True))  # by the dataset's seed
 
 
 @torch.no_grad()
-def test_features_are_computed_once_for_an_encoder_and_again_where_they_are_damaged(data, monkeypatch):
-    first = kept(data, encoder(1))
+def test_features_are_computed_once_per_encoder_and_again_when_damaged(data, monkeypatch):
+    first = build_features(data, build_encoder(1))
     first.setup("fit")
     folder = data.cache_dir / "features"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     computed = []
     monkeypatch.setattr(FeatureDataModule, "_compute", lambda self, name, *_: computed.append(name) or {})
-    again = kept(data, encoder(1))
-    again.setup("fit")
-    first.setup("fit")  # the second time nothing happens
+    second = build_features(data, build_encoder(1))
+    second.setup("fit")
+    first.setup("fit")  # a second setup computes nothing
     assert computed == []
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     monkeypatch.undo()
     path = next(path for path in before if path.name.startswith("val."))
-    whole = {name: value.clone() for name, value in load_file(path).items()}  # the file is mapped, not read
+    intact = {name: value.clone() for name, value in load_file(path).items()}  # the file is memory-mapped
     path.write_bytes(path.read_bytes()[:-9])
     (folder / f".{path.name}.999999.tmp").write_bytes(b"half")
-    kept(data, encoder(1)).setup("fit")
-    assert torch.equal(load_file(path)["frame_features"], whole["frame_features"])
-    other = kept(data, encoder(2))  # other weights, other files
+    build_features(data, build_encoder(1)).setup("fit")
+    assert torch.equal(load_file(path)["frame_features"], intact["frame_features"])
+    other = build_features(data, build_encoder(2))  # other weights, other files
     other.setup("fit")
     assert len(list(folder.glob("val.*"))) > len([path for path in before if path.name.startswith("val.")])
 
 
 @torch.no_grad()
-def test_one_frame_alone_is_what_an_anchor_sees(data):
-    module, dataset = kept(data, encoder()), data.dataset("test", augment=False)
+def test_features_of_one_frame_use_no_other_frame(data):
+    module, dataset = build_features(data, build_encoder()), data.dataset("test", augment=False)
     batch = dataset.__getitems__([(0, index) for index in range(len(dataset))])
     for frame in (0, 2):
         features = module.features("anchors", dataset, f"frame {frame}", frame)["frame_features"]
-        alone = module.head.encode(encoder().eval(), batch._replace(frames=batch.frames[:, [frame]]))
+        expected = module.head.encode(build_encoder().eval(), batch._replace(frames=batch.frames[:, [frame]]))
         assert features.shape == (8, 1, 192)
-        torch.testing.assert_close(features, alone.frame_features, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features, expected.frame_features, rtol=1e-4, atol=1e-4)
 
 
-def test_the_name_of_a_file_tells_task_samples_and_frame_apart(data):
-    module, names = kept(data, encoder()), set()
+def test_file_names_differ_by_task_samples_and_frame(data):
+    module, names = build_features(data, build_encoder()), set()
     module._read = lambda path: names.add(path.name) or {"frame_features": torch.zeros(1)}
     for fingerprint, frame in (("a", None), ("b", None), ("a", 1), ("a", 0)):
         module.features("val", data.dataset("val", augment=False), fingerprint, frame)
@@ -114,50 +114,50 @@ def test_the_name_of_a_file_tells_task_samples_and_frame_apart(data):
     assert all(name.startswith("val.") and name.endswith(".safetensors") for name in names)
 
 
-def test_features_that_only_another_machine_has_are_an_error(data):
-    module = kept(data, encoder())
-    module.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: False))  # it was there for rank 0
+def test_features_that_exist_only_on_another_machine_are_an_error(data):
+    module = build_features(data, build_encoder())
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: False))  # rank 0 has the file
     with pytest.raises(DataError, match="all machines must share the folder"):
         module.features("val", data.dataset("val", augment=False), "elsewhere", None)
 
 
 def test_shares_of_processes_are_joined_in_the_samples_order():
-    whole = torch.arange(7 * 2).view(7, 2)
-    shares = [whole[rank::3] for rank in range(3)]
-    assert torch.equal(_join(shares), whole)
-    captions = [torch.ones(2, 3, 4), torch.ones(1, 1, 4)]  # of samples with three captions, with one
-    joined = _join(captions)
+    features = torch.arange(7 * 2).view(7, 2)
+    shares = [features[rank::3] for rank in range(3)]
+    assert torch.equal(_interleave_shares(shares), features)
+    captions = [torch.ones(2, 3, 4), torch.ones(1, 1, 4)]  # two samples with three captions, one with one
+    joined = _interleave_shares(captions)
     assert joined.shape == (3, 3, 4)
     assert joined.sum((1, 2)).tolist() == [12, 4, 12]
     assert torch.equal(joined[1, 0], torch.ones(4))
-    there = _alike([torch.ones(2, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)])
-    assert [part.tolist() for part in there] == [[[True, False]] * 2, [[True, True]]]
+    masks = _pad_texts([torch.ones(2, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)])
+    assert [part.tolist() for part in masks] == [[[True, False]] * 2, [[True, True]]]
 
 
-def test_in_training_one_caption_of_a_clip_is_drawn_anew_every_epoch():
-    there = torch.tensor([[True, True, True], [True, False, False]])
+def test_training_draws_one_caption_per_clip_anew_every_epoch():
+    is_present = torch.tensor([[True, True, True], [True, False, False]])
     texts = torch.arange(6.0).view(2, 3, 1).expand(2, 3, 192)
-    features = {"frame_features": torch.zeros(2, 3, 192), "texts": texts, "there": there}
+    features = {"frame_features": torch.zeros(2, 3, 192), "texts": texts, "there": is_present}
     for seed in (0, 1):
-        drawn = FeatureDataset(features, torch.zeros(2), draw=True, seed=seed)
+        dataset = FeatureDataset(features, torch.zeros(2), draw=True, seed=seed)
         chosen = []
         for epoch in range(20):
-            batch = drawn.__getitems__([(epoch, 1), (epoch, 0)])
+            batch = dataset.__getitems__([(epoch, 1), (epoch, 0)])
             assert batch.indices.tolist() == [1, 0]
             assert batch.texts.shape == (2, 1, 192)
             assert batch.there.tolist() == [[True], [True]]
-            assert batch.texts[0, 0, 0] == 3  # the only one
+            assert batch.texts[0, 0, 0] == 3  # the only caption
             assert batch.texts[1, 0, 0] == draw_text(seed, epoch, 0, 3)
             chosen.append(int(batch.texts[1, 0, 0]))
         assert set(chosen) == {0, 1, 2}
-    whole = FeatureDataset(features, torch.zeros(2), seed=0).__getitems__([(0, 0)])
-    assert whole.texts.shape == (1, 3, 192)
-    assert torch.equal(whole.there, there[:1])
+    complete = FeatureDataset(features, torch.zeros(2), seed=0).__getitems__([(0, 0)])
+    assert complete.texts.shape == (1, 3, 192)
+    assert torch.equal(complete.there, is_present[:1])
     plain = FeatureDataset({"frame_features": torch.zeros(2, 3, 192)}, torch.tensor([4, 5]), draw=True)
     assert plain.__getitems__([(0, 1)]).labels.tolist() == [5]
 
 
-def test_frames_are_drawn_evenly_from_seed_epoch_and_index():
+def test_captions_are_drawn_evenly_by_seed_epoch_and_index():
     def draws(seed: int = 0, index: int = 0) -> list[int]:
         return [draw_text(seed, epoch, index, 5) for epoch in range(500)]
 
@@ -170,7 +170,7 @@ def test_frames_are_drawn_evenly_from_seed_epoch_and_index():
 
 
 class Samples(EpochDataModule):
-    """Numbers as samples, in batches of two."""
+    """Dataset of 11 samples, which are their own items, in batches of two."""
 
     def __init__(self) -> None:
         super().__init__(2, 7)
@@ -190,7 +190,7 @@ class Samples(EpochDataModule):
         return split + (self.suffix if split == "val" else "")
 
 
-def test_training_goes_on_behind_the_batches_that_it_has_seen():
+def test_training_resumes_after_the_batches_already_seen():
     module, fresh = Samples(), Samples()
 
     def trainer(epoch: int, processed: int, stage: str = "fit") -> SimpleNamespace:
@@ -203,18 +203,18 @@ def test_training_goes_on_behind_the_batches_that_it_has_seen():
     module.trainer = trainer(3, 4)
     state = module.state_dict()
     assert (state["epoch"], state["seen_steps"]) == (3, 4)
-    module.trainer = trainer(3, 6)  # the epoch is over, and the next not begun
+    module.trainer = trainer(3, 6)  # the epoch is over, the next has not begun
     assert (module.state_dict()["epoch"], module.state_dict()["seen_steps"]) == (4, 0)
     assert set(state["fingerprints"]) == set(SPLITS)
     fresh.trainer = trainer(0, 0, "test")
     fresh.load_state_dict(state)
-    assert fresh._seen_steps == 0  # only training goes on
+    assert fresh._seen_steps == 0  # only training resumes
     fresh.trainer = trainer(0, 0)
     fresh.load_state_dict(state)
-    whole = EpochOrder(11, 7, True)
-    whole.set_epoch(3)
+    order = EpochOrder(11, 7, True)
+    order.set_epoch(3)
     loader = fresh.batches(fresh, shuffle=True)
-    assert [item for batch in loader for item in batch] == list(whole)[8:]
+    assert [item for batch in loader for item in batch] == list(order)[8:]
     assert [len(batch) for batch in fresh.batches(fresh, shuffle=False)] == [2] * 5 + [1]
     assert loader.num_workers == 0
     assert fresh.batches(fresh, shuffle=True, num_workers=2).timeout == 30
@@ -223,7 +223,7 @@ def test_training_goes_on_behind_the_batches_that_it_has_seen():
         fresh.load_state_dict(state)
 
 
-# Three devices: of four anchors, of twenty, and of one.
+# Three devices, with four, twenty and one anchors.
 POOLS = [[0, 1, 2, 3], list(range(4, 24)), [24]]
 SESSIONS = Sessions(
     None, POOLS, {"train": [0, 0, 2, 1], "val": [1, 0], "test": [1, 0, 1, 2]},
@@ -232,40 +232,42 @@ SESSIONS = Sessions(
 )  # fmt: skip
 
 
-def uploads(split: str, seed: int = 0) -> SessionDataset:
+def build_split(split: str, seed: int = 0) -> SessionDataset:
     labels = torch.arange(len(SESSIONS.devices[split]))
     samples = FeatureDataset({"frame_features": torch.zeros(len(labels), 3, 192)}, labels)
-    return SessionDataset(samples, torch.eye(25), SESSIONS, split, seed)  # a mean tells of whom
+    return SessionDataset(samples, torch.eye(25), SESSIONS, split, seed)  # one-hot: a mean shows its anchors
 
 
-def test_a_training_sample_uploads_the_mean_of_the_others_and_a_tenth_nothing():
-    dataset, nothing = uploads("train"), 0
+def test_training_samples_upload_the_mean_of_the_other_clips_and_a_tenth_nothing():
+    dataset, empty_uploads = build_split("train"), 0
     for epoch in range(300):
         batch = dataset.__getitems__([(epoch, index) for index in range(4)])
         assert batch.uploads.shape == (4, 1, 25)
         for index, others in enumerate(([1, 2, 3], [0, 1, 3], [], POOLS[1])):
             number = int(batch.anchors[index, 0])
-            nothing += index != 2 and number == 0
+            empty_uploads += index != 2 and number == 0
             assert number in ((0, len(others)) if others else (0,))
             expected = torch.zeros(25)
             expected[others] = 1 / max(1, len(others))
             torch.testing.assert_close(batch.uploads[index, 0], expected if number else torch.zeros(25))
-    assert WITHOUT == 0.1
-    assert nothing / 900 == pytest.approx(0.1, abs=0.03)
+    assert NO_ANCHORS_SHARE == 0.1
+    assert empty_uploads / 900 == pytest.approx(0.1, abs=0.03)
     unknown = float("nan")
-    # 90, 90 and 180 degrees; what nobody knows is told as nothing else.
+    # 90, 90 and 180 degrees; an unknown cast stays NaN.
     assert batch.casts[:, 0].tolist() == pytest.approx([0, 0, -1, unknown], abs=1e-6, nan_ok=True)
     assert batch.casts[:, 1].tolist() == pytest.approx([1, 1, 0, unknown], abs=1e-6, nan_ok=True)
 
-    def drawn(seed: int) -> list[list[int]]:
-        numbers = [uploads("train", seed).__getitems__([(epoch, i) for i in (0, 1, 3)]).anchors for epoch in range(60)]
+    def draw_numbers(seed: int) -> list[list[int]]:
+        numbers = [
+            build_split("train", seed).__getitems__([(epoch, i) for i in (0, 1, 3)]).anchors for epoch in range(60)
+        ]
         return torch.cat(numbers, 1).tolist()
 
-    first = drawn(0)
-    assert drawn(0) == first != drawn(1)
+    first = draw_numbers(0)
+    assert draw_numbers(0) == first != draw_numbers(1)
     zeros = [{epoch for epoch, number in enumerate(row) if number == 0} for row in first]
-    assert zeros[0] != zeros[1] != zeros[2]  # each sample draws on its own, anew every epoch
-    assert all(0 < len(own) < 20 for own in zeros)
+    assert zeros[0] != zeros[1] != zeros[2]  # every sample draws separately, anew every epoch
+    assert all(0 < len(epochs) < 20 for epochs in zeros)
 
 
 @torch.no_grad()
@@ -274,9 +276,9 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
                      vocab=str(synthetic / "vocab.txt"), seed=3)  # fmt: skip
     data.prepare_data()
     torch.manual_seed(0)
-    model = AllInOne(image_size=64, depth=1, vocab_size=vocabulary_size(synthetic / "vocab.txt"))
+    model = AllInOne(image_size=64, depth=1, vocab_size=count_wordpieces(synthetic / "vocab.txt"))
     module = SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2)))
-    module.trainer = kept(data, model).trainer
+    module.trainer = build_features(data, model).trainer
     module.setup("fit")
     sessions, dataset = data.sessions(), data.sessions().anchors
     batch = dataset.__getitems__([(0, index) for index in range(len(dataset))])
@@ -286,26 +288,26 @@ def test_anchors_are_the_middle_frames_with_the_neutral_prompt(synthetic, tmp_pa
     torch.testing.assert_close(anchors, expected, rtol=1e-4, atol=1e-4)
     trained = {sessions.devices["train"].index(device): device for device in set(sessions.devices["train"])}
     assert devices == [sessions.pools[device] for device in sorted(trained.values())]
-    assert 0 < len(devices) < len(sessions.pools)  # none of those that are tested
+    assert 0 < len(devices) < len(sessions.pools)  # no test device
     for split, loader in (("train", module.train_dataloader()), ("test", module.test_dataloader())):
         labels = data.labels(split)
-        for given in loader:
-            assert torch.equal(given.labels, labels[given.indices])
-            assert given.uploads.shape[1:] == ((1 if split == "train" else len(SESSION_CASES)), 192)
-            alone = SessionDataset(module._splits[split].samples, anchors, sessions, split, 3)
-            again = alone.__getitems__([(0, index) for index in given.indices.tolist()])
-            assert torch.equal(given.uploads, again.uploads)
-            assert torch.equal(given.samples.frame_features, again.samples.frame_features)
+        for loaded in loader:
+            assert torch.equal(loaded.labels, labels[loaded.indices])
+            assert loaded.uploads.shape[1:] == ((1 if split == "train" else len(SESSION_CASES)), 192)
+            direct = SessionDataset(module._splits[split].samples, anchors, sessions, split, 3)
+            expected_batch = direct.__getitems__([(0, index) for index in loaded.indices.tolist()])
+            assert torch.equal(loaded.uploads, expected_batch.uploads)
+            assert torch.equal(loaded.samples.frame_features, expected_batch.samples.frame_features)
     monkeypatch.setattr(SessionDataModule, "anchors", None)
-    module.setup("test")  # the second time nothing is computed
+    module.setup("test")  # a second setup computes nothing
     monkeypatch.undo()
     monkeypatch.setattr(data, "sessions", lambda: sessions._replace(pools=[[] for _ in sessions.pools]))
     with pytest.raises(DataError, match="no device has an unlabelled clip"):
         SessionDataModule(data, model, OpenEnded(17), lambda features: model.pool(features.mean(-2))).setup("fit")
 
 
-def test_no_clips_are_alike_where_nobody_knows_the_backgrounds():
-    known = SessionDataset(uploads("test").samples, torch.eye(25), SESSIONS, "test", 0, sets=True)
+def test_the_alike_case_is_left_out_where_backgrounds_are_unknown():
+    known = SessionDataset(build_split("test").samples, torch.eye(25), SESSIONS, "test", 0, sets=True)
     unknown = SessionDataset(known.samples, torch.eye(25), SESSIONS._replace(alike=None), "test", 0, sets=True)
     both = [dataset.__getitems__([(0, index) for index in range(4)]) for dataset in (known, unknown)]
     assert [batch.uploads.shape[1] for batch in both] == [len(SESSION_CASES), len(SESSION_CASES) - 1]
@@ -313,8 +315,8 @@ def test_no_clips_are_alike_where_nobody_knows_the_backgrounds():
     assert torch.equal(both[0].sets[:, :-1], both[1].sets)
 
 
-def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another():
-    dataset = uploads("test")
+def test_devices_are_tested_with_their_anchors_and_with_those_of_another_device():
+    dataset = build_split("test")
     batch = dataset.__getitems__([(0, index) for index in range(4)])
     assert len(dataset) == 4
     assert torch.equal(batch.uploads[0], batch.uploads[2])  # the same device
@@ -323,14 +325,14 @@ def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another()
     members = [[set(upload.nonzero().flatten().tolist()) for upload in sample] for sample in batch.uploads]
     lenders = []
     for sample, device in ((0, 1), (1, 0), (3, 2)):
-        for case, count, own in zip(names, batch.anchors[sample].tolist(), members[sample], strict=True):
-            assert len(own) == count
+        for case, count, clips in zip(names, batch.anchors[sample].tolist(), members[sample], strict=True):
+            assert len(clips) == count
             if count:
                 torch.testing.assert_close(batch.uploads[sample, names.index(case)].max(), torch.tensor(1 / count))
             if case == "alike_n8":
-                assert own == set(SESSIONS.alike[device])
+                assert clips == set(SESSIONS.alike[device])
             elif not case.startswith("shuffled"):
-                assert own <= set(POOLS[device])
+                assert clips <= set(POOLS[device])
                 assert count == min(int(case.removeprefix("n")), len(POOLS[device]))
         by_case = dict(zip(names, members[sample], strict=True))
         assert by_case["n1"] <= by_case["n4"] <= by_case["n8"] <= by_case["n16"] <= by_case["n23"]
@@ -338,13 +340,13 @@ def test_a_device_is_tested_with_some_of_its_anchors_and_with_those_of_another()
         (lender,) = [d for d in range(3) if by_case["shuffled_n16"] <= set(POOLS[d])]
         assert lender != device
         lenders.append(lender)
-        own = members[[0, 1, 3][[1, 0, 2].index(lender)]]
-        assert by_case["shuffled_n16"] == own[names.index("n16")]  # what the other would have uploaded
-    assert sorted(lenders) == [0, 1, 2]  # in a circle
-    other = uploads("test", seed=1)
+        clips = members[[0, 1, 3][[1, 0, 2].index(lender)]]
+        assert by_case["shuffled_n16"] == clips[names.index("n16")]  # the upload of the other device
+    assert sorted(lenders) == [0, 1, 2]  # every device lends once
+    other = build_split("test", seed=1)
     assert not torch.equal(other.uploads, dataset.uploads)
-    twins = SESSIONS._replace(pools=[list(range(12)), list(range(12, 24)), [24]])  # devices with as many clips
+    twins = SESSIONS._replace(pools=[list(range(12)), list(range(12, 24)), [24]])  # two devices with equally many clips
     drawn = SessionDataset(dataset.samples, torch.eye(25), twins, "test", 0).uploads[:2, names.index("n4")]
-    assert drawn[0, :12].nonzero().tolist() != drawn[1, 12:24].nonzero().tolist()  # draw each on its own
-    assert torch.equal(uploads("test").uploads, dataset.uploads)
-    assert not uploads("val").uploads[2].any()  # of a device that has no sample there nothing is drawn
+    assert drawn[0, :12].nonzero().tolist() != drawn[1, 12:24].nonzero().tolist()  # draw separately
+    assert torch.equal(build_split("test").uploads, dataset.uploads)
+    assert not build_split("val").uploads[2].any()  # nothing is drawn for a device without a sample in the split

@@ -1,4 +1,4 @@
-"""The figures: PNGs that are the same every time, and errors that say what is missing."""
+"""Figures of the README: reproducible PNGs, and errors that name what is missing."""
 
 import json
 from io import BytesIO
@@ -20,7 +20,7 @@ CASTS = {"unseen000": 170.0, "unseen001": 5.0, "unseen002": -95.0, "unseen003": 
 
 
 def write_synthetic(root: Path) -> Path:
-    """Five unseen devices of six history clips and two test clips, of grey."""
+    """Write five unseen devices, each with six history clips and two test clips of uniform gray."""
     (root / "YouTubeClips").mkdir(parents=True)
     devices, questions, names = {}, [], []
     for hue, (device, cast) in enumerate(CASTS.items()):
@@ -29,8 +29,8 @@ def write_synthetic(root: Path) -> Path:
             devices[names[-1]] = {"device": device, "role": "history" if number < 6 else "test", "cast": cast}
             if number >= 6:
                 for kind in ("shape", "color")[: number - 5]:
-                    asked = {"answer": f"{device} {kind}", "id": len(questions), "question": f"what {kind} is it?"}
-                    questions.append({**asked, "type": kind, "video_id": len(names) - 1})
+                    row = {"answer": f"{device} {kind}", "id": len(questions), "question": f"what {kind} is it?"}
+                    questions.append({**row, "type": kind, "video_id": len(names) - 1})
             write_video(root / "YouTubeClips" / f"{names[-1]}.mp4", 40 * hue)
     devices["seen000_00"] = {"device": "seen000", "role": "train", "cast": 0.0}
     (root / "devices.json").write_text(json.dumps(devices))
@@ -61,7 +61,7 @@ def write_run(folder: Path, values: dict[str, float], seed: int = 0, types: tupl
     return folder.parent
 
 
-SESSION = {"n16": 0.87, "n0": 0.64, "n1": 0.74, "n4": 0.83, "n8": 0.86, "shuffled_n16": 0.6}
+SESSION_ACCURACIES = {"n16": 0.87, "n0": 0.64, "n1": 0.74, "n4": 0.83, "n8": 0.86, "shuffled_n16": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def synthetic(tmp_path_factory):
     return write_synthetic(tmp_path_factory.mktemp("synthetic") / "data")
 
 
-def test_the_figures_are_small_pngs_the_same_every_time(synthetic, tmp_path, capsys, monkeypatch):
+def test_figures_are_small_reproducible_pngs(synthetic, tmp_path, capsys, monkeypatch):
     import matplotlib
     from PIL import Image
 
-    write_run(tmp_path / "cdc_mmpg_session", SESSION)
+    write_run(tmp_path / "cdc_mmpg_session", SESSION_ACCURACIES)
     for name in ("fine_tuning", "cdc_mmpg", "session_concatenated", "session_oracle"):
         write_run(tmp_path / name, {"main": 0.66, "other": 0.1})
     assert main([str(tmp_path), "--data", str(synthetic)]) == 0
@@ -87,12 +87,12 @@ def test_the_figures_are_small_pngs_the_same_every_time(synthetic, tmp_path, cap
         assert 900 <= picture.width <= 1100
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
         assert len(content) < 120_000
-    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # a user's own settings
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # as in a user's matplotlibrc
     assert main([str(tmp_path), "--data", str(synthetic)]) == 0
     assert [path.read_bytes() for path in paths] == first
 
 
-def test_devices_are_spaced_around_the_hue_circle_and_color_is_asked(synthetic):
+def test_chosen_devices_are_spread_over_hues_and_asked_about_color(synthetic):
     rows = choose_devices(synthetic)
     assert [row.device for row in rows] == ["unseen001", "unseen003", "unseen000", "unseen002"]
     assert [row.answer for row in rows] == [f"{row.device} color" for row in rows]
@@ -100,14 +100,14 @@ def test_devices_are_spaced_around_the_hue_circle_and_color_is_asked(synthetic):
     assert all(row.history == [f"{row.device}_{number:02}" for number in range(6)] for row in rows)
 
 
-def test_the_dataset_is_left_out_where_there_is_none(tmp_path, capsys):
-    write_run(tmp_path / "cdc_mmpg_session", SESSION, types=("all",))
+def test_the_dataset_figure_is_skipped_without_a_dataset(tmp_path, capsys):
+    write_run(tmp_path / "cdc_mmpg_session", SESSION_ACCURACIES, types=("all",))
     assert main([str(tmp_path), "--data", str(tmp_path)]) == 0
     assert f"skipped: data.png, because {tmp_path} has no devices.json" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["anchors.png", "method.png"]
 
 
-def test_without_runs_of_the_session_the_error_says_what_to_do(tmp_path, capsys):
+def test_missing_session_runs_are_an_error_with_the_remedy(tmp_path, capsys):
     write_run(tmp_path / "fine_tuning", {"main": 0.66})
     assert main([str(tmp_path)]) == 2
     printed = capsys.readouterr()
@@ -139,17 +139,17 @@ def test_a_damaged_dataset_is_named(name, content, message, synthetic, tmp_path)
     assert message in str(caught.value)
 
 
-def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path):
-    def drawn(case):
+def test_one_seed_shows_its_interval_and_several_their_deviation(tmp_path):
+    def compute_bounds(case):
         accuracy = Evidence(tmp_path).cite_accuracy(Side("cdc_mmpg_session", case))
         return make_point(0, accuracy, "")[1:2] + make_point(0, accuracy, "")[3:] if accuracy else None
 
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.8})
-    assert drawn(None) == pytest.approx((80, 78, 83))
+    assert compute_bounds(None) == pytest.approx((80, 78, 83))
     write_run(tmp_path / "cdc_mmpg_session", {"n16": 0.9}, seed=1)
     deviation = 50**0.5
-    assert drawn("n16") == pytest.approx((85, 85 - deviation, 85 + deviation))
-    assert drawn("n4") is None
+    assert compute_bounds("n16") == pytest.approx((85, 85 - deviation, 85 + deviation))
+    assert compute_bounds("n4") is None
     write_run(tmp_path / "linear", {}, types=())
     assert not Evidence(tmp_path).cite_accuracy(Side("linear"))
 

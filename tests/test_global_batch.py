@@ -1,4 +1,4 @@
-"""An optimizer step is made of the same samples, and is their mean, on any number of devices."""
+"""Optimizer steps on any number of devices: the same samples, and their mean."""
 
 import os
 import re
@@ -15,18 +15,18 @@ import torch.distributed
 from cdc_mmpg.data.batch import UNKNOWN_LABEL
 from cdc_mmpg.data.sampling import BatchPlan, EpochBatches, EpochDataModule, EpochOrder, plan_batches
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.models.processes import average_over_processes, moments_over_processes
+from cdc_mmpg.models.processes import average_over_processes, compute_moments_over_processes
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training.cli import main
 from communities import write_msrvtt_retrieval
-from processes import finish, kill, recording, start, start_ranks, steps, until
+from processes import build_recorder_arguments, count_steps, finish, kill, start, start_ranks, wait_until
 from tolerances import assert_agree
 
 PLANS = [BatchPlan(8, *rest) for rest in ((8, 1), (2, 1), (4, 2), (1, 2), (2, 4), (1, 8))]
 
 
 class Samples(EpochDataModule):
-    """As many samples as labels."""
+    """Dataset with one sample per label."""
 
     def __init__(self, labels: list[int], plan: BatchPlan, rank: int = 0, even: bool = False) -> None:
         super().__init__(plan.step, 3, plan.at_once)
@@ -65,16 +65,16 @@ def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
         for module, batches in zip(modules, loaders, strict=True):
             assert len(batches) == len(modules[0].batches(modules[0], shuffle=True))
             for place, batch in enumerate(batches[part], number * plan.accumulated):
-                own = np.array([index for _, index in batch])
-                assert 1 <= len(own) <= plan.at_once
+                indices = np.array([index for _, index in batch])
+                assert 1 <= len(indices) <= plan.at_once
                 if module.weigh(place, known=False):
-                    drawn += own.tolist()
+                    drawn += indices.tolist()
                 else:
-                    assert own.tolist() == [step[0]]  # the stand-in
+                    assert indices.tolist() == [step[0]]  # a placeholder sample
                 for known in (False, True):
-                    used = own[labels[own] != UNKNOWN_LABEL] if known else own
+                    used = indices[labels[indices] != UNKNOWN_LABEL] if known else indices
                     mean = values[used].mean() if len(used) else 0.0
-                    # What Lightning and DDP do with the losses of a step.
+                    # Lightning and DDP combine the losses of a step like this.
                     means[known] += module.weigh(place, known) * mean / plan.accumulated / plan.world
         assert sorted(drawn) == sorted(step)
         assert means[False] == pytest.approx(values[step].mean())
@@ -82,19 +82,19 @@ def test_every_step_has_the_same_samples_on_any_number_of_devices(plan, size):
         assert means[True] == pytest.approx(values[known].mean() if len(known) else 0.0)
 
 
-def test_weights_are_exactly_one_where_a_device_has_all_of_a_step():
+def test_weights_are_exactly_one_on_a_single_device():
     module = Samples([0, UNKNOWN_LABEL, 1, 1, UNKNOWN_LABEL, 2, 0], BatchPlan(4, 4, 1))
     list(module.batches(module, shuffle=True))
     assert [module.weigh(place, known) for place in range(2) for known in (False, True)] == [1.0] * 4
 
 
-def test_a_step_in_which_no_answer_is_known_weighs_nothing():
+def test_a_step_without_known_answers_has_zero_weight():
     module = Samples([UNKNOWN_LABEL] * 4, BatchPlan(4, 1, 2))
     list(module.batches(module, shuffle=True))
     assert [module.weigh(place, known=True) for place in range(2)] == [0.0, 0.0]
 
 
-def test_for_a_loss_over_a_whole_step_all_processes_have_as_many_samples():
+def test_even_batches_give_all_processes_equally_many_samples():
     plan = BatchPlan(8, 2, 4)
     modules = [Samples([0] * 19, plan, rank, even=True) for rank in range(4)]
     drawn = [list(module.batches(module, shuffle=True)) for module in modules]
@@ -120,7 +120,7 @@ def test_evaluation_counts_every_sample_once():
     module = Samples([0] * 7, BatchPlan(8, 8, 1))
     assert [len(batch) for batch in module.batches(module, shuffle=False, at_once=3)] == [3, 3, 1]
     module = Samples([0, 0], BatchPlan(4, 1, 4))
-    with pytest.raises(ConfigError, match="2 samples cannot be shared out to 4 processes"):
+    with pytest.raises(ConfigError, match="2 samples cannot be divided among 4 processes"):
         module.batches(module, shuffle=False)
 
 
@@ -133,12 +133,12 @@ def test_the_order_follows_from_seed_and_epoch():
     assert (list(order), len(order)) == ([(3, index) for index in range(5)], 5)
 
 
-def test_an_epoch_can_be_entered_behind_any_step_of_it():
-    whole = list(EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1))
-    behind = EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1, skip=1)
-    assert list(behind) == whole[2:]
-    assert list(behind) == whole
-    assert len(behind) == len(whole) == 5
+def test_an_epoch_can_be_resumed_after_any_step():
+    batches = list(EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1))
+    resumed = EpochBatches(EpochOrder(19, 3, True), BatchPlan(8, 2, 2), 1, skip=1)
+    assert list(resumed) == batches[2:]
+    assert list(resumed) == batches
+    assert len(resumed) == len(batches) == 5
 
 
 @pytest.mark.parametrize(
@@ -157,16 +157,16 @@ def test_the_per_device_batch_follows_from_step_and_devices(arguments, plan, acc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ((256, None, 3), "256 questions.*to 3 devices: take 2 or 4 devices"),
-        ((32, None, 64), "32 questions.*to 64 devices: take 32 devices"),
-        ((256, 48, 1), "256 of 256 questions, does not divide into batches of 48.*take 32 or 64"),
-        ((256, 100, 2), "128 of 256 questions, does not divide into batches of 100.*take 64 or 128"),
+        ((256, None, 3), "256 questions.*among 3 devices: use 2 or 4 devices"),
+        ((32, None, 64), "32 questions.*among 64 devices: use 32 devices"),
+        ((256, 48, 1), "256 of 256 questions, cannot be divided into batches of 48.*use 32 or 64"),
+        ((256, 100, 2), "128 of 256 questions, cannot be divided into batches of 100.*use 64 or 128"),
     ],
 )
-def test_indivisible_batches_are_refused_with_the_numbers_that_divide(arguments, said):
-    with pytest.raises(ConfigError, match=said):
+def test_indivisible_batches_are_refused_with_the_numbers_that_divide(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         plan_batches(*arguments)
 
 
@@ -175,7 +175,7 @@ FIXED = ["--model.init_args.encoder.dropout=0", "--model.init_args.encoder.drop_
 
 
 def train(command: list[str], devices: int, folder: Path) -> dict[str, Any]:
-    """Return what the first of so many processes writes down of a run."""
+    """Train on a number of devices; return the first process's record of the run."""
     (out,) = (part.partition("=")[2] for part in command if part.startswith("--trainer.default_root_dir"))
     if devices == 1:
         folder.mkdir()
@@ -184,28 +184,28 @@ def train(command: list[str], devices: int, folder: Path) -> dict[str, Any]:
         running = start_ranks(folder, main, [*command, f"--trainer.devices={devices}"], world=devices)
     for rank, process in enumerate(running):
         assert finish(process) == 0, (folder / f"log{rank}").read_text()
-    found: dict[str, Any] = torch.load(Path(out) / "witness.0.pt", weights_only=False)
-    return found
+    record: dict[str, Any] = torch.load(Path(out) / "witness.0.pt", weights_only=False)
+    return record
 
 
-def assert_same_run(ours: dict[str, Any], alone: dict[str, Any], last: bool = False) -> None:
-    """Compare weights and all that was logged, or the `last` of it: its test alone."""
-    assert ours["weights"].keys() == alone["weights"].keys()
-    for name, value in alone["weights"].items():
+def assert_same_run(ours: dict[str, Any], reference: dict[str, Any], last: bool = False) -> None:
+    """Compare the weights and all logged values, or with `last` only those of the test."""
+    assert ours["weights"].keys() == reference["weights"].keys()
+    for name, value in reference["weights"].items():
         both = ours["weights"][name], value
-        if name.endswith("attn.qkv.bias"):  # of the keys, which change nothing: their gradients are rounding errors
+        if name.endswith("attn.qkv.bias"):  # without the keys' bias, whose gradient is rounding error only
             both = tuple(torch.cat([part[:192], part[384:]]) for part in both)
         torch.testing.assert_close(*both, rtol=1e-3, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
     part = slice(-1 if last else 0, None)
-    for logged, expected in zip(ours["logged"][part], alone["logged"][part], strict=True):
+    for logged, expected in zip(ours["logged"][part], reference["logged"][part], strict=True):
         assert [name for name, _ in logged] == [name for name, _ in expected]
         assert dict(logged) == pytest.approx(dict(expected), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_a_run_is_the_same_on_one_two_and_four_devices(fit, tmp_path):
-    """Steps of eight and of four of twelve questions, in batches of eight, four, two and one."""
-    found = {
+    """Twelve questions make a step of eight and one of four, in batches of eight, four, two and one."""
+    records = {
         (devices, at_once): train(
             fit("fine_tuning", *FIXED, "--data.init_args.batch_size=8", f"--data.init_args.per_device={at_once}",
                 out=tmp_path / f"{devices}-{at_once}"),
@@ -213,18 +213,18 @@ def test_a_run_is_the_same_on_one_two_and_four_devices(fit, tmp_path):
         )
         for devices, at_once in ((1, 8), (1, 2), (2, 4), (2, 1), (4, 2))
     }  # fmt: skip
-    alone = found.pop((1, 8))
-    for ours in found.values():
-        assert_same_run(ours, alone)
+    reference = records.pop((1, 8))
+    for ours in records.values():
+        assert_same_run(ours, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [((2, 1), (1, 4)), ((1, 4), (2, 2))])
-def test_a_run_goes_on_on_another_number_of_devices(before, after, fit, tmp_path):
-    """It is stopped in the middle of an epoch of six steps, and ends as one that was not."""
+def test_a_stopped_run_resumes_on_another_number_of_devices(before, after, fit, tmp_path):
+    """The run is stopped within an epoch of six steps, and ends like an uninterrupted one."""
     sizes = [*FIXED, "--data.init_args.batch_size=4", "--trainer.max_epochs=3"]
-    alone = train(fit("fine_tuning", *sizes, out=tmp_path / "alone"), 1, tmp_path / "logs-alone")
-    command = [*fit("fine_tuning", *sizes, out=tmp_path), *recording(tmp_path / "last.pt", pause=0.3)]
+    reference = train(fit("fine_tuning", *sizes, out=tmp_path / "alone"), 1, tmp_path / "logs-alone")
+    command = [*fit("fine_tuning", *sizes, out=tmp_path), *build_recorder_arguments(tmp_path / "last.pt", pause=0.3)]
     slow = [*command, f"--data.init_args.per_device={before[1]}"]
     logs, folder = tmp_path / "logs", tmp_path / "msvd" / "fine_tuning" / "seed0"
     logs.mkdir()
@@ -232,23 +232,23 @@ def test_a_run_goes_on_on_another_number_of_devices(before, after, fit, tmp_path
         running = [start(logs / "log0", main, slow)]
     else:
         running = start_ranks(logs, main, [*slow, f"--trainer.devices={before[0]}"], world=before[0])
-    batches = 4 // before[0] // before[1] * before[0]  # of all processes, in a step
-    until(lambda: steps(tmp_path / "last.pt") >= 4 * batches, running[0])  # the first of the second epoch
+    batches = 4 // before[0] // before[1] * before[0]  # per step, of all processes
+    wait_until(lambda: count_steps(tmp_path / "last.pt") >= 4 * batches, running[0])  # in the second epoch
     kill(running[0], signal.SIGTERM)
     assert [finish(process) for process in running] == [143] * before[0], (logs / "log0").read_text()
     (state,) = (folder / RESUME).glob("stopped-step=*.ckpt")
     assert int(re.search(r"step=(\d+)", state.name)[1]) in (4, 5)
-    more = [*command, f"--data.init_args.per_device={after[1]}"]
-    assert_same_run(train(more, after[0], tmp_path / "logs-after"), alone, last=True)
-    said = (tmp_path / "logs-after" / "log0").read_text()
-    assert f"goes on as {after[0]} x {4 // after[0] // after[1]} x {after[1]}" in said
-    assert "not the same to the last bit" in said
+    resumed = [*command, f"--data.init_args.per_device={after[1]}"]
+    assert_same_run(train(resumed, after[0], tmp_path / "logs-after"), reference, last=True)
+    log = (tmp_path / "logs-after" / "log0").read_text()
+    assert f"resumes as {after[0]} x {4 // after[0] // after[1]} x {after[1]}" in log
+    assert "not bit-identical" in log
 
 
 @pytest.mark.slow
-def test_negatives_are_those_of_the_whole_step(tmp_path):
+def test_retrieval_negatives_come_from_the_complete_step(tmp_path):
     root = write_msrvtt_retrieval(tmp_path / "clips")
-    found = []
+    records = []
     for devices in (1, 2):
         out = tmp_path / str(devices)
         command = [
@@ -260,20 +260,20 @@ def test_negatives_are_those_of_the_whole_step(tmp_path):
             "--data.init_args.num_workers=0", "--data.init_args.batch_size=4", "--model.init_args.encoder.depth=1",
             "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", *FIXED,
         ]  # fmt: skip
-        found.append(train(command, devices, tmp_path / f"log{devices}"))
-    assert_same_run(found[1], found[0])
+        records.append(train(command, devices, tmp_path / f"log{devices}"))
+    assert_same_run(records[1], records[0])
 
 
-def moments(path: str) -> int:
-    """Write this process's mean, deviation and gradient of moments over two processes."""
+def save_moments(path: str) -> int:
+    """Write this process's mean, deviation and gradient from moments over two processes."""
     torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
     rank = torch.distributed.get_rank()
     rows = torch.load(path)
-    own = (rows[:2] if rank == 0 else rows[2:]).clone().requires_grad_()  # two rows, and three
-    mean, std = moments_over_processes(own)
+    local_rows = (rows[:2] if rank == 0 else rows[2:]).clone().requires_grad_()  # two rows, and three
+    mean, std = compute_moments_over_processes(local_rows)
     (mean.square() * std).sum().backward()
-    number = average_over_processes(own.detach().mean(), torch.tensor(float(own.numel())))
-    torch.save((mean.detach(), std.detach(), own.grad / 2, number), f"{path}.{rank}")
+    number = average_over_processes(local_rows.detach().mean(), torch.tensor(float(local_rows.numel())))
+    torch.save((mean.detach(), std.detach(), local_rows.grad / 2, number), f"{path}.{rank}")
     torch.distributed.destroy_process_group()
     return 0
 
@@ -281,7 +281,7 @@ def moments(path: str) -> int:
 def test_statistics_over_processes_are_those_of_all_rows(tmp_path):
     path = tmp_path / "rows"
     torch.save(torch.randn(5, 7), path)
-    for process in start_ranks(tmp_path / "logs", moments, str(path)):
+    for process in start_ranks(tmp_path / "logs", save_moments, str(path)):
         assert finish(process) == 0, (tmp_path / "logs" / "log0").read_text()
     rows = torch.load(path).requires_grad_()
     std, mean = torch.std_mean(rows, dim=0, correction=0)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: the methods train there in bfloat16 as they do in float32."""
+"""Training on a GPU: the same losses in bfloat16 as in float32."""
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ import yaml
 
 from cdc_mmpg import catalogue
 from cdc_mmpg.commands.main import run_program
-from cdc_mmpg.commands.request import READS
+from cdc_mmpg.commands.request import COMMAND_VARIABLES
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.training.cli import main
 from conftest import TINY, write_clip, write_msvd
@@ -27,6 +27,10 @@ from processes import finish, start
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*ROOT.glob("src/cdc_mmpg/**/*.py"), *ROOT.glob("data_modules/*.py")]
+PAGES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in (
+    "checkpoints", "data_modules", "experiments", "src/cdc_mmpg/training", "src/cdc_mmpg/device", "src/cdc_mmpg/cloud",
+    "src/cdc_mmpg/methods", "tests",
+))]  # fmt: skip
 
 # From the ground up: a room imports from lower layers and from itself, not from the room beside it.
 GROUND = {"catalogue", "dimensions", "errors", "files", "launchers", "processors", "program", "results"}
@@ -216,8 +220,23 @@ def run_tiny(log: Path, program: str, arguments: list[str]) -> int:
     return finish(start(log, run_program, program, arguments))
 
 
+def commands_to_try() -> list[tuple[str, dict[str, str]]]:
+    """The different commands of all pages, each a target with its variables, that have no tests of their own."""
+    elsewhere = ("test", "check", "serve", "device", "delay", "benchmark", "sweep")
+    processes = {"DEVICES": "1", "LAUNCH": "", "COMPILE": "0"}  # several, and compiling, have tests, too
+    listed = [command for page in PAGES for command in commands(page)]
+    assert listed[:2] == [["train"], ["test"]]
+    different = {}
+    for target, *variables in listed:
+        named = dict(variable.split("=", 1) for variable in variables)
+        if target not in elsewhere and "SEEDS" not in named:
+            request = (target, *sorted((name, value) for name, value in named.items() if name not in processes))
+            different[request] = (target, named | {name: processes[name] for name in processes.keys() & named.keys()})
+    return list(different.values())
+
+
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
+def test_the_commands_of_the_pages_run(tmp_path, msvd, synthetic):
     """Each one, by make's own account of what it would do, at a tiny size; `make train` alone is the whole chain."""
     encoder = tmp_path / "encoder.safetensors"
     from cdc_mmpg.models.all_in_one import AllInOne
@@ -231,42 +250,35 @@ def test_the_commands_of_the_readme_run(tmp_path, msvd, synthetic):
     extra = " --model.init_args.encoder.depth=1 --trainer.enable_progress_bar=false --trainer.accelerator=cpu"
     small = " ".join(f"--data.init_args.{name}" for name in ("num_classes=5", "image_size=32", "num_workers=0"))
     ran, seeds = [], {}
-    listed = commands(ROOT / "README.md")
-    assert listed[:2] == [["train"], ["test"]]
-    for number, command in enumerate(listed):
-        if command[0] in ("test", "check", "serve", "device", "delay", "benchmark"):  # each has tests of its own
-            continue
-        named = dict(argument.split("=", 1) for argument in command[1:])
+    for number, (target, named) in enumerate(commands_to_try()):
         embedded = named.get("DATASET", "synthetic") == "synthetic"
         named |= {"EPOCHS": "1", "OUT": str(out), "PRECISION": "32-true"}
-        # Several processes, and compiling, have tests of their own.
-        named |= {name: value for name, value in (("DEVICES", "1"), ("LAUNCH", ""), ("COMPILE", "0")) if name in named}
         ours = {"DATA": str(msvd), "CHECKPOINT": str(encoder), "VIDEO": str(clip),
                 "FILE": str(tmp_path / "whole.safetensors")}  # fmt: skip
         named |= {key: value for key, value in ours.items() if key in named}
         named["SEED"] = seeds.get(embedded, "0")
         if not embedded:
             named["VOCAB"] = str(msvd / "vocab.txt")
-        if command[0] == "data":
+        if target == "data":
             named["ARGS"] = small
-        if command[0] == "train":
+        if target == "train":
             named["ARGS"] = f"{extra} {'' if embedded else small} {named.get('ARGS', '')}"
             named["SEED"] = seeds[embedded] = str(number)  # another run each time
-        reads = {*READS[command[0]], *(f"ARGS_{method}" for method in catalogue.BY_NAME)}
-        lines = make(command[0], *(f"{key}={value}" for key, value in named.items() if key in reads))
-        for program, *arguments in lines[-1:] if command[0] == "tables" else lines:  # its runs are train's, many times
+        reads = {*COMMAND_VARIABLES[target], *(f"ARGS_{method}" for method in catalogue.BY_NAME)}
+        lines = make(target, *(f"{key}={value}" for key, value in named.items() if key in reads))
+        for program, *arguments in lines[-1:] if target == "tables" else lines:  # its runs are train's, many times
             code = run_tiny(tmp_path / "log", program, arguments)
-            assert code == 0, f"{command}: {(tmp_path / 'log').read_text()}"
-        ran.append(command[0])
+            assert code == 0, f"{target} {named}: {(tmp_path / 'log').read_text()}"
+        ran.append(target)
     assert set(ran) == {
         "train", "table", "tables", "report", "predict", "figures", "data", "checkpoint", "export", "demo"
     }  # fmt: skip
     assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining", "privacy"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}
-        of_devices = {name for name in catalogue.NAMES if catalogue.BY_NAME[name].datasets == "devices"}
+        of_devices = {name for name in catalogue.METHOD_LABELS if catalogue.BY_NAME[name].datasets == "devices"}
         absent = of_devices if dataset == "msvd" else {"cdc_mmpg_frozen"}
-        assert methods == ({*catalogue.NAMES} - absent) | others | {"adr_pretraining"}
+        assert methods == ({*catalogue.METHOD_LABELS} - absent) | others | {"adr_pretraining"}
     assert (out / "msvd" / "table.md").exists()
     assert "| Session, n = 16 | vcd | 472 |" in (out / "worlds.md").read_text()
     pictures = {path.name for path in (out / "synthetic" / "figures").iterdir()}
@@ -299,14 +311,14 @@ def test_the_embedded_dataset_makes_itself_and_its_encoder_first():
     assert any("experiments/tuned/synthetic.cdc_mmpg_session.yaml" in line for line in listed)  # what was tuned
 
 
-def test_tuned_settings_say_how_they_were_picked():
+def test_tuned_settings_say_how_they_were_selected():
     tuned = list((ROOT / "experiments" / "tuned").iterdir())
     assert tuned
     for path in tuned:
         dataset, method, _ = path.name.split(".")
         assert dataset in DATASETS
         assert method in METHODS
-        assert path.read_text().startswith("# Picked on validation"), path
+        assert path.read_text().startswith(("# Selected by ", "# As selected for ")), path
 
 
 def test_a_question_reaches_the_program_as_it_was_asked():
@@ -369,14 +381,15 @@ def test_datasets_go_by_the_names_that_people_type():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("DEVICES=0", "a whole number from 1"), ("DEVICES=two", "a whole number from 1"), ("DEVICES=1.5", "GPUs"),
-        ("JOBS=0", "side by side"), ("JOBS=many", "side by side"), ("JOBS=-1", "side by side"),
-        ("SEEDS=0", "how many seeds"), ("SEEDS=x", "how many seeds"), ("SEED=abc", "from 0"), ("EPOCHS=0", "from 1"),
-        ("NODES=0", "machines"), ("OUT=", "the folder where runs go"), ("OUT=README.md", "is a file"),
-        ("OUT=-x", "begin"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("FRAME_CACHE=gpu", "read"),
-        ("JOBS=1;touch x", "side by side"), ("SEDE=3", "SEED is the nearest"),
-        ("method=linear", "METHOD is the nearest"), ("LR=0.1", "it reads"),
-        ("ARGS_linaer=--x=1", "ARGS_linear is the nearest"), ("VIDEO=a.mp4", "reads no such"),
+        ("DEVICES=0", "an integer of at least 1"), ("DEVICES=two", "an integer of at least 1"), ("DEVICES=1.5", "GPUs"),
+        ("JOBS=0", "parallel runs"), ("JOBS=many", "parallel runs"), ("JOBS=-1", "parallel runs"),
+        ("SEEDS=0", "number of seeds"), ("SEEDS=x", "number of seeds"), ("SEED=abc", "at least 0"),
+        ("EPOCHS=0", "at least 1"),
+        ("NODES=0", "machines"), ("OUT=", "the folder of the runs"), ("OUT=README.md", "is a file"),
+        ("OUT=-x", "start with"), ('OUT=a"b', "quote"), ("SIZE=huge", "toy"), ("FRAME_CACHE=gpu", "read"),
+        ("JOBS=1;touch x", "parallel runs"), ("SEDE=3", "did you mean SEED?"),
+        ("method=linear", "did you mean METHOD?"), ("LR=0.1", "it reads"),
+        ("ARGS_linaer=--x=1", "did you mean ARGS_linear?"), ("VIDEO=a.mp4", "reads no such"),
         ("ENCODER_SEED=one", "whose encoder"), ("ARGS='--x", "quotation"),
     ],
 )  # fmt: skip
@@ -447,8 +460,9 @@ def test_every_target_is_in_the_help():
     assert {line.split()[1] for line in done.stdout.splitlines()} == phony
 
 
-def test_the_readme_lists_every_deviation():
-    listed = re.findall(r"^- `([\w/]+\.py)`: ", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_page_of_the_methods_lists_every_deviation():
+    page = (ROOT / "src/cdc_mmpg/methods/README.md").read_text()
+    listed = re.findall(r"^- `([\w/]+\.py)`: ", page, re.MULTILINE)
     found = [
         str(path.relative_to(ROOT)).removeprefix("src/cdc_mmpg/")
         for path in SOURCES
@@ -457,11 +471,37 @@ def test_the_readme_lists_every_deviation():
     assert sorted(listed) == sorted(found)
 
 
-def test_the_readmes_map_names_every_room():
-    text = (ROOT / "README.md").read_text()
+def test_the_map_names_every_room():
+    text = (ROOT / "tests/README.md").read_text()
+    front = (ROOT / "README.md").read_text()
     for path in SOURCES:
         name = f"{path.parent.name}/" if path.parent.name != "cdc_mmpg" else path.name
         assert name in text or name.startswith("__"), path
+        assert f"{path.parent.name}/" in front, path
+
+
+def test_the_front_page_and_the_pages_are_short():
+    front = PAGES[0].read_text()
+    assert len(front.splitlines()) <= 150
+    assert len(front.split()) <= 1_500
+    for page in PAGES[1:]:
+        assert len(page.read_text().splitlines()) <= 200, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.is_file(), link
+        titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in {title.lower().replace(" ", "-") for title in titles}, link
+
+
+def test_every_page_is_linked_from_the_front_page():
+    front = PAGES[0].read_text()
+    for page in PAGES[1:]:
+        assert f"]({page.relative_to(ROOT)})" in front
 
 
 def test_the_page_on_adding_a_dataset_is_true(tmp_path, monkeypatch):
@@ -489,7 +529,7 @@ def test_the_page_on_adding_a_dataset_is_true(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("room", mutate.ROOMS)
 def test_mutated_sources_and_their_tests_exist(room):
-    assert mutate.sources(room)
+    assert mutate.list_sources(room)
     for name in mutate.ROOMS[room][1].split():
         assert (ROOT / "tests" / f"test_{name}.py").is_file()
 

@@ -1,4 +1,4 @@
-"""Servers that the demo, the benchmarks and the tests start: what does not come up is named, nothing stays behind."""
+"""Local processes that the demo, benchmarks and tests start: failed starts are named, and no process is left behind."""
 
 import signal
 import sys
@@ -17,44 +17,44 @@ STUBBORN = (
 )
 
 
-def python(code: str) -> list[str]:
+def python_command(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_a_server_that_ends_is_named_with_its_log(tmp_path):
-    server = LocalServer("a server", python("import sys; sys.exit('no weights here')"), tmp_path / "log")
-    with pytest.raises(CDCError, match=r"^a server did not come up, exit code 1:\nno weights here$"):
+def test_a_server_that_exits_early_is_named_with_its_log(tmp_path):
+    server = LocalServer("a server", python_command("import sys; sys.exit('no weights here')"), tmp_path / "log")
+    with pytest.raises(CDCError, match=r"^a server did not start, exit code 1:\nno weights here$"):
         server.start()
 
 
 def test_a_server_that_does_not_get_ready_is_ended(tmp_path):
-    server = LocalServer("a server", python("import time; time.sleep(60)"), tmp_path / "log")
-    with pytest.raises(CDCError, match=r"a server did not come up, not ready after 0\.2 s"):
+    server = LocalServer("a server", python_command("import time; time.sleep(60)"), tmp_path / "log")
+    with pytest.raises(CDCError, match=r"a server did not start, not ready after 0\.2 s"):
         server.start(0.2)
     assert server.process.returncode == -signal.SIGTERM
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path):
-    process = LocalProcess("a process", python(STUBBORN), tmp_path / "log")
-    assert process.stop() == 0  # before it began
+    process = LocalProcess("a process", python_command(STUBBORN), tmp_path / "log")
+    assert process.stop() == 0  # before it was started
     process.begin()
     end = time.monotonic() + 60
-    while "begun" not in process.log_tail():
+    while "begun" not in process.read_log_tail():
         assert time.monotonic() < end
         time.sleep(0.05)
     assert process.stop(seconds=0.2) == -signal.SIGKILL
-    assert process.stop() == -signal.SIGKILL  # once more is nothing
+    assert process.stop() == -signal.SIGKILL  # a second stop does nothing
 
 
-def test_a_process_has_variables_of_its_own(tmp_path):
+def test_a_process_gets_additional_environment_variables(tmp_path):
     code = "import os; print(os.environ['OWN'], 'PATH' in os.environ)"
-    process = LocalProcess("a process", python(code), tmp_path / "log", environment={"OWN": "mine"})
+    process = LocalProcess("a process", python_command(code), tmp_path / "log", environment={"OWN": "mine"})
     process.begin()
     assert process.process.wait(60) == 0
-    assert process.log_tail() == "mine True"
+    assert process.read_log_tail() == "mine True"
 
 
-def test_signals_are_answered_after_the_block_or_never():
+def test_signals_are_handled_after_the_block_or_ignored():
     arrived = []
     before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
     try:

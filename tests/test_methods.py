@@ -1,4 +1,4 @@
-"""The methods: what trains, what a phase leaves alone, counts and bytes, and that each can learn at all."""
+"""Methods: trained and frozen parts, parameter counts and traffic, controls, and the ability to learn."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def encoder(**arguments: float) -> AllInOne:
     return AllInOne(**{"image_size": 32, "depth": 2, "vocab_size": 50, "dropout": 0.0, "drop_path": 0.0} | arguments)
 
 
-def batch(size: int = 2) -> VideoTextBatch:
-    """Samples that differ, with labels that differ."""
+def make_batch(size: int = 2) -> VideoTextBatch:
+    """Return different samples with different labels."""
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(256, (size, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
     ids = torch.randint(5, 50, (size, 6), generator=generator)
@@ -39,7 +39,7 @@ def batch(size: int = 2) -> VideoTextBatch:
 
 
 def train(method: Method, data: VideoTextBatch | FeatureBatch, steps: int, folder: Path) -> Method:
-    """Some steps on one batch, and its validation."""
+    """Train some steps on one batch, then validate on it."""
     trainer = Trainer(
         max_epochs=steps,
         check_val_every_n_epoch=steps,
@@ -70,8 +70,8 @@ TRAINING_ENCODERS = ("fine_tuning", "cdc_mmpg")
 
 
 @pytest.mark.parametrize("name", ANSWERING)
-def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
-    method = train(build(name, phase_one, learning_rate=3e-3), batch(), 50, tmp_path)
+def test_every_method_can_memorize_two_samples(name, phase_one, tmp_path):
+    method = train(build(name, phase_one, learning_rate=3e-3), make_batch(), 50, tmp_path)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
 
 
@@ -79,7 +79,7 @@ def test_two_samples_are_learned_by_heart(name, phase_one, tmp_path):
 def test_exactly_the_trainable_parameters_change(name, phase_one, tmp_path):
     method = build(name, phase_one, learning_rate=1e-3)
     before = {key: value.clone() for key, value in method.named_parameters()}
-    train(method, batch(), 3, tmp_path)
+    train(method, make_batch(), 3, tmp_path)
     moved = {key for key, value in method.named_parameters() if not torch.equal(value, before[key])}
     parts = {key.split(".")[0] for key in moved}
     assert ("encoder" in parts) == (name in ("fine_tuning", "cdc_mmpg"))
@@ -92,8 +92,8 @@ def test_exactly_the_trainable_parameters_change(name, phase_one, tmp_path):
     assert moved <= trainable
 
 
-def test_phase_two_leaves_the_reasoner_and_moves_the_encoder(phase_one, tmp_path):
-    method = train(build("cdc_mmpg", phase_one, learning_rate=1e-3), batch(), 3, tmp_path)
+def test_phase_two_updates_the_encoder_but_not_the_reasoner(phase_one, tmp_path):
+    method = train(build("cdc_mmpg", phase_one, learning_rate=1e-3), make_batch(), 3, tmp_path)
     reasoner = ADR.load(phase_one)
     assert all(
         torch.equal(a, b) for a, b in zip(method.adr.state_dict().values(), reasoner.state_dict().values(), strict=True)
@@ -102,10 +102,10 @@ def test_phase_two_leaves_the_reasoner_and_moves_the_encoder(phase_one, tmp_path
     assert not torch.equal(method.encoder.state_dict()["transformer.cls_token"], start["transformer.cls_token"])
 
 
-def test_phase_one_moves_the_reasoner_alone(tmp_path):
+def test_phase_one_updates_only_the_reasoner(tmp_path):
     method = ADRPretraining(encoder(), OpenEnded(5), "small", learning_rate=1e-3)
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    train(method, batch(), 3, tmp_path)
+    train(method, make_batch(), 3, tmp_path)
     moved = {key.split(".")[0] for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
     assert moved == {"adr"}
     assert method.trainer.callback_metrics["val/loss"] > 0
@@ -125,19 +125,19 @@ def test_frozen_parts_stay_in_evaluation_mode(name, phase_one):
 
 @pytest.mark.parametrize("name", ANSWERING)
 @torch.no_grad()
-def test_kept_features_give_the_scores_of_the_frames(name, phase_one):
-    method, data = build(name, phase_one).eval(), batch()
-    kept = method.encode(data)
-    assert method.encode(kept) is kept
-    scores = method.scores(kept, "val")["own"]
+def test_cached_features_give_the_same_scores_as_frames(name, phase_one):
+    method, data = build(name, phase_one).eval(), make_batch()
+    cached = method.encode(data)
+    assert method.encode(cached) is cached
+    scores = method.scores(cached, "val")["own"]
     assert_agree(scores, method(method.encoder(normalise(data.frames), *data[1:3]).frame_features))
 
 
 @pytest.mark.parametrize("name", ANSWERING)
 @pytest.mark.parametrize("classes", [5, 1001])
 @torch.no_grad()
-def test_the_installed_layer_answers_as_the_method(name, classes, phase_one):
-    method, data = build(name, phase_one, classes).eval(), batch()
+def test_the_installed_layer_gives_the_scores_of_the_method(name, classes, phase_one):
+    method, data = build(name, phase_one, classes).eval(), make_batch()
     features = method.encode(data).frame_features
     weight, bias = method.device_layers(features)
     hidden = method.head.phi(method.encoder.pool(features.mean(1)))
@@ -148,7 +148,7 @@ def test_the_installed_layer_answers_as_the_method(name, classes, phase_one):
 @torch.no_grad()
 def test_serving_is_reproducible_and_takes_the_middle_frame(phase_one):
     method = build("cdc_mmpg", phase_one).eval()
-    features = method.encode(batch()).frame_features
+    features = method.encode(make_batch()).frame_features
     assert torch.equal(method.generator_input(features), method.generator_input(features))
     middle = features.clone()
     middle[:, [0, 2]] = 0
@@ -159,7 +159,7 @@ def test_serving_is_reproducible_and_takes_the_middle_frame(phase_one):
 
 def test_counts_and_bytes_at_the_papers_size(tmp_path):
     paper = AllInOne()
-    phase_one = ADRPretraining(paper, OpenEnded(1001))  # sizes that fit the paper's counts, unless told
+    phase_one = ADRPretraining(paper, OpenEnded(1001))  # the default sizes give the paper's counts
     phase_one.export(tmp_path)
     ADR("small").save(tmp_path / "small.safetensors")
     for classes, device, hyper, down in (
@@ -182,13 +182,13 @@ def test_counts_and_bytes_at_the_papers_size(tmp_path):
     assert ADRPretraining(paper, OpenEnded(1001), "small").parameter_counts() == (11_431_104, 554_880, 554_880)
 
 
-def test_a_reasoner_of_an_earlier_version_opens(tmp_path):
+def test_a_reasoner_file_of_an_earlier_version_loads(tmp_path):
     save_safetensors(ADR("small").state_dict(), tmp_path / "adr.safetensors",
                      {"preset": "default", "axis": "feature", "target": "anchor"})  # fmt: skip
     assert sum(p.numel() for p in ADR.load(tmp_path / "adr.safetensors").parameters()) == 554_880
 
 
-def test_unknown_answers_teach_nothing_and_count_as_wrong():
+def test_unknown_answers_add_no_loss_and_count_as_wrong():
     head = OpenEnded(3)
     scores = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]], requires_grad=True)
     labels = torch.tensor([0, UNKNOWN_LABEL, UNKNOWN_LABEL])
@@ -201,19 +201,19 @@ def test_unknown_answers_teach_nothing_and_count_as_wrong():
     assert head.loss(scores, known._replace(labels=torch.full((3,), UNKNOWN_LABEL))).item() == 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run(phase_one, tmp_path):
+def test_a_nan_loss_stops_the_run(phase_one, tmp_path):
     method = build("linear", phase_one)
     with torch.no_grad():
         method.layer.bias[0] = float("nan")
     with pytest.raises(DivergedError, match=r"loss is nan at epoch 0, step 0.*\[0, 1\]"):
-        train(method, batch(), 1, tmp_path)
+        train(method, make_batch(), 1, tmp_path)
 
 
 def test_polynomial_decay_ends_at_zero(phase_one, tmp_path):
     rates = []
     method = build("linear", phase_one, learning_rate=1e-2)
     method.on_train_batch_end = lambda *_: rates.append(method.optimizers().param_groups[0]["lr"])
-    train(method, batch(), 4, tmp_path)
+    train(method, make_batch(), 4, tmp_path)
     assert rates == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0])
 
 
@@ -222,7 +222,7 @@ def test_polynomial_decay_ends_at_zero(phase_one, tmp_path):
     ("name", "argument"),
     [(name, "learning_rate") for name in ANSWERING] + [(name, "encoder_learning_rate") for name in TRAINING_ENCODERS],
 )
-def test_rates_that_are_no_positive_numbers_are_refused(name, argument, value, phase_one):
+def test_learning_rates_must_be_positive_and_finite(name, argument, value, phase_one):
     with pytest.raises(ConfigError, match=f"^{argument} {value} must be positive and finite"):
         build(name, phase_one, **{argument: value})
 
@@ -256,25 +256,25 @@ def origin(device: str, kind: str) -> SampleOrigin:
     return SampleOrigin("", device, "", kind, "", "")
 
 
-def test_others_are_elsewhere_and_of_the_same_type():
+def test_control_partners_are_of_other_devices_and_of_the_same_type():
     origins = [origin(f"d{place % 5}", "color" if place % 2 else "size") for place in range(60)]
     origins.append(origin("alone", "count"))
-    found = draw_control_partners(origins, seed=0)
-    assert list(found) == ["shuffled", "shuffled_device"]
-    assert sorted(found["shuffled"]) == list(range(61))
-    assert all(other != place for place, other in enumerate(found["shuffled"]))
-    for place, other in enumerate(found["shuffled_device"][:-1]):
+    partners = draw_control_partners(origins, seed=0)
+    assert list(partners) == ["shuffled", "shuffled_device"]
+    assert sorted(partners["shuffled"]) == list(range(61))
+    assert all(other != place for place, other in enumerate(partners["shuffled"]))
+    for place, other in enumerate(partners["shuffled_device"][:-1]):
         assert origins[other].device != origins[place].device
         assert origins[other].type == origins[place].type
-    assert origins[found["shuffled_device"][-1]].device != "alone"  # the only one of its type
-    assert draw_control_partners(origins, seed=0) == found
-    assert draw_control_partners(origins, seed=1) != found
-    single = draw_control_partners([origin("a", ""), origin("a", "")], seed=0)  # no other device: any other sample
+    assert origins[partners["shuffled_device"][-1]].device != "alone"  # no other sample has its type
+    assert draw_control_partners(origins, seed=0) == partners
+    assert draw_control_partners(origins, seed=1) != partners
+    single = draw_control_partners([origin("a", ""), origin("a", "")], seed=0)  # with one device, any other
     assert single["shuffled_device"] == [1, 0]
 
 
 class Data(LightningDataModule):
-    """One batch for everything, of as many devices as samples."""
+    """Data module with one test batch in two parts, every sample on a different device."""
 
     def __init__(self, data: VideoTextBatch) -> None:
         super().__init__()
@@ -289,8 +289,8 @@ class Data(LightningDataModule):
 
 
 @pytest.mark.parametrize("name", ["hyper", "cdc_mmpg"])
-def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one, tmp_path):
-    method, data = build(name, phase_one, classes=6), Data(batch(6))
+def test_controls_answer_with_the_layers_that_they_name(name, phase_one, tmp_path):
+    method, data = build(name, phase_one, classes=6), Data(make_batch(6))
     torch.nn.init.normal_(method.fda.hyper.weight, std=0.2)
     torch.nn.init.normal_(method.fda.mean_latent)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -304,20 +304,20 @@ def test_the_controls_of_a_test_answer_with_the_layers_they_name(name, phase_one
         features = method.encode(data.data).frame_features
         weight, bias = method.device_layers(features)
         hidden = method.head.phi(method.fuse(features))
-        given = {
+        partners = {
             case: torch.tensor(other)
             for case, other in draw_control_partners(data.origins("test"), method.seed).items()
         }
-        for case, other in {"own": torch.arange(6), "float32": torch.arange(6), **given}.items():
+        for case, other in {"own": torch.arange(6), "float32": torch.arange(6), **partners}.items():
             scores = torch.einsum("bld,bd->bl", weight[other], hidden) + bias[other]
-            where, rows = outcomes[case]
-            assert where.tolist() == list(range(6))
+            indices, rows = outcomes[case]
+            assert indices.tolist() == list(range(6))
             assert rows[:, 0].tolist() == scores.argmax(-1).tolist(), case
             assert rows[:, 1].tolist() == list(range(6))
         mean = method.fda.average(hidden).argmax(-1)
     assert outcomes["mean_head"][1][:, 0].tolist() == mean.tolist()
     compared = [name for name in logged if name.endswith("_error")]
-    assert compared == [f"test/{precision}_error" for precision in PAYLOAD_PRECISIONS]  # in one order on all processes
+    assert compared == [f"test/{precision}_error" for precision in PAYLOAD_PRECISIONS]  # same order on all processes
     assert logged["test/float32_agreement"] == 1
     assert logged["test/float32_error"] == 0
     assert 0 < logged["test/float16_error"] < logged["test/int8_error"]

@@ -1,4 +1,4 @@
-"""What a request means: which runs, in which order, side by side; what becomes of the others when one fails."""
+"""Plans of requests: which runs, in which order, in parallel; what a failure or a signal does to the others."""
 
 import json
 import os
@@ -29,30 +29,30 @@ SMALL = (
 )
 
 
-def plan(command: str, **given: str) -> Plan:
-    return PLANS[command](Request(command, given, {}))
+def plan(command: str, **variables: str) -> Plan:
+    return PLANS[command](Request(command, variables, {}))
 
 
-def arguments(root: Path, out: Path, **given: str) -> list[str]:
-    """The words of a small training on a folder like MSVD-QA's."""
+def format_variables(root: Path, out: Path, **changes: str) -> list[str]:
+    """Return the command-line variables of a small training on a folder like MSVD-QA's."""
     variables = {"DATASET": "msvd", "DATA": str(root), "VOCAB": str(root / "vocab.txt"), "OUT": str(out), "EPOCHS": "1",
-                 "ARGS": SMALL} | given  # fmt: skip
+                 "ARGS": SMALL} | changes  # fmt: skip
     return [f"{name}={value}" for name, value in variables.items()]
 
 
-def start(words: list[str], log: Path, **added: str) -> subprocess.Popen:
+def start_training(words: list[str], log: Path, **environment: str) -> subprocess.Popen:
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "cdc_mmpg", "train", *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env=ENVIRONMENT | {"WANDB_MODE": "disabled"} | added,
+            env=ENVIRONMENT | {"WANDB_MODE": "disabled"} | environment,
         )  # fmt: skip
 
 
-# What make hands on
+# Variables passed by make
 
 
 @pytest.mark.parametrize(
-    ("flags", "given", "lists"),
+    ("flags", "variables", "is_dry_run"),
     [
         ("", {}, False),
         (" -- X=1", {"X": "1"}, False),
@@ -67,15 +67,15 @@ def start(words: list[str], log: Path, **added: str) -> subprocess.Popen:
         ("k -- L=a\nb", {"L": "a\nb"}, False),
     ],
 )
-def test_the_variables_of_make_are_read_as_they_were_typed(flags, given, lists):
-    assert read_make(flags) == (given, lists)
+def test_the_variables_of_make_are_read_as_they_were_typed(flags, variables, is_dry_run):
+    assert read_make(flags) == (variables, is_dry_run)
 
 
-def test_the_environment_counts_only_for_what_a_command_reads():
+def test_a_command_ignores_environment_variables_it_does_not_use():
     environment = {"METHOD": "linear", "SEEDS": "x", "DATASET": "msvd"}
     assert Request("table", {}, environment).root == "checkpoints/msvd"
     assert Request("table", {"DATASET": "tgif"}, environment).root == "checkpoints/tgif"
-    with pytest.raises(ConfigError, match="SEEDS=x: SEEDS is how many seeds"):
+    with pytest.raises(ConfigError, match="SEEDS=x: SEEDS is the number of seeds"):
         Request("train", {}, environment)
     assert Request("predict", {}, environment).served_run == "checkpoints/msvd/linear/seed0"
 
@@ -89,26 +89,31 @@ def test_dataset_aliases_leave_other_names_alone():
 
 
 def test_a_run_comes_after_all_that_it_builds_on():
-    for command, given in (("train", {}), ("train", {"SEEDS": "2"}), ("tables", {}), ("train", {"DATASET": "msvd"})):
-        steps = list(plan(command, **given).steps.values())
+    for command, variables in (
+        ("train", {}),
+        ("train", {"SEEDS": "2"}),
+        ("tables", {}),
+        ("train", {"DATASET": "msvd"}),
+    ):
+        steps = list(plan(command, **variables).steps.values())
         for number, step in enumerate(steps):
-            assert {*step.needs, step.after} - {""} <= {before.name for before in steps[:number]}, step.name
+            assert {*step.needs, step.after} - {""} <= {earlier.name for earlier in steps[:number]}, step.name
         assert len({step.folder for step in steps if step.folder}) == len([step for step in steps if step.folder])
 
 
-def test_domains_get_the_opponents_and_the_ceiling_too():
+def test_datasets_with_domains_also_train_the_competing_methods_and_the_ceiling():
     steps = plan("tables", DATASET="msvd", ARGS="--data.init_args.domains=casts").steps
-    named = {name.partition("/")[0] for name, step in steps.items() if step.program == "fit"}
-    everything = {method.name for method in METHODS if method.turn and method.program == "fit"}
+    planned = {name.partition("/")[0] for name, step in steps.items() if step.program == "fit"}
+    trained = {method.name for method in METHODS if method.turn and method.program == "fit"}
     published = {method.name for method in METHODS if method.datasets == "published"}
-    assert named == (everything - published) | {"adr_pretraining"}
-    assert {"corrected_true_cast", "cdc_mmpg_session", "in_context_virtual"} <= named
+    assert planned == (trained - published) | {"adr_pretraining"}
+    assert {"corrected_true_cast", "cdc_mmpg_session", "in_context_virtual"} <= planned
     assert all("--data.init_args.domains=casts" in step.arguments for step in steps.values() if step.program == "fit")
     assert list(steps)[-1] == "tables of msvd"
-    assert list(plan("tables", DATASET="msvd").steps) == ["tables of msvd"]  # as before
+    assert list(plan("tables", DATASET="msvd").steps) == ["tables of msvd"]  # without domains, tables only
 
 
-def test_variants_change_what_they_name_and_no_more():
+def test_a_variant_changes_only_its_own_option():
     usual = plan("train", METHOD="cdc_mmpg_session").steps["cdc_mmpg_session/seed0"].arguments
     for variant, option in (("arc90", "held_out_arc=90"), ("devices24", "most_devices=24")):
         name = f"cdc_mmpg_session.{variant}"
@@ -116,27 +121,27 @@ def test_variants_change_what_they_name_and_no_more():
         folder = f"--trainer.default_root_dir=checkpoints/synthetic/{name}/seed0"
         assert set(step.arguments) - set(usual) == {f"--data.init_args.{option}", folder}
     step = plan("train", METHOD="fine_tuning.epochs28").steps["fine_tuning.epochs28/seed0"]
-    assert step.arguments[-1] == "--trainer.max_epochs=28"  # after what was tuned
+    assert step.arguments[-1] == "--trainer.max_epochs=28"  # overrides the tuned value
     with pytest.raises(ConfigError, match=r"cdc_mmpg_session\.no_background"):
         plan("train", METHOD="linear.no_background")
 
 
-def test_a_variant_of_the_pretraining_makes_the_encoder_of_what_it_is_named_after():
+def test_a_pretraining_variant_provides_the_encoder_of_the_run_named_after_it():
     steps = plan("train", METHOD="cdc_mmpg_session.no_anchor_loss").steps
     assert [name for name in steps if "pretraining" in name] == ["encoder_pretraining.no_anchor_loss/seed0"]
     folder = "checkpoints/synthetic/encoder_pretraining.no_anchor_loss/seed0"
-    arguments = steps["cdc_mmpg_session.no_anchor_loss/seed0"].arguments
-    assert f"--model.init_args.encoder.checkpoint={folder}/encoder.safetensors" in arguments
-    assert f"--model.init_args.reading={folder}/reading.safetensors" in arguments
-    assert "--model.init_args.anchor_weight=0" not in arguments
+    fit_arguments = steps["cdc_mmpg_session.no_anchor_loss/seed0"].arguments
+    assert f"--model.init_args.encoder.checkpoint={folder}/encoder.safetensors" in fit_arguments
+    assert f"--model.init_args.reading={folder}/reading.safetensors" in fit_arguments
+    assert "--model.init_args.anchor_weight=0" not in fit_arguments
     assert "--model.init_args.anchor_weight=0" in steps["encoder_pretraining.no_anchor_loss/seed0"].arguments
-    both = plan("tables").steps
-    assert "encoder_pretraining/seed0" in both
-    assert "synthetic_memory/cdc_mmpg_session.no_anchor_loss/seed0" in both
-    assert len([name for name in both if name.startswith("encoder_pretraining.no_anchor_loss")]) == 1
+    all_steps = plan("tables").steps
+    assert "encoder_pretraining/seed0" in all_steps
+    assert "synthetic_memory/cdc_mmpg_session.no_anchor_loss/seed0" in all_steps
+    assert len([name for name in all_steps if name.startswith("encoder_pretraining.no_anchor_loss")]) == 1
 
 
-def test_one_encoder_for_the_study_of_the_reasoner():
+def test_all_runs_of_the_reasoner_study_share_one_encoder():
     steps = plan("tables").steps
     study = [step for name, step in steps.items() if name.startswith("cdc_mmpg_frozen.")]
     assert len(study) == 30
@@ -145,43 +150,45 @@ def test_one_encoder_for_the_study_of_the_reasoner():
         assert any("adr_pretraining_frozen." in word for word in step.needs)
 
 
-def test_runs_side_by_side_have_a_gpu_each(monkeypatch):
+def test_parallel_runs_get_one_gpu_each(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    several = plan("train", DATASET="msvd", METHOD="linear", SEEDS="5")
-    assert several.jobs == 3
-    executor = Executor(several, lambda program, words: 0)
+    five_seeds = plan("train", DATASET="msvd", METHOD="linear", SEEDS="5")
+    assert five_seeds.jobs == 3
+    executor = Executor(five_seeds, lambda program, words: 0)
     assert not executor.forks
-    step = several.steps["linear/seed0"]
+    step = five_seeds.steps["linear/seed0"]
     assert [executor.environment_of(step, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "5", "6"]
-    assert plan("train", DATASET="msvd", METHOD="linear").jobs == 1  # one run has all of them
+    assert plan("train", DATASET="msvd", METHOD="linear").jobs == 1  # a single run gets all GPUs
     assert plan("train", DATASET="msvd", METHOD="linear", SEEDS="5", DEVICES="3").jobs == 1
     assert plan("train", JOBS="2").jobs == 2
     assert plan("train", ARGS="--trainer.accelerator=cpu").jobs == 2
-    with pytest.raises(ConfigError, match="a GPU each"):
+    with pytest.raises(ConfigError, match="one GPU each"):
         _ = plan("train", DATASET="msvd", SEEDS="5", JOBS="2", DEVICES="2").jobs
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert plan("train").jobs == 1  # as many at a time as there are
+    assert plan("train").jobs == 1  # no more runs in parallel than GPUs
 
 
 @pytest.mark.slow
-def test_each_of_the_runs_side_by_side_sees_its_own_gpu(tmp_path, msvd):
-    """Real processes that say what they were given, in place of training."""
+def test_parallel_processes_see_only_their_own_gpu(tmp_path, msvd):
+    """The launcher is a script that records CUDA_VISIBLE_DEVICES instead of training."""
     launcher = tmp_path / "launcher"
     launcher.write_text(f"#!/bin/sh\necho $CUDA_VISIBLE_DEVICES >> {tmp_path}/seen\nsleep 2\n")
     launcher.chmod(0o755)
-    words = arguments(msvd, tmp_path / "out", METHOD="linear", SEEDS="4", JOBS="2", LAUNCH=str(launcher), ARGS="")
-    process = start(words, tmp_path / "log", CUDA_VISIBLE_DEVICES="6,7")
+    words = format_variables(
+        msvd, tmp_path / "out", METHOD="linear", SEEDS="4", JOBS="2", LAUNCH=str(launcher), ARGS=""
+    )
+    process = start_training(words, tmp_path / "log", CUDA_VISIBLE_DEVICES="6,7")
     assert process.wait(120) == 2  # the table finds no finished run
     seen = (tmp_path / "seen").read_text().split()
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["6", "7"]
 
 
 def test_steps_that_train_nothing_run_in_order(tmp_path):
-    done = []
-    executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: done.append(program) or 0)
+    programs = []
+    executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: programs.append(program) or 0)
     assert executor.execute() == 0
-    assert done == ["clips", "data"]
-    plan("data", DATASET="msvd", METHOD="linear", EPOCHS="3")  # the words of `train`
+    assert programs == ["clips", "data"]
+    plan("data", DATASET="msvd", METHOD="linear", EPOCHS="3")  # the variables of `train` are accepted
     failing = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: 4)
     assert failing.execute() == 4
 
@@ -191,10 +198,10 @@ def test_steps_that_train_nothing_run_in_order(tmp_path):
 
 def test_training_outside_a_checkout_says_so(tmp_path):
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "fit"], cwd=tmp_path, capture_output=True, text=True,
+    process = subprocess.run([sys.executable, "-m", "cdc_mmpg", "fit"], cwd=tmp_path, capture_output=True, text=True,
                           check=False, env=environment)  # fmt: skip
-    assert done.returncode == 2
-    assert "training needs a checkout of the project" in done.stderr
+    assert process.returncode == 2
+    assert "data_modules is missing: run this command in a checkout of the project" in process.stderr
 
 
 def test_a_finished_run_with_other_settings_is_refused_at_once(tmp_path, msvd):
@@ -202,75 +209,75 @@ def test_a_finished_run_with_other_settings_is_refused_at_once(tmp_path, msvd):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(f"trainer:\n  max_epochs: 40\ndata:\n  init_args:\n    root: {msvd}\n")
     (run / "results.json").write_text("{}")
-    words = arguments(msvd, tmp_path / "out", METHOD="linear", EPOCHS="3", ARGS="")
-    assert start(words, tmp_path / "log", PYTHONPROFILEIMPORTTIME="1").wait(60) == 2
-    said = (tmp_path / "log").read_text()
-    assert "trainer.max_epochs: 40 there, '3' asked for" in said
-    assert re.search(r"\| +yaml$", said, re.MULTILINE)
-    assert not re.search(r"\| +(torch|lightning)$", said, re.MULTILINE)
+    words = format_variables(msvd, tmp_path / "out", METHOD="linear", EPOCHS="3", ARGS="")
+    assert start_training(words, tmp_path / "log", PYTHONPROFILEIMPORTTIME="1").wait(60) == 2
+    log = (tmp_path / "log").read_text()
+    assert "trainer.max_epochs: 40 there, '3' requested" in log
+    assert re.search(r"\| +yaml$", log, re.MULTILINE)
+    assert not re.search(r"\| +(torch|lightning)$", log, re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_all_settings_are_checked_before_the_first_run_trains(tmp_path, msvd):
-    words = arguments(msvd, tmp_path / "out", METHOD="all", ARGS_hyper="--model.init_args.initt=printed")
-    assert start(words, tmp_path / "log").wait(300) == 2
+    words = format_variables(msvd, tmp_path / "out", METHOD="all", ARGS_hyper="--model.init_args.initt=printed")
+    assert start_training(words, tmp_path / "log").wait(300) == 2
     assert "model.init_args.initt: there is no such key" in (tmp_path / "log").read_text()
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-# One that fails, one that is told to stop
+# Failures and signals
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
-    words = arguments(msvd, tmp_path / "out", METHOD="all", JOBS="2", EPOCHS="3",
+    words = format_variables(msvd, tmp_path / "out", METHOD="all", JOBS="2", EPOCHS="3",
                       ARGS_fine_tuning="--model.init_args.learning_rate=1e30")  # fmt: skip
-    assert start(words, tmp_path / "log").wait(600) == 6
-    said = (tmp_path / "log").read_text()
+    assert start_training(words, tmp_path / "log").wait(600) == 6
+    log = (tmp_path / "log").read_text()
     finished = {path.parents[1].name for path in tmp_path.rglob("results.json")}
     assert finished == {"linear", "adr_pretraining", "cdc_mmpg", "hyper", "hyper_fan_in"}
-    assert re.search(r"^linear/seed0: INFO epoch 3 of 3: train/loss [\d.]+, val/accuracy [\d.]+", said, re.MULTILINE)
-    assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", said, re.MULTILINE)
-    assert "fine_tuning/seed0 failed with exit code 6" in said
-    last = said[said.index("These runs have no results:") :]
-    assert "fine_tuning/seed0: exit code 6" in last
-    assert "adr_pretraining_frozen/seed0: not run, it builds on fine_tuning/seed0" in last
-    assert "cdc_mmpg_frozen/seed0: not run, it builds on adr_pretraining_frozen/seed0" in last
-    assert "F-linear" in said  # the table of those that have results
-    words = arguments(msvd, tmp_path / "out", METHOD="linear", JOBS="2", EPOCHS="3")
-    assert start(words, tmp_path / "log", PYTHONPROFILEIMPORTTIME="1").wait(60) == 0
-    said = (tmp_path / "log").read_text()
-    assert "linear/seed0: finished on" in said
-    assert not re.search(r"\| +(torch|lightning)$", said, re.MULTILINE)
+    assert re.search(r"^linear/seed0: INFO epoch 3 of 3: train/loss [\d.]+, val/accuracy [\d.]+", log, re.MULTILINE)
+    assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", log, re.MULTILINE)
+    assert "fine_tuning/seed0 failed with exit code 6" in log
+    summary = log[log.index("These runs have no results:") :]
+    assert "fine_tuning/seed0: exit code 6" in summary
+    assert "adr_pretraining_frozen/seed0: not run, it builds on fine_tuning/seed0" in summary
+    assert "cdc_mmpg_frozen/seed0: not run, it builds on adr_pretraining_frozen/seed0" in summary
+    assert "F-linear" in log  # the table of the finished runs
+    words = format_variables(msvd, tmp_path / "out", METHOD="linear", JOBS="2", EPOCHS="3")
+    assert start_training(words, tmp_path / "log", PYTHONPROFILEIMPORTTIME="1").wait(60) == 0
+    log = (tmp_path / "log").read_text()
+    assert "linear/seed0: finished on" in log
+    assert not re.search(r"\| +(torch|lightning)$", log, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on_and_the_run_goes_on_later(tmp_path, msvd, number):
-    words = arguments(msvd, tmp_path / "out", METHOD="cdc_mmpg", EPOCHS="400")
-    process = start(words, tmp_path / "log")
+def test_a_signal_ends_the_training_with_a_checkpoint_to_resume_from(tmp_path, msvd, number):
+    words = format_variables(msvd, tmp_path / "out", METHOD="cdc_mmpg", EPOCHS="400")
+    process = start_training(words, tmp_path / "log")
     run = tmp_path / "out" / "msvd" / "adr_pretraining" / "seed0"
-    end = time.monotonic() + 200
+    deadline = time.monotonic() + 200
     while not list(run.glob("resume/*.ckpt")):
         assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(number)
     assert process.wait(100) == 128 + number
-    said = (tmp_path / "log").read_text()
-    assert f"stopped by {number.name}; type the same command again to go on" in said
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text()
+    assert f"stopped by {number.name}; run the same command again to resume" in log
+    assert "Traceback" not in log
     assert list(run.glob("resume/*.ckpt"))
     assert not (run / "results.json").exists()
 
 
-# A method of one's own
+# A new method
 
 
 @pytest.mark.slow
 def test_a_new_method_is_three_files(tmp_path, msvd):
-    """As the page on adding a method says, in a copy of the project."""
-    copy, page = tmp_path / "copy", (ROOT / "src/cdc_mmpg/methods/README.md").read_text()
+    """The three code blocks of experiments/README.md suffice to add a method to a copy of the project."""
+    copy, page = tmp_path / "copy", (ROOT / "experiments/README.md").read_text()
     for folder in ("src", "experiments", "data_modules"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     code, settings, entry = (
@@ -282,24 +289,24 @@ def test_a_new_method_is_three_files(tmp_path, msvd):
     catalogue.write_text(
         catalogue.read_text().replace("    Method(PRETRAINING, encoder", entry + "    Method(PRETRAINING, encoder")
     )
-    words = arguments(msvd, tmp_path / "out", METHOD="dropped")
-    done = subprocess.run(
+    words = format_variables(msvd, tmp_path / "out", METHOD="dropped")
+    process = subprocess.run(
         [sys.executable, "-m", "cdc_mmpg", "train", *words], cwd=copy, capture_output=True, text=True, check=False,
         env=ENVIRONMENT | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{copy / 'src'}:{copy}"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     assert "| F-linear, dropout |" in (tmp_path / "out/msvd/table.md").read_text()
     results = json.loads((tmp_path / "out/msvd/dropped/seed0/results.json").read_text())
     assert results["method"] == "dropped"
 
 
 @pytest.mark.parametrize(
-    ("given", "there", "same"),
+    ("requested", "stored", "is_same"),
     [
         ("1e-4", 0.0001, True), ("1e-4", 0.001, False), ("40", 40, True), ("true", True, True), ("1", True, False),
         ("null", None, True), ("0.5", None, False), ("printed", "printed", True), ("a/../x.pt", "x.pt", False),
         ("32", "32", True),
     ],
 )  # fmt: skip
-def test_an_option_is_compared_by_what_it_means(given, there, same):
-    assert _is_same_value(given, there) == same
+def test_options_are_compared_by_value(requested, stored, is_same):
+    assert _is_same_value(requested, stored) == is_same

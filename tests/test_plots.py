@@ -1,4 +1,4 @@
-"""The page's charts: text that stays text, a tooltip on every mark, numbers that cover nothing, the same every time."""
+"""Charts of the report page: text kept as text, a tooltip on every mark, no overlapping labels, reproducible SVG."""
 
 import re
 from xml.etree import ElementTree
@@ -11,8 +11,8 @@ NAME = "a <b> & $x_1$ \x1b[31m"
 SHOWN = "a <b> & $x_1$ \\x1b[31m"
 
 
-def every_chart():
-    """One of each kind, with names of others and values at the edges."""
+def draw_charts():
+    """Yield one chart of each kind, with hostile names and boundary values."""
     points = [
         Point(0, 50.0, f"{NAME}: 50"),
         Point(768, 0.0, "none", 0.0, 10.0),
@@ -27,12 +27,12 @@ def every_chart():
     yield chart_stacked("title", [(NAME, points[:2]), ("other", points[1:])], ("a", "b"), ("#0b5cad", "#cf3f2e"))
 
 
-def test_charts_are_text_with_tooltips_and_the_same_every_time(monkeypatch):
+def test_charts_keep_text_have_tooltips_and_are_reproducible(monkeypatch):
     import matplotlib
 
-    first = [chart.svg for chart in every_chart()]
-    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # a user's own settings
-    assert [chart.svg for chart in every_chart()] == first
+    first = [chart.svg for chart in draw_charts()]
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # settings of the user must not matter
+    assert [chart.svg for chart in draw_charts()] == first
     for svg in first:
         root = ElementTree.fromstring(svg)
         assert root.attrib["viewBox"].startswith("0 0 460 ")
@@ -43,18 +43,18 @@ def test_charts_are_text_with_tooltips_and_the_same_every_time(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [2, 12])
-def test_numbers_of_marks_and_lines_keep_apart(number):
+def test_labels_of_marks_and_lines_do_not_overlap(number):
     close = [Series(f"method {n}", "#0b5cad", [Point(1000 + n, 50 + n / 10, "")]) for n in range(number)]
     scattered = chart_scatter("title", close, "x", "y")
-    curves = [each._replace(points=[Point(0, 40, ""), Point(1, 50 + n / 100, "")]) for n, each in enumerate(close)]
+    curves = [series._replace(points=[Point(0, 40, ""), Point(1, 50 + n / 100, "")]) for n, series in enumerate(close)]
     for chart in (scattered, chart_lines("title", curves, "x", "y", [(0, "first"), (1, "second")])):
         assert [entry.number for entry in chart.legend] == [str(n) for n in range(1, number + 1)]
-        places = {}
+        positions = {}
         for text in ElementTree.fromstring(chart.svg).iter("text"):
             color = re.search("fill: (#[0-9a-f]+)", text.attrib["style"])
             if color and color[1] == "#0b5cad":
-                places[text.text] = float(text.attrib["x"]), float(text.attrib["y"])
-        assert len(places) == number
-        for a, (x, y) in places.items():
-            others = [place for b, place in places.items() if a != b]
+                positions[text.text] = float(text.attrib["x"]), float(text.attrib["y"])
+        assert len(positions) == number
+        for a, (x, y) in positions.items():
+            others = [position for b, position in positions.items() if a != b]
             assert all(abs(y - below) > 10 or abs(x - left) > 6 * len(a) for left, below in others)

@@ -1,4 +1,4 @@
-"""What an upload reveals: probes find what was planted, nothing in noise, and the command writes what it found."""
+"""Privacy probes of uploads: they find planted facts and nothing in noise; the command stores their results."""
 
 import json
 import shutil
@@ -25,25 +25,25 @@ from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic
-from data_modules.synthetic_clips import annotations, plan
+from data_modules.synthetic_clips import make_annotations, plan
 
 SHAPES, COLORS = ("bar", "disk"), ("blue", "green", "red")
 
 
-def world(planted: bool, seed: int = 0) -> tuple[np.ndarray, list[list[int]], list[float], list[Content]]:
-    """Devices with 24 clips each, of which 16 train and 8 do not; anchors that say everything, or nothing."""
+def draw_world(planted: bool, seed: int = 0) -> tuple[np.ndarray, list[list[int]], list[float], list[Content]]:
+    """Return anchors, pools, casts, contents of 24 devices with 24 clips (16 seen); `planted` anchors encode facts."""
     generator = np.random.default_rng(seed)
-    anchors, pools, casts, shown = [], [], [], []
+    anchors, pools, casts, contents = [], [], [], []
     for device in range(24):
         casts.append(float(generator.uniform(-180, 180)))
         pools.append(list(range(24 * device, 24 * device + 24)))
-        own = generator.normal(size=40) * 0.3
+        device_signature = generator.normal(size=40) * 0.3
         for _ in range(24):
             number = int(generator.integers(1, 3))
             shapes = tuple(SHAPES[i] for i in generator.permutation(2)[:number])
             colors = tuple(COLORS[i] for i in generator.integers(3, size=number))
             background = float(generator.uniform(0, 360))
-            shown.append(Content(device < 16, shapes, colors, colors, background))
+            contents.append(Content(device < 16, shapes, colors, colors, background))
             anchor = generator.normal(size=192) * (0.1 if planted else 1.0)
             if planted:
                 angles = np.deg2rad([casts[-1], background])
@@ -51,54 +51,54 @@ def world(planted: bool, seed: int = 0) -> tuple[np.ndarray, list[list[int]], li
                 anchor[4:6] += [number == 1, number == 2]
                 anchor[6:8] += [shape in shapes for shape in SHAPES]
                 anchor[8:11] += [color in colors for color in COLORS]
-                anchor[20:60] += own
+                anchor[20:60] += device_signature
             anchors.append(anchor)
-    return np.array(anchors), pools, casts, shown
+    return np.array(anchors), pools, casts, contents
 
 
-def by_name(probes: list[dict[str, object]]) -> dict[tuple[str, int], dict[str, float]]:
+def index_by_name(probes: list[dict[str, object]]) -> dict[tuple[str, int], dict[str, float]]:
     return {(probe["what"], probe["clips"]): probe for probe in probes}  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
 def planted() -> dict[tuple[str, int], dict[str, float]]:
-    return by_name(probe_all(*world(True), seed=0))
+    return index_by_name(probe_all(*draw_world(True), seed=0))
 
 
 @pytest.fixture(scope="module")
 def noise() -> dict[tuple[str, int], dict[str, float]]:
-    return by_name(probe_all(*world(False), seed=0))
+    return index_by_name(probe_all(*draw_world(False), seed=0))
 
 
 def test_probes_find_what_was_planted(planted):
-    for what in ("device", "count", "shape", "true color", "look"):
-        assert planted[what, 1]["accuracy"] > 0.9, what
-        assert planted[what, 1]["low"] > planted[what, 1]["majority"]
+    for fact in ("device", "count", "shape", "true color", "look"):
+        assert planted[fact, 1]["accuracy"] > 0.9, fact
+        assert planted[fact, 1]["low"] > planted[fact, 1]["majority"]
     assert planted["device", 16]["accuracy"] > 0.9
     assert planted["cast", 1]["degrees"] < 20
     assert planted["background", 1]["degrees"] < 20
-    for what in ("shape present", "look present"):
-        curve = [planted[what, number]["area_under_curve"] for number in privacy.UPLOAD_SIZES]
+    for fact in ("shape present", "look present"):
+        curve = [planted[fact, number]["area_under_curve"] for number in privacy.UPLOAD_SIZES]
         assert curve[0] > 0.95
-        assert curve == sorted(curve, reverse=True)  # the more clips, the less about one of them
+        assert curve == sorted(curve, reverse=True)  # more clips reveal less about each
 
 
 def test_probes_find_nothing_in_noise(noise):
-    for (what, number), probe in noise.items():
+    for (fact, number), probe in noise.items():
         if "degrees" in probe:
-            assert abs(probe["degrees"] - 90) < 30, (what, number)
-        elif "present" in what:
-            assert abs(probe["area_under_curve"] - 0.5) < 0.12, (what, number)
+            assert abs(probe["degrees"] - 90) < 30, (fact, number)
+        elif "present" in fact:
+            assert abs(probe["area_under_curve"] - 0.5) < 0.12, (fact, number)
             assert probe["accuracy"] < probe["majority"] + 0.05
         else:
-            assert probe["low"] < max(probe["majority"], probe["chance"]) + 0.03, (what, number)
+            assert probe["low"] < max(probe["majority"], probe["chance"]) + 0.03, (fact, number)
 
 
-def test_every_figure_says_what_it_is_of(planted):
+def test_every_figure_records_its_sample_sizes(planted):
     identity = planted["device", 1]
     assert (identity["from"], identity["chance"], identity["devices"]) == ("one clip", 1 / 16, 16)
     assert (identity["learned_from"], identity["number"]) == (16 * 8, 16 * 16)
-    assert planted["device", 16]["number"] == 16  # all sixteen that are left: one upload of each
+    assert planted["device", 16]["number"] == 16  # one upload of each of the sixteen devices
     assert planted["device", 16]["from"] == "mean of 16"
     for number in privacy.UPLOAD_SIZES:
         content = planted["shape present", number]
@@ -111,20 +111,20 @@ def test_every_figure_says_what_it_is_of(planted):
 
 def test_an_upload_is_the_mean_of_clips_of_one_device():
     anchors = np.eye(12)
-    found = draw_uploads(anchors, {0: [0, 1, 2, 3, 4, 5], 1: [6, 7, 8, 9], 2: [10]}, 4, 2, 0)
-    assert found.devices.tolist() == [0] * 12 + [1] * 8  # the third has too few
-    for feature, first, device in zip(found.features, found.first, found.devices, strict=True):
+    uploads = draw_uploads(anchors, {0: [0, 1, 2, 3, 4, 5], 1: [6, 7, 8, 9], 2: [10]}, 4, 2, 0)
+    assert uploads.devices.tolist() == [0] * 12 + [1] * 8  # the third has too few
+    for feature, first, device in zip(uploads.features, uploads.first, uploads.devices, strict=True):
         members = np.flatnonzero(feature)
         assert len(members) == 4
         assert first in members
         assert feature[members].tolist() == [0.25] * 4
         assert {int(member) // 6 for member in members} == {device}
-    alone = draw_uploads(anchors, {0: [0, 1, 2]}, 1, 3, 0, np.arange(12) == 1)
-    assert alone.first.tolist() == [1]
-    assert np.array_equal(alone.features, anchors[1:2])
+    single = draw_uploads(anchors, {0: [0, 1, 2]}, 1, 3, 0, np.arange(12) == 1)
+    assert single.first.tolist() == [1]
+    assert np.array_equal(single.features, anchors[1:2])
 
 
-def test_scores_are_those_by_hand():
+def test_scores_match_hand_computed_values():
     angle = Target("cast", "angle", np.array([]))
     assert score_outputs(angle, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([350.0, -90.0])) == pytest.approx(
         [10, 180]
@@ -138,7 +138,7 @@ def test_scores_are_those_by_hand():
     assert bootstrap_interval(np.array([1.0, 1.0, 0.0, 0.0]), np.array([5, 5, 7, 7]), 0) == (0.0, 1.0)
 
 
-def test_a_probe_is_a_linear_function_that_shrinks_with_its_penalty():
+def test_probes_are_linear_and_shrink_with_the_penalty():
     generator = np.random.default_rng(0)
     features = generator.normal(size=(200, 5))
     for target, values in (
@@ -147,18 +147,18 @@ def test_a_probe_is_a_linear_function_that_shrinks_with_its_penalty():
         (Target("cast", "angle", np.array([])), np.rad2deg(np.arctan2(features[:, 0], features[:, 1]))),
     ):
         loose, tight = (fit_probe(target, features, values, penalty) for penalty in (1e-4, 100.0))
-        both = loose(features[:2])
-        assert np.allclose(loose(features[:2].mean(0, keepdims=True))[0], both.mean(0), atol=1e-4)
+        outputs = loose(features[:2])
+        assert np.allclose(loose(features[:2].mean(0, keepdims=True))[0], outputs.mean(0), atol=1e-4)
         spread = [float(np.std(probe(features), axis=0).max()) for probe in (loose, tight)]
-        assert spread[1] < 0.1 * spread[0], target.what
+        assert spread[1] < 0.1 * spread[0], target.name
         assert score_outputs(target, loose(features), values).mean() > (0.9 if target.kind != "angle" else 1), (
-            target.what
+            target.name
         )
 
 
 @pytest.fixture(scope="module")
 def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished session's run with a reading, in small."""
+    """Train a small session run with a reading; return its folder."""
     out = tmp_path_factory.mktemp("privacy") / "synthetic"
     folder = out / "cdc_mmpg_session" / "seed3"
     Reading().save(out.parent / "reading.safetensors")
@@ -174,16 +174,16 @@ def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_writes_what_it_found_once(run, capsys):
+def test_the_command_writes_results_once_unless_the_run_changed(run, capsys):
     folder = run.parents[1] / "privacy" / "seed3"
     assert privacy.main([str(run)]) == 0
     results = json.loads((folder / "results.json").read_text())
     assert (results["dataset"], results["method"], results["seed"]) == ("synthetic", "privacy", 3)
     assert (results["floats"], results["clips"]) == (192, 8 * 6)
     assert {"made_of", "commit", "versions", "finished", "seconds", "machine"} <= results.keys()
-    found = by_name(results["probes"])
-    assert {"device", "cast", "count", "background", "shape present"} <= {what for what, _ in found}
-    assert {number for _, number in found} == {1, 4}  # no device has eight clips here
+    probes = index_by_name(results["probes"])
+    assert {"device", "cast", "count", "background", "shape present"} <= {fact for fact, _ in probes}
+    assert {number for _, number in probes} == {1, 4}  # no device has eight clips here
     assert {path.name for path in folder.glob(".*")} <= {".lock"}
     capsys.readouterr()
     assert privacy.main([str(run)]) == 0
@@ -195,7 +195,7 @@ def test_the_command_writes_what_it_found_once(run, capsys):
     assert "written" in capsys.readouterr().out
 
 
-def test_what_is_probed_is_what_a_device_uploads(run, monkeypatch):
+def test_probes_read_exactly_what_a_device_uploads(run, monkeypatch):
     uploaded, probed = [], []
     upload = Session.upload
     monkeypatch.setattr(
@@ -205,7 +205,7 @@ def test_what_is_probed_is_what_a_device_uploads(run, monkeypatch):
     monkeypatch.setattr(privacy, "is_done", lambda *_: False)
     assert privacy.main([str(run)]) == 0
     assert np.array_equal(probed[0], uploaded[-1].double().numpy())
-    assert ((probed[0] >= 0) & (probed[0] <= 1)).all()  # likelihoods: the reading's, not a feature
+    assert ((probed[0] >= 0) & (probed[0] <= 1)).all()  # probabilities of the reading, not a feature
 
 
 def test_runs_that_cannot_be_probed_are_refused(run, fit, tmp_path, capsys):
@@ -231,7 +231,7 @@ def test_contents_are_what_the_annotations_say(synthetic, tmp_path):
     contents = data.contents()
     assert [sample.clip for sample in data.sessions().anchors.samples] == list(contents)
     clips = {row: clip.name for row, clip in enumerate(plan(TINY))}
-    rows = json.loads(annotations(0, plan(TINY), TINY.questions)["train_qa.json"])
+    rows = json.loads(make_annotations(0, plan(TINY), TINY.questions)["train_qa.json"])
     for row in rows:
         content = contents[clips[row["video_id"]]]
         assert content.seen

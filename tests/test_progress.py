@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, else a line an epoch."""
+"""Progress of a run: a bar on a terminal, otherwise one log line per epoch."""
 
 import logging
 import sys
@@ -13,8 +13,8 @@ from cdc_mmpg.training.progress import EpochLines, RunBar, choose_progress
 
 
 class Terminal:
-    def __init__(self, is_there: bool) -> None:
-        self.isatty = lambda: is_there
+    def __init__(self, is_terminal: bool) -> None:
+        self.isatty = lambda: is_terminal
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,9 @@ class Terminal:
         (True, True, [RichProgressBar()], []),
     ],
 )
-def test_a_bar_needs_a_terminal_and_a_wish(terminal, enabled, callbacks, chosen, monkeypatch):
+def test_the_progress_display_depends_on_terminal_option_and_callbacks(
+    terminal, enabled, callbacks, chosen, monkeypatch
+):
     monkeypatch.setattr(sys, "stderr", Terminal(terminal))
     assert [type(callback) for callback in choose_progress(enabled, callbacks)] == chosen
 

@@ -1,4 +1,4 @@
-"""What a test writes down: results, answers right by label, and the commit of files that git may not know."""
+"""Results of a test: files written, answers scored by label, and the commit, dirty where git misses source files."""
 
 import csv
 import errno
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_tables import cell, write_run
+from test_tables import build_cell, write_run
 
 from cdc_mmpg import results
 from cdc_mmpg.data.interface import SampleOrigin
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.evaluation.evaluate import evaluation
+from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.report import page as report
@@ -24,8 +24,8 @@ from cdc_mmpg.report.examples import choose_examples
 CANDIDATES = ["a dog", "a cat", "a dog", "a bird", ""]
 
 
-def choices(number: int = 8) -> SimpleNamespace:
-    """A multiple choice in which two candidates have the same words and one has none; the first is right."""
+def build_choices(number: int = 8) -> SimpleNamespace:
+    """Return a multiple-choice dataset: two candidates have the same words, one has none, the first is right."""
     clips = [f"clip{i}" for i in range(number)]
     return SimpleNamespace(
         task="multiple_choice",
@@ -36,37 +36,39 @@ def choices(number: int = 8) -> SimpleNamespace:
 
 
 def write_choices(root, method, predicted, other):
-    """A finished run with these answers, and those of a case that only the first questions were asked in."""
-    rows, some = (np.array([[label, 0, 0.5] for label in words]) for words in (predicted, other))
-    outcomes = {"own": (np.arange(len(rows)), rows), "some": (np.arange(len(some)), some)}
+    """Write a finished run with answers of two cases; `other` answers the first questions only."""
+    rows, other_rows = (np.array([[label, 0, 0.5] for label in words]) for words in (predicted, other))
+    outcomes = {"own": (np.arange(len(rows)), rows), "some": (np.arange(len(other_rows)), other_rows)}
     folder = root / method / "seed0"
     folder.mkdir(parents=True)
-    found = evaluation(choices(), outcomes, folder / "predictions.test.csv")
-    write_run(root, method, devices=False, task="multiple_choice", **found)
-    return found
+    evaluation = evaluate_outcomes(build_choices(), outcomes, folder / "predictions.test.csv")
+    write_run(root, method, devices=False, task="multiple_choice", **evaluation)
+    return evaluation
 
 
-def test_answers_are_right_by_label_everywhere(tmp_path):
+def test_answers_are_scored_by_label_not_by_words(tmp_path):
     root = tmp_path / "msrvtt_choice"
     first = write_choices(root, "cdc_mmpg", [0, 0, 0, 2, 2, 2, 4, 1], [0, 2])
     second = write_choices(root, "fine_tuning", [0, 2, 1, 0, 2, 1, 0, 4], [4, 4])
-    shares = [each["accuracy"]["own"]["test"]["all"]["value"] for each in (first, second)]
-    assert shares == [3 / 8, 3 / 8]  # by words it would be 6 and 5
+    shares = [evaluation["accuracy"]["own"]["test"]["all"]["value"] for evaluation in (first, second)]
+    assert shares == [3 / 8, 3 / 8]  # compared by words, 6 and 5 would be right
     evidence = Evidence(root)
     for (run,), share in zip((evidence.find_runs("cdc_mmpg"), evidence.find_runs("fine_tuning")), shares, strict=True):
         assert np.mean(run.answers.correct["own"]) == share
-    own, some = (evidence.find_runs("cdc_mmpg")[0].answers.correct[case].tolist() for case in ("own", "some"))
-    assert own == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert some[:2] == [1, 0]
-    assert all(map(math.isnan, some[2:]))
-    # An answer without words is an answer: it was asked, and is wrong.
+    own_case, partial_case = (
+        evidence.find_runs("cdc_mmpg")[0].answers.correct[case].tolist() for case in ("own", "some")
+    )
+    assert own_case == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert partial_case[:2] == [1, 0]
+    assert all(map(math.isnan, partial_case[2:]))
+    # An answer with empty text still counts as an answer, and is wrong.
     assert evidence.find_runs("fine_tuning")[0].answers.correct["some"].tolist()[:2] == [0, 0]
     assert evidence.compare(Side("cdc_mmpg"), Side("fine_tuning")).value.value == 0
     helped, hurt = choose_examples(
         evidence.find_runs("cdc_mmpg")[0], "own", evidence.find_runs("fine_tuning")[0], "own", "test"
     )
-    assert [each.clip for each in helped] == ["clip1", "clip2"]
-    assert [each.clip for each in hurt] == ["clip3", "clip6"]
+    assert [example.clip for example in helped] == ["clip1", "clip2"]
+    assert [example.clip for example in hurt] == ["clip3", "clip6"]
     assert report.main([str(root)]) == 0
     page = (root / "report.html").read_text()
     assert page.count('class="wrong">a dog ✗') == 2
@@ -75,16 +77,16 @@ def test_answers_are_right_by_label_everywhere(tmp_path):
 
 
 def test_on_a_full_disk_the_old_answers_stay(tmp_path, monkeypatch):
-    def full(descriptor: int) -> None:
+    def fail_on_full_disk(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "predictions.test.csv"
     path.write_text("old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_on_full_disk)
     rows = np.zeros((8, 3))
     with pytest.raises(CDCError, match=r"predictions\.test\.csv: cannot be written \(No space left"):
-        evaluation(choices(), {"own": (np.arange(8), rows)}, path)
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+        evaluate_outcomes(build_choices(), {"own": (np.arange(8), rows)}, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "old"
 
 
@@ -94,14 +96,14 @@ def test_on_a_full_disk_the_old_answers_stay(tmp_path, monkeypatch):
      ("src/cdc_mmpg/__pycache__/new.pyc", False), ("notes.txt", False), ("checkpoints/msvd/table.md", False)],
 )  # fmt: skip
 def test_files_that_git_does_not_know_make_a_commit_dirty(name, dirty, tmp_path, monkeypatch):
-    known = tmp_path / "src" / "cdc_mmpg" / "results.py"
-    known.parent.mkdir(parents=True)
-    known.touch()
+    tracked = tmp_path / "src" / "cdc_mmpg" / "results.py"
+    tracked.parent.mkdir(parents=True)
+    tracked.touch()
     (tmp_path / ".gitignore").write_text("__pycache__\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
-    monkeypatch.setattr(results, "__file__", str(known))
+    monkeypatch.setattr(results, "__file__", str(tracked))
     clean = results.provenance()["commit"]
     assert len(clean) == 40
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,8 @@ def test_non_finite_numbers_are_written_as_null_and_named(tmp_path, caplog):
     assert results.read_results(tmp_path) is not None
 
 
-def test_results_fit_what_a_test_writes(tmp_path):
-    folder = write_run(tmp_path / "synthetic", "linear", accuracy={"own": {"test": {"all": cell(0.5)}}})
+def test_written_results_fit_the_expected_types(tmp_path):
+    folder = write_run(tmp_path / "synthetic", "linear", accuracy={"own": {"test": {"all": build_cell(0.5)}}})
     assert results.read_results(folder)["method"] == "linear"
     assert results.find_misfit({"probes": [{"what": "hue", "degrees": "20"}]}) == "/probes/0/degrees"
     assert results.find_misfit({"of another version": [1, {"a": "b"}]}) is None

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write in it, what may be wrong with it, and what a run does when it cannot write."""
+"""Run folders: locking, damaged or foreign contents, bad paths and environment variables, full disks, signals."""
 
 import errno
 import json
@@ -17,21 +17,21 @@ from cdc_mmpg.commands import predict
 from cdc_mmpg.controls import on_device
 from cdc_mmpg.deployment import export
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.files import HOST, LOCK, lock_folder
-from cdc_mmpg.program import Stopped, exit_code
+from cdc_mmpg.files import HOST, LOCK_NAME, lock_folder
+from cdc_mmpg.program import Stopped, run_to_exit_code
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
-from cdc_mmpg.training.reopen import IMPORTS, reopen, results_of
+from cdc_mmpg.training.reopen import IMPORTS, load_finished_results, reopen
 from conftest import write_clip
-from processes import finish, kill, recording, start, steps, until
+from processes import build_recorder_arguments, count_steps, finish, kill, start, wait_until
 
-SLOW = 0.07  # seconds a step
+STEP_SECONDS = 0.07  # pause after each training step
 
 
 @pytest.fixture(scope="module")
 def trained(msvd, tmp_path_factory):
-    """A finished run of fine-tuning, not to be changed."""
+    """Train a fine-tuning run, not to be changed; return its folder."""
     out = tmp_path_factory.mktemp("trained")
     folder = out / "msvd" / "fine_tuning" / "seed0"
     command = [
@@ -48,19 +48,19 @@ def trained(msvd, tmp_path_factory):
 
 @pytest.fixture
 def own_run(trained, tmp_path):
-    """The same run, to be damaged."""
+    """Copy that run, to be damaged; return its folder."""
     folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
     shutil.copytree(trained, folder)
     return folder
 
 
 def test_a_run_folder_is_for_one_command_at_a_time(fit, tmp_path):
-    """The second command is refused while the first trains; the first one's config stays, and its death frees it."""
+    """A second command is refused and changes nothing while the first trains; killing the first frees the folder."""
     last = tmp_path / "last.pt"
-    command = [*fit("fine_tuning", "--trainer.max_epochs=50"), *recording(last, SLOW)]
+    command = [*fit("fine_tuning", "--trainer.max_epochs=50"), *build_recorder_arguments(last, STEP_SECONDS)]
     folder = tmp_path / "msvd" / "fine_tuning" / "seed0"
     first = start(tmp_path / "log", main, command)
-    until(lambda: steps(last) > 0, first)
+    wait_until(lambda: count_steps(last) > 0, first)
     config = (folder / "config.yaml").read_bytes()
     other = [*fit("fine_tuning", "--trainer.max_epochs=50"), "--model.init_args.learning_rate=0.5"]
     assert finish(start(tmp_path / "log2", main, other)) == 2
@@ -72,19 +72,19 @@ def test_a_run_folder_is_for_one_command_at_a_time(fit, tmp_path):
         pass
 
 
-def hold(folder: Path, ready: Path) -> int:
+def hold_lock(folder: Path, ready: Path) -> int:
     with lock_folder(folder):
-        if (child := os.fork()) == 0:  # outlives it, as a loader process may
+        if (child := os.fork()) == 0:  # the child outlives its parent, as a loader process may
             signal.pause()
         ready.write_text(str(child))
         signal.pause()
     return 0
 
 
-def test_a_lock_ends_with_its_process_and_clears_what_was_left(tmp_path):
+def test_a_lock_ends_with_its_process_and_the_next_one_removes_leftovers(tmp_path):
     folder, ready = tmp_path / "run", tmp_path / "ready"
-    process = start(tmp_path / "log", hold, folder, ready)
-    until(lambda: ready.exists() and bool(ready.read_text()), process)
+    process = start(tmp_path / "log", hold_lock, folder, ready)
+    wait_until(lambda: ready.exists() and bool(ready.read_text()), process)
 
     def write() -> None:
         with lock_folder(folder):
@@ -99,10 +99,10 @@ def test_a_lock_ends_with_its_process_and_clears_what_was_left(tmp_path):
     finish(process)
     write()
     os.kill(int(ready.read_text()), signal.SIGKILL)
-    assert {path.name for path in folder.iterdir()} == {LOCK, ".kept"}
+    assert {path.name for path in folder.iterdir()} == {LOCK_NAME, ".kept"}
 
 
-def test_a_run_killed_in_its_first_second_leaves_no_temporary(fit, tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(fit, tmp_path):
     folder = tmp_path / "msvd" / "linear" / "seed0"
     folder.mkdir(parents=True)
     leftover = folder / ".config.yaml.elsewhere.4711.tmp"
@@ -111,7 +111,7 @@ def test_a_run_killed_in_its_first_second_leaves_no_temporary(fit, tmp_path):
     assert not leftover.exists()
 
 
-def with_surroundings(command: list[str], variables: dict[str, str]) -> int:
+def run_with_environment(command: list[str], variables: dict[str, str]) -> int:
     os.environ.update(variables)
     return main(command)
 
@@ -128,9 +128,9 @@ def with_surroundings(command: list[str], variables: dict[str, str]) -> int:
     ],
     ids=lambda variables: next(iter(variables)),
 )
-def test_a_stray_rank_takes_no_logs_from_a_run(variables, fit, tmp_path):
-    """As in a shell of a SLURM job: what the variable says belongs to somebody else."""
-    process = start(tmp_path / "log", with_surroundings, fit("linear"), variables)
+def test_a_stray_rank_variable_does_not_suppress_logs(variables, fit, tmp_path):
+    """In a shell of a SLURM job these variables describe another program, so they must not suppress logs."""
+    process = start(tmp_path / "log", run_with_environment, fit("linear"), variables)
     assert finish(process) == 0, (tmp_path / "log").read_text()
     folder = tmp_path / "msvd" / "linear" / "seed0"
     assert "test/accuracy" in (folder / "logs" / "version_0" / "metrics.csv").read_text()
@@ -141,37 +141,37 @@ def test_a_rank_that_is_no_number_is_named(fit, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         monkeypatch.setenv(name, "abc")
         assert main(fit("linear")) == 2
-        assert f"{name}='abc' in the environment is no number: unset it" in capsys.readouterr().err
+        assert f"{name}='abc' in the environment is not a number: unset it" in capsys.readouterr().err
         monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"TORCH_DISTRIBUTED_DEBUG": "LOUD"}, "ConfigError: TORCH_DISTRIBUTED_DEBUG='LOUD' in the environment"),
         ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "train"}, "--ntasks-per-node=4"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_words_of_the_environment_end_in_a_sentence(variables, said, fit, tmp_path):
-    process = start(tmp_path / "log", with_surroundings, fit("linear"), variables)
+def test_bad_environment_variables_give_a_message_without_a_traceback(variables, message, fit, tmp_path):
+    process = start(tmp_path / "log", run_with_environment, fit("linear"), variables)
     assert finish(process) == 2, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
-    assert said in log
+    assert message in log
     assert "Traceback" not in log
 
 
-def test_no_plotting_backend_is_looked_for(monkeypatch):
-    """torchmetrics imports matplotlib, which fails on one that it does not know."""
+def test_matplotlib_always_uses_the_agg_backend(monkeypatch):
+    """An unknown backend would make matplotlib, which torchmetrics imports, fail."""
     monkeypatch.setenv("MPLBACKEND", "no such backend")
-    assert exit_code(lambda: None) == 0
+    assert run_to_exit_code(lambda: None) == 0
     assert os.environ["MPLBACKEND"] == "agg"
 
 
-EVIL = "import pathlib; pathlib.Path({path!r}).touch()\nclass Head: pass\n"
+FOREIGN_CODE = "import pathlib; pathlib.Path({path!r}).touch()\nclass Head: pass\n"
 
 
-def poison(settings: dict, place: str) -> None:
+def name_foreign_class(settings: dict, place: str) -> None:
     if place == "head":
         settings["model"]["init_args"]["head"] = {"class_path": "evil_module.Head", "init_args": {}}
     elif place == "head without arguments":
@@ -186,14 +186,14 @@ def poison(settings: dict, place: str) -> None:
 
 @pytest.mark.parametrize("place", ["head", "head without arguments", "encoder", "data", "model", "callbacks",
                                    "plugins", "logger", "profiler"])  # fmt: skip
-def test_a_run_that_names_foreign_code_runs_none_of_it(place, own_run, tmp_path, monkeypatch):
-    (tmp_path / "evil_module.py").write_text(EVIL.format(path=str(tmp_path / "exploded")))
+def test_reopening_a_run_executes_no_foreign_code(place, own_run, tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(FOREIGN_CODE.format(path=str(tmp_path / "exploded")))
     monkeypatch.syspath_prepend(tmp_path)
     settings = yaml.safe_load((own_run / "config.yaml").read_text())
-    poison(settings, place)
+    name_foreign_class(settings, place)
     (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
     if place in ("callbacks", "plugins", "logger", "profiler"):
-        reopen(own_run)  # of a trainer nothing is kept
+        reopen(own_run)  # settings of the trainer are ignored
     else:
         with pytest.raises(ConfigError, match=r"names classes outside this project|not the configuration of a run"):
             reopen(own_run)
@@ -202,13 +202,13 @@ def test_a_run_that_names_foreign_code_runs_none_of_it(place, own_run, tmp_path,
 
 def test_every_command_that_reopens_a_run_refuses_foreign_code_unless_told_otherwise(own_run, tmp_path, capsys,
                                                                                     monkeypatch):  # fmt: skip
-    (tmp_path / "evil_module.py").write_text(EVIL.format(path=str(tmp_path / "exploded")))
+    (tmp_path / "evil_module.py").write_text(FOREIGN_CODE.format(path=str(tmp_path / "exploded")))
     monkeypatch.syspath_prepend(tmp_path)
     settings = yaml.safe_load((own_run / "config.yaml").read_text())
-    poison(settings, "head")
+    name_foreign_class(settings, "head")
     (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
     results = json.loads((own_run / "results.json").read_text())
-    sent = results | {"bytes": {"up": 768, "down": 344}}  # as of one that can be exported
+    sent = results | {"bytes": {"up": 768, "down": 344}}  # as if the run could be exported
     (own_run / "results.json").write_text(json.dumps(sent))
     clip = write_clip(tmp_path / "own.mp4", codec="libx264")
     for command in (
@@ -217,12 +217,12 @@ def test_every_command_that_reopens_a_run_refuses_foreign_code_unless_told_other
         lambda: on_device.main([str(own_run)]),
     ):
         assert command() == 2
-        assert f"evil_module.Head. If you trust the run and that code, allow it: {IMPORTS}=evil_module" in (
+        assert f"evil_module.Head. If you trust the run and that code, set {IMPORTS}=evil_module" in (
             capsys.readouterr().err
         )
     assert not (tmp_path / "exploded").exists()
     monkeypatch.setenv(IMPORTS, "other,evil_module")
-    assert predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]) == 2  # it is no head
+    assert predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]) == 2  # not a head
     assert (tmp_path / "exploded").exists()
 
 
@@ -230,8 +230,8 @@ def test_predict_names_the_runs_that_are_finished(trained, tmp_path, capsys):
     clip = write_clip(tmp_path / "own.mp4", codec="libx264")
     absent = trained.parents[1] / "all" / "seed0"
     assert predict.main([f"--run={absent}", f"--video={clip}", "--question=what?"]) == 4
-    assert "not a finished run (no results.json, no config.yaml, no best.ckpt)" in (said := capsys.readouterr().err)
-    assert "\n  METHOD=fine_tuning SEED=0\n" in said
+    assert "not a finished run (no results.json, no config.yaml, no best.ckpt)" in (error := capsys.readouterr().err)
+    assert "\n  METHOD=fine_tuning SEED=0\n" in error
 
 
 @pytest.mark.parametrize(
@@ -251,21 +251,21 @@ def test_a_damaged_file_of_a_run_is_named(name, content, words, own_run, fit, tm
     assert words in capsys.readouterr().err
     if name == "results.json":
         with pytest.raises(CheckpointError, match=r"results\.json is damaged"):
-            results_of(own_run)
+            load_finished_results(own_run)
     else:
         with pytest.raises(ConfigError, match=name):
             reopen(own_run)
 
 
-def test_the_warning_about_counted_answers_comes_once(fit, own_msvd, caplog):
-    (own_msvd / "answer_set.txt").unlink()
-    assert main([*fit("linear", root=own_msvd), "--data.init_args.num_classes=9"]) == 3
-    assert main([*fit("linear", root=own_msvd), "--data.init_args.num_classes=6"]) == 0
-    assert main([*fit("hyper", root=own_msvd), "--data.init_args.num_classes=6"]) == 0
+def test_the_warning_about_counted_answers_comes_once(fit, writable_msvd, caplog):
+    (writable_msvd / "answer_set.txt").unlink()
+    assert main([*fit("linear", root=writable_msvd), "--data.init_args.num_classes=9"]) == 3
+    assert main([*fit("linear", root=writable_msvd), "--data.init_args.num_classes=6"]) == 0
+    assert main([*fit("hyper", root=writable_msvd), "--data.init_args.num_classes=6"]) == 0
     assert caplog.text.count("most frequent of 5 training answers") <= 2  # once for each number of classes
 
 
-def test_home_is_written_out_in_paths(fit, msvd, tmp_path, monkeypatch):
+def test_a_tilde_in_paths_is_expanded(fit, msvd, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "clips").symlink_to(msvd)
     command = fit("linear", "--trainer.default_root_dir=~/out/msvd/linear/seed0", "--data.init_args.root=~/clips",
@@ -292,65 +292,68 @@ def test_home_is_written_out_in_paths(fit, msvd, tmp_path, monkeypatch):
         ("--trainer.default_root_dir=~nobody_of_this_name/linear/seed0", "~nobody_of_this_name"),
     ],
 )
-def test_a_path_that_no_file_system_holds_is_refused(argument, words, fit, capsys):
+def test_an_unusable_path_is_refused(argument, words, fit, capsys):
     assert main([*fit("linear"), argument]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_memory_that_does_not_do_is_one_sentence(capsys):
-    def of_the_gpu() -> None:
+def test_running_out_of_memory_gives_a_short_message(capsys):
+    def fail_on_gpu() -> None:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8 GiB"
         )
 
-    assert exit_code(of_the_gpu) == 2
-    assert "per_device=64" in (said := capsys.readouterr().err)
-    assert "Tried to allocate 20.00 MiB" in said
-    assert exit_code(lambda: torch.empty(2**58)) == 2
-    assert "the machine's memory does not do: take a smaller batch" in capsys.readouterr().err
+    assert run_to_exit_code(fail_on_gpu) == 2
+    assert "per_device=64" in (error := capsys.readouterr().err)
+    assert "Tried to allocate 20.00 MiB" in error
+    assert run_to_exit_code(lambda: torch.empty(2**58)) == 2
+    assert "the machine is out of memory: accumulate smaller batches" in capsys.readouterr().err
 
 
-def test_a_refusal_of_the_disk_is_named(capsys):
+def test_an_error_of_the_disk_is_reported(capsys):
     def write() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    assert exit_code(write) == 1
+    assert run_to_exit_code(write) == 1
     assert "No space left on device" in capsys.readouterr().err
-    with pytest.raises(OSError, match="Interrupted"):  # not of the disk: a fault of the code
-        exit_code(lambda: (_ for _ in ()).throw(OSError(errno.EINTR, "Interrupted")))
+    with pytest.raises(OSError, match="Interrupted"):  # not an error of the disk: raised as a bug
+        run_to_exit_code(lambda: (_ for _ in ()).throw(OSError(errno.EINTR, "Interrupted")))
 
 
-def in_terminal(command: list[str]) -> int:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests run below
+def run_in_terminal(command: list[str]) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the parent of these tests set
     return main(command)
 
 
-def test_a_closed_terminal_ends_the_step_and_saves(fit, tmp_path):
+def test_a_closed_terminal_stops_the_run_after_the_step_and_saves(fit, tmp_path):
     last = tmp_path / "last.pt"
-    command = [*fit("fine_tuning", "--trainer.max_epochs=50", "--data.init_args.batch_size=2"), *recording(last, SLOW)]
-    process = start(tmp_path / "log", in_terminal, command)
-    until(lambda: steps(last) >= 2, process)
+    command = [
+        *fit("fine_tuning", "--trainer.max_epochs=50", "--data.init_args.batch_size=2"),
+        *build_recorder_arguments(last, STEP_SECONDS),
+    ]
+    process = start(tmp_path / "log", run_in_terminal, command)
+    wait_until(lambda: count_steps(last) >= 2, process)
     kill(process, signal.SIGHUP)
     assert finish(process) == 129, (tmp_path / "log").read_text()
     assert list((tmp_path / "msvd" / "fine_tuning" / "seed0" / RESUME).glob("*.ckpt"))
-    assert "stopped by SIGHUP; type the same command again to go on" in (tmp_path / "log").read_text()
+    assert "stopped by SIGHUP; run the same command again to resume" in (tmp_path / "log").read_text()
 
 
-def in_nohup(command: list[str]) -> int:
+def run_under_nohup(command: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return main(command)
 
 
-def test_nohup_keeps_a_run_from_a_closed_terminal(fit, tmp_path):
+def test_a_run_under_nohup_survives_a_closed_terminal(fit, tmp_path):
     last = tmp_path / "last.pt"
-    command = [*fit("fine_tuning"), *recording(last, SLOW)]
-    process = start(tmp_path / "log", in_nohup, command)
-    until(lambda: steps(last) >= 1, process)
+    command = [*fit("fine_tuning"), *build_recorder_arguments(last, STEP_SECONDS)]
+    process = start(tmp_path / "log", run_under_nohup, command)
+    wait_until(lambda: count_steps(last) >= 1, process)
     kill(process, signal.SIGHUP)
     assert finish(process) == 0, (tmp_path / "log").read_text()
 
 
-def with_wandb(command: list[str], variables: dict[str, str]) -> int:
+def run_with_wandb(command: list[str], variables: dict[str, str]) -> int:
     dashboard.PATIENCE_SECONDS = 3
     os.environ.pop("WANDB_MODE", None)
     os.environ.update(variables)
@@ -382,10 +385,10 @@ SECRET = "s3cr3t" * 7
     ids="-".join,
 )
 def test_no_setting_of_wandb_stops_a_run(variables, fit, tmp_path):
-    process = start(tmp_path / "log", with_wandb, fit("linear"), variables)
+    process = start(tmp_path / "log", run_with_wandb, fit("linear"), variables)
     assert finish(process) == 0, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
-    assert SECRET[:9] not in said
+    log = (tmp_path / "log").read_text()
+    assert SECRET[:9] not in log
     folder = tmp_path / "msvd" / "linear" / "seed0"
     assert (folder / "results.json").is_file()
     assert "test/accuracy" in (folder / "logs" / "version_0" / "metrics.csv").read_text()
@@ -393,8 +396,8 @@ def test_no_setting_of_wandb_stops_a_run(variables, fit, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path):
-    """Disks of all sizes between too small for the first file and large enough for all."""
+def test_a_full_disk_is_reported_and_the_run_resumes_later(fit, tmp_path):
+    """The disk grows from too small for the first file to large enough for all."""
     disk, data, sizes = tmp_path / "disk", tmp_path / "data", (8, 12, 16, 20, 64, 4_000, 9_000, 60_000)  # KiB
     disk.mkdir()
     command = [*fit("fine_tuning", "--trainer.max_epochs=2", out=disk), f"--data.init_args.cache_dir={data}"]
@@ -406,13 +409,13 @@ def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path
         for number, size in enumerate(sizes):
             subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
             log = tmp_path / f"log{number}"
-            code, said = finish(start(log, main, command)), log.read_text()
-            assert "Traceback" not in said, said
+            code, output = finish(start(log, main, command)), log.read_text()
+            assert "Traceback" not in output, output
             if code == 0:
                 break
             failures += 1
-            assert code in (1, 4), said
-            assert "No space left on device" in said
+            assert code in (1, 4), output
+            assert "No space left on device" in output
             assert not (folder / "results.json").exists()
         else:
             pytest.fail("it never ended")
@@ -422,8 +425,8 @@ def test_a_full_disk_at_any_write_is_named_and_a_run_goes_on_later(fit, tmp_path
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_the_sentence_about_a_signal_is_the_last_thing_said(caplog):
-    """By `exit_code`, after whatever drew a progress bar has ended."""
+def test_the_message_about_a_signal_is_logged_last(caplog):
+    """`run_to_exit_code` logs it after the progress bar is closed."""
 
     def train() -> None:
         try:
@@ -431,8 +434,8 @@ def test_the_sentence_about_a_signal_is_the_last_thing_said(caplog):
         finally:
             logging.getLogger("cdc_mmpg").warning("the bar is closed")
 
-    assert exit_code(train) == 130
+    assert run_to_exit_code(train) == 130
     assert [record.message for record in caplog.records] == [
         "the bar is closed",
-        "stopped by SIGINT; type the same command again to go on",
+        "stopped by SIGINT; run the same command again to resume",
     ]

@@ -1,4 +1,4 @@
-"""The session variant, its controls and the encoder's pretraining: counts, bytes, fall-backs, and that each learns."""
+"""Session variant, its controls and encoder pretraining: learning, parameter counts, payload bytes, fallbacks."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from cdc_mmpg.methods.mean_anchor import MeanAnchor
 from cdc_mmpg.methods.session_concatenated import SessionConcatenated
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, as_sent
+from cdc_mmpg.models.fda import BasisFDA, LowRankFDA, round_parts
 from cdc_mmpg.models.heads import Head, MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.training.sessions import SessionDataset
 from cdc_mmpg.wire import payloads
@@ -24,13 +24,13 @@ from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 from tolerances import assert_agree
 
 
-def encoder() -> AllInOne:
+def build_encoder() -> AllInOne:
     torch.manual_seed(0)
     return AllInOne(image_size=32, depth=1, vocab_size=50, dropout=0.0, drop_path=0.0)
 
 
-def sessions() -> SessionBatch:
-    """Two devices that answer the same question about the same clip differently."""
+def build_sessions() -> SessionBatch:
+    """Return a batch of two devices that answer the same question about the same clip differently."""
     torch.manual_seed(1)
     feature = torch.randn(1, 3, 192).expand(2, -1, -1)
     uploads = torch.randn(2, 1, 192).repeat(1, len(SESSION_CASES), 1)
@@ -39,8 +39,8 @@ def sessions() -> SessionBatch:
     uploads[:, shuffled] = uploads[:, shuffled].flip(0)
     casts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     samples = FeatureBatch(feature, torch.tensor([0, 1]), torch.arange(2))
-    sets = uploads.unsqueeze(2) + 0.1 * torch.randn(2, len(SESSION_CASES), SessionDataset.SET, 192)
-    present = torch.arange(SessionDataset.SET) < anchors.unsqueeze(-1)
+    sets = uploads.unsqueeze(2) + 0.1 * torch.randn(2, len(SESSION_CASES), SessionDataset.SET_SIZE, 192)
+    present = torch.arange(SessionDataset.SET_SIZE) < anchors.unsqueeze(-1)
     return SessionBatch(samples, uploads * (anchors > 0).unsqueeze(-1), anchors, casts, sets * present.unsqueeze(-1))
 
 
@@ -58,7 +58,7 @@ OPPONENTS = {"mean_anchor": MeanAnchor, "in_context": InContext}
 
 
 def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSession | SessionConcatenated:
-    parts = (encoder(), head or OpenEnded(classes))
+    parts = (build_encoder(), head or OpenEnded(classes))
     plain = {"axes": None, "learning_rate": 1e-3}
     if name == "concatenated":
         return SessionConcatenated(*parts, **plain)
@@ -77,22 +77,22 @@ def build(name: str, classes: int = 5, head: Head | None = None) -> CDCMMPGSessi
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis", "film", "bias", "oracle", "concatenated", *OPPONENTS])
 def test_a_cue_that_only_the_session_holds_is_learned(name):
-    method = train(build(name), sessions(), 60)
+    method = train(build(name), build_sessions(), 60)
     assert method.trainer.callback_metrics["val/accuracy"] == 1.0
     method.eval()
     with torch.no_grad():
-        cases = method.scores(sessions(), "test")
-    further = [] if name in ("concatenated", *OPPONENTS) else ["mean_head", *PAYLOAD_PRECISIONS]
-    assert list(cases) == (["own"] if name == "oracle" else [*SESSION_CASES, *further])
+        cases = method.scores(build_sessions(), "test")
+    extra_cases = [] if name in ("concatenated", *OPPONENTS) else ["mean_head", *PAYLOAD_PRECISIONS]
+    assert list(cases) == (["own"] if name == "oracle" else [*SESSION_CASES, *extra_cases])
     if name != "oracle":
         assert cases["n16"].argmax(-1).tolist() == [0, 1]
-        assert cases["shuffled_n16"].argmax(-1).tolist() == [1, 0]  # the other's upload gives the other's answers
-        assert torch.equal(*cases["n0"])  # without an upload both get one answer
+        assert cases["shuffled_n16"].argmax(-1).tolist() == [1, 0]  # upload and answers are the other's
+        assert torch.equal(*cases["n0"])  # without an upload, both devices get the same answer
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_without_anchors_the_device_answers_with_its_own_layer(name):
-    method, batch = build(name).eval(), sessions()
+def test_without_anchors_the_device_answers_with_its_shared_layer(name):
+    method, batch = build(name).eval(), build_sessions()
     with torch.no_grad():
         fallback = method.scores(batch, "test")["n0"]
         assert torch.equal(fallback, method.head(method.fuse(batch.samples.frame_features), method.shared))
@@ -102,20 +102,20 @@ def test_without_anchors_the_device_answers_with_its_own_layer(name):
     assert torch.equal(bias[1], method.shared.bias)
 
 
-def test_the_encoder_does_not_move_and_the_generator_does():
+def test_training_updates_the_generator_but_not_the_encoder():
     method = build("low_rank")
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    train(method, sessions(), 3)
-    moved = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
-    assert not any(key.startswith("encoder.") for key in moved)
-    assert {"fda.hyper.weight", "fda.mlp.0.weight", "fda.shared.weight", "head.phi.0.weight"} <= moved
+    train(method, build_sessions(), 3)
+    updated = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(key.startswith("encoder.") for key in updated)
+    assert {"fda.hyper.weight", "fda.mlp.0.weight", "fda.shared.weight", "head.phi.0.weight"} <= updated
 
 
 def test_counts_and_bytes():
     for classes, numbers in ((1501, 6392), (17, 456)):  # 4 (L + 97)
         assert LowRankFDA(96, classes, 4).numbers == numbers
     method = build("low_rank", 1501)
-    assert method.traffic() == (768, 6408)  # int8, a float16 scale for each of 8 factor vectors
+    assert method.traffic() == (768, 6408)  # int8 values, one float16 scale for each of 8 factor vectors
     assert method.payloads() == {"float32": 4 * 6392, "float16": 2 * 6392, "int8": 6408}
     counts = method.parameter_counts()
     assert counts.device == sum(p.numel() for p in method.encoder.parameters()) + 18_720 + 145_597
@@ -130,7 +130,7 @@ def test_counts_and_bytes():
     assert build("concatenated").parameter_counts().device == plain + 385 * 192
 
 
-def test_the_low_rank_layers_are_what_training_applies():
+def test_generated_low_rank_layers_match_the_forward_pass_of_training():
     torch.manual_seed(0)
     fda = LowRankFDA(96, 17, 4)
     feature, hidden = torch.randn(3, 192), torch.randn(3, 96)
@@ -144,71 +144,73 @@ def test_the_low_rank_layers_are_what_training_applies():
     assert torch.linalg.matrix_rank(residual, atol=1e-4).tolist() == [4, 4, 4]
 
 
-def test_a_rank_must_fit():
+def test_ranks_below_one_are_refused_and_large_ones_are_reduced():
     with pytest.raises(ConfigError, match="at least 1"):
         LowRankFDA(96, 17, 0)
     with pytest.raises(ConfigError, match="at least 1"):
         BasisFDA(96, 17, 0)
-    assert LowRankFDA(192, 1, 4).numbers == 1 + 193  # of a single score there is no other rank
+    assert LowRankFDA(192, 1, 4).numbers == 1 + 193  # the rank of a layer with a single score is 1
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_the_layers_that_a_device_installs_are_what_training_applies(name):
+def test_generated_layers_match_the_forward_pass_of_training(name):
     fda = build(name, 17).fda
     for parameter in fda.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     feature, hidden = torch.randn(3, 192), torch.randn(3, 96)
     weight, bias = fda.generate(feature)
     assert_agree(fda(feature, hidden), torch.einsum("bld,bd->bl", weight, hidden) + bias)
-    several = torch.randn(3, 5, 96)  # hidden vectors that share a layer, as the candidates of a multiple choice do
-    together = fda(feature[:, None], several)
+    candidates = torch.randn(3, 5, 96)  # hidden vectors that share a layer, like the candidates of a multiple choice
+    together = fda(feature[:, None], candidates)
     for place in range(5):
-        assert_agree(together[:, place], fda(feature, several[:, place]))
+        assert_agree(together[:, place], fda(feature, candidates[:, place]))
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_the_mean_layer_is_the_mean_of_what_training_generated(name):
+def test_the_mean_layer_averages_the_layers_generated_in_training(name):
     fda = build(name, 17).fda.train()
     for parameter in fda.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     feature, hidden = torch.randn(8, 192), torch.randn(8, 96)
     fda(feature, hidden)
-    fda.settle()
+    fda.update_mean()
     fda.eval()
     weight, bias = (part.mean(0) for part in fda.generate(feature))
     assert_agree(fda.average(hidden), hidden @ weight.T + bias)
     before = fda.average(hidden)
-    fda(torch.randn(8, 192), hidden)  # evaluation does not move it
-    fda.settle()
+    fda(torch.randn(8, 192), hidden)  # evaluation does not change the mean
+    fda.update_mean()
     assert torch.equal(fda.average(hidden), before)
 
 
 @pytest.mark.parametrize("task", ["open_ended", "choice"])
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_the_mean_layer_holds_no_layer_of_a_sample_without_anchors(name, task):
-    """Nothing was uploaded: what the generator would make of nothing says nothing."""
+def test_the_mean_layer_skips_samples_without_anchors(name, task):
+    """Without an upload, the generated layer carries no information and must not enter the mean."""
 
-    def mean_after(anchors: list[int]) -> dict[str, torch.Tensor]:
+    def train_and_read_mean(anchors: list[int]) -> dict[str, torch.Tensor]:
         method = build(name, head=MultipleChoice() if task == "choice" else None)
         for parameter in method.fda.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        data = sessions()._replace(anchors=torch.tensor([[number] for number in anchors]))
+        data = build_sessions()._replace(anchors=torch.tensor([[number] for number in anchors]))
         if task == "choice":
             features = data.samples.frame_features[:, None].expand(-1, 5, -1, -1)
             data = data._replace(samples=data.samples._replace(frame_features=features))
         rows = [place for place, number in enumerate(anchors) if number]
         outputs = method.train().scores(data, "train")["n16"]
         outputs.sum().backward()
-        method.fda.settle()
-        assert all(parameter.grad is not None for parameter in method.fda.parameters())  # DDP waits for each
+        method.fda.update_mean()
+        assert all(parameter.grad is not None for parameter in method.fda.parameters())  # DDP waits for every gradient
         with torch.no_grad():
-            shared = method.eval()._answer(data.samples.frame_features, data.uploads[:, 0], torch.zeros(2), "float32")
-        assert [bool(torch.equal(own, other)) for own, other in zip(outputs, shared, strict=True)] == [
-            place not in rows for place in range(2)
-        ]
+            shared = method.eval()._apply_layers(
+                data.samples.frame_features, data.uploads[:, 0], torch.zeros(2), "float32"
+            )
+        assert [
+            bool(torch.equal(output, shared_output)) for output, shared_output in zip(outputs, shared, strict=True)
+        ] == [place not in rows for place in range(2)]
         return {key: value for key, value in method.fda.named_buffers() if key.startswith(("mean", "seen"))}
 
-    both, first, second, none = (mean_after(anchors) for anchors in ([16, 16], [16, 0], [0, 16], [0, 0]))
+    both, first, second, none = (train_and_read_mean(anchors) for anchors in ([16, 16], [16, 0], [0, 16], [0, 0]))
     (key,) = both.keys() - {"seen"}
     assert both["seen"] == first["seen"] == 1
     torch.testing.assert_close((first[key] + second[key]) / 2, both[key])
@@ -219,7 +221,7 @@ def test_the_mean_layer_holds_no_layer_of_a_sample_without_anchors(name, task):
 
 @pytest.mark.parametrize("precision", PAYLOAD_PRECISIONS)
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis"])
-def test_test_answers_come_from_the_decoded_bytes(name, precision):
+def test_rounded_parts_equal_the_decoded_payload(name, precision):
     method = build(name, 17)
     fda = method.fda
     for parameter in fda.parameters():
@@ -230,13 +232,13 @@ def test_test_answers_come_from_the_decoded_bytes(name, precision):
         content = payloads.encode_matrices([part[sample].detach().numpy() for part in parts], precision)
         assert len(content) == method.payloads()[precision]
         arrived = payloads.decode_matrices(content, fda.shapes, precision)
-        for part, matrix in zip(as_sent(parts, precision), arrived, strict=True):
+        for part, matrix in zip(round_parts(parts, precision), arrived, strict=True):
             assert torch.equal(part[sample], torch.from_numpy(matrix))
 
 
 def test_rounding_passes_the_gradient_on():
     part = torch.tensor([[0.3, -1.0, 0.004]], requires_grad=True)
-    (arrived,) = as_sent((part,), "int8")
+    (arrived,) = round_parts((part,), "int8")
     arrived.sum().backward()
     assert torch.equal(part.grad, torch.ones(1, 3))
     assert arrived[0, 2] in (0.0, torch.tensor(1 / 127).half().float())
@@ -248,10 +250,10 @@ def test_without_axes_the_session_feature_is_the_layer_normed_mean():
     assert torch.allclose(feature.std(-1, correction=0), torch.ones(4), atol=1e-3)  # the norm's epsilon
 
 
-def devices(number: int = 60, clips: int = 8, content: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
-    """Anchor features of devices that differ along two known directions, amid content that varies ten times as much.
+def draw_device_anchors(number: int = 60, clips: int = 8, content: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
+    """Return anchors and clip pools of devices that differ in dimensions 3 and 5; `content` selects the clips.
 
-    Other `content` is other clips of the same devices.
+    The content of clips varies ten times as much as the devices do.
     """
     angles = torch.rand(number, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
     generator = torch.Generator().manual_seed(1 + content)
@@ -261,8 +263,8 @@ def devices(number: int = 60, clips: int = 8, content: int = 0) -> tuple[torch.T
     return anchors, [list(range(place * clips, (place + 1) * clips)) for place in range(number)]
 
 
-def test_the_axes_are_those_in_which_devices_differ():
-    anchors, pools = devices()
+def test_the_axes_are_the_directions_in_which_devices_differ():
+    anchors, pools = draw_device_anchors()
     axes = DeviceAxes(2)
     axes.fit(anchors, pools)
     strength = axes.axes.norm(dim=1)
@@ -271,11 +273,11 @@ def test_the_axes_are_those_in_which_devices_differ():
     assert feature.shape == (60, 192)
     assert_agree(feature.norm(dim=-1), torch.full((60,), 192**0.5))
     assert not feature[:, 2:].any()
-    # The same directions whatever the content is, and the same from clips it was not fitted on.
-    fresh, _ = devices(content=1)
+    # The features do not depend on the content: other clips of the same devices give similar ones.
+    fresh, _ = draw_device_anchors(content=1)
     assert not (fresh == anchors).any()
-    again = axes(torch.stack([fresh[pool[:4]].mean(0) for pool in pools]))
-    assert torch.nn.functional.cosine_similarity(feature, again).min() > 0.8
+    fresh_feature = axes(torch.stack([fresh[pool[:4]].mean(0) for pool in pools]))
+    assert torch.nn.functional.cosine_similarity(feature, fresh_feature).min() > 0.8
     assert sum(p.numel() for p in axes.parameters()) == 3 * 192
     assert not any(p.requires_grad for p in axes.parameters())
 
@@ -286,9 +288,9 @@ def test_impossible_axes_are_refused(number):
         DeviceAxes(number)
 
 
-def test_how_many_axes_there_are_is_found():
-    """Those in which devices differ, whatever the content is; one of shuffled devices, which differ in none."""
-    anchors, pools = devices()
+def test_the_number_of_axes_is_estimated():
+    """It is the number of directions in which devices differ; shuffled devices, which differ in none, give one."""
+    anchors, pools = draw_device_anchors()
     axes = DeviceAxes(None)
     assert axes.fit(anchors, pools) == 2
     assert set(axes.axes.norm(dim=1).topk(2).indices.tolist()) == {3, 5}
@@ -298,32 +300,32 @@ def test_how_many_axes_there_are_is_found():
     assert_agree(axes(anchors), fixed(anchors))
     anchors[:, 7] += torch.randn(60).repeat_interleave(8)
     assert axes.fit(anchors, pools) == 3
-    assert axes.axes.shape == (192, DeviceAxes.MOST)  # whatever is found, so that a checkpoint fits
+    assert axes.axes.shape == (192, DeviceAxes.MAX_AXES)  # fixed, so that checkpoints always fit
     shuffled = anchors[torch.randperm(len(anchors), generator=torch.Generator().manual_seed(5))]
     assert axes.fit(shuffled, pools) == 1
 
 
 def test_axes_need_devices():
-    anchors, pools = devices(2)
+    anchors, pools = draw_device_anchors(2)
     with pytest.raises(DataError, match="2 devices have two unlabelled clips"):
         DeviceAxes(2).fit(anchors, [*pools, [0], []])
 
 
 @pytest.mark.parametrize("name", ["low_rank", "full", "basis", "concatenated"])
 @pytest.mark.parametrize("head", [MultipleChoice(), Retrieval(32)])
-def test_every_task_has_sessions(name, head):
+def test_session_methods_train_on_every_task(name, head):
     parts = {"axes": None, "learning_rate": 1e-3}
     if name == "concatenated":
-        method = SessionConcatenated(encoder(), head, **parts)
+        method = SessionConcatenated(build_encoder(), head, **parts)
     else:
-        method = CDCMMPGSession(encoder(), head, name, **parts)
-    batch = sessions()
+        method = CDCMMPGSession(build_encoder(), head, name, **parts)
+    batch = build_sessions()
     if head.task == "multiple_choice":
         features = torch.randn(2, 5, 3, 192)
         batch = batch._replace(samples=batch.samples._replace(frame_features=features))
     else:
-        texts, there = torch.randn(2, 3, 192), torch.ones(2, 3, dtype=torch.bool)
-        batch = batch._replace(samples=batch.samples._replace(texts=texts, there=there))
+        texts, present = torch.randn(2, 3, 192), torch.ones(2, 3, dtype=torch.bool)
+        batch = batch._replace(samples=batch.samples._replace(texts=texts, there=present))
     train(method, batch, 2)
     with torch.no_grad():
         cases = method.eval().scores(batch, "test")
@@ -332,7 +334,7 @@ def test_every_task_has_sessions(name, head):
     assert torch.isfinite(torch.stack(list(cases.values()))).all()
 
 
-def captions() -> CaptionBatch:
+def draw_captions() -> CaptionBatch:
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(256, (4, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
     ids = torch.cat([torch.full((4, 1), 2), torch.randint(5, 50, (4, 5), generator=generator)], 1)
@@ -344,37 +346,39 @@ def captions() -> CaptionBatch:
     )
 
 
-def test_captions_and_questions_are_learned_by_heart():
-    batch = captions()._replace(text_ids=captions().caption_ids, text_mask=captions().caption_mask)
-    method = train(EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=60, learning_rate=2e-3), batch, 160)
+def test_pretraining_memorizes_captions_and_questions():
+    batch = draw_captions()._replace(text_ids=draw_captions().caption_ids, text_mask=draw_captions().caption_mask)
+    method = train(EncoderPretraining(build_encoder(), OpenEnded(5), caption_epochs=60, learning_rate=2e-3), batch, 160)
     metrics = method.trainer.callback_metrics
     assert metrics["val/words_accuracy"] == 1.0
     assert metrics["val/answers_accuracy"] == 1.0
 
 
-def test_validation_does_not_depend_on_what_else_is_in_the_batch():
-    """As many processes, as many ways to share out the captions: the masked words and the means are the same."""
-    method, batch = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captions()
-    alone = []
+def test_validation_does_not_depend_on_the_rest_of_the_batch():
+    """Processes share out the captions differently; masked words and means must not depend on that."""
+    method, batch = EncoderPretraining(build_encoder(), OpenEnded(5)).eval(), draw_captions()
+    single_losses = []
     with torch.no_grad():
         together = torch.stack(method.captions_loss(batch, training=False))
         for row in range(4):
-            length = int(batch.caption_mask[row].sum())  # padded no longer than it is
+            length = int(batch.caption_mask[row].sum())  # drop the padding
             neutral = batch.neutral
-            own = CaptionBatch(*(part if part is neutral else part[row : row + 1] for part in batch))
-            own = own._replace(caption_ids=own.caption_ids[:, :length], caption_mask=own.caption_mask[:, :length])
-            alone.append(torch.stack(method.captions_loss(own, training=False)))
-    torch.testing.assert_close(torch.stack(alone).mean(0), together)
+            single = CaptionBatch(*(part if part is neutral else part[row : row + 1] for part in batch))
+            single = single._replace(
+                caption_ids=single.caption_ids[:, :length], caption_mask=single.caption_mask[:, :length]
+            )
+            single_losses.append(torch.stack(method.captions_loss(single, training=False)))
+    torch.testing.assert_close(torch.stack(single_losses).mean(0), together)
     masked = method.mask_words(batch, training=False)
     assert masked.any(1).all()
     assert 0.2 < masked.float().mean() < 0.9
-    assert not torch.equal(masked[0], masked[1])  # rows draw for themselves
-    other = EncoderPretraining(encoder(), OpenEnded(5), seed=1)
+    assert not torch.equal(masked[0], masked[1])  # every row has its own mask
+    other = EncoderPretraining(build_encoder(), OpenEnded(5), seed=1)
     assert not torch.equal(other.mask_words(batch, training=False), masked)
 
 
 def test_only_words_are_masked_and_validation_masks_the_same_ones(monkeypatch):
-    method, batch, seen = EncoderPretraining(encoder(), OpenEnded(5)).eval(), captions(), []
+    method, batch, seen = EncoderPretraining(build_encoder(), OpenEnded(5)).eval(), draw_captions(), []
     encode = method.encoder.encode_words
 
     def spy(video, ids, mask):
@@ -397,34 +401,34 @@ def test_only_words_are_masked_and_validation_masks_the_same_ones(monkeypatch):
         assert torch.equal(ids[~masked], batch.caption_ids[~masked])
 
 
-def test_the_order_of_the_pretraining_is_captions_first(monkeypatch):
-    method = EncoderPretraining(encoder(), OpenEnded(5), caption_epochs=2, question_share=1.0)
-    asked = []
+def test_pretraining_learns_captions_before_questions(monkeypatch):
+    method = EncoderPretraining(build_encoder(), OpenEnded(5), caption_epochs=2, question_share=1.0)
+    calls = []
     for name in ("captions_loss", "questions_loss"):
         function = getattr(method, name)
 
-        def spy(*arguments, name=name, function=function, **more):
+        def spy(*arguments, name=name, function=function, **options):
             if method.training:
-                asked.append(name)
-            return function(*arguments, **more)
+                calls.append(name)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(method, name, spy)
-    train(method, captions(), 4)
-    assert asked == ["captions_loss"] * 2 + ["questions_loss"] * 2
+    train(method, draw_captions(), 4)
+    assert calls == ["captions_loss"] * 2 + ["questions_loss"] * 2
 
 
 def test_the_words_of_a_text_do_not_depend_on_its_neighbours_padding():
-    model, batch = encoder().eval(), captions()
+    model, batch = build_encoder().eval(), draw_captions()
     video = torch.randn(4, 3, 3, 32, 32)
     with torch.no_grad():
         together = model.encode_words(video, batch.caption_ids, batch.caption_mask)
-        alone = model.encode_words(video[3:], batch.caption_ids[3:, :4], None)
+        single = model.encode_words(video[3:], batch.caption_ids[3:, :4], None)
         cls = model(video, batch.caption_ids, batch.caption_mask).frame_features.mean(1)
-    assert_agree(together[3, :4], alone[0])
+    assert_agree(together[3, :4], single[0])
     assert_agree(together[:, 0], cls)
 
 
 @pytest.mark.parametrize("arguments", [{"caption_epochs": -1}, {"question_share": 1.5}])
 def test_impossible_settings_are_refused(arguments):
     with pytest.raises(ConfigError, match="caption_epochs"):
-        EncoderPretraining(encoder(), OpenEnded(5), **arguments)
+        EncoderPretraining(build_encoder(), OpenEnded(5), **arguments)

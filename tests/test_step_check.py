@@ -1,4 +1,4 @@
-"""A step's loss is looked at while the next one is computed, and before anything is saved."""
+"""Check for non-finite losses, which runs one step behind training and before any checkpoint is saved."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ STEPS = 6
 
 
 class Losses(LightningModule):
-    """A module whose losses are given, one a batch, and what it logged by step."""
+    """Module with a given loss per batch, which records the logged loss by step."""
 
     learning_rate = 0.25
 
@@ -37,22 +37,23 @@ class Losses(LightningModule):
 
 
 class Saver(Callback):
-    """Saves after one of the batches."""
+    """Callback that saves a checkpoint after one given batch."""
 
-    def __init__(self, path: Any, after: int) -> None:
-        self.path, self.after = path, after
+    def __init__(self, path: Any, after_batch: int) -> None:
+        self.path, self.after_batch = path, after_batch
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, out: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == self.after:
+        if batch_idx == self.after_batch:
             trainer.save_checkpoint(self.path)
 
 
 def fit(losses: list[float], *callbacks: Callback, accumulated: int = 1) -> Losses:
     module = Losses(losses)
     batches: Any = [
-        FeatureBatch(torch.zeros(2), torch.zeros(2), torch.tensor([2 * place, 2 * place + 1])) for place in range(STEPS)
+        FeatureBatch(torch.zeros(2), torch.zeros(2), torch.tensor([2 * number, 2 * number + 1]))
+        for number in range(STEPS)
     ]
     Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -62,27 +63,27 @@ def fit(losses: list[float], *callbacks: Callback, accumulated: int = 1) -> Loss
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [0, 2, STEPS - 1])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_own_samples(place, value):
+@pytest.mark.parametrize("step", [0, 2, STEPS - 1])
+def test_non_finite_loss_stops_the_run_and_names_its_samples(step, value):
     losses = [1.0] * STEPS
-    losses[place] = value
-    samples = rf"\[{2 * place}, {2 * place + 1}\]"
-    said = rf"loss is {value} at epoch 0, step {place}, on the training samples {samples}.*\(0\.25\)"
-    with pytest.raises(DivergedError, match=said):
+    losses[step] = value
+    samples = rf"\[{2 * step}, {2 * step + 1}\]"
+    message = rf"loss is {value} at epoch 0, step {step}, on the training samples {samples}.*\(0\.25\)"
+    with pytest.raises(DivergedError, match=message):
         fit(losses, StepCheck())
 
 
-def test_of_accumulated_batches_the_one_that_is_not_finite_is_named():
+def test_non_finite_loss_of_an_accumulated_batch_names_that_batch():
     with pytest.raises(DivergedError, match=r"loss is nan at epoch 0, step 1, on the training samples \[8, 9\]"):
         fit([1.0] * 4 + [float("nan"), 1.0], StepCheck(), accumulated=3)
 
 
-def test_no_state_is_saved_before_its_step_was_checked(tmp_path):
+def test_checkpoint_is_saved_only_after_its_step_was_checked(tmp_path):
     losses = [1.0, float("nan"), *[1.0] * 4]
     with pytest.raises(DivergedError, match="step 1"):
-        fit(losses, StepCheck(), Saver(tmp_path / "after.ckpt", after=1))
+        fit(losses, StepCheck(), Saver(tmp_path / "after.ckpt", after_batch=1))
     assert not (tmp_path / "after.ckpt").exists()
-    fit([1.0] * STEPS, StepCheck(), Saver(tmp_path / "good.ckpt", after=1))
+    fit([1.0] * STEPS, StepCheck(), Saver(tmp_path / "good.ckpt", after_batch=1))
     assert (tmp_path / "good.ckpt").exists()
 
 

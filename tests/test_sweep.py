@@ -1,4 +1,4 @@
-"""Sweeps: the grid without a server, and W&B's client and agent on a server that answers as W&B's does."""
+"""Sweeps: grids without a server, and W&B's client and agent with a stand-in for W&B's server."""
 
 import contextlib
 import gzip
@@ -29,16 +29,18 @@ from cdc_mmpg.training.cli import main
 from processes import finish, start
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
+ENVIRONMENT = {
+    key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")
+}
 
 
-# Without a server.
+# Without a server
 
 ACCURACY = {"linear": {"1": 0.25, "2": 0.75, "3": 0.5}, "hyper": {"1": 0.375, "2": 0.875}}
 
 
-def write(folder: Path, **changed: object) -> Path:
-    """A sweep over two methods and two numbers of epochs, in something like a checkout."""
+def write_sweep(folder: Path, **changed: object) -> Path:
+    """Write a sweep file over two methods and two numbers of epochs; `changed` replaces keys."""
     config = {
         "method": "grid",
         "metric": {"name": "val/accuracy", "goal": "maximize"},
@@ -50,8 +52,8 @@ def write(folder: Path, **changed: object) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder to sweep in."""
+def folder(tmp_path, monkeypatch):
+    """Working folder with links to the configurations and data modules."""
     monkeypatch.chdir(tmp_path)
     for name in ("experiments", "data_modules"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -61,16 +63,16 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ran(place, monkeypatch):
-    """The runs of a sweep and their GPUs, in order; each leaves results in place of training."""
-    done: list[tuple[str, str, str]] = []
+def runs(folder, monkeypatch):
+    """Method, epochs and GPU of the runs of a sweep, in order; runs write results instead of training."""
+    recorded: list[tuple[str, str, str]] = []
 
     def run(executor: Executor, step: Step, slot: int) -> int:
-        named = dict(word[2:].split("=", 1) for word in step.arguments if word.startswith("--") and "=" in word)
-        method, epochs = Path(step.folder).parent.name, named["trainer.max_epochs"]
-        done.append((method, epochs, executor.environment_of(step, slot).get("CUDA_VISIBLE_DEVICES", "")))
+        options = dict(word[2:].split("=", 1) for word in step.arguments if word.startswith("--") and "=" in word)
+        method, epochs = Path(step.folder).parent.name, options["trainer.max_epochs"]
+        recorded.append((method, epochs, executor.environment_of(step, slot).get("CUDA_VISIBLE_DEVICES", "")))
         time.sleep(0.1 if executor.plan.gpus else 0)
-        if epochs == "3" and not (place / "mended").exists():
+        if epochs == "3" and not (folder / "mended").exists():
             return 6
         Path(step.folder).mkdir(parents=True)
         results = {"method": method, "metrics": {"val/accuracy": ACCURACY[method][epochs]}, "best_epoch": 3,
@@ -80,11 +82,11 @@ def ran(place, monkeypatch):
 
     monkeypatch.setattr(Executor, "_run", run)
     monkeypatch.setattr(Executor, "_check_settings", lambda self, steps: None)
-    return done
+    return recorded
 
 
-def rows(place: Path) -> list[list[str]]:
-    (path,) = place.glob("checkpoints/sweeps/own-*/sweep.md")
+def read_rows(folder: Path) -> list[list[str]]:
+    (path,) = folder.glob("checkpoints/sweeps/own-*/sweep.md")
     return [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in path.read_text().splitlines()
@@ -92,124 +94,137 @@ def rows(place: Path) -> list[list[str]]:
     ]
 
 
-def test_the_grid_is_run_in_order_and_the_best_stands_first(place, ran, capfd):
-    assert sweep.main([str(write(place))]) == 0
-    assert [run[:2] for run in ran] == [("linear", "1"), ("linear", "2"), ("hyper", "1"), ("hyper", "2")]
-    assert rows(place)[0] == ["METHOD", "EPOCHS", "val/accuracy", "best epoch"]  # SEED is that of all
-    assert rows(place)[2:] == [["hyper", "2", "0.8750", "4"], ["linear", "2", "0.7500", "4"],
+def test_grid_runs_in_order_and_the_table_lists_the_best_first(folder, runs, capfd):
+    assert sweep.main([str(write_sweep(folder))]) == 0
+    assert [run[:2] for run in runs] == [("linear", "1"), ("linear", "2"), ("hyper", "1"), ("hyper", "2")]
+    assert read_rows(folder)[0] == ["METHOD", "EPOCHS", "val/accuracy", "best epoch"]  # SEED is the same in all runs
+    assert read_rows(folder)[2:] == [["hyper", "2", "0.8750", "4"], ["linear", "2", "0.7500", "4"],
                                ["hyper", "1", "0.3750", "4"], ["linear", "1", "0.2500", "4"]]  # fmt: skip
     out = capfd.readouterr().out
     assert "| hyper | 2 | 0.8750 | 4 |" in out
     assert "4 of 4 combinations of" in out
     assert "make train SEED=0 DATASET=msvd" in out
-    assert not (place / "elsewhere").exists()
-    assert len(list(place.glob("checkpoints/sweeps/own-*/*/msvd/*/seed0/results.json"))) == 4
+    assert not (folder / "elsewhere").exists()
+    assert len(list(folder.glob("checkpoints/sweeps/own-*/*/msvd/*/seed0/results.json"))) == 4
 
 
-def test_the_table_is_there_while_others_still_run(place, ran, monkeypatch):
-    seen = []
+def test_table_is_updated_while_runs_continue(folder, runs, monkeypatch):
+    row_counts = []
     run = Executor._run
-    monkeypatch.setattr(Executor, "_run", lambda *given: seen.append(len(rows(place)) if seen else 0) or run(*given))
-    assert sweep.main([str(write(place))]) == 0
-    assert seen == [0, 3, 4, 5]
+    monkeypatch.setattr(
+        Executor, "_run", lambda *args: row_counts.append(len(read_rows(folder)) if row_counts else 0) or run(*args)
+    )
+    assert sweep.main([str(write_sweep(folder))]) == 0
+    assert row_counts == [0, 3, 4, 5]
 
 
-def test_each_run_has_a_gpu_of_its_own_and_as_many_go_at_a_time(place, ran, monkeypatch):
+def test_one_run_per_gpu_at_a_time(folder, runs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
-    assert sweep.main([str(write(place))]) == 0
-    assert sorted(gpu for *_, gpu in ran[:2]) == sorted(gpu for *_, gpu in ran[2:]) == ["6", "7"]
-    assert [row[:2] for row in rows(place)[2:]] == [["hyper", "2"], ["linear", "2"], ["hyper", "1"], ["linear", "1"]]
+    assert sweep.main([str(write_sweep(folder))]) == 0
+    assert sorted(gpu for *_, gpu in runs[:2]) == sorted(gpu for *_, gpu in runs[2:]) == ["6", "7"]
+    assert [row[:2] for row in read_rows(folder)[2:]] == [
+        ["hyper", "2"],
+        ["linear", "2"],
+        ["hyper", "1"],
+        ["linear", "1"],
+    ]
 
 
-def test_what_a_run_builds_on_is_made_below_its_folder(place):
-    own = sweep.read(write(place, parameters={"METHOD": {"value": "cdc_mmpg"}, "EPOCHS": {"values": [1, 2]}}))
-    steps = list(sweep.plan_grid(own, sweep.grid(own), Path("sweeps")).steps.values())
+def test_prerequisites_of_a_run_are_trained_in_its_folder(folder):
+    spec = sweep.read_sweep(
+        write_sweep(folder, parameters={"METHOD": {"value": "cdc_mmpg"}, "EPOCHS": {"values": [1, 2]}})
+    )
+    steps = list(sweep.plan_grid(spec, sweep.expand_grid(spec), Path("sweeps")).steps.values())
     assert [Path(step.folder).parent.name for step in steps] == ["adr_pretraining", "cdc_mmpg"] * 2
     assert [step.needs for step in steps[1::2]] == [(step.name,) for step in steps[::2]]
-    assert {step.folder.split("/msvd/")[0] for step in steps} == {f"sweeps/{sweep.name_of(c)}" for c in sweep.grid(own)}
+    folders = {f"sweeps/{sweep.name_folder(combination)}" for combination in sweep.expand_grid(spec)}
+    assert {step.folder.split("/msvd/")[0] for step in steps} == folders
 
 
-def test_the_encoder_that_all_start_from_is_one_of_the_plan(place):
+def test_shared_encoder_is_trained_first_if_it_is_missing(folder):
     encoder = "checkpoints/synthetic/encoder_pretraining/seed0/encoder.safetensors"
     command = ["make", "train", "${args_no_hyphens}", "CACHE=checkpoints/synthetic/data", f"CHECKPOINT={encoder}"]
     parameters = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1, 2]}}
-    own = sweep.read(write(place, parameters=parameters, command=command))
-    for made in (False, True):
-        steps = list(sweep.plan_grid(own, sweep.grid(own), Path("sweeps")).steps.values())
-        before = ["clips checkpoints/synthetic/data/clips", *([] if made else ["encoder_pretraining/seed0"])]
-        assert sorted(step.name for step in steps[:-2]) == before
-        assert [sorted({*step.needs}) for step in steps[-2:]] == [before, before]
+    spec = sweep.read_sweep(write_sweep(folder, parameters=parameters, command=command))
+    for is_trained in (False, True):
+        steps = list(sweep.plan_grid(spec, sweep.expand_grid(spec), Path("sweeps")).steps.values())
+        required = ["clips checkpoints/synthetic/data/clips", *([] if is_trained else ["encoder_pretraining/seed0"])]
+        assert sorted(step.name for step in steps[:-2]) == required
+        assert [sorted({*step.needs}) for step in steps[-2:]] == [required, required]
         assert all(f"--model.init_args.encoder.checkpoint={encoder}" in step.arguments for step in steps[-2:])
         Path(encoder).parent.mkdir(parents=True, exist_ok=True)
         Path(encoder).touch()
 
 
-def test_finished_combinations_are_not_run_again_and_a_wider_grid_runs_only_what_is_new(place, ran):
-    one = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1]}}
-    assert sweep.main([str(write(place, parameters=one))]) == 0
-    both = one | {"EPOCHS": {"values": [2, 1]}}
-    assert sweep.main([str(write(place, parameters=both))]) == 0
-    assert [epochs for _, epochs, _ in ran] == ["1", "2"]
-    assert [row[0] for row in rows(place)[2:]] == ["2", "1"]
-    path = write(place, metric={"name": "val/accuracy", "goal": "minimize"}, parameters=both)
+def test_only_unfinished_combinations_run(folder, runs):
+    single = {"METHOD": {"value": "linear"}, "EPOCHS": {"values": [1]}}
+    assert sweep.main([str(write_sweep(folder, parameters=single))]) == 0
+    wider = single | {"EPOCHS": {"values": [2, 1]}}
+    assert sweep.main([str(write_sweep(folder, parameters=wider))]) == 0
+    assert [epochs for _, epochs, _ in runs] == ["1", "2"]
+    assert [row[0] for row in read_rows(folder)[2:]] == ["2", "1"]
+    path = write_sweep(folder, metric={"name": "val/accuracy", "goal": "minimize"}, parameters=wider)
     assert sweep.main([str(path)]) == 0
-    assert [row[0] for row in rows(place)[2:]] == ["1", "2"]
-    assert len(ran) == 2
+    assert [row[0] for row in read_rows(folder)[2:]] == ["1", "2"]
+    assert len(runs) == 2
 
 
-def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(place, ran, capfd):
-    path = write(place, parameters={"METHOD": {"value": "linear"}, "EPOCHS": {"values": [3, 1]}})
+def test_failed_run_does_not_stop_the_others_and_is_retried(folder, runs, capfd):
+    path = write_sweep(folder, parameters={"METHOD": {"value": "linear"}, "EPOCHS": {"values": [3, 1]}})
     assert sweep.main([str(path)]) == 1
-    assert rows(place)[2:] == [["1", "0.2500", "4"], ["3", "exit code 6", ""]]
+    assert read_rows(folder)[2:] == [["1", "0.2500", "4"], ["3", "exit code 6", ""]]
     err = capfd.readouterr().err
     assert "1 of 2 combinations have no result" in err
     assert "METHOD=linear EPOCHS=3: exit code 6" in err
-    (place / "mended").touch()
+    (folder / "mended").touch()
     assert sweep.main([str(path)]) == 0
-    assert [epochs for _, epochs, _ in ran] == ["3", "1", "3"]
-    assert [row[0] for row in rows(place)[2:]] == ["3", "1"]
+    assert [epochs for _, epochs, _ in runs] == ["3", "1", "3"]
+    assert [row[0] for row in read_rows(folder)[2:]] == ["3", "1"]
 
 
-def test_a_run_without_the_metric_fails(place, ran, capfd):
-    one = {"METHOD": {"value": "linear"}, "EPOCHS": {"value": 1}}
-    assert sweep.main([str(write(place, parameters=one, metric={"name": "val/recall", "goal": "maximize"}))]) == 1
+def test_a_run_without_the_metric_fails(folder, runs, capfd):
+    parameters = {"METHOD": {"value": "linear"}, "EPOCHS": {"value": 1}}
+    assert (
+        sweep.main([str(write_sweep(folder, parameters=parameters, metric={"name": "val/recall", "goal": "maximize"}))])
+        == 1
+    )
     assert "its results.json has no val/recall" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_without_a_server_the_runs_train_and_a_signal_ends_the_one_at_work(place, fit):
-    """The program itself: one combination finishes, the next is stopped, and the same command goes on."""
+def test_offline_sweep_trains_and_a_signal_stops_the_current_run(folder, fit):
+    """Real processes: one combination finishes, the next is stopped, and the log says how to resume."""
     words = [word for word in fit("linear") if word.startswith("--") and "config" not in word]
-    places = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
+    replaced = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
               "trainer.max_epochs")  # fmt: skip
-    options = " ".join(word for word in words if not word[2:].startswith(places))
+    options = " ".join(word for word in words if not word[2:].startswith(replaced))
     root = next(word.partition("=")[2] for word in words if word.startswith("--data.init_args.root="))
     command = ["make", "train", "${args_no_hyphens}", "DATASET=msvd", f"DATA={root}", f"VOCAB={root}/vocab.txt",
                "METHOD=linear", f"ARGS={options}", "CACHE=frames"]  # fmt: skip
-    path = write(place, parameters={"EPOCHS": {"values": [1, 2000]}}, command=command)
-    log = place / "log"
+    path = write_sweep(folder, parameters={"EPOCHS": {"values": [1, 2000]}}, command=command)
+    log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "cdc_mmpg", "sweep", str(path)], stdout=file, stderr=file,
-                                   env=OUTSIDE | {"WANDB_MODE": "disabled"})  # fmt: skip
+                                   env=ENVIRONMENT | {"WANDB_MODE": "disabled"})  # fmt: skip
     end = time.monotonic() + 200
-    while not list(place.glob("checkpoints/sweeps/own-*/2000-*/msvd/linear/seed0/resume/*.ckpt")):
+    while not list(folder.glob("checkpoints/sweeps/own-*/2000-*/msvd/linear/seed0/resume/*.ckpt")):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 128 + signal.SIGTERM
-    assert "type the same command again" in log.read_text()
-    assert [row[0] for row in rows(place)[2:]] == ["1"]
+    assert "run the same command again" in log.read_text()
+    assert [row[0] for row in read_rows(folder)[2:]] == ["1"]
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"method": "random"}, "method is 'random', which W&B's server draws"),
-        ({"method": "bayes"}, "method is 'bayes', which W&B's server draws"),
-        ({"early_terminate": {"type": "hyperband"}}, "early_terminate is the work of W&B's server"),
-        ({"metric": "val/accuracy"}, "metric is 'val/accuracy': it has a name"),
-        ({"metric": {"name": "val/accuracy", "goal": "maximise"}}, "metric.goal is 'maximise': maximize or minimize"),
+        ({"method": "random"}, "method is 'random', which needs W&B's server"),
+        ({"method": "bayes"}, "method is 'bayes', which needs W&B's server"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate needs W&B's server"),
+        ({"metric": "val/accuracy"}, "metric is 'val/accuracy': it needs a name"),
+        ({"metric": {"name": "val/accuracy", "goal": "maximise"}}, "metric.goal is 'maximise': use maximize or"),
         ({"metrics": {}}, "the key 'metrics' is unknown"),
         (
             {"parameters": {"PRECISION": {"min": 0, "max": 1}}},
@@ -219,36 +234,36 @@ def test_without_a_server_the_runs_train_and_a_signal_ends_the_one_at_work(place
         ({"parameters": {"PRECISION": {"values": []}}}, "parameters.PRECISION is {'values': []}: a grid needs"),
         ({"parameters": {}}, "parameters is {}"),
         ({"parameters": {"rate": {"value": 1}}}, "parameters.rate: `make train` reads no such variable"),
-        ({"parameters": {"OUT": {"value": 1}}}, "parameters.OUT cannot be one: every run has a folder of its own"),
-        ({"parameters": {"SEEDS": {"value": 3}}}, "parameters.SEEDS cannot be one"),
+        ({"parameters": {"OUT": {"value": 1}}}, "parameters.OUT is not allowed: every run has a separate folder"),
+        ({"parameters": {"SEEDS": {"value": 3}}}, "parameters.SEEDS is not allowed"),
         ({"parameters": {"METHOD": {"values": ["all"]}}}, "parameters.METHOD is 'all'"),
         ({"command": "make train ${args_no_hyphens}"}, "a list of words"),
-        ({"command": ["make", "train", "${args}"]}, "command must hold ${args_no_hyphens} once"),
+        ({"command": ["make", "train", "${args}"]}, "command must contain ${args_no_hyphens} once"),
         ({"command": ["python", "own.py", "${args_no_hyphens}"]}, "without W&B's server only `make train` is run"),
-        ({"parameters": {"EPOCHS": {"value": 1}}}, "METHOD names one method"),
-        ({"command": ["make", "train", "${args_no_hyphens}", "SEEDS=3"]}, "SEED takes the place of SEEDS"),
+        ({"parameters": {"EPOCHS": {"value": 1}}}, "METHOD must be one method"),
+        ({"command": ["make", "train", "${args_no_hyphens}", "SEEDS=3"]}, "SEED replaces SEEDS"),
         ({"command": ["make", "train", "${args_no_hyphens}", "EPOCHS=3"]}, "EPOCHS is both a parameter and in the"),
         (
             {"parameters": {"METHOD": {"value": "linear"}, "DEVICES": {"values": [1, 2]}}},
-            "parameters.DEVICES cannot be one: runs share the machine",
+            "parameters.DEVICES is not allowed: all runs share the machine",
         ),
         ({"parameters": {"METHOD": {"value": "linaer"}}}, "METHOD=linaer is none of"),
     ],
 )
-def test_wrong_sweep_files_are_refused_with_key_and_file(place, changed, message, capfd):
-    assert sweep.main([str(write(place, **changed))]) == 2
+def test_wrong_sweep_files_are_refused_with_key_and_file(folder, changed, message, capfd):
+    assert sweep.main([str(write_sweep(folder, **changed))]) == 2
     err = capfd.readouterr().err
     assert message in err
     assert "own.yaml" in err or "METHOD=" in err
     assert "Traceback" not in err
-    assert not (place / "checkpoints").exists()
+    assert not (folder / "checkpoints").exists()
 
 
-def test_a_file_that_is_none_is_refused(place, capfd):
+def test_unreadable_sweep_files_are_refused(folder, capfd):
     for name, content, message in (("absent", None, "No such file"), ("not", "a: [", "is not YAML"),
-                                   ("list", "- a", "holds no keys"), ("empty", "method: grid", "'metric' is missing"),
+                                   ("list", "- a", "has no keys"), ("empty", "method: grid", "'metric' is missing"),
                                    ("bytes", b"\xff\xfe\xff", "cannot be read")):  # fmt: skip
-        path = place / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
         if content is not None:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert sweep.main([str(path)]) == 2
@@ -257,12 +272,12 @@ def test_a_file_that_is_none_is_refused(place, capfd):
         assert f"{name}.yaml" in err
 
 
-def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
-    """Each combination, by make's own account of it, against the real signatures."""
-    own = sweep.read(Path("experiments/sweep.yaml"))
-    combinations = sweep.grid(own)
-    assert (own.metric, own.maximises, own.config["method"]) == ("val/accuracy", True, "grid")
-    assert len({sweep.name_of(combination) for combination in combinations}) == len(combinations) >= 6
+def test_the_provided_sweep_runs_make_and_parses(tmp_path):
+    """The commands of `make -n` for every combination parse against the real signatures."""
+    spec = sweep.read_sweep(Path("experiments/sweep.yaml"))
+    combinations = sweep.expand_grid(spec)
+    assert (spec.metric, spec.maximises, spec.config["method"]) == ("val/accuracy", True, "grid")
+    assert len({sweep.name_folder(combination) for combination in combinations}) == len(combinations) >= 6
     assert len({combination["METHOD"] for combination in combinations}) >= 2
     from cdc_mmpg.models.all_in_one import AllInOne
     from cdc_mmpg.models.weights import save_safetensors
@@ -272,16 +287,16 @@ def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
     folders = set()
     for combination in combinations:
         words = [f"{name}={value}" for name, value in combination.items()]
-        command = [*own.command[:2], "-n", *words, *own.command[3:]]
-        environment = OUTSIDE | {"WANDB_SWEEP_ID": "sw", "WANDB_RUN_ID": sweep.name_of(combination)}
+        command = [*spec.command[:2], "-n", *words, *spec.command[3:]]
+        environment = ENVIRONMENT | {"WANDB_SWEEP_ID": "sw", "WANDB_RUN_ID": sweep.name_folder(combination)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         lines = [shlex.split(line) for line in done.stdout.splitlines() if "-m cdc_mmpg fit" in line]
-        (arguments,) = [line[line.index("fit") + 1 :] for line in lines]  # no other run goes before it
-        named = dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
-        folders.add(named["--trainer.default_root_dir"])
-        pretrained = named["--model.init_args.encoder.checkpoint"]
+        (arguments,) = [line[line.index("fit") + 1 :] for line in lines]  # one run per combination
+        options = dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
+        folders.add(options["--trainer.default_root_dir"])
+        pretrained = options["--model.init_args.encoder.checkpoint"]
         assert pretrained == "checkpoints/synthetic/encoder_pretraining/seed0/encoder.safetensors"
-        assert named["--data.init_args.cache_dir"] == "checkpoints/synthetic/data"  # as `make train` has it
+        assert options["--data.init_args.cache_dir"] == "checkpoints/synthetic/data"  # as `make train` has it
         arguments = [word.replace(pretrained, str(encoder)) for word in arguments]
         if not encoder.exists():
             save_safetensors(AllInOne(image_size=64, depth=3, text_length=24, vocab_size=30522).state_dict(), encoder)
@@ -293,16 +308,16 @@ def test_the_sweep_that_is_there_is_one_of_make_and_parses(tmp_path):
     assert all(folder.startswith("checkpoints/sweeps/sw/") for folder in folders)
 
 
-# With a server.
+# With a server
 
 
 class Server(ThreadingHTTPServer):
-    """As much of W&B's as its client asks for: it takes runs in, and has one sweep with the given runs to hand out.
+    """The part of W&B's server that its client needs: it receives runs, and hands out the runs of one sweep.
 
     Args:
-        commands: of the sweep's runs, by run: the parameters.
-        known: whether it knows the key.
-        silent: whether it stops answering once a run has begun.
+        commands: parameters of the sweep's runs, by run.
+        known: whether the API key is accepted.
+        silent: whether it stops responding once a run has begun.
     """
 
     daemon_threads = True
@@ -313,28 +328,30 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.commands, self.known, self.silent = list((commands or {}).items()), known, silent
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.begun: dict[str, dict[str, object]] = {}  # what a run began with, by run
+        self.begun: dict[str, dict[str, object]] = {}  # settings at the start of a run, by run
         self.summaries: dict[str, dict[str, object]] = {}
         self.histories: dict[str, list[dict[str, object]]] = {}
         self.sweeps: list[dict[str, object]] = []
         self.tables: list[str] = []
         self.closing = threading.Event()
 
-    def reply(self, name: str, asked: dict[str, object]) -> object:  # noqa: PLR0911  a line for each question
+    def reply(self, name: str, variables: dict[str, object]) -> object:  # noqa: PLR0911  one branch per query
         project = {"id": "P", "name": "cdc-mmpg", "entity": {"id": "E", "name": "me"}}
         if name == "Viewer" and self.known:
             return {"viewer": {"id": "V", "username": "me", "entity": "me", "email": "", "flags": "{}",
                                "teams": {"edges": []}}}  # fmt: skip
         if name == "UpsertBucket":
-            self.begun.setdefault(asked["name"], asked)
-            bucket = {"id": "B", "name": asked["name"], "displayName": "x", "project": project,
-                      "sweepName": asked["sweep"], "historyLineCount": 0}  # fmt: skip
+            self.begun.setdefault(variables["name"], variables)
+            bucket = {"id": "B", "name": variables["name"], "displayName": "x", "project": project,
+                      "sweepName": variables["sweep"], "historyLineCount": 0}  # fmt: skip
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if name == "CreateRunFiles":
-            files = [{"name": file, "uploadUrl": f"{self.url}/{asked['run']}/{file}"} for file in asked["files"]]
+            files = [
+                {"name": file, "uploadUrl": f"{self.url}/{variables['run']}/{file}"} for file in variables["files"]
+            ]
             return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
         if name == "UpsertSweep":
-            self.sweeps.append(yaml.safe_load(asked["config"]))
+            self.sweeps.append(yaml.safe_load(variables["config"]))
             return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
         if name == "SweepWithRuns":
             return {"project": {"sweep": {"id": "S", "name": "sweep1", "config": yaml.safe_dump(self.sweeps[-1]),
@@ -343,15 +360,15 @@ class Server(ThreadingHTTPServer):
             return {"createAgent": {"agent": {"id": "A"}}}
         if name == "Heartbeat":
             commands = []
-            if not json.loads(asked["runState"]):
+            if not json.loads(variables["runState"]):
                 commands = [{"type": "exit"}]
                 if self.commands:
-                    run, own = self.commands.pop(0)
-                    arguments = {key: {"value": value} for key, value in own.items()}
+                    run, parameters = self.commands.pop(0)
+                    arguments = {key: {"value": value} for key, value in parameters.items()}
                     commands = [{"type": "run", "run_id": run, "args": arguments, "program": None}]
             return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
         if name == "CreateArtifact":
-            self.tables.append(str(asked["input"]["artifactCollectionName"]))
+            self.tables.append(str(variables["input"]["artifactCollectionName"]))
             sequence = {"id": "Q", "latestArtifact": None}
             return {"createArtifact": {"artifact": {"id": "T", "state": "COMMITTED", "artifactSequence": sequence}}}
         return {"model": None, "project": None, "entity": None, "viewer": None}
@@ -361,7 +378,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *arguments: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self.do_POST()
@@ -378,9 +395,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.closing.wait()
             return
         if self.path == "/graphql":
-            asked = json.loads(body)
-            name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
-            reply = {"data": self.server.reply(name, asked.get("variables") or {})}
+            request = json.loads(body)
+            name = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
+            reply = {"data": self.server.reply(name, request.get("variables") or {})}
         elif self.path.endswith("wandb-summary.json"):
             self.server.summaries[self.path.split("/")[1]] = json.loads(body)
         elif self.path.endswith("file_stream"):
@@ -396,7 +413,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(**arguments: object) -> Iterator[Server]:
+def serve(**arguments: object) -> Iterator[Server]:
     server = Server(**arguments)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -408,18 +425,18 @@ def served(**arguments: object) -> Iterator[Server]:
         server.server_close()
 
 
-def online(command: list[str], url: str, **more: str) -> int:
-    os.environ.pop("WANDB_MODE", None)  # the key alone says that W&B is wanted
-    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40} | more
+def run_online(command: list[str], url: str, **environment: str) -> int:
+    os.environ.pop("WANDB_MODE", None)  # the key alone enables W&B
+    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40} | environment
     dashboard.UPLOAD_SECONDS = 3
     return main(command)
 
 
-def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
-    with served() as server:
-        falling = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=0.01")
-        command = [*falling, "--", *fit("hyper")]
-        assert finish(start(tmp_path / "log", online, command, server.url)) == 0, (tmp_path / "log").read_text()
+def test_server_receives_every_run_of_a_command_with_its_results(fit, tmp_path):
+    with serve() as server:
+        overfitting = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=0.01")
+        command = [*overfitting, "--", *fit("hyper")]
+        assert finish(start(tmp_path / "log", run_online, command, server.url)) == 0, (tmp_path / "log").read_text()
     assert len(server.begun) == len(server.summaries) == 2
     for method, (run, begun) in zip(("linear", "hyper"), server.begun.items(), strict=True):
         folder = tmp_path / "msvd" / method / "seed0"
@@ -428,7 +445,7 @@ def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
         assert (begun["project"], begun["displayName"]) == ("cdc-mmpg", f"msvd/{method}/seed0")
         assert (begun["groupName"], begun["jobType"]) == ("msvd", method)
         assert set(begun["tags"]) == {"msvd", method, "seed0"}
-        assert summary["val/accuracy"] == results["metrics"]["val/accuracy"]  # a number, of the best epoch
+        assert summary["val/accuracy"] == results["metrics"]["val/accuracy"]  # the value of the best epoch
         assert summary["test/loss"] == results["metrics"]["test/loss"]
         assert summary["test/own/test"] == results["accuracy"]["own"]["test"]["all"]["value"]
         assert (summary["best_epoch"], summary["bytes/up"]) == (results["best_epoch"], results["bytes"]["up"])
@@ -443,9 +460,9 @@ def test_a_server_gets_every_run_of_a_command_with_its_results(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_falls_silent_costs_seconds_and_nothing_else(fit, tmp_path):
-    with served(silent=True) as server:
-        process = start(tmp_path / "log", online, fit("linear"), server.url)
+def test_unresponsive_server_delays_the_run_by_seconds_only(fit, tmp_path):
+    with serve(silent=True) as server:
+        process = start(tmp_path / "log", run_online, fit("linear"), server.url)
         assert finish(process) == 0, (tmp_path / "log").read_text()
         assert len(server.begun) == 1
         assert not server.summaries
@@ -454,34 +471,34 @@ def test_a_server_that_falls_silent_costs_seconds_and_nothing_else(fit, tmp_path
     assert list(folder.glob("wandb/run-*/*.wandb"))  # for `wandb sync`
 
 
-def test_below_an_agent_the_method_asked_for_is_its_run_and_what_goes_before_is_not(fit, tmp_path):
+def test_agent_run_is_the_requested_method_not_its_prerequisites(fit, tmp_path):
     (tmp_path / "parameters.yaml").write_text("METHOD:\n  value: linear\n")
-    agents = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of_the_agent", "METHOD": "linear",
+    environment = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of_the_agent", "METHOD": "linear",
               "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "parameters.yaml")}  # fmt: skip
-    with served() as server:
+    with serve() as server:
         command = [*fit("adr_pretraining"), "--", *fit("linear")]
-        process = start(tmp_path / "log", run_below, command, server.url, agents)
+        process = start(tmp_path / "log", run_in_agent, command, server.url, environment)
         assert finish(process) == 0, (tmp_path / "log").read_text()
-    before, own = server.begun.values()
-    assert before["sweep"] is None
-    assert before["name"] == (tmp_path / "msvd" / "adr_pretraining" / "seed0" / "wandb" / "id").read_text()
-    assert (own["name"], own["sweep"]) == ("of_the_agent", "sweep1")
+    prerequisite, requested = server.begun.values()
+    assert prerequisite["sweep"] is None
+    assert prerequisite["name"] == (tmp_path / "msvd" / "adr_pretraining" / "seed0" / "wandb" / "id").read_text()
+    assert (requested["name"], requested["sweep"]) == ("of_the_agent", "sweep1")
     assert server.summaries["of_the_agent"]["val/accuracy"] >= 0
-    assert "METHOD" in own["config"]
+    assert "METHOD" in requested["config"]
 
 
-def run_below(command: list[str], url: str, agents: dict[str, str]) -> int:
-    return online(command, url, **agents)
+def run_in_agent(command: list[str], url: str, environment: dict[str, str]) -> int:
+    return run_online(command, url, **environment)
 
 
 def start_sweep(fit, folder: Path, url: str, options: str) -> tuple[dict[str, object], subprocess.Popen]:
-    """Begin a sweep of one method on a server, in something like a checkout whose make runs a tiny training."""
+    """Start a sweep of one method on a server, in a folder whose Makefile runs a tiny training."""
     shutil.copytree(ROOT / "experiments", folder / "experiments")
     (folder / "data_modules").symlink_to(ROOT / "data_modules")
     words = [word for word in fit("linear") if not word.startswith("--trainer.default_root_dir")]
     line = " ".join(shlex.quote(word) for word in words)
-    place = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
-    (folder / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg {line} {place} $(ARGS)\n")
+    output_option = "--trainer.default_root_dir=$(OUT)/msvd/$(METHOD)/seed0"
+    (folder / "Makefile").write_text(f"train:\n\texec {sys.executable} -m cdc_mmpg {line} {output_option} $(ARGS)\n")
     config = {"name": "own", "method": "random", "metric": {"name": "val/accuracy", "goal": "maximize"},
               "project": "cdc-mmpg", "parameters": {"METHOD": {"value": "linear"}, "ARGS": {"values": [options]}},
               "command": ["make", "train", "${args_no_hyphens}",
@@ -496,10 +513,10 @@ def start_sweep(fit, folder: Path, url: str, options: str) -> tuple[dict[str, ob
 
 
 @pytest.mark.slow
-def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
-    """Registered, handed out and logged by W&B's own client, through make."""
+def test_sweep_with_a_key_runs_through_the_wandb_agent(fit, tmp_path):
+    """W&B's client registers the sweep, and its agent runs `make`, which logs the run."""
     rate = "--model.init_args.learning_rate=0.5"
-    with served(commands={"run1": {"METHOD": "linear", "ARGS": rate}}) as server:
+    with serve(commands={"run1": {"METHOD": "linear", "ARGS": rate}}) as server:
         config, process = start_sweep(fit, tmp_path, server.url, rate)
         assert process.wait(280) == 0, (tmp_path / "log").read_text()
     assert server.sweeps == [config]
@@ -509,8 +526,8 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     assert rate in results["arguments"]
     assert server.summaries["run1"]["val/accuracy"] == results["metrics"]["val/accuracy"]
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {
+    created = {path.name for path in tmp_path.iterdir()}
+    assert created <= {
         "Makefile",
         "data_modules",
         "experiments",
@@ -524,10 +541,10 @@ def test_with_a_key_wandbs_agent_runs_the_sweep(fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_the_agents_run_which_saves(fit, tmp_path):
-    long = "--trainer.max_epochs=5000"
-    with served(commands={"run1": {"METHOD": "linear", "ARGS": long}}) as server:
-        _, process = start_sweep(fit, tmp_path, server.url, long)
+def test_signal_reaches_the_run_of_the_agent_which_saves(fit, tmp_path):
+    many_epochs = "--trainer.max_epochs=5000"
+    with serve(commands={"run1": {"METHOD": "linear", "ARGS": many_epochs}}) as server:
+        _, process = start_sweep(fit, tmp_path, server.url, many_epochs)
         end = time.monotonic() + 200
         while not list(tmp_path.rglob("resume/*.ckpt")):
             assert process.poll() is None, (tmp_path / "log").read_text()
@@ -535,23 +552,23 @@ def test_a_signal_reaches_the_agents_run_which_saves(fit, tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
-    assert "`wandb agent --project=cdc-mmpg sweep1` goes on with this sweep" in said
-    assert "stopped by SIGTERM" in said
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text()
+    assert "`wandb agent --project=cdc-mmpg sweep1` continues this sweep" in log
+    assert "stopped by SIGTERM" in log
+    assert "Traceback" not in log
     assert list(tmp_path.rglob("resume/*.ckpt"))
 
 
-def test_a_sweep_that_the_server_refuses_says_what_to_do(place):
-    with served(known=False) as server:
+def test_sweep_refused_by_the_server_names_the_remedy(folder):
+    with serve(known=False) as server:
         environment = os.environ | {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
-        done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "sweep", str(write(place))], env=environment,
+        done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "sweep", str(write_sweep(folder))], env=environment,
                               capture_output=True, text=True, check=False, timeout=280)  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "WANDB_MODE=offline runs the grid without it" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_grid_may_vary_what_make_reads_alone(place):
+def test_grid_of_variables_that_make_does_not_read_is_refused(folder):
     with pytest.raises(ConfigError, match="`make table` reads no such variable"):
-        sweep.read(write(place, command=["make", "table", "${args_no_hyphens}"]))
+        sweep.read_sweep(write_sweep(folder, command=["make", "table", "${args_no_hyphens}"]))

@@ -1,4 +1,4 @@
-"""Output in any encoding, of a reader that leaves, on a full disk; foreign names; signals while processes start."""
+"""Terminal output: encodings, closed pipes, full disks, control characters; signals while processes start."""
 
 import errno
 import logging
@@ -13,13 +13,13 @@ import pytest
 from test_tables import write_run
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.program import PlainFormatter, Stopped, escape_controls, exit_code, hold_signals, leave_on_signals
+from cdc_mmpg.program import PlainFormatter, Stopped, escape_controls, exit_on_signals, hold_signals, run_to_exit_code
 
 TABLE = [sys.executable, "-m", "cdc_mmpg", "table"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_table_is_shown_in_any_encoding(encoding, tmp_path):
+def test_table_prints_in_any_encoding(encoding, tmp_path):
     for seed, value in enumerate((0.2, 0.4)):
         write_run(tmp_path / "synthetic", "linear", seed, value)
     environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -30,13 +30,13 @@ def test_a_table_is_shown_in_any_encoding(encoding, tmp_path):
     assert "30.0 ± 14.1" in (tmp_path / "synthetic" / "table.md").read_text()
 
 
-class Broken:
-    """Standard output that nobody reads, or that lies on a full disk."""
+class BrokenOutput:
+    """Standard output whose reader has closed the pipe, or that is the given device file."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: str | None = None) -> None:
         if path is None:
-            reading, self.writing = os.pipe()
-            os.close(reading)
+            read_end, self.writing = os.pipe()
+            os.close(read_end)
         else:
             self.writing = os.open(path, os.O_WRONLY)
         self.stream = os.fdopen(self.writing, "w")
@@ -44,42 +44,42 @@ class Broken:
 
 
 @pytest.mark.parametrize("letters", [10, 1_000_000])
-def test_a_reader_that_leaves_ends_a_program_quietly(letters, monkeypatch, capsys):
-    Broken(monkeypatch)
-    assert exit_code(lambda: print("x" * letters)) == 141
+def test_closed_output_pipe_ends_the_program_quietly(letters, monkeypatch, capsys):
+    BrokenOutput(monkeypatch)
+    assert run_to_exit_code(lambda: print("x" * letters)) == 141
     print("into nothing", flush=True)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_output_on_a_full_disk_is_named(monkeypatch, capsys):
-    Broken(monkeypatch, "/dev/full")
-    assert exit_code(lambda: print("x")) == 1
+def test_output_to_a_full_disk_is_reported(monkeypatch, capsys):
+    BrokenOutput(monkeypatch, "/dev/full")
+    assert run_to_exit_code(lambda: print("x")) == 1
     assert "standard output cannot be written (No space left on device)" in capsys.readouterr().err
 
 
-def test_a_broken_connection_is_no_reader_that_left():
+def test_broken_pipe_of_another_file_is_raised():
     def fail() -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     with pytest.raises(BrokenPipeError):
-        exit_code(fail)
+        run_to_exit_code(fail)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_write_that_is_refused_anywhere_is_a_named_error(number, capsys):
+def test_failed_write_to_any_file_is_reported_with_its_path(number, capsys):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "place/metrics.csv")
 
-    assert exit_code(fail) == 1
+    assert run_to_exit_code(fail) == 1
     assert f"CDCError: place/metrics.csv: cannot be written ({os.strerror(number)})" in capsys.readouterr().err
 
 
-def test_names_of_others_reach_no_terminal_as_control_characters(capsys):
+def test_control_characters_in_messages_are_escaped(capsys):
     def fail() -> None:
         raise DataError("clip \x1b[31mred\x07\u202e: unreadable\n  and \udcff")
 
-    assert exit_code(fail) == 3
+    assert run_to_exit_code(fail) == 3
     assert capsys.readouterr().err == "DataError: clip \\x1b[31mred\\x07\\u202e: unreadable\n  and \\udcff\n"
     record = logging.LogRecord("cdc_mmpg", logging.INFO, "", 0, "clip %s", ("\x1b]0;title\x07",), None)
     assert PlainFormatter("%(levelname)s %(message)s").format(record) == "INFO clip \\x1b]0;title\\x07"
@@ -87,20 +87,20 @@ def test_names_of_others_reach_no_terminal_as_control_characters(capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_processes_are_started(number, handlers):
-    leave_on_signals()
-    begun: list[subprocess.Popen] = []
+def test_held_signal_is_delivered_after_processes_are_started(number, handlers):
+    exit_on_signals()
+    children: list[subprocess.Popen] = []
 
-    def begin() -> None:
+    def start_child() -> None:
         with hold_signals(for_helpers=True):
             os.kill(os.getpid(), number)
-            begun.append(subprocess.Popen(["sleep", "60"]))
+            children.append(subprocess.Popen(["sleep", "60"]))
 
-    with pytest.raises(Stopped) as left:
-        begin()
-    assert left.value.number == number
-    (child,) = begun
-    child.send_signal(signal.SIGINT)  # Ctrl-C is its parent's to answer
+    with pytest.raises(Stopped) as stopped:
+        start_child()
+    assert stopped.value.number == number
+    (child,) = children
+    child.send_signal(signal.SIGINT)  # ignored: the parent handles Ctrl-C
     time.sleep(0.1)
     assert child.poll() is None
     child.terminate()
@@ -109,8 +109,8 @@ def test_a_signal_waits_until_processes_are_started(number, handlers):
         signal.raise_signal(number)
 
 
-def test_what_starts_as_the_first_does_not_hear_ctrl_c_either():
-    """The first lock of a process starts multiprocessing's tracker, which lets signals through again."""
+def test_sigint_stays_blocked_while_multiprocessing_starts_its_tracker():
+    """The first lock of a process starts multiprocessing's resource tracker, which unblocks signals."""
     code = (
         "import multiprocessing, signal\nfrom cdc_mmpg.program import hold_signals\n"
         "with hold_signals(for_helpers=True):\n    multiprocessing.get_context('spawn').RLock()\n"

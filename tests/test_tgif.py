@@ -1,4 +1,4 @@
-"""TGIF-QA in both conventions: what is read, what is held out, what is refused."""
+"""TGIF-QA in both file conventions: samples, held-out validation, vocabularies, and refused files."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from cdc_mmpg.errors import DataError
-from communities import TGIF_TEST, TGIF_TRAIN, TGIF_VAL, small, write_tgif
+from communities import TGIF_TEST, TGIF_TRAIN, TGIF_VAL, build_small, write_tgif
 from conftest import ANSWERS, write_clip
 from data_modules.checks import find_shared_clips
 from data_modules.tgif_qa import TGIFAction, TGIFFrameQA, TGIFTransition, is_held_out
@@ -18,7 +18,7 @@ HELD_OUT = ["tumblr_n17o1_250", "tumblr_n18o1_250"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder for each task and convention, not to be changed."""
+    """Read-only folders by task and convention."""
     root = tmp_path_factory.mktemp("tgif")
     return {
         (part, convention): write_tgif(root / f"{part}-{convention}", part, convention)
@@ -27,13 +27,13 @@ def folders(tmp_path_factory):
     }
 
 
-def module(root, part="frameqa", **arguments):
-    return small(KINDS[part], root, num_classes=6 if part == "frameqa" else None, **arguments)
+def build_data(root, part="frameqa", **arguments):
+    return build_small(KINDS[part], root, num_classes=6 if part == "frameqa" else None, **arguments)
 
 
 @pytest.fixture
-def own(folders, tmp_path):
-    """FrameQA or another task as tables, to be damaged."""
+def copy_folder(folders, tmp_path):
+    """Function that returns a writable copy of a task's folder."""
 
     def copy(part="frameqa", convention="csv"):
         return shutil.copytree(folders[part, convention], tmp_path / part)
@@ -47,32 +47,34 @@ def change(path, old, new):
     path.write_bytes(text.replace(old, new, 1).encode())
 
 
-def test_both_conventions_say_the_same(folders):
+def test_both_conventions_give_the_same_samples(folders):
     for part in KINDS:
-        tables, lines = (module(folders[part, convention], part) for convention in ("csv", "clipbert"))
-        whole = sorted([*tables.samples("train"), *tables.samples("val")], key=lambda s: TGIF_TRAIN.index(s.clip))
-        assert whole == lines.samples("train")
+        tables, lines = (build_data(folders[part, convention], part) for convention in ("csv", "clipbert"))
+        training_samples = sorted(
+            [*tables.samples("train"), *tables.samples("val")], key=lambda s: TGIF_TRAIN.index(s.clip)
+        )
+        assert training_samples == lines.samples("train")
         assert [sample.clip for sample in tables.samples("test")] == [name for name in TGIF_TEST for _ in range(2)]
         assert {sample.clip for sample in lines.samples("val")} == set(TGIF_VAL)
 
 
-def test_questions_with_their_types(folders):
-    first, second, *_ = module(folders["frameqa", "csv"]).samples("train")
+def test_questions_have_types(folders):
+    first, second, *_ = build_data(folders["frameqa", "csv"]).samples("train")
     assert first == ("tumblr_n0o1_250", "what is the man doing 0 ?", "red", "object", (), 0)
     assert (second.answer, second.type) == ("green", "number")
 
 
-def test_candidates(folders):
-    samples = module(folders["action", "csv"], "action").samples("train")
+def test_candidates_and_correct_options_are_read(folders):
+    samples = build_data(folders["action", "csv"], "action").samples("train")
     assert samples[1].options == tuple(ANSWERS[1:] + ANSWERS[:1])
     assert [sample.right for sample in samples[:6]] == [0, 1, 2, 3, 4, 0]
     assert {sample.type for sample in samples} == {""}
 
 
-def test_validation_is_held_out_by_a_hash_of_the_name(folders, caplog):
+def test_validation_is_held_out_by_a_hash_of_the_clip_name(folders, caplog):
     caplog.set_level(logging.INFO)
     assert [name for name in TGIF_TRAIN if is_held_out(name)] == HELD_OUT
-    data = module(folders["frameqa", "csv"])
+    data = build_data(folders["frameqa", "csv"])
     assert [sample.clip for sample in data.samples("val")] == [name for name in HELD_OUT for _ in range(2)]
     assert not {sample.clip for sample in data.samples("train")} & set(HELD_OUT)
     assert len(data.samples("train")) == 2 * (len(TGIF_TRAIN) - len(HELD_OUT))
@@ -81,48 +83,51 @@ def test_validation_is_held_out_by_a_hash_of_the_name(folders, caplog):
 
 
 def test_about_a_tenth_is_held_out():
-    assert sum(is_held_out(f"tumblr_{number}") for number in range(10_000)) == 1025  # that is, the rule never changes
+    assert sum(is_held_out(f"tumblr_{number}") for number in range(10_000)) == 1025  # fails if the rule changes
 
 
-def test_without_any_to_hold_out(own):
-    root = own()
+def test_training_file_without_held_out_clips_is_refused(copy_folder):
+    root = copy_folder()
     path = root / "Train_frameqa_question.csv"
     path.write_text("\n".join(line for line in path.read_text().split("\n") if not any(n in line for n in HELD_OUT)))
-    with pytest.raises(DataError, match=r"none of the training GIFs is for split val.*put frameqa_val\.jsonl there"):
-        module(root).samples("val")
+    with pytest.raises(DataError, match=r"no training GIF is in split val.*add frameqa_val\.jsonl"):
+        build_data(root).samples("val")
 
 
 @pytest.mark.parametrize("folder", ["dataset", "annotations"])
-def test_annotations_may_lie_deeper(own, folder):
-    root = own()
+def test_annotations_are_found_in_subfolders(copy_folder, folder):
+    root = copy_folder()
     for path in [*root.glob("*.csv")]:
         (root / folder).mkdir(exist_ok=True)
         path.rename(root / folder / path.name)
-    assert len(module(root).samples("test")) == 8
+    assert len(build_data(root).samples("test")) == 8
 
 
-def test_other_names_and_keys(own):
-    root = own("action", "clipbert")
+def test_other_file_names_and_keys_are_accepted(copy_folder):
+    root = copy_folder("action", "clipbert")
     for split, key in (("train", "video_id"), ("val", "clip_name")):
         path = root / f"action_{split}.jsonl"
         path.write_text(path.read_text().replace('"gif_name"', f'"{key}"'))
         path.rename(root / f"tgif_action_{split}.jsonl")
-    data = module(root, "action")
+    data = build_data(root, "action")
     assert [len(data.samples(split)) for split in ("train", "val", "test")] == [40, 4, 8]
 
 
-def test_the_vocabulary_is_that_of_the_whole_training_file(own, caplog):
-    root = own()
-    held = "tumblr_n17o1_250\twhat is the man doing 1 ?\t"
-    change(root / "Train_frameqa_question.csv", f"{held}dog", f"{held}owl")
-    data = small(TGIFFrameQA, root, num_classes=7)
+def test_vocabulary_includes_the_held_out_training_answers(copy_folder, caplog):
+    root = copy_folder()
+    held_out_row = "tumblr_n17o1_250\twhat is the man doing 1 ?\t"
+    change(root / "Train_frameqa_question.csv", f"{held_out_row}dog", f"{held_out_row}owl")
+    data = build_small(TGIFFrameQA, root, num_classes=7)
     answers = data.read_answers([sample.answer for sample in data.samples("train")])
     assert sorted(answers.words) == sorted([*ANSWERS, "owl"])
     assert "frameqa_trainval_ans2label.json is absent" in caplog.text
     (root / "dataset").mkdir()
     for name in ("train_ans2label.json", "frameqa_train_ans2label.json", "dataset/frameqa_trainval_ans2label.json"):
         (root / name).write_text(json.dumps({name: 1, "red": 0}))
-    assert small(TGIFFrameQA, root, num_classes=3).read_answers([]).words == ["red", "frameqa_train_ans2label.json"]
+    assert build_small(TGIFFrameQA, root, num_classes=3).read_answers([]).words == [
+        "red",
+        "frameqa_train_ans2label.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_the_vocabulary_is_that_of_the_whole_training_file(own, caplog):
             '"answer": 7',
             r"frameqa_test\.jsonl, line \d: answer is 7, not a str",
         ),
-        ("frameqa", "clipbert", '"question"', '"frage"', r"frameqa_test\.jsonl, line 1: question is not there"),
+        ("frameqa", "clipbert", '"question"', '"frage"', r"frameqa_test\.jsonl, line 1: question is missing"),
         ("frameqa", "clipbert", '"color"', '"colour"', r"line 3: type or answer_type is 'colour'"),
         (
             "action",
@@ -161,32 +166,32 @@ def test_the_vocabulary_is_that_of_the_whole_training_file(own, caplog):
         ("transition", "clipbert", '"dog"]', '"dog", "x"]', r"jsonl, line 1: options is .* not a list of 5 texts"),
     ],
 )
-def test_damaged_annotations_are_refused_with_the_place(own, part, convention, old, new, message):
-    root = own(part, convention)
+def test_damaged_annotations_are_refused_with_file_and_line(copy_folder, part, convention, old, new, message):
+    root = copy_folder(part, convention)
     name = f"Test_{part}_question.csv" if convention == "csv" else f"{part}_test.jsonl"
     change(root / name, old, new)
     with pytest.raises(DataError, match=message):
-        module(root, part).samples("test")
+        build_data(root, part).samples("test")
 
 
-def test_absent_files_are_named_with_the_remedy(own):
-    root = own()
+def test_absent_files_are_named_with_the_remedy(copy_folder):
+    root = copy_folder()
     (root / "Train_frameqa_question.csv").unlink()
     with pytest.raises(DataError, match=r"frameqa_train\.jsonl, Train_frameqa_question\.csv.*\n.*belongs below"):
-        module(root).samples("train")
+        build_data(root).samples("train")
     shutil.rmtree(root / "gifs")
-    with pytest.raises(DataError, match=r"gifs: no GIFs there\n.*non-commercial"):
-        module(root).find_clips()
+    with pytest.raises(DataError, match=r"gifs: no GIFs found\n.*non-commercial"):
+        build_data(root).find_clips()
 
 
-def test_gifs_or_what_was_made_of_them(own):
-    root = own()
+def test_gifs_or_converted_clips_are_found(copy_folder):
+    root = copy_folder()
     write_clip(root / "gifs" / f"{TGIF_TEST[0]}.mp4")
     (root / "gifs" / f"{TGIF_TEST[1]}.gif").unlink()
     write_clip(root / "gifs" / f"{TGIF_TEST[1]}.mp4")
-    found = module(root).find_clips()
-    assert found.keys() == {*TGIF_TRAIN, *TGIF_TEST}
-    assert [found[name].suffix for name in TGIF_TEST[:2]] == [".gif", ".mp4"]
+    clips = build_data(root).find_clips()
+    assert clips.keys() == {*TGIF_TRAIN, *TGIF_TEST}
+    assert [clips[name].suffix for name in TGIF_TEST[:2]] == [".gif", ".mp4"]
 
 
 def test_real_files_are_read_at_their_published_counts(real, tmp_path):

@@ -1,4 +1,4 @@
-"""Foreign files of weights: what is read, and that nothing in them is ever run."""
+"""Third-party weight files: formats, damage, pickled code that must not run, and atomic writes."""
 
 import os
 import pickle
@@ -18,8 +18,8 @@ from cdc_mmpg.models.weights import load_checkpoint, read_metadata, read_state_d
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
 
-class Touch:
-    """Unpickling it with pickle makes a file."""
+class FolderCreator:
+    """Object whose unpickling with `pickle` creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,31 +30,31 @@ class Touch:
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_the_layouts_that_people_publish(tmp_path, wrap, zipped):
+def test_common_checkpoint_layouts_are_read(tmp_path, wrap, zipped):
     torch.save(wrap(STATE), tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
     read = read_state_dict(tmp_path / "weights.pth")
     assert {key: value.tolist() for key, value in read.items()} == {k: v.tolist() for k, v in STATE.items()}
 
 
-def test_safetensors_with_texts(tmp_path):
+def test_safetensors_metadata_is_read(tmp_path):
     save_safetensors(STATE, tmp_path / "w.safetensors", {"preset": "default"})
     assert torch.equal(read_state_dict(tmp_path / "w.safetensors")["a.weight"], STATE["a.weight"])
     assert read_metadata(tmp_path / "w.safetensors") == {"preset": "default"}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_an_old_lightning_checkpoint_with_pickled_extras(tmp_path, zipped):
-    """Its callbacks and hyper-parameters are objects of classes that need not exist here."""
+def test_lightning_checkpoint_with_pickled_extras_is_read(tmp_path, zipped):
+    """Callbacks and hyper-parameters may be objects of classes that are not installed."""
     extras = {"hyper_parameters": Namespace(lr=1e-4), "state_dict": torch.nn.Linear(3, 2).state_dict(), "epoch": 7}
     torch.save(extras, tmp_path / "old.ckpt", _use_new_zipfile_serialization=zipped)
     assert set(read_state_dict(tmp_path / "old.ckpt")) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["extras", "state_dict", "whole"])
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, place, zipped):
-    bomb = Touch(tmp_path / "exploded")
-    content = {"extras": {"state_dict": STATE, "x": bomb}, "state_dict": {"state_dict": bomb}, "whole": bomb}[place]
+@pytest.mark.parametrize("place", ["extras", "state_dict", "content"])
+def test_pickle_with_code_is_refused_and_not_executed(tmp_path, place, zipped):
+    bomb = FolderCreator(tmp_path / "exploded")
+    content = {"extras": {"state_dict": STATE, "x": bomb}, "state_dict": {"state_dict": bomb}, "content": bomb}[place]
     torch.save(content, tmp_path / "bomb.ckpt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"bomb\.ckpt.*posix\.mkdir, which is code"):
         read_state_dict(tmp_path / "bomb.ckpt")
@@ -65,26 +65,26 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, place, zipped
     assert not (tmp_path / "exploded").exists()
 
 
-def test_damage_is_seen_wherever_it_is(tmp_path):
+def test_damaged_checkpoints_are_refused_or_read_correctly(tmp_path):
     path = tmp_path / "w.ckpt"
     torch.save({"state_dict": {"weight": torch.randn(300)}}, path)
-    whole = path.read_bytes()
-    for end in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:end])
+    content = path.read_bytes()
+    for end in (0, 1, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
         with pytest.raises(CheckpointError, match=r"w\.ckpt"):
             load_checkpoint(path)
-    for place in range(0, len(whole), 61):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    for offset in range(0, len(content), 61):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 16]) + content[offset + 1 :])
         try:
             value = load_checkpoint(path)["state_dict"]["weight"]
         except CheckpointError:
             continue
-        path.write_bytes(whole)
-        assert torch.equal(value, load_checkpoint(path)["state_dict"]["weight"]), place
+        path.write_bytes(content)
+        assert torch.equal(value, load_checkpoint(path)["state_dict"]["weight"]), offset
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04", b"PK\x03\x04"])
-def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
+def test_files_without_weights_are_refused(tmp_path, content):
     for name in ("x.ckpt", "x.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
@@ -97,7 +97,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
         read_state_dict(tmp_path / "empty.pth")
 
 
-def test_a_file_is_whole_or_absent(tmp_path):
+def test_interrupted_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "deep" / "file"
     with atomic_write(path) as file:
         file.write(b"old")
@@ -113,7 +113,7 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+def test_leftovers_are_removed_unless_their_process_runs(tmp_path):
     for host in (HOST, "elsewhere"):
         for pid in (os.getpid(), 999_999_999, os.getppid()):
             (tmp_path / f".file.{host}.{pid}.tmp").touch()
@@ -122,7 +122,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f".file.{HOST}.{os.getppid()}.tmp"} | others
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_uncreatable_folder_is_reported_with_its_path(tmp_path):
     (tmp_path / "file").touch()
 
     def write() -> None:
@@ -137,7 +137,7 @@ def test_leftovers_of_an_unreaped_dead_process_are_removed(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     leftover = tmp_path / f".array.npy.{HOST}.{child.pid}.tmp"
     leftover.touch()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the table
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but stays in the process table
     remove_leftovers(tmp_path)
     assert not leftover.exists()
     assert child.wait() == 0
@@ -155,7 +155,7 @@ def test_leftovers_of_an_unreaped_dead_process_are_removed(tmp_path):
         (b"", "empty file"),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path, content, words):
+def test_other_kinds_of_files_are_named_in_the_error(tmp_path, content, words):
     for name in ("w.ckpt", "w.safetensors", "w.index.json"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=f"(?s){name}: .*{words}"):
@@ -163,7 +163,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, content, words):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_a_zip_of_something_else_and_a_folder_say_what_they_hold(tmp_path):
+def test_errors_for_archives_scripts_and_folders_list_their_content(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.ckpt", "w") as archive:
         archive.writestr("release/encoder.pth", b"")
     with pytest.raises(CheckpointError, match=r"zip archive of something else \(release/encoder\.pth\): unpack"):
@@ -175,14 +175,14 @@ def test_a_zip_of_something_else_and_a_folder_say_what_they_hold(tmp_path):
         read_state_dict(tmp_path)
 
 
-def test_the_content_decides_how_a_file_is_read(tmp_path):
+def test_file_format_is_detected_from_the_content(tmp_path):
     save_safetensors(STATE, tmp_path / "pytorch_model.bin")
     torch.save({"module": {"state_dict": STATE}}, tmp_path / "model.safetensors")
     for path in tmp_path.iterdir():
         assert set(read_state_dict(path)) == set(STATE)
 
 
-def test_a_prefix_of_most_names_is_taken_off():
+def test_common_prefix_of_most_names_is_stripped():
     names = ["a.weight", "a.bias", "b.weight"]
     wrapped = {f"_orig_mod.module.model.{name}": torch.zeros(1) for name in names}
     assert list(strip_prefix(wrapped, names)) == names

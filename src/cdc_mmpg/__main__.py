@@ -1,4 +1,4 @@
-"""`python -m cdc_mmpg`: see `commands.main`."""
+"""Entry point of `python -m cdc_mmpg`: see `commands.main`."""
 
 import sys
 

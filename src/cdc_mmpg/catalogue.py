@@ -1,6 +1,6 @@
-"""The catalogue of methods: each method once, for the plan of runs, the tables, the findings and the figures.
+"""Catalogue of methods: one entry each, used by the plan of runs, the tables, the findings and the figures.
 
-A method is a YAML file in `experiments/methods`, which names its class, and an entry here. No torch.
+A method consists of a YAML file in `experiments/methods`, which names its class, and an entry here. No torch.
 """
 
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from typing import Literal, NamedTuple
 
 Unit = Literal["static", "sample", "session"]
 
-EMBEDDED = "synthetic"  # the dataset that makes itself, its vocabulary and its encoder
-# Its worlds by name, see `data_modules.synthetic_clips`: one configuration, one vocabulary and one encoder serve all.
+EMBEDDED = "synthetic"  # the dataset that is generated here, with its vocabulary and its encoder
+# World by dataset name, see `data_modules.synthetic_clips`. All share one configuration, vocabulary and encoder.
 WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
 
 PRETRAINING = "encoder_pretraining"  # the run that trains the embedded dataset's encoder
-BASELINE = "fine_tuning"  # what every method is compared with
+BASELINE = "fine_tuning"  # the method that all others are compared with
 SESSION = "cdc_mmpg_session"
 CONCATENATED = "session_concatenated"
 
-# What a method is given in place of its own, by condition of its test: what a difference to it is worth.
+# Replacement input of a method, by test condition: each control shows what the real input contributes.
 SAMPLE_CONTROLS = {
     "shuffled": "another sample's anchor",
     "shuffled_device": "another device's anchor",
@@ -28,35 +28,35 @@ SESSION_CONTROLS = {"shuffled_n16": "another device's 16 anchors", "mean_head": 
 
 
 class Row(NamedTuple):
-    """A row of the table of methods: a method as it is, or under another condition of its test."""
+    """Row of the table of methods: a method, or a method under another test condition."""
 
     label: str  # "· ..." for a control of the row above
     method: str
-    condition: str | None = None  # None: the first of its results, with which it was trained and is compared
+    condition: str | None = None  # None: the first condition, which it was trained under and is compared by
 
 
 class Method(NamedTuple):
-    """A method: what trains, in which order, and how its rows and lines look.
+    """Method: its dependencies, the order of its runs, and the look of its rows and lines.
 
     Attributes:
-        name: of its YAML file and of its runs' folder.
-        label: of its row; empty for a run that answers no questions.
-        unit: what a last layer is for: all (static), a sample or a session.
-        color: of its points and lines.
-        turn: place among the runs of METHOD=all, the longest first; 0 where it is not among them.
-        datasets: those whose METHOD=all has it: any; devices, the embedded one; published, all others.
-        encoder: run that trains the encoder it starts from; of what evaluates a run, that run.
-        adr: run of phase one whose reasoner it takes.
-        features: the run that computes features that it takes, too, of the frozen encoder or of virtual devices: of
-            METHOD=all it comes first.
-        uses_reading: takes what the pretraining learned to read of an anchor.
-        controls: label of each condition in which it is given what is another's.
-        before, after: labels of other conditions, by condition; their rows stand before and after its own.
-        in_paper: has a row in the paper's tables.
-        several_seeds: `make tables` trains it with several seeds.
-        main: one of the rows that `make train` without METHOD trains in every world of the embedded dataset.
-        knows: beyond the questions and answers of the history: letters of `KNOWLEDGE`.
-        program: what runs it, a program of `cdc-mmpg`.
+        name: name of its YAML file and of the folder of its runs.
+        label: label of its row; empty for a run that answers no questions.
+        unit: scope of one last layer: all samples (static), a sample or a session.
+        color: color of its points and lines.
+        turn: position among the runs of METHOD=all, the longest runs first; 0 if it is not one of them.
+        datasets: datasets whose METHOD=all includes it: any; devices, the embedded one; published, all others.
+        encoder: run that trains its initial encoder; for a method that evaluates a run, that run.
+        adr: run of phase one that trains its reasoner.
+        features: run that computes the features it shares, of the frozen encoder or of virtual devices; with METHOD=all
+            that run goes first.
+        uses_reading: whether it uses the pretraining's reading of an anchor.
+        controls: label of each condition with replaced input, by condition.
+        before, after: labels of other conditions, by condition; their rows stand before and after the method's row.
+        in_paper: whether the paper's tables have a row for it.
+        several_seeds: whether `make tables` trains it with several seeds.
+        main: whether `make train` without METHOD trains it in every world of the embedded dataset.
+        knows: information it uses beyond the history's questions and answers: letters of `KNOWLEDGE`.
+        program: program of `cdc-mmpg` that runs it.
     """
 
     name: str
@@ -79,14 +79,14 @@ class Method(NamedTuple):
     program: Literal["fit", "on_device", "prompts", "privacy"] = "fit"
 
     def rows(self) -> list[Row]:
-        """Return its rows in the table of methods."""
+        """Return the method's rows in the table of methods."""
         rows = [Row(label, self.name, condition) for condition, label in self.before.items()]
         rows += [Row(self.label, self.name)] if self.label else []
         rows += [Row(label, self.name, condition) for condition, label in self.after.items()]
         return rows + [Row(f"· {label}", self.name, condition) for condition, label in self.controls.items()]
 
 
-# What a method may know beyond the history's questions and answers, a letter each as in the table.
+# Information a method may use beyond the history's questions and answers, by its letter in the table.
 KNOWLEDGE = {
     "s": "the kind of shift",
     "v": "the kind of shift, in training alone (virtual devices)",
@@ -98,12 +98,12 @@ KNOWLEDGE = {
 FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8", "alike_n8": "n = 8 of most alike backgrounds"}
 
 
-def _before(label: str) -> dict[str, str]:
-    """Return the rows of fewer clips, by condition."""
+def _label_fewer_clips(label: str) -> dict[str, str]:
+    """Return the labels of the rows with fewer clips, by condition."""
     return {condition: f"{label}, {number}" for condition, number in FEWER_CLIPS.items()}
 
 
-# In the order of the tables: the paper's methods, then the others; phase one answers nothing.
+# In the order of the tables: the paper's methods, then the others. Runs of phase one answer no questions.
 METHODS = (
     Method("linear", "F-linear", color="#94a3b8", turn=1, in_paper=True, several_seeds=True, main=True),
     Method("linear_virtual", "F-linear, virtual devices", color="#b6c2d1", turn=19, datasets="devices",
@@ -158,10 +158,10 @@ METHODS = (
     Method("in_context_virtual", "In context, virtual devices", color="#a07cc5", turn=10, datasets="devices",
            features=SESSION, several_seeds=True, main=True, knows="vd"),
     Method("corrected_grey_world", "By hand: grey world", color="#b45309", turn=23, datasets="devices",
-           features="linear", before=_before("By hand: grey world"), several_seeds=True, main=True,
+           features="linear", before=_label_fewer_clips("By hand: grey world"), several_seeds=True, main=True,
            knows="s"),
     Method("corrected_hue_mode", "By hand: hue histogram", color="#d97706", turn=24, datasets="devices",
-           features="linear", before=_before("By hand: hue histogram"), several_seeds=True, knows="s"),
+           features="linear", before=_label_fewer_clips("By hand: hue histogram"), several_seeds=True, knows="s"),
     Method("corrected_true_cast", "By hand: true cast, a ceiling", color="#374151", turn=25,
            datasets="devices", features="linear", several_seeds=True, main=True, knows="st"),
     Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=17, datasets="devices",
@@ -182,74 +182,73 @@ METHODS = (
 
 BY_NAME = {method.name: method for method in METHODS}
 ROWS = tuple(row for method in METHODS for row in method.rows())
-NAMES = {method.name: method.label for method in METHODS if method.label}
-PAPERS = tuple(method.name for method in METHODS if method.in_paper)
-PER_SAMPLE = tuple(method.name for method in METHODS if method.unit == "sample")
-SESSIONS = tuple(method.name for method in METHODS if method.unit == "session")
+METHOD_LABELS = {method.name: method.label for method in METHODS if method.label}
+PAPER_METHODS = tuple(method.name for method in METHODS if method.in_paper)
+SAMPLE_METHODS = tuple(method.name for method in METHODS if method.unit == "sample")
+SESSION_METHODS = tuple(method.name for method in METHODS if method.unit == "session")
 
-# Variants of a method, METHOD=<method>.<variant>: runs of their own, with other arguments.
-FRAMES = (2, 3, 4, 5)  # of a clip; RECIPE_FRAMES is every other run's
-RECIPE_FRAMES = 3
-AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the study of the reasoner
+# Variants of a method, METHOD=<method>.<variant>: separate runs with other arguments.
+FRAME_COUNTS = (2, 3, 4, 5)  # frames of a clip
+RECIPE_FRAMES = 3  # frames of a clip in all other runs
+AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the reasoner, compared in a study
 REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
 REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
-DEVICES = (12, 24, 48)  # that train, in place of the embedded dataset's 96
-# What is changed about training, and of which methods' runs; a variant of the pretraining makes encoders of its own.
-ARC = "arc"  # group of unseen devices whose casts no device that trains has
-_SESSIONS_ALONE = (SESSION, f"{SESSION}_collected")
-_OF_THE_PRETRAINING = (SESSION, f"{SESSION}_feature", PRETRAINING)
+DEVICE_COUNTS = (12, 24, 48)  # training devices, in place of the embedded dataset's 96
+ARC = "arc"  # group of unseen devices whose casts lie in the arc that is held out of training
+_VARIANT_SESSIONS = (SESSION, f"{SESSION}_collected")
+_PRETRAINING_METHODS = (SESSION, f"{SESSION}_feature", PRETRAINING)
 
 
 class Variant(NamedTuple):
-    """A change to a method's runs."""
+    """Change to the training of some methods."""
 
     label: str
-    methods: tuple[str, ...]
-    arguments: tuple[str, ...]  # of the runs, or of the pretraining's where that is one of the methods
+    methods: tuple[str, ...]  # with the pretraining among them the change makes new encoders
+    arguments: tuple[str, ...]  # of the pretraining if it is one of the methods, else of the methods' runs
 
 
 VARIANTS = {
     **{f"epochs{n}": Variant(f"{n} epochs", (BASELINE,), (f"--trainer.max_epochs={n}",)) for n in (7, 28, 40)},
-    "arc90": Variant("a quarter of the casts held out", ("linear", *_SESSIONS_ALONE, "corrected_grey_world"),
+    "arc90": Variant("a quarter of the casts held out", ("linear", *_VARIANT_SESSIONS, "corrected_grey_world"),
                      ("--data.init_args.held_out_arc=90",)),
-    **{f"devices{n}": Variant(f"{n} devices train", ("linear", *_SESSIONS_ALONE),
-                              (f"--data.init_args.most_devices={n}",)) for n in DEVICES},
-    "no_background": Variant("captions without the background", _OF_THE_PRETRAINING,
+    **{f"devices{n}": Variant(f"{n} devices train", ("linear", *_VARIANT_SESSIONS),
+                              (f"--data.init_args.most_devices={n}",)) for n in DEVICE_COUNTS},
+    "no_background": Variant("captions without the background", _PRETRAINING_METHODS,
                              ("--data.init_args.name_backgrounds=false",)),
-    "no_anchor_loss": Variant("no loss on anchors in the pretraining", _OF_THE_PRETRAINING,
+    "no_anchor_loss": Variant("no loss on anchors in the pretraining", _PRETRAINING_METHODS,
                               ("--model.init_args.anchor_weight=0",)),
 }  # fmt: skip
 # Runs of variants that answer questions.
-CHANGED = tuple(f"{method}.{name}" for name, own in VARIANTS.items() for method in own.methods if method != PRETRAINING)
+VARIANT_RUNS = tuple(f"{run}.{key}" for key, change in VARIANTS.items() for run in change.methods if run != PRETRAINING)
 STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
 STUDY_SEEDS = range(5)
 
 
 def knowledge_of(row: Row) -> str:
-    """Return what a row's method knows, letters of `KNOWLEDGE`."""
+    """Return the information that a row's method uses, as letters of `KNOWLEDGE`."""
     labels = "l" if (row.condition or "").startswith("labels_") else ""
     return (BY_NAME[row.method].knows if row.method in BY_NAME else "") + labels
 
 
 def is_trained(name: str) -> bool:
-    """Return whether a run of this name is trained, and does not start from another one's weights."""
+    """Return whether runs of this name are trained, not evaluations of another run's weights."""
     return name not in BY_NAME or BY_NAME[name].program == "fit"
 
 
 def color_of(name: str) -> str:
-    """Return the color of a method's points, also of one that is not in the catalogue."""
+    """Return the color of a method's points; a default color for one that is not in the catalogue."""
     return BY_NAME[name].color if name in BY_NAME else Method._field_defaults["color"]
 
 
-def runs_of_all(embedded: bool, main: bool = False) -> list[str]:
-    """Return the methods of METHOD=all, in the order of their runs; with `main` the main rows alone."""
+def list_methods(embedded: bool, main: bool = False) -> list[str]:
+    """Return the methods of METHOD=all in the order of their runs; with `main` those of METHOD=main."""
     kinds = ("any", "devices" if embedded else "published")
     chosen = [method for method in METHODS if method.turn and method.datasets in kinds and (method.main or not main)]
     return [method.name for method in sorted(chosen, key=lambda method: method.turn)]
 
 
 def with_frames(method: str, number: int) -> str:
-    """Return the name of a method's runs on so many frames of a clip."""
+    """Return the name of a method's runs on `number` frames of a clip."""
     return method if number == RECIPE_FRAMES else f"{method}.frames{number}"
 
 
@@ -260,12 +259,12 @@ def variants_of(method: Method) -> list[str]:
     variants = [f"{method.name}.{name}" for name, variant in VARIANTS.items() if method.name in variant.methods]
     if method.datasets == "devices":
         return variants
-    variants += [with_frames(method.name, number) for number in FRAMES if number != RECIPE_FRAMES]
+    variants += [with_frames(method.name, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
     return variants + [f"{method.name}.{variant}" for variant in REASONERS if method.name in REASONER_METHODS]
 
 
 def pretraining_of(variant: str) -> str:
-    """Return the variant of the pretraining that a variant of a method builds on, empty for the usual one."""
+    """Return the pretraining variant that a variant of a method builds on; empty for the usual pretraining."""
     return variant if variant in VARIANTS and PRETRAINING in VARIANTS[variant].methods else ""
 
 
@@ -276,7 +275,7 @@ def variant_arguments(method: str, variant: str) -> list[str]:
         return list(changed.arguments) if method == PRETRAINING or PRETRAINING not in changed.methods else []
     if variant.startswith("frames"):
         return [f"--data.init_args.num_frames={variant.removeprefix('frames')}"]
-    if not method.startswith("adr_"):  # phase two takes the reasoner of phase one's variant
+    if not method.startswith("adr_"):  # phase two loads the reasoner that phase one's variant trained
         return []
     axis, target = variant.split("_")
     return [f"--model.init_args.axis={axis.replace('group', 'group:')}", f"--model.init_args.target={target}"]

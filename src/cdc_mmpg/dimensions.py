@@ -1,3 +1,3 @@
-"""Sizes that device, cloud and training must agree on."""
+"""Sizes on which device, cloud and training must agree."""
 
-FEATURE_DIM = 192  # numbers of every token of the encoder, and so of an anchor feature: 768 bytes in float32
+FEATURE_DIM = 192  # width of the encoder's tokens, and so of an anchor feature: 768 bytes in float32

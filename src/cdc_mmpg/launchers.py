@@ -1,6 +1,6 @@
-"""What started the processes of a command: torchrun, SLURM's srun, a hand that set the environment, or nothing.
+"""Launchers of a command's processes: torchrun, SLURM's srun, variables set by hand, or none.
 
-Nothing here imports torch: a wrong start is refused at once.
+Nothing here imports torch, so that a wrong launch is refused at once.
 """
 
 import os
@@ -10,121 +10,121 @@ from typing import Any, Literal, NamedTuple
 
 from cdc_mmpg.errors import ConfigError
 
-NUMBERS = (
+NUMERIC_VARIABLES = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_STEP_ID",
     "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "JSM_NAMESPACE_RANK",
 )  # fmt: skip
-AUTOMATIC = ("auto", "-1", -1)  # words for as many devices as there are
+AUTOMATIC_COUNTS = ("auto", "-1", -1)  # values of `devices` and `num_nodes` that Lightning resolves
 
 
 def check_environment() -> None:
-    """Refuse words of the environment on which torch or Lightning fails when it is imported.
+    """Refuse environment variables that make the import of torch or Lightning fail; delete empty numeric ones.
 
     Raises:
-        ConfigError: a rank or a port is no number, or a level of debugging is unknown; names the variable.
+        ConfigError: a rank or a port is not a number, or the debug level is unknown; names the variable.
     """
     level = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
     if level.upper() not in ("OFF", "INFO", "DETAIL"):
         raise ConfigError(f"TORCH_DISTRIBUTED_DEBUG={level!r} in the environment: OFF, INFO or DETAIL, or unset it")
-    for name in NUMBERS:
+    for name in NUMERIC_VARIABLES:
         if (value := os.environ.get(name, "0")) and not value.strip().isdigit():
-            raise ConfigError(f"{name}={value!r} in the environment is no number: unset it (unset {name})")
+            raise ConfigError(f"{name}={value!r} in the environment is not a number: unset it (unset {name})")
         if not value:
             del os.environ[name]
 
 
 class Launch(NamedTuple):
-    """How this process was started, and with how many others."""
+    """Launch of this process: the launcher, and the numbers of processes and machines."""
 
-    by: Literal["torchrun", "srun", "the environment", ""]  # "": alone, and Lightning starts the others
+    by: Literal["torchrun", "srun", "the environment", ""]  # "": no launcher; Lightning starts further processes
     rank: int = 0  # of this process
-    processes: int = 1  # all together
-    here: int = 1  # on this machine, where the launcher says so
-    nodes: int = 1  # machines
+    processes: int = 1  # on all machines
+    here: int = 1  # processes on this machine, if the launcher tells
+    nodes: int = 1  # number of machines
 
     def check_arguments(self, given: Mapping[str, str | None]) -> None:
-        """Refuse other numbers on the command line than torchrun started.
+        """Refuse a command line whose numbers differ from those that torchrun started.
 
         Args:
-            given: what the command line says for `devices` and `num_nodes`, None where it does not.
+            given: `devices` and `num_nodes` of the command line, None where it gives no value.
 
         Raises:
-            ConfigError: names both numbers.
+            ConfigError: the numbers differ; names both.
         """
         started = {"devices": self.here, "num_nodes": self.nodes}
         for name, number in started.items() if self.by == "torchrun" else ():
-            if (value := given[name]) is not None and value not in (*AUTOMATIC, str(number)):
-                what = "processes on each machine" if name == "devices" else "machines"
+            if (value := given[name]) is not None and value not in (*AUTOMATIC_COUNTS, str(number)):
+                unit = "processes on each machine" if name == "devices" else "machines"
                 raise ConfigError(
-                    f"--trainer.{name}={value}, but torchrun started {number} {what}: leave the argument out, or tell "
+                    f"--trainer.{name}={value}, but torchrun started {number} {unit}: omit the argument, or pass it to "
                     f"torchrun ({'--nproc-per-node' if name == 'devices' else '--nnodes'}={value})"
                 )
 
-    def share(self, devices: Any, num_nodes: int) -> tuple[Any, int]:
+    def resolve_devices(self, devices: Any, num_nodes: int) -> tuple[Any, int]:
         """Return Lightning's `devices` and `num_nodes` for a run.
 
-        torchrun's numbers hold whatever a configuration says; srun's where it leaves the number open.
+        torchrun's numbers override the configuration; srun's apply if `devices` is "auto" or -1.
 
         Args:
-            devices: as configured.
-            num_nodes: as configured.
+            devices: the configured value.
+            num_nodes: the configured value.
 
         Raises:
-            ConfigError: not as many processes on every machine, or several machines that do not know of each other.
+            ConfigError: the number of processes differs by machine, or several machines lack MASTER_ADDR and the like.
         """
-        if self.by == "torchrun" or (self.by == "srun" and devices in AUTOMATIC):
+        if self.by == "torchrun" or (self.by == "srun" and devices in AUTOMATIC_COUNTS):
             if self.here * self.nodes != self.processes:
                 raise ConfigError(
                     f"{self.by} started {self.processes} processes on {self.nodes} machines, {self.here} on this one: "
-                    "a run takes as many on each"
+                    "a run needs the same number on each"
                 )
             return self.here, self.nodes
         lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
         if not self.by and num_nodes > 1 and lacking:
             raise ConfigError(
                 f"{num_nodes} machines (NODES=), but {' and '.join(lacking)} not set in the environment: set all three "
-                "on every machine, or start the run by torchrun or srun"
+                "on every machine, or start the run with torchrun or srun"
             )
         return devices, num_nodes
 
     def check_processes(self, world: int, nodes: int, alone: bool) -> None:
-        """Refuse a run on another number of processes than were started: it would wait for ever, or run several times.
+        """Refuse a run whose number of processes differs from that started: it would hang or run several times.
 
         Args:
-            world: processes that the run takes.
-            nodes: machines that it takes.
-            alone: whether srun's tasks may be runs of their own: no command before in this process joined them.
+            world: number of processes that the run uses.
+            nodes: number of machines that the run uses.
+            alone: whether srun's tasks may be separate runs: no earlier command in this process joined them.
 
         Raises:
-            ConfigError: names both numbers.
+            ConfigError: the numbers differ; names both.
         """
         if self.by == "srun" and world == 1 and alone:
             return
-        ours, theirs = f"{world} processes on {nodes} machines", f"{self.processes} on {self.nodes}"
+        needed, started = f"{world} processes on {nodes} machines", f"{self.processes} on {self.nodes}"
         if self.by == "srun" and (world, nodes) != (self.processes, self.nodes):
             raise ConfigError(
-                f"the run takes {ours}, srun started {theirs}: DEVICES={self.here} "
+                f"the run takes {needed}, srun started {started}: DEVICES={self.here} "
                 f"NODES={self.nodes} trains one run on all of them"
-                + (", DEVICES=1 a run of its own in each" if alone else "; so did the command before")
+                + (", DEVICES=1 a separate run in each" if alone else "; so did the command before")
             )
         if self.by in ("torchrun", "the environment") and world != self.processes:
             raise ConfigError(
-                f"the run takes {ours}, but {self.by} started {self.processes} processes: DEVICES={self.processes}, or "
-                f"start it without {self.by}"
+                f"the run takes {needed}, but {self.by} started {self.processes} processes: DEVICES={self.processes}, "
+                f"or start it without {self.by}"
             )
         if not self.by and world > 1 and "LOCAL_RANK" in os.environ:
             raise ConfigError(
-                f"LOCAL_RANK={os.environ['LOCAL_RANK']} in the environment says that something else starts the run's "
-                f"{world} processes, but not which they are: unset it, or set WORLD_SIZE={world}, MASTER_ADDR and "
-                "MASTER_PORT"
+                f"LOCAL_RANK={os.environ['LOCAL_RANK']} in the environment: a launcher seems to start the {world} "
+                f"processes of the run, but WORLD_SIZE={world}, MASTER_ADDR or MASTER_PORT is missing: unset "
+                "LOCAL_RANK, or set all three"
             )
 
 
 def find_launch() -> Launch:
-    """Return how this process was started, by its environment.
+    """Return how this process was launched, according to its environment.
 
-    Of SLURM only the variables of a step count: those of a job are in every shell of it, too.
+    Of SLURM's variables only those of a step count: those of a job are also set in its interactive shells.
     """
 
     def number(name: str, default: int) -> int:
@@ -143,16 +143,16 @@ def find_launch() -> Launch:
 
 
 def requeue() -> str:
-    """Ask SLURM to start this job again; return how the run goes on, as the end of a sentence."""
+    """Ask SLURM to start this job again; return how the run resumes, as the end of a sentence."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     command = ["scontrol", "requeue", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-        wrong = " ".join([f"exit code {done.returncode}", *done.stderr.split()]) if done.returncode else ""
+        failure = " ".join([f"exit code {done.returncode}", *done.stderr.split()]) if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
-        wrong = str(error)
-    if wrong:
-        return f"`{' '.join(command)}` failed ({wrong}): submit the job again to go on"
-    return f"SLURM starts job {job} again, which goes on"
+        failure = str(error)
+    if failure:
+        return f"`{' '.join(command)}` failed ({failure}): submit the job again to resume"
+    return f"SLURM starts job {job} again, which resumes the run"

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors, memory and GPUs."""
+"""Resources that this process may use: processors, memory and GPUs."""
 
 import os
 import re
@@ -6,22 +6,22 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")  # of Linux, version 2
-MEMORY = Path("/proc/meminfo")
+CGROUP_ROOT = Path("/sys/fs/cgroup")  # Linux control groups, version 2
+MEMINFO_PATH = Path("/proc/meminfo")
 
 
 def count_processors() -> int:
-    """Return how many processors this process may use, at least 1: fewer than the machine has where it is restricted.
+    """Return the number of processors that this process may use, at least 1.
 
-    A restriction is a processor affinity (`taskset`, Slurm, Docker's `--cpuset-cpus`) or a share of time that a control
-    group allows (Docker's `--cpus`, Kubernetes' limits), rounded down.
+    It is limited by processor affinity (`taskset`, Slurm, Docker's `--cpuset-cpus`) and by the processor time that a
+    control group allows (Docker's `--cpus`, Kubernetes' limits), rounded down.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *_group_limits()]))
+    return max(1, min([allowed, *_read_processor_limits()]))
 
 
 def find_gpus() -> list[str]:
-    """Return the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not asked."""
+    """Return the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without importing torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.replace(" ", "").split(",") if name and name != "-1"]
     return [*_ask_driver()]
@@ -29,7 +29,7 @@ def find_gpus() -> list[str]:
 
 @cache
 def _ask_driver() -> tuple[str, ...]:
-    """Return the machine's NVIDIA GPUs; the driver is asked once, which takes a second."""
+    """Return the indices of the machine's NVIDIA GPUs; cached, since the query takes a second."""
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -38,37 +38,37 @@ def _ask_driver() -> tuple[str, ...]:
     return (*done.stdout.split(),)
 
 
-def free_memory() -> int:
-    """Return how many bytes of memory this process may still have; the machine's whole where nothing tells."""
+def measure_free_memory() -> int:
+    """Return the bytes of memory that this process may still allocate; the machine's total if no file tells."""
     try:
-        available = re.search(r"^MemAvailable: *(\d+) kB$", MEMORY.read_text(encoding="ascii"), re.MULTILINE)
+        available = re.search(r"^MemAvailable: *(\d+) kB$", MEMINFO_PATH.read_text(encoding="ascii"), re.MULTILINE)
         free = int(available[1]) * 1024 if available else 0
     except OSError:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for folder in _groups():
+    for folder in _find_control_groups():
         try:
-            limit, used = (int((folder / f"memory.{what}").read_text(encoding="ascii")) for what in ("max", "current"))
+            limit, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
             cached = re.search(r"^file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
-            free = min(free, limit - used + int(cached[1] if cached else 0))  # what files are cached in can be had
+            free = min(free, limit - used + int(cached[1] if cached else 0))  # the page cache can be reclaimed
         except (OSError, ValueError):  # no such file, or "max": unlimited
             continue
     return free
 
 
-def _groups() -> list[Path]:
-    """Return the folders of this process's control group and of all that hold it."""
+def _find_control_groups() -> list[Path]:
+    """Return the folders of this process's control group and of its parents."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").split("\n")
-        group = CGROUPS / next(line[4:] for line in lines if line.startswith("0::/"))
+        group = CGROUP_ROOT / next(line[4:] for line in lines if line.startswith("0::/"))
     except (OSError, StopIteration, UnicodeDecodeError):
         return []
     return [group, *group.parents]
 
 
-def _group_limits() -> list[int]:
-    """Return the groups' limits in processors."""
+def _read_processor_limits() -> list[int]:
+    """Return the processor limits of the control groups, rounded down."""
     limits = []
-    for folder in _groups():
+    for folder in _find_control_groups():
         try:
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             limits.append(int(quota) // int(period))

@@ -1,4 +1,4 @@
-"""What every program does alike: exit codes, signals, logging to the terminal, and output that no terminal refuses."""
+"""Parts shared by all programs: exit codes, signals, logging to the terminal, and safe output."""
 
 import codecs
 import errno
@@ -17,30 +17,30 @@ from multiprocessing import resource_tracker
 from cdc_mmpg.errors import CDCError, ConfigError, DataError
 from cdc_mmpg.launchers import find_launch, requeue
 
-# What a full disk, a quota or a read-only place says, and what else a system refuses, wherever in a run.
-REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+# Errors that any write of a run can raise: a full disk, a quota, a read-only place, too many open files.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
                   errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)  # fmt: skip
-SPELLED_OUT = "cdc_mmpg.spelled_out"  # name of the error handler below
-# ASCII for the signs of our tables and messages: without its sign a figure would be another one.
-ASCII = {"±": "+-", "−": "-", "–": "-", "×": "x", "·": "-", "→": "->", "≤": "<=", "≥": ">=", "°": " degrees",
+SPELL_OUT_HANDLER = "cdc_mmpg.spelled_out"  # name of the codec error handler `spell_out`
+# ASCII for the symbols of tables and messages; dropping them would change the figures.
+ASCII_SPELLINGS = {"±": "+-", "−": "-", "–": "-", "×": "x", "·": "-", "→": "->", "≤": "<=", "≥": ">=", "°": " degrees",
          "…": "...", "“": '"', "”": '"', "’": "'", "─": "-", "━": "-", "†": "*", "‡": "**", "§": "***"}  # fmt: skip
-# What SLURM sends before the time limit (#SBATCH --signal=SIGUSR1@90): the job is to be started again.
-REQUEUE = signal.SIGUSR1
+# SLURM sends it before the time limit (#SBATCH --signal=SIGUSR1@90); the job is then requeued.
+REQUEUE_SIGNAL = signal.SIGUSR1
 
 
-def exit_code(function: Callable[[], None]) -> int:
-    """Run a program that is `function` and return its exit code.
+def run_to_exit_code(function: Callable[[], None]) -> int:
+    """Run `function`; print a CDCError as one message on the standard error; return the exit code.
 
-    A CDCError is one message on the standard error. Output is safe in any encoding, and a reader that leaves (`| head`)
-    ends the program quietly, with 141.
+    Output is safe in any encoding. If the reader of standard output exits (`| head`), the program ends silently with
+    141.
     """
     protect_output()
-    os.environ["MPLBACKEND"] = "agg"  # figures are files, and a backend that is not there stops every import of it
+    os.environ["MPLBACKEND"] = "agg"  # figures are files, and a missing backend makes the import fail
     try:
         function()
-    except Stopped as error:  # last, when no progress bar draws any more
-        how = "type the same command again to go on"
-        if error.number == REQUEUE:
+    except Stopped as error:  # handled here because all progress bars have ended
+        how = "run the same command again to resume"
+        if error.number == REQUEUE_SIGNAL:
             leads = find_launch().rank == 0 if error.leads is None else error.leads
             how = requeue() if leads else "the first process asks SLURM to start the job again"
         logging.getLogger("cdc_mmpg").warning("stopped by %s; %s", signal.Signals(error.number).name, how)
@@ -51,7 +51,7 @@ def exit_code(function: Callable[[], None]) -> int:
         lost = find_lost_output() if isinstance(error, OSError) else None
         if lost:
             return end_without_output(lost)
-        ours = _cause(error)
+        ours = _find_cause(error)
         if ours is None:
             raise
         print_error(f"{type(ours).__name__}: {ours}")
@@ -62,64 +62,62 @@ def exit_code(function: Callable[[], None]) -> int:
     return end_without_output(lost) if lost else 0
 
 
-def _cause(error: BaseException | None) -> CDCError | None:
-    """What of our own lies behind an error: the parser wraps what a class raises into errors of its own."""
+def _find_cause(error: BaseException | None) -> CDCError | None:
+    """Return the CDCError behind an exception, if any: the parser wraps exceptions of the classes that it builds."""
     while error is not None:
         if isinstance(error, CDCError):
             if not str(error).startswith("Caught "):
                 return error
-            # A loader process hands its error over with its own traceback in the text.
+            # An error from a loader process has that process's traceback in its text.
             return type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2])
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
-            return DataError(f"a process that loads batches hung or was killed: {error}")
-        if trouble := _explain_machine(error):
-            return trouble
+            return DataError(f"a loader process hung or was killed: {error}")
+        if failure := _explain_machine(error):
+            return failure
         error = error.__cause__ or error.__context__
     return None
 
 
 def _explain_machine(error: BaseException) -> CDCError | None:
-    """Return what the machine has run out of, refuses or has ended, as an error of ours; None of another error."""
-    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):  # torch's, which need not be here
+    """Return a CDCError for a failure of the machine (memory, disk, another process); None for other errors."""
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):  # torch may not be installed
         reason = str(error).strip().partition("\n")[0].partition(" Of the allocated")[0]
         return ConfigError(
-            f"the GPU's memory does not do: {reason} Take a smaller batch and as many more for a step "
-            "(ARGS=--data.init_args.per_device=64), PRECISION=bf16-mixed, or end "
-            "what else runs there"
+            f"the GPU is out of memory: {reason} Accumulate smaller batches (ARGS=--data.init_args.per_device=64), use "
+            "PRECISION=bf16-mixed, or end other processes on the GPU"
         )
     if type(error).__name__ == "DistBackendError" or "Connection closed by peer" in str(error):
-        return CDCError("another process of this run has ended: its own message says why")
+        return CDCError("another process of this run has ended: see its message")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return ConfigError(
-            "the machine's memory does not do: take a smaller batch and as many more for a step "
-            "(ARGS=--data.init_args.per_device=64), fewer loader processes "
-            "(--data.init_args.num_workers=1), or end what else runs here"
+            "the machine is out of memory: accumulate smaller batches (ARGS=--data.init_args.per_device=64), use fewer "
+            "loader processes (--data.init_args.num_workers=1), or end other programs"
         )
-    if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return CDCError(
             f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room, or make the place "
-            "writable, and type the same command again"
+            "writable, and run the same command again"
         )
     return None
 
 
 class PlainFormatter(logging.Formatter):
-    """Messages without control characters: they name files and words that others chose."""
+    """Formatter that escapes control characters: messages contain names and text from outside."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record's message."""
+        """Return a record's message with control characters escaped."""
         return escape_controls(super().format(record))
 
 
 def log_to_terminal() -> None:
-    """Our own messages, and of Lightning's the warnings."""
+    """Log the project's messages and Lightning's warnings to the terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     for name in ("cdc_mmpg", "data_modules"):
-        # Of several processes the first one speaks; a rank without a number of processes is not of this command.
-        other = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
-        logging.getLogger(name).setLevel(logging.ERROR if other else logging.INFO)
+        # Only the first of several processes logs. LOCAL_RANK without WORLD_SIZE does not belong to this command.
+        is_other_rank = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+        logging.getLogger(name).setLevel(logging.ERROR if is_other_rank else logging.INFO)
     for name, level in (("lightning.pytorch", logging.WARNING), ("lightning.fabric", logging.WARNING),
                         ("huggingface_hub", logging.ERROR)):  # fmt: skip
         logging.getLogger(name).setLevel(level)
@@ -130,27 +128,27 @@ def log_to_terminal() -> None:
 
 
 class Stopped(SystemExit):
-    """The end of a command by a signal, with exit code 128 + its number; `exit_code` says how to go on.
+    """End of a command by a signal, with exit code 128 + its number; `run_to_exit_code` prints how to resume.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
-        self.leads: bool | None = None  # whether this process speaks for the run; None before the run knows
+        self.leads: bool | None = None  # whether this process is the run's first; None before the run has ranks
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals to handle: SIGHUP unless it is ignored (nohup), SIGUSR1 in a job of SLURM alone."""
+    """Return the signals to handle: SIGHUP unless it is ignored (nohup), SIGUSR1 only in a SLURM job."""
     numbers = [signal.SIGTERM, signal.SIGINT]
     numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [*numbers, REQUEUE] if os.environ.get("SLURM_JOB_ID") else numbers
+    return [*numbers, REQUEUE_SIGNAL] if os.environ.get("SLURM_JOB_ID") else numbers
 
 
 def drop_terminal(number: int) -> None:
-    """After SIGHUP send all further output that goes to no file to nowhere: the terminal is gone, and writing fails."""
+    """Redirect standard output and error to /dev/null after SIGHUP, unless they are files: the terminal is gone."""
     if number == signal.SIGHUP:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -160,30 +158,30 @@ def drop_terminal(number: int) -> None:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Leave stopping to the process that started this helper: Ctrl-C, a closed terminal and SLURM reach them all."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, REQUEUE):
+    """Ignore stop signals in a helper process: they reach the whole group, and the parent process handles them."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, REQUEUE_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_on_signals() -> None:
-    """End with 128 + the signal's number, cleaning up."""
+def exit_on_signals() -> None:
+    """Install handlers that end the program with 128 + the signal's number and run its cleanup."""
     for number in stop_signals():
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_on_signal)
 
 
 @contextmanager
 def hold_signals(for_helpers: bool = False) -> Iterator[None]:
-    """Answer signals after the block, in which processes start: one that is stopped while it starts prints a traceback.
+    """Defer signals until the end of a block that starts processes: one stopped during its start prints a traceback.
 
     Args:
-        for_helpers: the processes never hear Ctrl-C or a closed terminal, which this process answers.
+        for_helpers: whether the processes inherit a mask that blocks SIGINT and SIGHUP, which this process handles.
     """
-    if threading.current_thread() is not threading.main_thread():  # others handle no signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     held: list[int] = []
     if for_helpers:
-        resource_tracker.ensure_running()  # it starts with the first lock and lets signals through from then on
+        resource_tracker.ensure_running()  # else it starts with the first lock and unblocks the signals
     before = {number: signal.signal(number, lambda caught, _: held.append(caught)) for number in stop_signals()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP) if for_helpers else ())
     try:
@@ -196,33 +194,33 @@ def hold_signals(for_helpers: bool = False) -> Iterator[None]:
             signal.raise_signal(caught)
 
 
-def _leave(number: int, frame: object) -> None:
+def _exit_on_signal(number: int, frame: object) -> None:
     drop_terminal(number)
-    if number == REQUEUE:  # srun ends all tasks when one has left: that does not stop the requeue
+    if number == REQUEUE_SIGNAL:  # srun terminates all tasks when one exits; that must not stop the requeue
         ignore_stop_signals()
     raise Stopped(number)
 
 
-# Standard output and error: what they cannot show is spelled out, and a reader that leaves is no fault
+# Standard output and error: characters they cannot encode are spelled out, and a reader that exits is no error
 
 
 def spell_out(error: UnicodeError) -> tuple[str, int]:
-    """Return an ASCII spelling of characters that an encoding lacks, and where to go on (see `codecs.register_error`).
+    """Return an ASCII spelling of characters that an encoding lacks, and where to resume (see `codecs.register_error`).
 
     Raises:
-        UnicodeError: something is decoded, not encoded.
+        UnicodeError: the error is one of decoding.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    return "".join(ASCII.get(letter) or _escape(letter) for letter in lacking), error.end
+    return "".join(ASCII_SPELLINGS.get(letter) or _escape(letter) for letter in lacking), error.end
 
 
-codecs.register_error(SPELLED_OUT, spell_out)
+codecs.register_error(SPELL_OUT_HANDLER, spell_out)
 
 
 def escape_controls(text: str) -> str:
-    """Return a text with its control characters, but line feeds and tabs, as escapes: foreign names may hold some."""
+    """Return a text with control characters escaped, except line feeds and tabs: names from outside may hold some."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else _escape(letter) for letter in text)
 
 
@@ -231,26 +229,26 @@ def _escape(letter: str) -> str:
 
 
 def protect_output() -> None:
-    """Let standard output and error take any text, whatever their encoding."""
+    """Make standard output and error accept any text, in any encoding."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # neither a closed one nor a test's
-            stream.reconfigure(errors=SPELLED_OUT)
+        if hasattr(stream, "reconfigure"):  # absent on a closed stream and on a test's
+            stream.reconfigure(errors=SPELL_OUT_HANDLER)
 
 
 def print_error(text: str) -> None:
-    """Print a message on the standard error, if anybody reads it."""
+    """Print a message on the standard error; ignore a closed stream."""
     with suppress(OSError):
         print(escape_controls(text), file=sys.stderr, flush=True)
 
 
 def find_lost_output() -> OSError | None:
-    """Return why standard output takes no more, and send the rest nowhere; None where it is in order."""
+    """Flush standard output; on failure redirect it to /dev/null and return the error, else None."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-            _check_reader()  # a long text that failed is not flushed again
+            _check_reader()  # a failed write of a long text leaves nothing to flush
     except OSError as error:
-        with suppress(OSError, ValueError):  # of a stream without a descriptor nothing is left to flush
+        with suppress(OSError, ValueError):  # a stream without a descriptor has nothing left to flush
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
@@ -259,8 +257,8 @@ def find_lost_output() -> OSError | None:
 
 
 def _check_reader() -> None:
-    """Raise BrokenPipeError where standard output is a pipe that nobody reads."""
-    with suppress(ValueError, AttributeError):  # no descriptor; no `poll` on this system
+    """Raise BrokenPipeError if standard output is a pipe without a reader."""
+    with suppress(ValueError, AttributeError):  # no descriptor, or a system without `poll`
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         if any(events & select.POLLERR for _, events in poll.poll(0)):
@@ -268,8 +266,8 @@ def _check_reader() -> None:
 
 
 def end_without_output(error: OSError) -> int:
-    """Return the exit code of a program whose standard output is lost: quietly where its reader left (`| head`)."""
+    """Return the exit code after a failure of standard output; print it, unless the reader exited (`| head`)."""
     if error.errno == errno.EPIPE:
         return 128 + signal.SIGPIPE
-    print_error(f"CDCError: standard output cannot be written ({error.strerror}): make room, or send it elsewhere")
+    print_error(f"CDCError: standard output cannot be written ({error.strerror}): make room, or redirect it")
     return CDCError.exit_code

@@ -1,4 +1,4 @@
-"""results.json: what a run was and what came out, written last, so that it marks a finished run."""
+"""results.json: settings and results of a run. It is written last and so marks a finished run."""
 
 import hashlib
 import json
@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.files import atomic_write, file_digest
+from cdc_mmpg.files import atomic_write, hash_file
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"  # of a run: its whole configuration
-INPUTS = "inputs.json"  # digests of what it began with
+CONFIG = "config.yaml"  # in the folder of a run: its complete configuration
+INPUTS = "inputs.json"  # digests of the files that the run started from
 RESULTS = "results.json"
-ANNOTATED = "content of data.init_args.root (annotations)"  # in `INPUTS`
-RESUME = "resume"  # folder of a run with its last two complete states; gone when it has results
-ANNOTATIONS = (".json", ".jsonl", ".csv", ".txt")
-SOURCES = ("src", "experiments", "data_modules")  # folders of the repository whose files make a run
+ANNOTATIONS_KEY = "content of data.init_args.root (annotations)"  # key of `INPUTS`
+RESUME = "resume"  # in the folder of a run: its last two complete states, deleted when it has results
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+SOURCE_FOLDERS = ("src", "experiments", "data_modules")  # folders of the repository with the code and settings of a run
 
-# Where and how fast a run computes, not what: these may change between a run and its resumption.
-SURROUNDINGS = (
+# Keys that affect where and how fast a run computes, not what: they may differ when it is resumed.
+RUNTIME_ONLY_KEYS = (
     "data.init_args.root", "data.init_args.cache_dir", "data.init_args.num_workers", "data.init_args.vocab",
     "data.init_args.per_device", "data.init_args.frame_cache", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
 )  # fmt: skip
 
-# Types of what others read of results.json, where it is there and not null; "*" stands for every other key.
+# Types of the values of results.json that other code reads, if present and not null; "*" is any other key.
 Shape = Any
 NUMBER = (int, float)
-_CELLS = {"*": {"*": {"*": {"*": NUMBER}}}}  # by case, group of devices, type of question
-SHAPE: Shape = {
+_CELLS = {"*": {"*": {"*": {"*": NUMBER}}}}  # by condition, group of devices, type of question
+RESULTS_SHAPE: Shape = {
     **dict.fromkeys(("dataset", "method", "task", "protocol", "monitor", "machine", "devices", "commit", "finished",
                      "encoder", "reasoner", "fingerprint"), str),
     **dict.fromkeys(("seed", "best_epoch", "epochs"), int),
@@ -53,21 +53,21 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "timm", "av", 
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON, whole or not at all; numbers that are not finite, which JSON lacks, become null and are named."""
+    """Write JSON atomically; non-finite numbers, which JSON lacks, become null and are named in a warning."""
     lost: list[str] = []
-    content = _finite(content, "", lost)
+    content = _replace_non_finite(content, "", lost)
     if lost:
         logger.warning("%s: not finite, written as null: %s", path, ", ".join(lost))
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
-def _finite(content: Any, place: str, lost: list[str]) -> Any:
-    """Return JSON content with None for numbers that are not finite, whose places are added to `lost`."""
+def _replace_non_finite(content: Any, place: str, lost: list[str]) -> Any:
+    """Return JSON content with None for non-finite numbers, whose JSON pointers are appended to `lost`."""
     if isinstance(content, dict):
-        return {key: _finite(value, f"{place}/{key}", lost) for key, value in content.items()}
+        return {key: _replace_non_finite(value, f"{place}/{key}", lost) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value, f"{place}/{number}", lost) for number, value in enumerate(content)]
+        return [_replace_non_finite(value, f"{place}/{number}", lost) for number, value in enumerate(content)]
     if isinstance(content, float) and not math.isfinite(content):
         lost.append(place)
         return None
@@ -75,67 +75,67 @@ def _finite(content: Any, place: str, lost: list[str]) -> Any:
 
 
 def fingerprint(arguments: Sequence[str]) -> str:
-    """A digest of a command: its arguments, and the content of the weights and configurations that they name."""
+    """Return a digest of a command: its arguments, and the weights, configurations and annotations that they name."""
     digest = hashlib.sha256(repr(list(arguments)).encode())
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         path = Path(value if equals else following)
         if name.startswith(("--model.", "--config", "-c")) and path.is_file():
-            digest.update(file_digest(path).encode())
+            digest.update(hash_file(path).encode())
         if name == "--data.init_args.root" and path.is_dir():
-            digest.update(annotations_digest(path).encode())
+            digest.update(hash_annotations(path).encode())
     return digest.hexdigest()
 
 
 def find_dataset_config(arguments: Sequence[str]) -> Path | None:
-    """Return the file with the dataset's configuration that a command line names, None where it names none."""
+    """Return the path of the dataset's configuration on a command line, None if there is none."""
     paths = (Path(name.removeprefix("--config=")) for name in arguments)
     return next((path for path in paths if path.parent.name == "datasets" and path.is_file()), None)
 
 
-def annotations_digest(root: Path) -> str:
-    """Of the content of a dataset's annotation files, in its folder and in those just below."""
+def hash_annotations(root: Path) -> str:
+    """Return a digest of a dataset's annotation files, down to its subfolders; a DataError names an unreadable one."""
     digest, root = hashlib.sha256(), root.expanduser()
     for pattern in ("*", "*/*"):
         for path in sorted(root.glob(pattern)):
             try:
-                if path.suffix.lower() in ANNOTATIONS and path.is_file():
-                    digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode(errors="surrogateescape"))
+                if path.suffix.lower() in ANNOTATION_SUFFIXES and path.is_file():
+                    digest.update(f"{path.relative_to(root)} {hash_file(path)}\n".encode(errors="surrogateescape"))
             except OSError as error:
-                raise DataError(f"{path}: may not be read ({error.strerror}): mend that") from error
+                raise DataError(f"{path}: cannot be read ({error.strerror}): make it readable") from error
     return digest.hexdigest()
 
 
 def find_results(folder: Path, pattern: str) -> list[Path]:
     """Return the results.json of the runs in a folder, in the order of their paths.
 
-    Path.glob fails on the first entry that cannot be looked into, such as a link in a circle; here it is no run.
+    Entries that cannot be opened, such as a circular link, are skipped; Path.glob would fail on the first of them.
 
     Args:
-        folder: where to look.
-        pattern: of the runs below it, such as "*/seed*".
+        folder: folder to search.
+        pattern: glob pattern of the runs' folders below it, such as "*/seed*".
     """
     return sorted(folder / name for name in glob(f"{pattern}/{RESULTS}", root_dir=folder))
 
 
 def read_results(run: Path) -> dict[str, Any] | None:
-    """Return the results of a finished run, None of any other; damaged ones count as none, with a warning."""
+    """Return the results of a finished run, else None; log a warning for a damaged file and return None."""
     path = run / RESULTS
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if (place := find_misfit(results)) is not None:
-            raise ValueError(f"{place or 'the whole'} is not what a test writes there")
+            raise ValueError(f"unexpected value at {place or 'the top level'}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s: damaged (%s): left out; delete the folder and train anew", path, error)
+        logger.warning("%s: damaged (%s): ignored; delete the folder and train anew", path, error)
         return None
-    found: dict[str, Any] = results
-    return found
+    checked: dict[str, Any] = results
+    return checked
 
 
-def find_misfit(results: Any, shape: Shape = SHAPE) -> str | None:
-    """Return the place (a JSON pointer) of the first value of another type than `SHAPE` says, None where all fit."""
+def find_misfit(results: Any, shape: Shape = RESULTS_SHAPE) -> str | None:
+    """Return the JSON pointer of the first value whose type differs from `shape`, None if all match."""
     if not isinstance(results, dict):
         return ""
     for cases in (results.get("accuracy"), results.get("floors")):
@@ -144,10 +144,10 @@ def find_misfit(results: Any, shape: Shape = SHAPE) -> str | None:
                 for cell in kinds.values() if isinstance(kinds, dict) else ():
                     if not isinstance(cell, dict) or any(cell.get(key) is None for key in ("value", "low", "high")):
                         return "/accuracy or /floors"
-    return _misfit(results, shape, "")
+    return _find_misfit(results, shape, "")
 
 
-def _misfit(value: Any, shape: Shape, place: str) -> str | None:
+def _find_misfit(value: Any, shape: Shape, place: str) -> str | None:
     if value is None or shape is None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
@@ -158,7 +158,7 @@ def _misfit(value: Any, shape: Shape, place: str) -> str | None:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
             inner = shape[0] if isinstance(shape, list) else shape.get(key, shape.get("*"))
-            if (found := _misfit(part, inner, f"{place}/{key}")) is not None:
+            if (found := _find_misfit(part, inner, f"{place}/{key}")) is not None:
                 return found
         return None
     return None if isinstance(value, shape) else place
@@ -168,9 +168,9 @@ def read_settings(run: Path) -> dict[str, Any]:
     """Return the configuration of a run.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is missing or damaged.
     """
-    import yaml  # noqa: PLC0415  the device has none
+    import yaml  # noqa: PLC0415  not installed on a device
 
     path = run / CONFIG
     try:
@@ -179,12 +179,12 @@ def read_settings(run: Path) -> dict[str, Any]:
             raise TypeError(f"holds a {type(settings).__name__}")
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not the configuration of a run ({reason}): put it back, or train anew") from error
+        raise ConfigError(f"{path}: not the configuration of a run ({reason}): restore it, or train anew") from error
     return settings
 
 
 def read_inputs(run: Path) -> dict[str, str]:
-    """Return the digests of what a run began with, none of a run that noted none.
+    """Return the digests of the files that a run started from; empty if the run has no `INPUTS`.
 
     Raises:
         ConfigError: the file is damaged.
@@ -195,18 +195,18 @@ def read_inputs(run: Path) -> dict[str, str]:
         if not isinstance(inputs, dict):
             raise TypeError(f"holds a {type(inputs).__name__}")
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error}): put it back, or delete {run} to train anew") from error
+        raise ConfigError(f"{path}: damaged ({error}): restore it, or delete {run} to train anew") from error
     return inputs
 
 
 def provenance() -> dict[str, Any]:
-    """The commit and the versions that made a result."""
+    """Return the commit and the package versions that produce a result."""
     here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
-    untracked = [f":/{folder}" for folder in SOURCES]  # from the top of the repository
+    commit = _run_git(here, "rev-parse", "HEAD")
+    untracked = [f":/{folder}" for folder in SOURCE_FOLDERS]  # relative to the top of the repository
     if commit and (
-        _git(here, "status", "--porcelain", "--untracked-files=no")
-        or _git(here, "status", "--porcelain", "--untracked-files=all", "--", *untracked)
+        _run_git(here, "status", "--porcelain", "--untracked-files=no")
+        or _run_git(here, "status", "--porcelain", "--untracked-files=all", "--", *untracked)
     ):
         commit += "-dirty"
     return {
@@ -215,7 +215,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _run_git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Ask a machine with a GPU, in about six minutes, all that a CPU cannot show: bash tests/gpu/gpu_check.sh
-# Every part has a limit of its own and none stops the others. The last line printed is GPU_CHECK_JSON {...}; $OUT has the files.
-#   SMALL=1: every part in small, on a CPU. PY: the Python. TOTAL: seconds for everything; later parts are left out.
-#   ONLY="train runs": these parts alone. PARTS, WORK, OUT: folders for results, for what is trained, for what is kept.
-#   A folder whl beside this script: packages to install first, for a machine without a network.
+# Run all checks that need a GPU, in about six minutes: bash tests/gpu/gpu_check.sh
+# Every part has a time limit; a failed part does not stop the others. The last line is GPU_CHECK_JSON {...}; $OUT has the files.
+#   SMALL=1: tiny sizes for a CPU. PY: the Python interpreter. TOTAL: seconds for all parts; parts beyond it are skipped.
+#   ONLY="train runs": run only these parts. PARTS, WORK, OUT: folders for the results of parts, for runs, for the output.
+#   A folder `whl` next to this script: packages to install first, for a machine without network access.
 here=$(cd "$(dirname "$0")" && pwd)
 export PARTS=${PARTS:-/tmp/gpu_parts} WORK=${WORK:-/tmp/gpu_work} OUT=${OUT:-/tmp/gpu_out}
 export WANDB_MODE=disabled PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

@@ -1,1 +1,1 @@
-"""Speed: of training, of service and device, over a network."""
+"""Benchmarks of training, of service and device, and of the delay over a network."""

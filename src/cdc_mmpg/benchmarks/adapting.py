@@ -1,8 +1,8 @@
-"""What adapting takes on the device: seconds and memory, of every way at the paper's size, on one thread.
+"""Cost of adapting on the device: seconds and peak memory of every adaptation at the paper's size, on one thread.
 
-`make benchmark OF=adapting`: random weights and frames; each way in a process of its own, whose peak of memory is
-above what model and frames take. The session's share is what the device does: the anchors. Nothing here tells how well
-a way answers.
+`make benchmark OF=adapting` uses random weights and frames. Each adaptation runs in a separate process; its memory is
+the increase of the peak over model and frames. Of a session, only the device's part is measured: the anchors. Accuracy
+is not measured here.
 """
 
 import argparse
@@ -30,20 +30,20 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import OpenEnded
-from cdc_mmpg.program import exit_code, log_to_terminal
+from cdc_mmpg.program import log_to_terminal, run_to_exit_code
 
-QUESTIONS = 15  # that a device answers
-ANCHORS = 16
-CLASSES, WORDS, IMAGE_SIZE, DEPTH = 1001, 10, 224, 12  # of the paper's MSVD-QA
-LABEL_STEPS = 100
+QUESTIONS = 15  # number of questions of a device
+ANCHORS = 16  # number of clips of a session
+CLASSES, WORDS, IMAGE_SIZE, DEPTH = 1001, 10, 224, 12  # the paper's MSVD-QA; words per question, pixels, blocks
+LABEL_STEPS = 100  # number of fine-tuning steps
 
 
 class Device:
-    """A device with questions: a fine-tuned model's size, with random weights.
+    """A device with questions, and a model of the size of a fine-tuned one with random weights.
 
     Args:
-        image_size: pixels of a side of its frames.
-        depth: blocks of its encoder.
+        image_size: pixels per side of a frame.
+        depth: number of blocks of the encoder.
     """
 
     seed = 0
@@ -59,40 +59,40 @@ class Device:
         self.anchors = frames[:ANCHORS, 1:2]
 
     def answer(self) -> torch.Tensor:
-        """Return m̄ (Q, 192) of the questions, one at a time, after answering them."""
-        found = []
+        """Answer the questions one at a time, and return their m̄ (Q, 192)."""
+        fused = []
         with torch.no_grad():
             for place in range(QUESTIONS):
-                one = VideoTextBatch(*(part[place : place + 1] for part in self.batch))
-                features = self.model.encode(one).frame_features
+                question = VideoTextBatch(*(part[place : place + 1] for part in self.batch))
+                features = self.model.encode(question).frame_features
                 self.model(features)
-                found.append(self.model.fuse(features))
-        return torch.cat(found)
+                fused.append(self.model.fuse(features))
+        return torch.cat(fused)
 
     def collect_anchors(self) -> None:
-        """Do the device's part of a session: the anchor features of its clips, one at a time, and their mean."""
+        """Compute the anchor features of a session's clips, one at a time, and their mean."""
         prompt = torch.tensor([[101, *[103] * 8, 102]])
         with torch.no_grad():
-            found = [self.model.encoder(normalise(frame[None]), prompt, None).fused for frame in self.anchors]
-            torch.cat(found).mean(0)
+            features = [self.model.encoder(normalise(frame[None]), prompt, None).fused for frame in self.anchors]
+            torch.cat(features).mean(0)
 
     def train_on_labels(self) -> None:
-        """Fine-tune head and layer on as many labelled questions."""
+        """Fine-tune head and layer on `QUESTIONS` labelled questions."""
         with torch.no_grad():
             features = self.model.encode(self.batch).frame_features
         chosen = torch.arange(QUESTIONS)[None]
-        Comparison(self.model, self).fine_tuned(features, self.batch.labels, chosen, "head", 1e-3, (LABEL_STEPS,))
+        Comparison(self.model, self).fine_tune(features, self.batch.labels, chosen, "head", 1e-3, (LABEL_STEPS,))
 
-    def search(self) -> None:
-        """Search FOA's prompts."""
+    def search_foa_prompts(self) -> None:
+        """Search the prompts of FOA."""
         layers = len(self.model.encoder.transformer.blocks)
-        nothing = Statistics(torch.zeros(layers, FEATURE_DIM), torch.ones(layers, FEATURE_DIM))
+        statistics = Statistics(torch.zeros(layers, FEATURE_DIM), torch.ones(layers, FEATURE_DIM))
         with torch.no_grad():
-            search_prompts(self.model, [self.batch], nothing, 0.1, 0)
+            search_prompts(self.model, [self.batch], statistics, 0.1, 0)
 
 
-# What is done for the questions of a device in place of only answering them, or before.
-WAYS: dict[str, Callable[[Device], object]] = {
+# Adaptations by name: work done instead of only answering a device's questions, or before.
+ADAPTATIONS: dict[str, Callable[[Device], object]] = {
     "only answering": Device.answer,
     f"session: {ANCHORS} anchors, before": Device.collect_anchors,
     "T3A": lambda device: adjust_prototypes(device.model.head.phi(device.answer()), device.model.layer, 20),
@@ -101,41 +101,41 @@ WAYS: dict[str, Callable[[Device], object]] = {
     ),
     "FOA's shift": lambda device: shift_activations(device.answer(), torch.zeros(FEATURE_DIM), 1.0),
     "TENT": lambda device: adapt_by_entropy(device.model, [device.batch], 1e-3),
-    "FOA's prompts": Device.search,
+    "FOA's prompts": Device.search_foa_prompts,
     f"{QUESTIONS} labels, {LABEL_STEPS} steps, before": Device.train_on_labels,
 }
 
 
-def measure(device: Device, way: str) -> tuple[float, float | None]:
-    """Return seconds and the peak of memory in MB of a way, in this process; the peak is None where nobody tells it."""
-    before, began = _reset_peak(), perf_counter()
-    WAYS[way](device)
-    seconds, peak = perf_counter() - began, read_memory("VmHWM")
+def measure(device: Device, name: str) -> tuple[float, float | None]:
+    """Measure an adaptation here: seconds, and increase of peak memory in MB (None where unavailable)."""
+    before, start = _reset_peak(), perf_counter()
+    ADAPTATIONS[name](device)
+    seconds, peak = perf_counter() - start, read_memory("VmHWM")
     return seconds, None if before is None or peak is None else peak - before
 
 
-def measure_apart(device: Device, way: str) -> tuple[float, float | None]:
-    """Do `measure` in a process of its own, to which nothing of another way's memory is left.
+def measure_in_subprocess(device: Device, name: str) -> tuple[float, float | None]:
+    """Run `measure` in a separate process, so that memory of other adaptations is not counted.
 
     Raises:
-        CDCError: the process ended without figures.
+        CDCError: the process ended without a result.
     """
     context = multiprocessing.get_context("fork")
-    own, other = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: other.send(measure(device, way)))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(measure(device, name)))
     process.start()
-    other.close()
+    sender.close()
     try:
-        found: tuple[float, float | None] = own.recv()
+        figures: tuple[float, float | None] = receiver.recv()
     except EOFError as error:
-        raise CDCError(f"{way}: its process ended without figures; it may lack memory") from error
+        raise CDCError(f"{name}: its process ended without a result; the machine may lack memory") from error
     finally:
         process.join()
-    return found
+    return figures
 
 
 def _reset_peak() -> float | None:
-    """Begin the peak of this process's memory anew; return what it takes now, in MB."""
+    """Reset the peak memory of this process; return its current memory in MB, None where unavailable."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -144,27 +144,27 @@ def _reset_peak() -> float | None:
 
 
 def benchmark(image_size: int, depth: int) -> None:
-    """Measure every way in a process of its own, and print a table."""
+    """Measure every adaptation in a separate process, and print a table."""
     torch.set_num_threads(1)
     device = Device(image_size, depth)
     table = make_table(
         f"Adapting on the device: {QUESTIONS} questions, {image_size} pixels, depth {depth}, one thread",
-        ["way"], ["seconds", "× only answering", "MB more"],
+        ["adaptation"], ["seconds", "× only answering", "MB more"],
     )  # fmt: skip
-    alone = 0.0
-    for way in WAYS:
-        seconds, megabytes = measure_apart(device, way)
-        alone = alone or seconds
+    baseline_seconds = 0.0
+    for name in ADAPTATIONS:
+        seconds, megabytes = measure_in_subprocess(device, name)
+        baseline_seconds = baseline_seconds or seconds
         more = "–" if megabytes is None else f"{megabytes:,.0f}"
-        table.add_row(way, f"{seconds:.2f}", f"{seconds / alone:.2f}", more)
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / baseline_seconds:.2f}", more)
     Console().print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
+    """Run the benchmark; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="pixels of a side")
-    parser.add_argument("--depth", type=int, default=DEPTH, help="blocks of the encoder")
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="pixels per side of a frame")
+    parser.add_argument("--depth", type=int, default=DEPTH, help="number of blocks of the encoder")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    return exit_code(lambda: benchmark(options.image_size, options.depth))
+    return run_to_exit_code(lambda: benchmark(options.image_size, options.depth))

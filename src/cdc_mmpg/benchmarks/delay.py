@@ -1,13 +1,13 @@
-"""The time delay of the paper's Table 6 on a real socket: what a request for a layer takes beyond dividing by a rate.
+"""The time delay of the paper's Table 6 on a real socket: time of a layer request, compared with bytes / rate.
 
-A cloud service and a client, both real processes, stand in two network namespaces whose link passes 5, 15, 50 or 100
-MiB/s; where those cannot be had, on two sides of a throttling proxy on the loopback device. The generators have the
-paper's sizes and random weights: the delay depends on bytes. Written are `delay.json` and `delay.md`, whose columns
-`delay_cells` explains.
+A cloud service and a client run as processes in two network namespaces whose link has 5, 15, 50 or 100 MiB/s; if
+namespaces are not available, a throttling proxy on the loopback device connects them. The generators have the paper's
+sizes and random weights, since the delay depends only on bytes. The results are `delay.json` and `delay.md`;
+`delay_cells` explains their columns.
 
-A second, short series has 20 ms of delay each way: there round trips count. Packets are held back between two TUN
-devices, so that both ends speak TCP to each other; netem, which does the same, is missing in many kernels. A third
-has a whole answer of the device client, stage by stage, for every run of the dataset that was exported.
+A second, short series has 20 ms of delay each way, to show round trips. Packets are delayed between two TUN devices, so
+that both ends speak TCP to each other; netem does the same, but is missing in many kernels. A third series measures a
+complete answer of the device client by stage, for every exported run of the dataset.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from cdc_mmpg.benchmarks.delay_cells import (
     DELAY_CASES,
     FAR_DELAY_SECONDS,
     FAR_RATE,
+    IDLE_PAUSE_SECONDS,
     LINK_RATES,
-    PAUSE_SECONDS,
     DelayCase,
     summarise_cell,
 )
@@ -57,19 +57,19 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
+from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import provenance, write_json
 from cdc_mmpg.wire.messages import LayerKind, Versions
 
-logger = logging.getLogger("cdc_mmpg.benchmarks.delay")  # also as a program
+logger = logging.getLogger("cdc_mmpg.benchmarks.delay")  # not `__name__`, which differs when run as a program
 
 DELAY_JSON, DELAY_PAGE = "delay.json", "delay.md"
-CELL_REQUESTS = 30
-ENCODER_DIGEST = bytes(range(16))  # of no encoder: only generators are made
+CELL_REQUESTS = 30  # number of measured requests per cell
+ENCODER_DIGEST = bytes(range(16))  # placeholder: no encoder is created
 
 
 class ExportedDevice(NamedTuple):
-    """A run's device bundle, and what it is asked."""
+    """A run's device bundle with a clip and a question."""
 
     name: str  # <method>/<bundle>
     bundle: Path
@@ -78,55 +78,55 @@ class ExportedDevice(NamedTuple):
 
 
 class RunningService(NamedTuple):
-    """A service that is ready, and what its layers have to be."""
+    """A service, with the data to verify its layers."""
 
     case: DelayCase
     port: int
     versions: Versions
     public_key: bytes
-    key: str  # of the client
+    key: str  # access key of the client
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write; return the exit code (see `errors`)."""
+    """Run the measurement; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description="the time delay of the paper's Table 6, on a real socket")
-    parser.add_argument("folder", type=Path, help="checkpoints/<dataset>: delay.json and delay.md are written there")
-    parser.add_argument("--requests", type=int, default=CELL_REQUESTS, help="a cell")
+    parser.add_argument("folder", type=Path, help="checkpoints/<dataset>, for delay.json and delay.md")
+    parser.add_argument("--requests", type=int, default=CELL_REQUESTS, help="number of requests per cell")
     parser.add_argument(
-        "--congestion", default=CONGESTION, help=f"TCP's congestion control in the namespaces; default {CONGESTION}"
+        "--congestion", default=CONGESTION, help=f"TCP congestion control in the namespaces; default: {CONGESTION}"
     )
-    parser.add_argument("--proxy", action="store_true", help="a proxy on the loopback device, no network namespaces")
+    parser.add_argument("--proxy", action="store_true", help="use a proxy on the loopback device, no namespaces")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    leave_on_signals()
-    return exit_code(lambda: write_delay(options.folder, options.requests, options.proxy, options.congestion))
+    exit_on_signals()
+    return run_to_exit_code(lambda: write_delay(options.folder, options.requests, options.proxy, options.congestion))
 
 
 def write_delay(folder: Path, requests: int, proxy: bool, congestion: str = CONGESTION) -> None:
-    """Measure, print and write.
+    """Measure the delay, print the tables, and write `delay.json` and `delay.md`.
 
     Args:
-        folder: of a dataset's runs.
-        requests: a cell.
-        proxy: even where there could be namespaces.
-        congestion: TCP's congestion control in these.
+        folder: folder of a dataset's runs.
+        requests: number of requests per cell.
+        proxy: whether to use the proxy even if namespaces are available.
+        congestion: TCP congestion control in the namespaces.
 
     Raises:
-        ConfigError: there is no place for the folder, or nothing to measure.
+        ConfigError: the folder cannot exist, `requests` is below 1, or the congestion control is not available.
         CDCError: see `measure_delay`; or a file cannot be written.
     """
     if requests < 1:
-        raise ConfigError(f"--requests {requests}: at least 1")
+        raise ConfigError(f"--requests {requests}: must be at least 1")
     if not folder.is_dir():
         if folder.exists() or not folder.absolute().parent.is_dir():
-            raise ConfigError(f"{folder}: not a folder, nor could it be one: checkpoints/<dataset> is due")
+            raise ConfigError(f"{folder}: not a folder, and cannot be created: give checkpoints/<dataset>")
         try:
             folder.mkdir()
         except OSError as error:
-            raise CDCError(f"{folder}: cannot be made ({error.strerror or error})") from error
+            raise CDCError(f"{folder}: cannot be created ({error.strerror or error})") from error
     with ExitStack() as stack:
-        network, why = choose_network(stack, proxy, congestion)
-        result = measure_delay(DELAY_CASES, LINK_RATES, requests, network, why, find_exported_devices(folder))
+        network, reason = choose_network(stack, proxy, congestion)
+        result = measure_delay(DELAY_CASES, LINK_RATES, requests, network, reason, find_exported_devices(folder))
     print_tables(result)
     write_json(result, folder / DELAY_JSON)
     with atomic_write(folder / DELAY_PAGE) as file:
@@ -135,20 +135,20 @@ def write_delay(folder: Path, requests: int, proxy: bool, congestion: str = CONG
 
 
 def choose_network(stack: ExitStack, proxy: bool, congestion: str = CONGESTION) -> tuple[Network, str]:
-    """Return the network, which lasts until the stack ends, and why it is no better one.
+    """Return a network that lasts as long as the stack, and why it is the proxy, "" if this was chosen.
 
     Raises:
-        ConfigError: the kernel has no such congestion control.
+        ConfigError: the kernel does not have the congestion control.
     """
     if proxy:
         return Loopback(), ""
     known = read_tcp_settings([]).get("tcp_available_congestion_control", "").split()
     if known and congestion not in known:
-        raise ConfigError(f"--congestion {congestion}: this kernel has {', '.join(known)}")
+        raise ConfigError(f"--congestion {congestion}: not available in this kernel, choose from {', '.join(known)}")
     try:
         return stack.enter_context(Namespaces(congestion)), ""
     except CDCError as error:
-        logger.warning("no network namespaces, a proxy instead: %s", error)
+        logger.warning("network namespaces are not available, using a proxy: %s", error)
         return Loopback(), str(error)
 
 
@@ -157,18 +157,18 @@ def measure_delay(
     rates: Sequence[int],
     requests: int,
     network: Network,
-    why: str = "",
+    reason: str = "",
     bundles: Sequence[ExportedDevice] = (),
 ) -> dict[str, Any]:
-    """Measure all cells over a network and return what `delay.json` says.
+    """Measure all cells over a network and return the content of `delay.json`.
 
     Args:
-        cases: the generators.
-        rates: MiB/s.
-        requests: a cell.
-        network: where service and client stand.
-        why: it is the proxy, "" where nothing kept from namespaces.
-        bundles: of devices whose whole answers are measured.
+        cases: generators and kinds of layers to measure.
+        rates: rates of the link in MiB/s.
+        requests: number of requests per cell.
+        network: network that connects service and client.
+        reason: why namespaces are not available, "" if they are or the proxy was chosen.
+        bundles: device bundles whose complete answers are measured.
 
     Raises:
         CDCError: see `start_services` and `measure_cell`.
@@ -185,17 +185,17 @@ def measure_delay(
         for service in (services[0], *(other for other in services[1:] if other.case.native == "low_rank")):
             with network.link(service.port, FAR_RATE, FAR_DELAY_SECONDS) as link:
                 for connection in ("each", "idle", "kept"):
-                    few = max(2, requests // 3)
-                    far.append(measure_cell(client, service, service.case.kinds[0], link, FAR_RATE, few, connection))
+                    count, kind = max(2, requests // 3), service.case.kinds[0]
+                    far.append(measure_cell(client, service, kind, link, FAR_RATE, count, connection))
         answers = measure_answers(client, network, bundles, requests, Path(scratch))
         return {
             "answers": answers,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             **provenance(),
             "machine": {"processor": read_processor_name(), "processors": count_processors(),
-                        "kernel": platform.release(), **network.state()},
+                        "kernel": platform.release(), **network.read_settings()},
             "link": network.kind,
-            "why": why,
+            "why": reason,
             "weights": "random",
             "requests": requests,
             "rates_mib_s": list(rates),
@@ -226,9 +226,9 @@ def write_random_bundles(cases: Sequence[DelayCase], folder: Path) -> list[tuple
 
 @contextmanager
 def begin_service(network: Network, bundle: Path, keys: Path, log: Path, name: str) -> Iterator[LocalService]:
-    """Start a service on its side of the network, end it with the block; it is not ready yet."""
+    """Start a service on its side of the network without waiting until it is ready; stop it after the block."""
     options = ["--host", network.host, "--keys", str(keys)]
-    prefix = network.command("server")
+    prefix = network.command_prefix("server")
     service = LocalService(bundle, log, *options, name=f"the cloud service of {name}", prefix=prefix, own_session=True)
     try:
         service.begin()
@@ -241,19 +241,19 @@ def wait_until_ready(service: LocalService, client: Client, network: Network) ->
     """Wait until the client reaches a service.
 
     Raises:
-        CDCError: it does not come up.
+        CDCError: the service does not start.
     """
-    service.wait_until_ready(lambda: bool(client.ask(ready=f"{network.direct(service.port)}/ready")))
+    service.wait_until_ready(lambda: bool(client.ask(ready=f"{network.direct_url(service.port)}/ready")))
 
 
 @contextmanager
 def start_services(
     cases: Sequence[DelayCase], network: Network, folder: Path
 ) -> Iterator[tuple[Client, list[RunningService]]]:
-    """Start the services and a client, wait until all are ready, end them with the block.
+    """Start the services and a client, wait until all are ready, and stop them after the block.
 
     Raises:
-        CDCError: one does not come up.
+        CDCError: a process does not start.
     """
     bundles = write_random_bundles(cases, folder)
     key, keys = secrets.token_hex(16), folder / "keys"
@@ -265,14 +265,14 @@ def start_services(
             service = stack.enter_context(begin_service(network, folder / str(place), keys, log, case.name))
             services.append(service)
             running.append(RunningService(case, service.port, versions, public_key, key))
-        client = stack.enter_context(Client(network.command("client"), folder / "client"))
+        client = stack.enter_context(Client(network.command_prefix("client"), folder / "client"))
         for service in services:
             wait_until_ready(service, client, network)
         try:
             yield client, running
         finally:
-            for service in services:  # together: each takes a moment
-                service.ask_to_end()
+            for service in services:  # signal all before waiting for any, so that they stop in parallel
+                service.send_signal()
 
 
 def measure_cell(
@@ -284,61 +284,61 @@ def measure_cell(
     requests: int,
     connection: str = "kept",
 ) -> dict[str, Any]:
-    """Measure a cell (see `summarise_cell`) after one more request, which does not count.
+    """Measure a cell (see `summarise_cell`), after one warm-up request.
 
     Args:
-        client: it asks.
-        service: it answers.
-        kind: of the layers.
-        link: between them.
-        rate: of the link, MiB/s.
-        requests: that count.
-        connection: "kept" for one after the other, "idle" for a pause before each, "each" for a connection each.
+        client: client that sends the requests.
+        service: service that answers them.
+        kind: kind of the requested layers.
+        link: link between client and service.
+        rate: rate of the link in MiB/s.
+        requests: number of measured requests.
+        connection: "kept" to reuse one connection, "idle" to pause before each request, "each" for one per request.
 
     Raises:
-        CDCError: packets larger than a frame passed, or some were dropped.
+        CDCError: packets larger than a frame passed the link.
     """
     names = {name: value.hex() for name, value in service.versions._asdict().items()}
     command = {"url": link.url, "key": service.key, "public_key": service.public_key.hex(), **names,
                "layout": list(service.case.layout(kind))}  # fmt: skip
     client.ask(**command, requests=1, connection="new", pause=0)
     before = link.counts()
-    pause = PAUSE_SECONDS if connection == "idle" else 0
+    pause = IDLE_PAUSE_SECONDS if connection == "idle" else 0
     replies = client.ask(**command, requests=requests, connection=connection, pause=pause)
     passed = LinkCounts(*(after - then for after, then in zip(link.counts(), before, strict=True)))
     for count_bytes, packets in ((passed.up_bytes, passed.up_packets), (passed.down_bytes, passed.down_packets)):
         if packets and count_bytes / packets > FRAME_BYTES:
-            raise CDCError(f"packets of {count_bytes / packets:.0f} bytes pass the link: offloads are on, and a token "
-                           "bucket does not hold them back; --proxy measures without")  # fmt: skip
+            raise CDCError(f"packets of {count_bytes / packets:.0f} bytes pass the link: offloading is enabled, so the "
+                           "token bucket does not limit the rate; use --proxy")  # fmt: skip
     figures = summarise_cell(service.case, kind, rate, replies, passed)
     return {**figures, "connection": connection}
 
 
 def find_exported_devices(folder: Path) -> list[ExportedDevice]:
-    """Find the open-ended runs of a dataset that were exported, each with a clip and a question of its test."""
-    found = []
+    """Find the exported open-ended runs of a dataset, each with a clip and a question of its test set."""
+    devices = []
     for report in sorted(folder.glob("*/seed*/deployment/export.json")):
         run = report.parents[1]
         try:
             with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
-                asked = next(csv.DictReader(file))
-            clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{asked['clip']}.*"))
+                row = next(csv.DictReader(file))
+            clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{row['clip']}.*"))
         except (OSError, ValueError, StopIteration, KeyError, csv.Error):
             continue
         for name in ("device", "device-int8"):
-            found.append(ExportedDevice(f"{run.parent.name}/{name}", report.parent / name, clip, asked["question"]))
-    return found
+            devices.append(ExportedDevice(f"{run.parent.name}/{name}", report.parent / name, clip, row["question"]))
+    return devices
 
 
 def measure_answers(
     client: Client, network: Network, bundles: Sequence[ExportedDevice], requests: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Measure the stages of a device's answers at `FAR_RATE`, medians in milliseconds.
+    """Measure the stages of a device's answers at `FAR_RATE`, as medians in milliseconds.
 
     Raises:
-        CDCError: a service does not come up, or a layer did not come.
+        CDCError: a service does not start, or a layer was not received.
     """
-    found = []
+    answers = []
     keys = folder / "keys"
     for place, device in enumerate(bundles):
         log = folder / f"answers{place}"
@@ -350,10 +350,10 @@ def measure_answers(
                                      requests=requests)  # fmt: skip
         stages = {stage: float(np.median([reply.get(stage, 0.0) for reply in replies])) for stage in ANSWER_STAGES}
         whole = [reply["whole"] for reply in replies]
-        found.append({"name": device.name, "rate_mib_s": FAR_RATE, "stages_ms": stages,
-                      "whole_p50_ms": float(np.percentile(whole, 50)), "whole_p99_ms": float(np.percentile(whole, 99)),
-                      "requests": replies})  # fmt: skip
-    return found
+        answers.append({"name": device.name, "rate_mib_s": FAR_RATE, "stages_ms": stages,
+                        "whole_p50_ms": float(np.percentile(whole, 50)),
+                        "whole_p99_ms": float(np.percentile(whole, 99)), "requests": replies})  # fmt: skip
+    return answers
 
 
 def read_processor_name() -> str:

@@ -1,10 +1,10 @@
-"""What the delay is measured of: generators, rates, and the figures of one kind of layer over one link (a cell).
+"""Cells of the delay measurement: generators, rates, and the figures of one kind of layer over one link (a cell).
 
-payload     bytes of the layer's numbers; the paper's delay is these by the rate, 768 up and these down
-whole       from the first byte of the request to the last of the reply, at the client
-compute     of these what the service says that it generated and waited
-transfer    the others: the link, HTTP, TCP, the processes
-floor       the bytes that the kernel counted on the link, with every header and acknowledgement, by the rate
+payload     bytes of the layer's numbers; the paper's delay is 768 bytes up and the payload down, divided by the rate
+whole       time from the first byte of the request to the last of the reply, at the client
+compute     part of it that the service reports for generating and queueing
+transfer    rest of it: the link, HTTP, TCP, the processes
+floor       bytes that the kernel counted on the link, with all headers and acknowledgements, divided by the rate
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.wire.messages import UPLOAD_BYTES, LayerKind, Layout
 
 LINK_RATES = (5, 15, 50, 100)  # MiB/s
-FAR_RATE = 15  # MiB/s, of the series with delay and of whole answers
+FAR_RATE = 15  # MiB/s in the series with delay and of complete answers
 FAR_DELAY_SECONDS = 0.02  # each way
-PAUSE_SECONDS = 0.5  # more than TCP's timeout, after which a window may shrink
+IDLE_PAUSE_SECONDS = 0.5  # longer than TCP's timeout, after which a congestion window may shrink
 ANSWER_STAGES = ("decode", "encode", "anchor", "upload", "generate", "download", "verify", "swap", "answer")
 
 
 class DelayCase(NamedTuple):
-    """A generator, and the kinds of layers that are asked of it."""
+    """A generator, and the kinds of layers that are requested from it."""
 
     name: str
     outputs: int
     inputs: int = 96
     native: LayerKind = "float32"
-    number: int = 0  # the rank, or how many layers the basis has
+    number: int = 0  # rank for low_rank, number of layers for basis
     kinds: tuple[LayerKind, ...] = ("float32",)
 
     def layout(self, kind: LayerKind) -> Layout:
-        """Return the layout of a layer that is asked for."""
+        """Return the layout of a requested layer."""
         return Layout(kind, self.outputs, self.inputs + 1, self.number if kind == self.native else 0)
 
 
@@ -49,21 +49,21 @@ DELAY_CASES = (
 
 
 def divide_by_rate(count_bytes: int, rate: float) -> float:
-    """Return the paper's delay in milliseconds: bytes by MiB/s."""
+    """Return the paper's delay in milliseconds: bytes divided by a rate in MiB/s."""
     return 1000 * count_bytes / (rate * MIB)
 
 
 def summarise_cell(
     case: DelayCase, kind: LayerKind, rate: int, replies: Sequence[dict[str, float]], passed: LinkCounts
 ) -> dict[str, Any]:
-    """Return the figures of the requests for one kind of layer over one link, times in milliseconds.
+    """Summarise the requests for one kind of layer over one link; times are in milliseconds.
 
     Args:
-        case: the generator.
-        kind: of the layer.
-        rate: MiB/s of the link.
-        replies: "whole", "compute" and "verify" of each request.
-        passed: by the link meanwhile.
+        case: generator of the layers.
+        kind: kind of the layers.
+        rate: rate of the link in MiB/s.
+        replies: milliseconds "whole", "compute" and "verify" of each request.
+        passed: bytes and packets that passed the link during the requests.
     """
     layout = case.layout(kind)
     whole, compute, verify = (np.array([reply[name] for reply in replies]) for name in ("whole", "compute", "verify"))

@@ -1,6 +1,6 @@
-"""The client of the delay's measurement: a process of its own, with which lines of JSON are exchanged.
+"""Client process of the delay measurement, controlled by lines of JSON on stdin and stdout.
 
-`python -m cdc_mmpg.benchmarks.delay_client` is that process; `Client` talks to it.
+`python -m cdc_mmpg.benchmarks.delay_client` runs the process; `Client` starts and controls it.
 """
 
 import json
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cdc_mmpg.deployment.local import LocalProcess
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.program import exit_code
+from cdc_mmpg.program import run_to_exit_code
 from cdc_mmpg.wire.messages import LAYER_PATH, Layout, Versions, decode_layer, encode_upload
 
 ANSWER_TIMEOUT_SECONDS = 60
@@ -29,11 +29,11 @@ TIMING_PATTERN = re.compile(r"(\w+);dur=([\d.]+)")
 
 
 class Client(LocalProcess):
-    """The client's process in its block, with a line of JSON each way.
+    """The client process, as a context manager that runs it during its block.
 
     Args:
-        prefix: what its command begins with, as to run it elsewhere.
-        log: where its standard error goes.
+        prefix: words before the command, such as `ip netns exec <name>`.
+        log: path of the log file for stderr.
     """
 
     def __init__(self, prefix: Sequence[str], log: Path) -> None:
@@ -51,10 +51,10 @@ class Client(LocalProcess):
         self.stop()
 
     def ask(self, **command: Any) -> Any:
-        """Send a command of `serve_client` and return the reply.
+        """Send a command to `serve_client` and return the reply.
 
         Raises:
-            CDCError: the client ended.
+            CDCError: the client process ended.
         """
         assert self.process is not None
         assert self.process.stdin is not None
@@ -64,21 +64,21 @@ class Client(LocalProcess):
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise CDCError(f"the client ended:\n{self.log_tail()}")
+            raise CDCError(f"the client ended:\n{self.read_log_tail()}")
         return json.loads(line)
 
 
 def serve_client() -> None:
-    """Read commands as lines of JSON and write a reply for each, until the input ends.
+    """Read commands as lines of JSON from stdin and reply to each on stdout, until the input ends.
 
-    {"ready": url} -> whether that says 200. {"device": bundle, "url", "key", "video", "question", "requests"} -> what
-    `time_answers` returns. {"url", "key", "encoder", "generator", "public_key", "layout", "requests",
-    "connection", "pause"} -> a list of {"whole", "compute", "verify"}, milliseconds; connection is "new" for one that
-    is kept for what follows, "kept", or "each" for a new one for every request; before each are so many seconds' pause.
+    {"ready": url} -> whether the URL replies 200. {"device": bundle, "url", "key", "video", "question", "requests"} ->
+    the result of `time_answers`. {"url", "key", "encoder", "generator", "public_key", "layout", "requests",
+    "connection", "pause"} -> a list of {"whole", "compute", "verify"} in milliseconds. The connection is "new" to open
+    one and keep it, "kept" or "idle" to use the open one, or "each" for a new one per request; pause is in seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        del os.environ[name]  # the link is what is measured
+        del os.environ[name]  # requests must use the measured link
     probe, connection = (httpx2.Client(trust_env=False, timeout=1) for _ in range(2))
     for line in sys.stdin:
         command = json.loads(line)
@@ -108,12 +108,12 @@ def serve_client() -> None:
 
 
 def time_answers(bundle: Path, url: str, key: str, video: Path, question: str, requests: int) -> list[dict[str, float]]:
-    """Return the milliseconds of a device's stages and of the "whole" answer, each with its own layer, after one more.
+    """Return the milliseconds of each answer's stages and "whole", each with a new layer; one more is a warm-up.
 
     Raises:
-        CDCError: a layer did not come.
+        CDCError: a layer was not received.
     """
-    from cdc_mmpg.device import Device  # noqa: PLC0415  onnxruntime: not for the other series
+    from cdc_mmpg.device import Device  # noqa: PLC0415  the other series do not need onnxruntime
 
     device, times = Device(bundle, url, key=key, deadline=ANSWER_TIMEOUT_SECONDS), []
     for _ in range(requests + 1):
@@ -131,10 +131,10 @@ def time_answers(bundle: Path, url: str, key: str, video: Path, question: str, r
 def _time_request(
     connection: httpx2.Client, url: str, layout: Layout, versions: Versions, key: Ed25519PublicKey
 ) -> dict[str, float]:
-    """Return the milliseconds of a verified layer: "whole", "compute" and "verify".
+    """Request and verify a layer, and return the milliseconds "whole", "compute" and "verify".
 
     Raises:
-        CDCError: none came.
+        CDCError: the service refused the upload, or the layer is invalid.
     """
     feature = np.random.default_rng().uniform(-1, 1, FEATURE_DIM).astype(np.float32)
     upload = encode_upload(feature, layout, versions)
@@ -150,9 +150,9 @@ def _time_request(
 
 
 def read_server_timing(timing: str) -> dict[str, float]:
-    """Return the milliseconds of a `Server-Timing` header, by name."""
+    """Parse a `Server-Timing` header into milliseconds by name."""
     return {name: float(value) for name, value in TIMING_PATTERN.findall(timing)}
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(serve_client))
+    sys.exit(run_to_exit_code(serve_client))

@@ -1,4 +1,4 @@
-"""The measured delay as tables: on the terminal, and as Markdown."""
+"""Tables of the measured delay, for the terminal and as Markdown."""
 
 import sys
 from typing import Any
@@ -7,75 +7,75 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_RATE, PAUSE_SECONDS
+from cdc_mmpg.benchmarks.delay_cells import ANSWER_STAGES, FAR_RATE, IDLE_PAUSE_SECONDS
 from cdc_mmpg.wire.messages import UPLOAD_BYTES
 
 CELL_COLUMNS = ("layer", "kind", "MiB/s", "payload", "on the link", "paper up", "paper down", "floor", "whole p50",
                 "p99", "compute", "transfer", "/ floor", "verify")  # fmt: skip
 FAR_COLUMNS = ("layer", "kind", "connection", "payload", "whole p50", "p99", "compute", "transfer", "round trips")
 TEXT_COLUMNS = ("layer", "kind", "connection", "bundle")
-CONNECTION_NAMES = {"each": "new", "idle": f"kept, idle {PAUSE_SECONDS} s", "kept": "kept"}
+CONNECTION_NAMES = {"each": "new", "idle": f"kept, idle {IDLE_PAUSE_SECONDS} s", "kept": "kept"}
 
 
-def format_cell(found: dict[str, Any]) -> list[str]:
-    """Return a cell as a row of the first table."""
-    link = f"{found['link_up_bytes']:,.0f} + {found['link_down_bytes']:,.0f}"
+def format_cell(cell: dict[str, Any]) -> list[str]:
+    """Format a cell as a row of the first table."""
+    link = f"{cell['link_up_bytes']:,.0f} + {cell['link_down_bytes']:,.0f}"
     times = ("paper_up_ms", "paper_down_ms", "floor_ms", "whole_p50_ms", "whole_p99_ms", "compute_ms", "transfer_ms")
     return [
-        f"{found['case']}, {found['outputs']}", found["kind"], str(found["rate_mib_s"]), f"{found['payload_bytes']:,}",
-        link, *(f"{found[name]:.2f}" if found[name] < 10 else f"{found[name]:.1f}" for name in times),
-        f"{found['transfer_by_floor']:.2f}", f"{found['verify_ms']:.2f}",
+        f"{cell['case']}, {cell['outputs']}", cell["kind"], str(cell["rate_mib_s"]), f"{cell['payload_bytes']:,}",
+        link, *(f"{cell[name]:.2f}" if cell[name] < 10 else f"{cell[name]:.1f}" for name in times),
+        f"{cell['transfer_by_floor']:.2f}", f"{cell['verify_ms']:.2f}",
     ]  # fmt: skip
 
 
 def explain_cells(result: dict[str, Any]) -> list[str]:
-    """Return the remarks that the first table needs."""
+    """Return the remarks below the first table."""
     where = "Two network namespaces, a veth pair, a token bucket (tbf) at both ends"
-    counted = "the kernel's count, Ethernet headers and acknowledgements included"
+    counted = "the kernel's count, with Ethernet headers and acknowledgements"
     if result["link"] == "proxy":
         where = "A throttling proxy on the loopback device"
         where += f" ({result['why']})" if result["why"] else " (--proxy)"
-        counted = "what passed the proxy, HTTP's headers included, TCP's not"
+        counted = "bytes that passed the proxy, with HTTP's headers, but TCP's not"
     machine = result["machine"]
     return [
-        f"{where}; {result['requests']} requests a row over a kept connection, after one that does not count.",
+        f"{where}; {result['requests']} requests per row over a kept connection, after one warm-up request.",
         f"Random weights; uploads of {UPLOAD_BYTES} bytes, layers of payload + 132. On the link, up + down: {counted}.",
-        "Milliseconds. Paper: 768 bytes, and the payload, by the rate. Floor: both on the link by the rate. "
-        "Transfer: whole less compute (generate and wait, as the service says), medians. Acknowledgements are part of "
-        "the floor and pass meanwhile: up to 3 % less is possible.",
+        "Times in ms. Paper: 768 bytes and the payload, divided by the rate. Floor: bytes on the link, divided by the "
+        "rate. Transfer: median of whole - compute (generate and wait, as the service reports). Acknowledgements count "
+        "in the floor but pass in parallel: the transfer may be up to 3 % below it.",
         f"{machine['processors']} x {machine['processor']}, Linux {machine['kernel']}, "
         f"{machine.get('tcp_congestion_control', 'unknown congestion control')}; {result['made']}, "
         f"commit {result['commit']}.",
     ]
 
 
-def format_far_cell(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Return a cell of the series with delay as a row; round trips are the transfer beyond the payload by the rate."""
-    trips = (found["transfer_ms"] - found["paper_down_ms"]) / (2000 * result["delay"]["seconds_each_way"])
+def format_far_cell(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """Format a cell of the series with delay as a row; round trips are (transfer - payload / rate) / (2 delays)."""
+    trips = (cell["transfer_ms"] - cell["paper_down_ms"]) / (2000 * result["delay"]["seconds_each_way"])
     return [
-        f"{found['case']}, {found['outputs']}", found["kind"], CONNECTION_NAMES[found["connection"]],
-        f"{found['payload_bytes']:,}", f"{found['whole_p50_ms']:.1f}", f"{found['whole_p99_ms']:.1f}",
-        f"{found['compute_ms']:.1f}", f"{found['transfer_ms']:.1f}", f"{trips:.1f}",
+        f"{cell['case']}, {cell['outputs']}", cell["kind"], CONNECTION_NAMES[cell["connection"]],
+        f"{cell['payload_bytes']:,}", f"{cell['whole_p50_ms']:.1f}", f"{cell['whole_p99_ms']:.1f}",
+        f"{cell['compute_ms']:.1f}", f"{cell['transfer_ms']:.1f}", f"{trips:.1f}",
     ]  # fmt: skip
 
 
 def explain_far_cells(result: dict[str, Any]) -> str:
-    """Return the remark that the second table needs."""
+    """Return the remark below the second table."""
     delay = result["delay"]
     link = f"{1000 * delay['seconds_each_way']:.0f} ms each way at {delay['rate_mib_s']} MiB/s, "
     if delay["link"] == "TUN":
-        return link + "packets held back between two TUN devices. Round trips: transfer less payload / rate, by 40 ms."
+        return link + "packets delayed between two TUN devices. Round trips: (transfer - payload / rate) / 40 ms."
     return link + (
-        "held back by the proxy. It ends connections itself: a handshake, or a window that is small at first, costs no "
-        "round trip here, and so these figures do not show them."
+        "delayed by the proxy, which terminates TCP connections: handshakes and small initial windows cost no round "
+        "trips here, so these figures do not include them."
     )
 
 
 def build_tables(result: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str]], list[str]]]:
-    """Return columns, rows and remarks of all tables."""
-    far = [format_far_cell(found, result) for found in result["delay"]["cells"]]
+    """Build columns, rows and remarks of all tables."""
+    far = [format_far_cell(cell, result) for cell in result["delay"]["cells"]]
     tables = [
-        (CELL_COLUMNS, [format_cell(found) for found in result["cells"]], explain_cells(result)),
+        (CELL_COLUMNS, [format_cell(cell) for cell in result["cells"]], explain_cells(result)),
         (FAR_COLUMNS, far, [explain_far_cells(result)]),
     ]
     if answers := result["answers"]:
@@ -83,19 +83,19 @@ def build_tables(result: dict[str, Any]) -> list[tuple[tuple[str, ...], list[lis
             (
                 ("bundle", *ANSWER_STAGES, "whole p50", "p99"),
                 [
-                    [each["name"], *(f"{each['stages_ms'][stage]:.2f}" for stage in ANSWER_STAGES),
-                     f"{each['whole_p50_ms']:.1f}", f"{each['whole_p99_ms']:.1f}"]
-                    for each in answers
+                    [answer["name"], *(f"{answer['stages_ms'][stage]:.2f}" for stage in ANSWER_STAGES),
+                     f"{answer['whole_p50_ms']:.1f}", f"{answer['whole_p99_ms']:.1f}"]
+                    for answer in answers
                 ],
-                [f"One answer of the device client, each with its own layer, at {FAR_RATE} MiB/s: medians in ms. "
-                 "Generate is the cloud's share, upload and download are the way there and back."],
+                [f"Answers of the device client, each with a new layer, at {FAR_RATE} MiB/s: medians in ms. Generate "
+                 "is the cloud's time; upload and download are the transfers."],
             )
         )  # fmt: skip
     return tables
 
 
 def format_page(result: dict[str, Any]) -> str:
-    """Return all tables as Markdown."""
+    """Format all tables as Markdown."""
     lines = ["# The time delay, measured", ""]
     for columns, rows, remarks in build_tables(result):
         lines += [*remarks, ""]
@@ -108,7 +108,7 @@ def format_page(result: dict[str, Any]) -> str:
 
 def print_tables(result: dict[str, Any]) -> None:
     """Print all tables on the terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 180, markup=False, emoji=False)  # names are no markup
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False, emoji=False)  # names may hold brackets
     for columns, rows, remarks in build_tables(result):
         table = Table(box=SIMPLE_HEAD)
         for column in columns:

@@ -1,8 +1,8 @@
-"""How fast a deployment is on this machine: the service, the device, the swap of a layer, and a generator on a GPU.
+"""Benchmark of a deployment on this machine: the service, the device, the swap of a layer, a generator on a GPU.
 
-`cdc-mmpg benchmark OF=deployment` prints tables; with `--bundles`, the folder of an export, it measures that one and
-leaves `benchmark.json` in it. What is compared runs in turns, so that noise hits both: figures belong side by side
-only within one run. `service`, `device` and `generator` measure a part each; here they are called, and sizes counted.
+`cdc-mmpg benchmark OF=deployment` prints tables; with `--bundles`, it measures the bundles of that export and writes
+`benchmark.json` into its folder. Compared variants take turns, so that noise affects both: compare figures only within
+one run. The parts are in `service`, `device` and `generator`; this module calls them and measures file sizes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from cdc_mmpg.models.device_axes import DeviceAxes
 from cdc_mmpg.models.fda import Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
+from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import provenance, write_json
 from cdc_mmpg.wire.messages import Layout, Versions
 
@@ -44,36 +44,36 @@ BENCHMARK_REPORT = "benchmark.json"
 BUNDLE_FOLDERS = ("device", "device-int8", "cloud")
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 PAPER_CONFIGURATIONS = [EXPERIMENTS / "methods/cdc_mmpg.yaml", EXPERIMENTS / "datasets/msrvtt.yaml"]
-PART_SIZE = 4  # rank of the low-rank layers, and layers of the basis
+PARTIAL_LAYER_SIZE = 4  # rank of low_rank layers, and number of layers of the basis
 DEVICE_AXES = 2
 SERVED_KINDS = ("float32", "low_rank")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; return the exit code (see `errors`)."""
+    """Run the benchmark; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description="speed and size of a deployment on this machine")
     parser.add_argument(
-        "--bundles", type=Path, help="folder of an export; default: random weights at the paper's size, not kept"
+        "--bundles", type=Path, help="folder of an export; default: temporary bundles of the paper's size"
     )
-    parser.add_argument("--seconds", type=float, default=2.5, help="of each load, of both servers")
+    parser.add_argument("--seconds", type=float, default=2.5, help="seconds per load and server")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    leave_on_signals()
-    return exit_code(partial(benchmark, options.bundles, options.seconds))
+    exit_on_signals()
+    return run_to_exit_code(partial(benchmark, options.bundles, options.seconds))
 
 
 def benchmark(bundles: Path | None, seconds: float) -> None:
-    """Measure everything, print it, and write it beside the bundles.
+    """Run all measurements, print the tables, and write the report next to the bundles.
 
     Raises:
-        CheckpointError: a bundle is absent or damaged.
-        CDCError: a server does not start, or answers wrongly.
+        CheckpointError: a bundle is missing or damaged.
+        CDCError: a server does not start, or sends an invalid layer.
     """
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as scratch:
         if bundles is None:
             bundles = Path(scratch) / "deployment"
-            console.print("making bundles of random weights at the paper's size ...")
+            console.print("writing bundles with random weights at the paper's size ...")
             export_untrained(PAPER_CONFIGURATIONS, bundles)
         clouds = prepare_cloud_bundles(bundles, Path(scratch))
         report: Report = {"machine": describe_machine(), "seconds": seconds}
@@ -92,10 +92,10 @@ def benchmark(bundles: Path | None, seconds: float) -> None:
 
 
 def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
-    """Return cloud bundles by kind of layer: whole layers of this one, parts of two of its size that are made here.
+    """Return cloud bundles by kind of layer: the given one, and new low_rank and basis ones of the same size.
 
     Raises:
-        CheckpointError: a bundle is absent or damaged.
+        CheckpointError: a bundle is missing or damaged, or bundles are from different exports.
     """
     for folder in BUNDLE_FOLDERS[:2]:
         settings = read_bundle(bundles / folder)
@@ -103,13 +103,13 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
 
     versions = read_cloud_bundle(bundles / "cloud").versions
     if versions != Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"])):
-        raise CheckpointError(f"{bundles}: the bundles are not of one export: export anew")
+        raise CheckpointError(f"{bundles}: the bundles are not from the same export: export again")
     torch.manual_seed(0)
-    low_rank = LowRankFDA(layout.columns - 1, layout.outputs, PART_SIZE)
+    low_rank = LowRankFDA(layout.columns - 1, layout.outputs, PARTIAL_LAYER_SIZE)
     torch.nn.init.normal_(low_rank.hyper.weight, std=0.01)  # the residual starts at zero
     adaptors: dict[str, Adaptor] = {
         "low_rank": low_rank,
-        "basis": BasisFDA(layout.columns - 1, layout.outputs, PART_SIZE),
+        "basis": BasisFDA(layout.columns - 1, layout.outputs, PARTIAL_LAYER_SIZE),
     }
     for kind, adaptor in adaptors.items():
         write_cloud_bundle(Generator(DeviceAxes(DEVICE_AXES), adaptor).eval(), versions.encoder, kind, scratch / kind)
@@ -117,7 +117,7 @@ def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:
 
 
 def describe_machine() -> Report:
-    """Return what this runs on, and with how many threads."""
+    """Describe this machine and its number of threads."""
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
@@ -127,25 +127,25 @@ def describe_machine() -> Report:
         "processors": count_processors(),
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch_threads": torch.get_num_threads(),  # of the servers too
+        "torch_threads": torch.get_num_threads(),  # also in the servers
         "servers": "one process each; plain: as many threads as Starlette takes (40)",
     }
 
 
 def count_file_bytes(bundles: Path) -> dict[str, dict[str, int]]:
-    """Return the bytes of every file, by bundle."""
+    """Return the sizes of all files in bytes, by bundle."""
     return {
         folder: {path.name: path.stat().st_size for path in sorted((bundles / folder).iterdir()) if path.is_file()}
         for folder in BUNDLE_FOLDERS
     }
 
 
-def make_size_table(found: Mapping[str, Mapping[str, int]]) -> Table:
-    """Return the sizes as a table."""
-    names = sorted({name for files in found.values() for name in files})
-    table = make_table("sizes, MB", ["file"], list(found))
+def make_size_table(sizes: Mapping[str, Mapping[str, int]]) -> Table:
+    """Return a table of the file sizes."""
+    names = sorted({name for files in sizes.values() for name in files})
+    table = make_table("sizes, MB", ["file"], list(sizes))
     for name in names:
-        table.add_row(name, *(f"{files[name] / 1e6:.3f}" if name in files else "" for files in found.values()))
+        table.add_row(name, *(f"{files[name] / 1e6:.3f}" if name in files else "" for files in sizes.values()))
     table.add_section()
-    table.add_row("together", *(f"{sum(files.values()) / 1e6:.3f}" for files in found.values()))
+    table.add_row("total", *(f"{sum(files.values()) / 1e6:.3f}" for files in sizes.values()))
     return table

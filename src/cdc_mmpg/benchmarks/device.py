@@ -1,4 +1,4 @@
-"""The device measured: its encoders against torch's, eager, of the same size, and the swap of a layer."""
+"""Benchmark of the device: its encoders against eager torch encoders of the same size, and the swap of a layer."""
 
 import subprocess
 import sys
@@ -27,17 +27,17 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.wire.messages import decode_layer, decode_upload, encode_upload
 
-EXAMPLE_WORDS = 12  # of a question
-GOAL_SWAP_MILLISECONDS = 1.0  # of a swap
+EXAMPLE_WORDS = 12  # number of WordPieces of the example question
+GOAL_SWAP_MILLISECONDS = 1.0  # goal for the swap of a layer
 
 
 def compare_encoders(bundles: Path, seconds: float) -> Report:
-    """Measure a question about a decoded clip: the bundles' encoders and torch's, with one thread and with all.
+    """Measure encoding a question about a decoded clip in the bundles' encoders and in torch, with one and all threads.
 
-    The first run of a turn is not counted: threads that another runtime left spinning end in it. Beside the median the
-    least: where others use the processors, the threads of an inference wait for each other far longer than they work.
+    The first run of a turn is a warm-up, during which spinning threads of another runtime stop. The minimum is reported
+    beside the median: on a busy machine, the threads of an inference wait for each other far longer than they work.
     """
-    found: Report = {"threads": {}}
+    report: Report = {"threads": {}}
     frames, text = make_example(bundles)
     before = torch.get_num_threads()
     try:
@@ -49,21 +49,21 @@ def compare_encoders(bundles: Path, seconds: float) -> Report:
                 "torch": make_torch_encoder(bundles),
             }
             times = time_in_turns(runs, 3 * seconds)
-            own: Report = {name: {"p50_milliseconds": float(np.median(each)), "least_milliseconds": min(each),
-                                  "runs": len(each)} for name, each in times.items()}  # fmt: skip
+            figures: Report = {name: {"p50_milliseconds": float(np.median(values)), "least_milliseconds": min(values),
+                                      "runs": len(values)} for name, values in times.items()}  # fmt: skip
             for name in runs:
-                own[name]["torch_ratio"] = own["torch"]["p50_milliseconds"] / own[name]["p50_milliseconds"]
-            found["threads"][str(threads)] = own
+                figures[name]["torch_ratio"] = figures["torch"]["p50_milliseconds"] / figures[name]["p50_milliseconds"]
+            report["threads"][str(threads)] = figures
     finally:
         torch.set_num_threads(before)
-    found["clip"] = list(frames.shape)
-    found["words"] = len(text)
-    found["peak_megabytes"] = {name: measure_peak_megabytes(bundles, name) for name in ("float32", "int8", "torch")}
-    return found
+    report["clip"] = list(frames.shape)
+    report["words"] = len(text)
+    report["peak_megabytes"] = {name: measure_peak_megabytes(bundles, name) for name in ("float32", "int8", "torch")}
+    return report
 
 
 def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
-    """Return the frames of a clip (T, S, S, 3) as the device decodes them, and a question's words: noise."""
+    """Draw random frames of a decoded clip (T, S, S, 3), and the WordPieces of a question."""
     settings = read_bundle(bundles / "device")
     generator, size = np.random.default_rng(0), settings["frames"]["size"]
     frames = generator.integers(256, size=(settings["frames"]["number"], size, size, 3), dtype=np.uint8)
@@ -72,7 +72,7 @@ def make_example(bundles: Path) -> tuple[NDArray[np.uint8], list[int]]:
 
 
 def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
-    """Return a run of the same encoder in torch, with random weights."""
+    """Return a function that runs the same encoder in torch once, with random weights."""
     frames, text = make_example(bundles)
     settings = read_bundle(bundles / "device")
     graph = onnx.load(str(bundles / "device" / ENCODER_FILE)).graph
@@ -87,13 +87,13 @@ def make_torch_encoder(bundles: Path) -> Callable[[], Any]:
 
     def run() -> None:
         with torch.inference_mode():
-            encoder.one_clip(normalise(clip), ids)
+            encoder.encode_clip(normalise(clip), ids)
 
     return run
 
 
 def time_in_turns(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Return the milliseconds of runs that take turns for so many seconds; at least 3 of each."""
+    """Return the milliseconds of functions that take turns for `seconds`; at least 3 runs of each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
@@ -106,7 +106,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict
 
 
 def measure_peak_megabytes(bundles: Path, name: str) -> float | None:
-    """Return the peak memory of a process that encodes one question; None where the system does not say.
+    """Return the peak megabytes of a process that encodes one question; None if the system does not provide it.
 
     Raises:
         CDCError: the process failed.
@@ -116,12 +116,12 @@ def measure_peak_megabytes(bundles: Path, name: str) -> float | None:
     code = f"from {__package__}.device import print_peak; print_peak({str(bundles)!r}, {name!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CDCError(f"a process that measures memory failed:\n{done.stderr[-2000:]}")
+        raise CDCError(f"the process that measures peak memory failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
 
 
 def print_peak(bundles: str, name: str) -> None:
-    """Encode a question, and print the peak megabytes of this process, which does nothing else."""
+    """Encode a question in this process, and print its peak megabytes."""
     if name == "torch":
         run = make_torch_encoder(Path(bundles))
     else:
@@ -133,31 +133,31 @@ def print_peak(bundles: str, name: str) -> None:
     print("nan" if peak is None else peak)
 
 
-def make_encoder_table(found: Report) -> Table:
-    """Return the encoders' figures as a table."""
-    columns = [f"p50 ms, {threads} thread{'s' if threads != '1' else ''}" for threads in found["threads"]]
-    count, size = found["clip"][:2]
+def make_encoder_table(report: Report) -> Table:
+    """Return a table of the encoders' figures."""
+    columns = [f"p50 ms, {threads} thread{'s' if threads != '1' else ''}" for threads in report["threads"]]
+    count, size = report["clip"][:2]
     table = make_table(
-        f"device: the encoder, {count} frames at {size}, {found['words']} words",
+        f"device: the encoder, {count} frames at {size}, {report['words']} words",
         ["encoder"],
-        [part for column in columns for part in (column, "least", "torch / it")] + ["peak MB"],
+        [part for column in columns for part in (column, "least", "torch / this")] + ["peak MB"],
     )
     for name in ("float32", "int8", "torch"):
-        each = [own[name] for own in found["threads"].values()]
-        values = [part for own in each for part in (f"{own['p50_milliseconds']:.1f}",
-                  f"{own['least_milliseconds']:.1f}", f"× {own['torch_ratio']:.2f}")]  # fmt: skip
-        peak = found["peak_megabytes"][name]
+        rows = [encoders[name] for encoders in report["threads"].values()]
+        values = [part for row in rows for part in (f"{row['p50_milliseconds']:.1f}",
+                  f"{row['least_milliseconds']:.1f}", f"× {row['torch_ratio']:.2f}")]  # fmt: skip
+        peak = report["peak_megabytes"][name]
         table.add_row("torch, eager" if name == "torch" else f"bundle, {name}", *values, f"{peak:.0f}" if peak else "")
     return table
 
 
 def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Report:
-    """Measure from a received message to a layer in use, by kind: verifying it, and the swap."""
+    """Measure verification and swap of a layer, from a received message to a layer in use, by kind."""
     model = DeviceModel(bundles / "device")
     served = {kind: load_model(folder) for kind, folder in clouds.items()}
     messages = {kind: make_message(served.get(kind, served["float32"]), kind)
                 for kind in ("float32", "float16", "int8", "low_rank", "basis")}  # fmt: skip
-    # What a bundle for such layers has in basis.npy.
+    # A bundle for basis layers has this array in basis.npy.
     adaptor: Any = served["basis"].generator.adaptor
     model._basis = adaptor.basis.detach().cpu().numpy()
     device = SimpleNamespace(layer=Layer(model.shared, 0, "shared"))
@@ -170,22 +170,22 @@ def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Rep
             verified = time.perf_counter()
             device.layer = Layer(model.install(matrices, expected.layout), 1, "adapted")
             times[kind].append((verified - start, time.perf_counter() - verified))
-    found: Report = {}
-    for kind, each in times.items():
-        verifying, swapping = 1000 * np.array(each).T
-        found[kind] = {
+    report: Report = {}
+    for kind, durations in times.items():
+        verifying, swapping = 1000 * np.array(durations).T
+        report[kind] = {
             "bytes": len(messages[kind][1]),
             "verify_milliseconds": float(np.median(verifying)),
             "swap_milliseconds": float(np.median(swapping)),
             "swap_p99_milliseconds": float(np.percentile(swapping, 99)),
             "milliseconds": float(np.median(verifying + swapping)),
-            "runs": len(each),
+            "runs": len(durations),
         }
-    return found
+    return report
 
 
 def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, ExpectedLayer]:
-    """Return an upload, the message that answers it, and what is expected of that."""
+    """Return an upload, the layer message that answers it, and the data to verify the message."""
     layout = next(layout for layout in served.layouts if layout.kind == kind)
     feature = np.tanh(np.random.default_rng(1).standard_normal(FEATURE_DIM)).astype(np.float32)
     upload = encode_upload(feature, layout, served.versions)
@@ -193,19 +193,19 @@ def make_message(served: "ServedModel", kind: str) -> tuple[bytes, bytes, Expect
     return upload, content, ExpectedLayer(layout, served.versions, served.key.public_key())
 
 
-def make_swap_table(found: Report) -> Table:
-    """Return the swaps' figures as a table."""
+def make_swap_table(report: Report) -> Table:
+    """Return a table of the swaps' figures."""
     table = make_table(
-        f"swap: a received message becomes the layer in use; goal {found['goal_milliseconds']:g} ms",
+        f"swap: a received message becomes the layer in use; goal {report['goal_milliseconds']:g} ms",
         ["layer"],
         ["bytes", "verify ms", "swap ms", "swap p99 ms", "both ms", "goal"],
     )
-    for kind, own in found["kinds"].items():
+    for kind, figures in report["kinds"].items():
         table.add_row(
             kind,
-            f"{own['bytes']:,}",
-            *(f"{own[name]:.3f}" for name in ("verify_milliseconds", "swap_milliseconds", "swap_p99_milliseconds")),
-            f"{own['milliseconds']:.3f}",
-            "met" if own["swap_milliseconds"] <= found["goal_milliseconds"] else "missed",
+            f"{figures['bytes']:,}",
+            *(f"{figures[name]:.3f}" for name in ("verify_milliseconds", "swap_milliseconds", "swap_p99_milliseconds")),
+            f"{figures['milliseconds']:.3f}",
+            "met" if figures["swap_milliseconds"] <= report["goal_milliseconds"] else "missed",
         )
     return table

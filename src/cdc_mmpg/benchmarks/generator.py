@@ -1,4 +1,4 @@
-"""The paper's generator on a GPU, by batch, against the time that its weights take to be read."""
+"""Benchmark of the paper's generator on a GPU by batch size, relative to the time of reading its weights."""
 
 import time
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from cdc_mmpg.models.fda import FDA
 from cdc_mmpg.models.generator import Generator
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-GENERATOR_OUTPUTS, GENERATOR_INPUTS = 1501, 96  # of the paper's MSRVTT-QA
+GENERATOR_OUTPUTS, GENERATOR_INPUTS = 1501, 96  # last layer of the paper's MSRVTT-QA
 
 
 def measure_generator(seconds: float) -> Report | None:
-    """Measure the paper's generator for MSRVTT-QA on a GPU, by batch size; return None where there is no GPU.
+    """Measure the paper's generator for MSRVTT-QA on a GPU, by batch size; return None without a GPU.
 
-    `host` is what the service does: uploads there, layers back in ordinary memory. `pinned` takes them back into memory
-    that the card writes by itself. `device` is the generator alone, by the card's clock.
+    `host` is the service's way: copy uploads to the GPU, and layers back into pageable memory. `pinned` copies layers
+    back into pinned memory, which the GPU writes directly. `device` is the generator alone, timed by CUDA events.
     """
     if not torch.cuda.is_available():
         return None
@@ -49,7 +49,7 @@ def measure_generator(seconds: float) -> Report | None:
     }
     with torch.inference_mode():
         for batch in BATCH_SIZES:
-            # By batch, all ways: what is compared runs side by side.
+            # All variants of a batch size take turns, so that noise affects them equally.
             times = time_batch(generator, batch, seconds / 3)
             figures: Report = {}
             for way, milliseconds in times.items():
@@ -67,7 +67,7 @@ def measure_generator(seconds: float) -> Report | None:
 
 
 def measure_copy_bandwidth() -> float:
-    """Return the bytes per second that the GPU's memory reads and writes, together, in a large copy."""
+    """Return the GPU's memory bandwidth in bytes per second, reads plus writes, in a large copy."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     best = float("inf")
@@ -82,37 +82,37 @@ def measure_copy_bandwidth() -> float:
 
 
 def time_batch(generator: "Generator", batch: int, seconds: float) -> dict[str, list[float]]:
-    """Return the milliseconds of a batch of float32 layers, in three ways that take turns; at least 20 of each."""
+    """Return the milliseconds of a batch of float32 layers in three variants that take turns; at least 20 runs each."""
     uploads = torch.rand(batch, FEATURE_DIM) * 2 - 1
-    there = uploads.cuda()
-    back = torch.empty(batch, GENERATOR_OUTPUTS, GENERATOR_INPUTS + 1, pin_memory=True)
+    gpu_uploads = uploads.cuda()
+    pinned_layers = torch.empty(batch, GENERATOR_OUTPUTS, GENERATOR_INPUTS + 1, pin_memory=True)
 
-    def timed(run: Callable[[], Any]) -> float:
+    def time_run(run: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - start)
 
-    def host() -> None:
+    def run_host() -> None:
         generator(uploads.cuda())[0].cpu().numpy()
 
-    def pinned() -> None:
-        back.copy_(generator(uploads.cuda())[0], non_blocking=True)
+    def run_pinned() -> None:
+        pinned_layers.copy_(generator(uploads.cuda())[0], non_blocking=True)
 
-    def device() -> float:
+    def time_device() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        generator(there)
+        generator(gpu_uploads)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
 
-    ways: dict[str, Callable[[], float]] = {"host": partial(timed, host), "pinned": partial(timed, pinned),
-                                            "device": device}  # fmt: skip
+    ways: dict[str, Callable[[], float]] = {"host": partial(time_run, run_host),
+                                            "pinned": partial(time_run, run_pinned), "device": time_device}  # fmt: skip
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(5):  # kernels are chosen, and memory is taken
+    for _ in range(5):  # warm-up: selects kernels and allocates memory
         for run in ways.values():
             run()
     end = time.perf_counter() + seconds
@@ -123,12 +123,12 @@ def time_batch(generator: "Generator", batch: int, seconds: float) -> dict[str, 
 
 
 def make_generator_table(report: Report | None) -> Table | str:
-    """Return the figures as a table, or why there are none."""
+    """Return a table of the figures, or a text that explains their absence."""
     if report is None:
-        return "generator on a GPU: not measured, there is none here"
+        return "generator on a GPU: not measured, no GPU available"
     table = make_table(
         f"generator of {GENERATOR_OUTPUTS:,} answers on {report['name']}, bfloat16: "
-        f"{report['weight_bytes'] / 1e6:.1f} MB of weights are read in {report['read_milliseconds']:.4f} ms at "
+        f"{report['weight_bytes'] / 1e6:.1f} MB of weights, read in {report['read_milliseconds']:.4f} ms at "
         f"{report['copy_bytes_per_second'] / 1e12:.2f} TB/s",
         [],
         ["batch", "batches/s", "requests/s", "host p50 ms", "p99", "pinned p50 ms", "p99", "device p50 ms", "p99",

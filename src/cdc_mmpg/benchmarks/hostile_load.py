@@ -1,7 +1,7 @@
-"""Clients that a service should survive: many at once on new connections, slow bodies, slow headers.
+"""Hostile load: many clients at once on new connections, slow bodies, slow headers.
 
-One thread and a selector drive thousands of connections: a client that is slower than the service would measure itself.
-Several addresses of this machine (127.0.0.2 and on) stand for several hosts; Linux has them all.
+One thread with a selector drives thousands of connections, since a client slower than the service would measure itself.
+Several addresses of this machine (127.0.0.2 and following) stand for several hosts; Linux has them all.
 """
 
 import selectors
@@ -19,34 +19,34 @@ REQUEST_HEADERS = (
     f"POST {LAYER_PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     f"Content-Length: {UPLOAD_BYTES}\r\n\r\n"
 ).encode()
-REPLY_SECONDS = 30.0  # that a client waits for its reply
-PIECE_SECONDS = 1.0  # between two bytes of a slow client
-SLOW_HEADER_BYTES = 40  # that a client with slow headers sends at once
-READ_BYTES = 1 << 20
+REPLY_SECONDS = 30.0  # maximum wait of a client for its reply
+PIECE_SECONDS = 1.0  # interval between the bytes of a slow client
+SLOW_HEADER_BYTES = 40  # header bytes that a client with slow headers sends at first
+READ_BYTES = 1 << 20  # size of a read
 
 
 class HostileOutcome(NamedTuple):
-    """Counts and times of the requests of some clients."""
+    """Counts and times of the requests of a group of clients."""
 
-    layers: dict[bytes, bytes]  # that were served, the last for each upload
-    milliseconds: list[float]  # from the start of a connection to the end of its layer, of all that were served
-    refused: int  # 503
-    lost: int  # cut, without a reply, or with another one
-    seconds: float
+    layers: dict[bytes, bytes]  # last layer received for each upload
+    milliseconds: list[float]  # from the start of a connection to the end of its layer, for each served request
+    refused: int  # number of 503 replies
+    lost: int  # number of requests with a broken connection, no reply or another status
+    seconds: float  # duration of the load
 
     @property
     def served_share(self) -> float:
-        """Share of all requests that were answered by a layer."""
+        """Share of all requests that were answered with a layer."""
         return len(self.milliseconds) / max(1, len(self.milliseconds) + self.refused + self.lost)
 
 
 class LoadRequest:
-    """One request on a connection of its own.
+    """A request on a new connection.
 
     Args:
-        port: of the service.
-        source: the client's address.
-        upload: the body.
+        port: port of the service.
+        source: IP address of the client.
+        upload: body of the request.
     """
 
     def __init__(self, port: int, source: str, upload: bytes) -> None:
@@ -55,7 +55,7 @@ class LoadRequest:
         self.connection = begin_connection(port, source)
 
     def advance(self) -> bool:
-        """Send or receive what can be; return whether the exchange has ended."""
+        """Send or receive without blocking; return whether the exchange has ended."""
         try:
             if not self.sent:
                 self.connection.sendall(REQUEST_HEADERS + self.upload)  # fits the socket's buffer
@@ -75,7 +75,7 @@ class LoadRequest:
 
     @property
     def status(self) -> int:
-        """Status of a complete reply; 0 of none."""
+        """Status of a complete reply; 0 if there is none."""
         return int(self.reply[9:12]) if self.reply.startswith(b"HTTP/1.1 ") and self._is_complete() else 0
 
     @property
@@ -85,16 +85,16 @@ class LoadRequest:
 
 
 def read_content_length(head: bytes) -> int:
-    """Return the length that a reply's headers declare; 0 where they declare none."""
-    _, found, rest = head.lower().partition(b"\r\ncontent-length:")
-    return int(rest.partition(b"\r\n")[0]) if found else 0
+    """Return the Content-Length of a reply's headers; 0 if there is none."""
+    _, name, rest = head.lower().partition(b"\r\ncontent-length:")
+    return int(rest.partition(b"\r\n")[0]) if name else 0
 
 
 def begin_connection(port: int, source: str) -> socket.socket:
-    """Return a socket that begins to connect from an address."""
+    """Return a socket that has started to connect from an address."""
     connection = socket.socket()
     connection.setblocking(False)
-    if hasattr(socket, "IP_BIND_ADDRESS_NO_PORT"):  # the kernel may use a port for several destinations
+    if hasattr(socket, "IP_BIND_ADDRESS_NO_PORT"):  # a local port may then serve several destinations
         connection.setsockopt(socket.IPPROTO_IP, socket.IP_BIND_ADDRESS_NO_PORT, 1)
     connection.bind((source, 0))
     with suppress(BlockingIOError):
@@ -105,19 +105,19 @@ def begin_connection(port: int, source: str) -> socket.socket:
 def ask_many(
     port: int, sources: Sequence[str], uploads: Sequence[bytes], clients: int, seconds: float
 ) -> HostileOutcome:
-    """Return what came of so many clients at once, each of which asks again on a new connection when it has a reply."""
+    """Run `clients` concurrent clients for `seconds`, each of which opens a new connection for every request."""
     layers: dict[bytes, bytes] = {}
     milliseconds: list[float] = []
     counts: Counter[int] = Counter()
     start = time.perf_counter()
-    end, begun = start + seconds, 0
+    end, started = start + seconds, 0
     with selectors.DefaultSelector() as selector:
 
         def begin() -> None:
-            nonlocal begun
-            request = LoadRequest(port, sources[begun % len(sources)], uploads[begun % len(uploads)])
+            nonlocal started
+            request = LoadRequest(port, sources[started % len(sources)], uploads[started % len(uploads)])
             selector.register(request.connection, selectors.EVENT_WRITE, request)
-            begun += 1
+            started += 1
 
         for _ in range(clients):
             begin()
@@ -136,26 +136,26 @@ def ask_many(
                     layers[request.upload] = request.body
                 if time.perf_counter() < end:
                     begin()
-        left = [key.data.connection for key in selector.get_map().values()]
-    for connection in left:
+        unfinished = [key.data.connection for key in selector.get_map().values()]
+    for connection in unfinished:
         connection.close()
-    lost = sum(number for status, number in counts.items() if status not in (200, 503)) + len(left)
+    lost = sum(number for status, number in counts.items() if status not in (200, 503)) + len(unfinished)
     return HostileOutcome(layers, milliseconds, counts[503], lost, time.perf_counter() - start)
 
 
 def find_local_addresses(number: int) -> list[str]:
-    """Return so many addresses of this machine; systems other than Linux may have one alone."""
-    found = []
+    """Return at most `number` addresses of this machine; systems other than Linux may have only one."""
+    addresses = []
     for last in range(2, 2 + number):
         with socket.socket() as connection, suppress(OSError):
             connection.bind((f"127.0.0.{last}", 0))
-            found.append(f"127.0.0.{last}")
-    return found or ["127.0.0.1"]
+            addresses.append(f"127.0.0.{last}")
+    return addresses or ["127.0.0.1"]
 
 
 @contextmanager
 def hold_slow_clients(port: int, sources: Sequence[str], number: int) -> Iterator[None]:
-    """Keep so many slow bodies and so many slow headers at a service until the end of the block."""
+    """Keep `number` slow bodies and `number` slow headers at a service during the block."""
     stopped = threading.Event()
     thread = threading.Thread(target=_send_slowly, args=(port, sources, number, stopped))
     thread.start()
@@ -167,7 +167,7 @@ def hold_slow_clients(port: int, sources: Sequence[str], number: int) -> Iterato
 
 
 def _send_slowly(port: int, sources: Sequence[str], number: int, stopped: threading.Event) -> None:
-    """Send a byte on each connection from time to time; open those anew that the service has closed."""
+    """Send a byte on each connection every `PIECE_SECONDS`, and reopen connections that the service closes."""
     starts = (REQUEST_HEADERS, REQUEST_HEADERS[:SLOW_HEADER_BYTES])
     held: dict[int, socket.socket] = {}
     while not stopped.is_set():

@@ -1,6 +1,6 @@
 """Links of a known rate and delay between two processes: a throttling proxy, or network namespaces with a shaped veth.
 
-Namespaces need the rights of an administrator and iproute2; they and all that is in them go with the block.
+Namespaces need root and iproute2; they and everything in them are deleted after the block.
 """
 
 import asyncio
@@ -20,51 +20,51 @@ from cdc_mmpg.deployment.local import suppress_stop_signals
 from cdc_mmpg.errors import CDCError
 
 MIB = 1024 * 1024
-CONGESTION = "cubic"  # TCP's congestion control, which is the default of most machines
-FRAME_BYTES = 1514  # largest that may pass at once: a bucket would pass a packet of 64 KB as one
-BURST_SECONDS = 150e-6  # of a rate, at least two frames, that a token bucket passes at once
-QUEUE_LIMIT = "16mb"  # that may wait for the link: nothing is dropped
-CHUNK_BYTES = 16_384  # that the proxy carries at once
+CONGESTION = "cubic"  # TCP congestion control, the default of most machines
+FRAME_BYTES = 1514  # largest packet allowed: a token bucket would pass a packet of 64 KB as one
+BURST_SECONDS = 150e-6  # burst of a token bucket as seconds of its rate; at least two frames
+QUEUE_LIMIT = "16mb"  # queue of the link, large enough that nothing is dropped
+CHUNK_BYTES = 16_384  # size of the proxy's reads
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 
 
 class LinkCounts(NamedTuple):
-    """What passed a link since it was made."""
+    """Bytes and packets that passed a link since its creation."""
 
     up_bytes: int
     down_bytes: int
-    up_packets: int  # 0 where there are none to count
+    up_packets: int  # 0 if the link does not count packets
     down_packets: int
     dropped: int
 
 
 class Link(NamedTuple):
-    """A way from the client to a service."""
+    """A link from the client to a service."""
 
     url: str
     counts: Callable[[], LinkCounts]
 
 
 class Line:
-    """One direction of a link: bytes leave it one after another at its rate, and arrive after its delay.
+    """One direction of a link: bytes are sent one after another at its rate, and arrive after its delay.
 
     Args:
-        rate: bytes a second.
-        delay: seconds.
+        rate: rate in bytes per second.
+        delay: delay in seconds.
     """
 
     def __init__(self, rate: float, delay: float) -> None:
         self.rate, self.delay, self.passed_bytes, self._free = rate, delay, 0, 0.0
 
-    def due(self, count_bytes: int, now: float) -> float:
-        """Return when so many bytes that come now have arrived."""
+    def schedule_arrival(self, count_bytes: int, now: float) -> float:
+        """Send `count_bytes` at the time `now`, and return the time of their arrival."""
         self.passed_bytes += count_bytes
         self._free = max(self._free, now) + count_bytes / self.rate
         return self._free + self.delay
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for what stands between two processes."""
+    """An event loop in a separate thread, for the forwarding between two processes."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -75,7 +75,7 @@ class LoopThread:
         return self
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there and return its result."""
+        """Run a coroutine in the thread and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def __exit__(self, *_: object) -> None:
@@ -94,14 +94,14 @@ async def _cancel_others() -> None:
 
 @contextmanager
 def run_proxy(port: int, rate: float, delay: float = 0.0) -> Iterator[tuple[int, Line, Line]]:
-    """Run a throttling proxy before a port of this machine; yield its own port, and its lines up and down.
+    """Run a throttling proxy in front of a local port; yield the proxy's port, and its lines up and down.
 
-    It ends connections itself: a handshake, and a window that is small at first, cost no round trip over it.
+    The proxy terminates TCP connections, so handshakes and small initial windows cost no round trip over it.
 
     Args:
-        port: of the service.
-        rate: bytes a second, either way.
-        delay: seconds, either way.
+        port: port of the service.
+        rate: rate in bytes per second, in each direction.
+        delay: delay in seconds, in each direction.
     """
     up, down = Line(rate, delay), Line(rate, delay)
 
@@ -110,50 +110,50 @@ def run_proxy(port: int, rate: float, delay: float = 0.0) -> Iterator[tuple[int,
         end = 0.0
         with suppress(ConnectionError):
             while content := await reader.read(CHUNK_BYTES):
-                end = line.due(len(content), loop.time())
+                end = line.schedule_arrival(len(content), loop.time())
                 loop.call_at(end, writer.write, content)
-        await asyncio.sleep(end - loop.time())  # what is on its way is before this in the loop
+        await asyncio.sleep(end - loop.time())  # let writes that are already scheduled run first
         with suppress(OSError, RuntimeError):
             writer.write_eof()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            to_service, of_service = await asyncio.open_connection("127.0.0.1", port)
+            service_reader, service_writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
             writer.close()
             return
         try:
             with suppress(asyncio.CancelledError):
-                await asyncio.gather(carry(reader, of_service, up), carry(to_service, writer, down))
+                await asyncio.gather(carry(reader, service_writer, up), carry(service_reader, writer, down))
         finally:
             writer.close()
-            of_service.close()
+            service_writer.close()
 
-    with LoopThread() as own:
-        server = own.run(asyncio.start_server(connected, "127.0.0.1", 0))
+    with LoopThread() as thread:
+        server = thread.run(asyncio.start_server(handle_connection, "127.0.0.1", 0))
         try:
             yield server.sockets[0].getsockname()[1], up, down
         finally:
-            own.loop.call_soon_threadsafe(server.close)
+            thread.loop.call_soon_threadsafe(server.close)
 
 
 class Network(Protocol):
-    """Where service and client stand."""
+    """A network that connects service and client."""
 
     kind: str
-    host: str  # that the service listens at
+    host: str  # address at which the service listens
 
-    def command(self, side: str) -> list[str]:
-        """Return what a command of "server" or "client" begins with."""
+    def command_prefix(self, side: str) -> list[str]:
+        """Return the words before a command of a side, "server" or "client"."""
 
-    def direct(self, port: int) -> str:
-        """Return the address of a service by a way that is not measured."""
+    def direct_url(self, port: int) -> str:
+        """Return the URL of a service that bypasses the measured link."""
 
     def link(self, port: int, rate: int, delay: float) -> Any:
-        """Yield a `Link` to a service while a block runs; MiB/s, seconds each way."""
+        """Yield a `Link` to a service during a block; rate in MiB/s, delay in seconds each way."""
 
-    def state(self) -> dict[str, str]:
-        """Return the kernel's settings that matter."""
+    def read_settings(self) -> dict[str, str]:
+        """Return the kernel's TCP settings."""
 
 
 class Loopback:
@@ -161,33 +161,33 @@ class Loopback:
 
     kind, host = "proxy", "127.0.0.1"
 
-    def command(self, side: str) -> list[str]:
-        """Return nothing: see `Network`."""
+    def command_prefix(self, side: str) -> list[str]:
+        """See `Network`."""
         return []
 
-    def direct(self, port: int) -> str:
+    def direct_url(self, port: int) -> str:
         """See `Network`."""
         return f"http://127.0.0.1:{port}"
 
     @contextmanager
     def link(self, port: int, rate: int, delay: float) -> Iterator[Link]:
         """See `Network`."""
-        with run_proxy(port, rate * MIB, delay) as (own, up, down):
-            yield Link(f"http://127.0.0.1:{own}", lambda: LinkCounts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
+        with run_proxy(port, rate * MIB, delay) as (proxy, up, down):
+            yield Link(f"http://127.0.0.1:{proxy}", lambda: LinkCounts(up.passed_bytes, down.passed_bytes, 0, 0, 0))
 
-    def state(self) -> dict[str, str]:
+    def read_settings(self) -> dict[str, str]:
         """See `Network`."""
         return read_tcp_settings([])
 
 
 class Namespaces:
-    """Two network namespaces while a block runs, with a veth pair whose ends a token bucket shapes.
+    """Two network namespaces during a block, connected by a veth pair with a token bucket at each end.
 
     Args:
-        congestion: TCP's congestion control.
+        congestion: TCP congestion control.
 
     Raises:
-        CDCError: they cannot be made; why.
+        CDCError: the namespaces cannot be created; with the reason.
     """
 
     kind, host = "namespaces", "0.0.0.0"
@@ -200,13 +200,13 @@ class Namespaces:
 
     def __enter__(self) -> "Namespaces":
         try:
-            self._make()
+            self._create()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         for name in self._names.values():
             _run_tool("ip", "netns", "add", name)
         client, server = self._names["client"], self._names["server"]
@@ -214,9 +214,9 @@ class Namespaces:
         for side, address in (("client", self.CLIENT), ("server", self.SERVER)):
             name = self._names[side]
             _run_tool("ip", "-n", name, "link", "set", "lo", "up")
-            # Packets of more than a frame are not made; `delay.measure_cell` checks that.
+            # Disables packets larger than a frame, which `delay.measure_cell` checks.
             _run_tool("ip", "-n", name, "link", "set", "dev", "near", "gso_max_segs", "1")
-            self._address(side, "near", address)
+            self._configure_address(side, "near", address)
 
     def __exit__(self, *_: object) -> None:
         with suppress_stop_signals():
@@ -224,15 +224,15 @@ class Namespaces:
                 with suppress(CDCError):
                     _run_tool("ip", "netns", "del", name)
 
-    def _address(self, side: str, device: str, address: str) -> None:
-        """Give a device its address, and the congestion control to what goes its way."""
+    def _configure_address(self, side: str, device: str, address: str) -> None:
+        """Assign an address to a network device, and set the congestion control of its route."""
         name = self._names[side]
         _run_tool("ip", "-n", name, "addr", "add", f"{address}/30", "dev", device, "noprefixroute")
         _run_tool("ip", "-n", name, "link", "set", device, "up")
         net = str(ip_network(f"{address}/30", strict=False))
         _run_tool("ip", "-n", name, "route", "add", net, "dev", device, "congctl", self.congestion)
 
-    def _shape(self, side: str, rate: int) -> None:
+    def _limit_rate(self, side: str, rate: int) -> None:
         burst = max(2 * FRAME_BYTES, int(BURST_SECONDS * rate * MIB))
         self._run(side, "tc", "qdisc", "replace", "dev", "near", "root", "tbf",
                   "rate", f"{rate * MIB}bps", "burst", str(burst), "limit", QUEUE_LIMIT)  # fmt: skip
@@ -240,11 +240,11 @@ class Namespaces:
     def _run(self, side: str, *command: str) -> str:
         return _run_tool("ip", "netns", "exec", self._names[side], *command)
 
-    def command(self, side: str) -> list[str]:
+    def command_prefix(self, side: str) -> list[str]:
         """See `Network`."""
         return [_find_program("ip"), "netns", "exec", self._names[side]]
 
-    def direct(self, port: int) -> str:
+    def direct_url(self, port: int) -> str:
         """See `Network`."""
         return f"http://{self.SERVER}:{port}"
 
@@ -252,55 +252,56 @@ class Namespaces:
     def link(self, port: int, rate: int, delay: float) -> Iterator[Link]:
         """See `Network`."""
         if delay:
-            with self._far(rate, delay):
-                yield Link(f"http://{self.FAR_SERVER}:{port}", lambda: self._counts("far"))
+            with self._run_far_link(rate, delay):
+                yield Link(f"http://{self.FAR_SERVER}:{port}", lambda: self._read_counts("far"))
             return
         for side in self._names:
-            self._shape(side, rate)
-        yield Link(self.direct(port), lambda: self._counts("near"))
+            self._limit_rate(side, rate)
+        yield Link(self.direct_url(port), lambda: self._read_counts("near"))
 
-    def _counts(self, device: str) -> LinkCounts:
+    def _read_counts(self, device: str) -> LinkCounts:
         folder = f"/sys/class/net/{device}/statistics"
         files = [f"{folder}/{name}" for name in ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")]
         dropped = 0
         if device == "near":
-            shown = [self._run(side, "tc", "-s", "-j", "qdisc", "show", "dev", device) for side in self._names]
-            dropped = sum(int(each["drops"]) for one in shown for each in json.loads(one))
+            outputs = [self._run(side, "tc", "-s", "-j", "qdisc", "show", "dev", device) for side in self._names]
+            dropped = sum(int(queue["drops"]) for output in outputs for queue in json.loads(output))
         up, down, up_packets, down_packets = (int(value) for value in self._run("client", "cat", *files).split())
         return LinkCounts(up, down, up_packets, down_packets, dropped)
 
     @contextmanager
-    def _far(self, rate: int, delay: float) -> Iterator[None]:
-        """Run a link of two TUN devices; between them packets are carried by this process."""
+    def _run_far_link(self, rate: int, delay: float) -> Iterator[None]:
+        """Run a link of two TUN devices, between which this process forwards packets."""
         with ExitStack() as stack:
             ends = [
-                stack.enter_context(self._tun(side, address))
+                stack.enter_context(self._open_tun(side, address))
                 for side, address in (("client", self.FAR_CLIENT), ("server", self.FAR_SERVER))
             ]
-            own = stack.enter_context(LoopThread())
+            thread = stack.enter_context(LoopThread())
 
             def carry(source: int, target: int, line: Line) -> None:
                 with suppress(BlockingIOError):
                     while packet := os.read(source, 65_536):
-                        own.loop.call_at(line.due(len(packet), own.loop.time()), _send, target, packet)
+                        arrival = line.schedule_arrival(len(packet), thread.loop.time())
+                        thread.loop.call_at(arrival, _write_packet, target, packet)
 
             async def begin() -> None:
                 for source, target in (ends, ends[::-1]):
-                    own.loop.add_reader(source, carry, source, target, Line(rate * MIB, delay))
+                    thread.loop.add_reader(source, carry, source, target, Line(rate * MIB, delay))
 
             async def end() -> None:
                 for source in ends:
-                    own.loop.remove_reader(source)
+                    thread.loop.remove_reader(source)
 
-            own.run(begin())
+            thread.run(begin())
             try:
                 yield
             finally:
-                own.run(end())
+                thread.run(end())
 
     @contextmanager
-    def _tun(self, side: str, address: str) -> Iterator[int]:
-        """Yield the descriptor of a TUN device of a namespace."""
+    def _open_tun(self, side: str, address: str) -> Iterator[int]:
+        """Create a TUN device in a namespace and yield its file descriptor."""
         device = f"cdc{side[0]}{os.getpid()}"
         name = self._names[side]
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -308,23 +309,23 @@ class Namespaces:
             fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", device.encode(), IFF_TUN | IFF_NO_PI))
             _run_tool("ip", "link", "set", device, "netns", name)
             _run_tool("ip", "-n", name, "link", "set", device, "name", "far", "txqueuelen", "20000")
-            self._address(side, "far", address)
+            self._configure_address(side, "far", address)
             yield descriptor
         finally:
-            os.close(descriptor)  # and the device is gone
+            os.close(descriptor)  # also deletes the device
 
-    def state(self) -> dict[str, str]:
+    def read_settings(self) -> dict[str, str]:
         """See `Network`."""
-        return {**read_tcp_settings(self.command("server")), "tcp_congestion_control": self.congestion}
+        return {**read_tcp_settings(self.command_prefix("server")), "tcp_congestion_control": self.congestion}
 
 
-def _send(target: int, packet: bytes) -> None:
-    with suppress(OSError):  # full, or gone: a packet is lost, as on any link
+def _write_packet(target: int, packet: bytes) -> None:
+    with suppress(OSError):  # queue full or device deleted: the packet is lost, as on a real link
         os.write(target, packet)
 
 
 def read_tcp_settings(prefix: Sequence[str]) -> dict[str, str]:
-    """Return TCP's settings where a command runs."""
+    """Read TCP's settings in the namespace of a command prefix."""
     names = (
         "tcp_available_congestion_control",
         "tcp_congestion_control",
@@ -339,22 +340,22 @@ def read_tcp_settings(prefix: Sequence[str]) -> dict[str, str]:
 
 
 def _find_program(program: str) -> str:
-    """Return the path of a program, also where only an administrator would look.
+    """Return the path of a program, also searching /usr/sbin and /sbin.
 
     Raises:
-        CDCError: there is none.
+        CDCError: the program is not installed.
     """
-    found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
-    if found is None:
-        raise CDCError(f"no program {program}: install iproute2")
-    return found
+    path = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+    if path is None:
+        raise CDCError(f"program {program} not found: install iproute2")
+    return path
 
 
 def _run_tool(program: str, *arguments: str) -> str:
-    """Run a program and return what it prints.
+    """Run a program and return its output.
 
     Raises:
-        CDCError: it is not there, or failed.
+        CDCError: the program is not installed, or failed.
     """
     done = subprocess.run([_find_program(program), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What the benchmarks' parts have in common: a report of figures, a table of it, and what a process takes."""
+"""Helpers of the benchmarks: report type, tables, and memory of this process."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Report = dict[str, Any]
 
 
 def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """Return an empty table with columns of words, then of numbers."""
+    """Return an empty table with left-aligned text columns and right-aligned number columns."""
     table = Table(title=title, title_justify="left")
     for name in left:
         table.add_column(name)
@@ -21,9 +21,9 @@ def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def read_memory(name: str) -> float | None:
-    """Return a figure of this process's memory (VmRSS, VmHWM) in MB; None where the system tells none."""
+    """Read a memory figure of this process (VmRSS, VmHWM) in MB; return None if the system provides none."""
     try:
-        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+        match = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     except OSError:
         return None
-    return int(found[1]) * 1024 / 1e6 if found else None
+    return int(match[1]) * 1024 / 1e6 if match else None

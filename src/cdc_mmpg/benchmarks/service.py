@@ -1,9 +1,9 @@
-"""The service measured: against a plain endpoint under the same load, and with hostile clients.
+"""Benchmark of the service: relative to a plain endpoint under the same load, and with hostile clients.
 
-- `cdc_mmpg.cloud` against `plain_service`, an endpoint that answers each request by itself: the same layers, signed,
-  without batches, places, clocks or a log;
-- good clients beside 300 slow bodies and 300 slow headers, and ten times as many clients on new connections as the
-  service has places: what is served, and how fast.
+- `cdc_mmpg.cloud` against `plain_service`, an endpoint that answers each request separately: the same signed layers,
+  without batches, limits, timeouts or a log;
+- throughput and latency of good clients beside 300 slow bodies and 300 slow headers, and of ten times as many clients
+  on new connections as the service has places.
 """
 
 import gc
@@ -34,20 +34,20 @@ from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.messages import LAYER_PATH, decode_layer, decode_upload, encode_upload
 
-BUNDLE_VARIABLE = "CDC_MMPG_PLAIN"  # tells `plain_service` what to serve
+BUNDLE_VARIABLE = "CDC_MMPG_PLAIN"  # environment variable with the bundle for `plain_service`
 CONCURRENT_CLIENTS = (1, 8, 64)
-TURNS = 2  # of each server at each concurrency
-LEAD_SECONDS = 3.0  # after which all slow clients are there
-DIFFERENT_UPLOADS = 256
-GOOD_CLIENTS = 8  # beside the slow ones, on new connections
-SLOW_CLIENTS = 300  # with slow bodies, and as many with slow headers
-OVERLOAD_FACTOR = 10  # clients on new connections at once, by the service's places
-SOURCE_ADDRESSES = 20  # addresses that they come from
-GOAL_P99_SECONDS = 1.0  # of the 99th percentile of those that are served under overload
+TURNS = 2  # turns of each server at each concurrency
+LEAD_SECONDS = 3.0  # time until all slow clients are connected
+DIFFERENT_UPLOADS = 256  # number of distinct uploads
+GOOD_CLIENTS = 8  # clients beside the slow ones, on new connections
+SLOW_CLIENTS = 300  # clients with slow bodies, and as many with slow headers
+OVERLOAD_FACTOR = 10  # concurrent clients under overload, as a multiple of the service's places
+SOURCE_ADDRESSES = 20  # number of client addresses under overload
+GOAL_P99_SECONDS = 1.0  # goal for the 99th percentile latency of served requests under overload
 
 
 def plain_service() -> "FastAPI":
-    """Return what the service is measured against: a request, a product, a reply."""
+    """Return the baseline application: one forward pass and one reply per request."""
     served = load_model(Path(os.environ[BUNDLE_VARIABLE]))
     api = FastAPI(openapi_url=None)
 
@@ -65,10 +65,10 @@ def plain_service() -> "FastAPI":
 
 @contextmanager
 def start_servers(bundle: Path) -> Iterator[dict[str, int]]:
-    """Run the service and the plain endpoint, a process each, until the end of the block; yield their ports.
+    """Run the service and the plain endpoint, one process each, during the block; yield their ports by name.
 
     Raises:
-        CDCError: one does not get ready; with the end of its log.
+        CDCError: a server does not become ready; with the end of its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         plain = [sys.executable, "-m", "uvicorn", f"{__name__}:plain_service", "--factory", "--no-access-log"]
@@ -85,56 +85,56 @@ def start_servers(bundle: Path) -> Iterator[dict[str, int]]:
                 server.wait_until_ready()
             yield {name: server.port for name, server in servers.items()}
         finally:
-            for server in servers.values():  # together: each takes a moment
-                server.ask_to_end()
+            for server in servers.values():  # signal all before waiting for any, so that they stop in parallel
+                server.send_signal()
             for server in servers.values():
                 server.stop()
 
 
 def compare_services(bundle: Path, kind: str, seconds: float) -> Report:
-    """Measure service and plain endpoint under the same loads, by concurrency, and the service with hostile clients."""
+    """Measure service and plain endpoint under the same loads by concurrency, and the service with hostile clients."""
     settings = read_cloud_bundle(bundle)
     layouts = Generator.load(bundle / "generator.safetensors").layouts()
     layout = next(layout for layout in layouts if layout.kind == kind)
     expected = ExpectedLayer(layout, settings.versions, settings.key.public_key())
     features = np.tanh(np.random.default_rng(0).standard_normal((DIFFERENT_UPLOADS, FEATURE_DIM))).astype(np.float32)
     uploads = [encode_upload(feature, layout, settings.versions) for feature in features]
-    found: Report = {"weights": settings.weights, "bytes": layout.message_bytes, "concurrency": {}}
+    report: Report = {"weights": settings.weights, "bytes": layout.message_bytes, "concurrency": {}}
     with start_servers(bundle) as ports, freeze_garbage():
         for concurrency in CONCURRENT_CLIENTS:
             turns: dict[str, list[LoadOutcome]] = {name: [] for name in ports}
             for _, (name, port) in itertools.product(range(TURNS), ports.items()):
                 turns[name].append(measure_load(port, uploads, expected, concurrency, seconds / TURNS))
-            figures = {name: sum_turns(loads) for name, loads in turns.items()}
-            found["concurrency"][str(concurrency)] = {
+            figures = {name: combine_turns(loads) for name, loads in turns.items()}
+            report["concurrency"][str(concurrency)] = {
                 **figures,
                 "ratio": compare_figures(figures["service"], figures["plain"]),
             }
-        found["hostile"] = measure_hostile_clients(ports["service"], uploads, expected, seconds)
-    return found
+        report["hostile"] = measure_hostile_clients(ports["service"], uploads, expected, seconds)
+    return report
 
 
 def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: ExpectedLayer, seconds: float) -> Report:
-    """Return what a service does for good clients beside slow ones, and for far too many at once.
+    """Measure the service for good clients, alone and beside slow ones, and under overload.
 
     Raises:
-        CDCError: a layer is not what it should be.
+        CDCError: a layer is invalid.
     """
     raise_file_limit()
     sources = find_local_addresses(SOURCE_ADDRESSES)
     good = partial(ask_many, port, ["127.0.0.1"], uploads, GOOD_CLIENTS, seconds)
     outcomes = {"good clients alone": good()}
     with hold_slow_clients(port, sources, SLOW_CLIENTS):
-        time.sleep(min(seconds, LEAD_SECONDS))  # until all are there
+        time.sleep(min(seconds, LEAD_SECONDS))  # until all are connected
         outcomes[f"beside {SLOW_CLIENTS} slow bodies and {SLOW_CLIENTS} slow headers"] = good()
     crowd = OVERLOAD_FACTOR * DEFAULT_PLACES
     outcomes[f"{crowd:,} clients at once"] = ask_many(port, sources, uploads, crowd, seconds)
-    found: Report = {}
+    report: Report = {}
     for name, outcome in outcomes.items():
         for upload, reply in itertools.islice(outcome.layers.items(), VERIFY_EVERY):
             decode_layer(reply, upload, expected.layout, expected.versions, expected.key)
         times = outcome.milliseconds or [float("nan")]
-        found[name] = {
+        report[name] = {
             "served": len(outcome.milliseconds),
             "refused": outcome.refused,
             "lost": outcome.lost,
@@ -143,14 +143,14 @@ def measure_hostile_clients(port: int, uploads: Sequence[bytes], expected: Expec
             "refused_per_second": outcome.refused / outcome.seconds,
             "p50_milliseconds": float(np.percentile(times, 50)),
             "p99_milliseconds": float(np.percentile(times, 99)),
-            "load_average": os.getloadavg()[0],  # what else runs here
+            "load_average": os.getloadavg()[0],  # shows other work on this machine
         }
-    return found
+    return report
 
 
 @contextmanager
 def freeze_garbage() -> Iterator[None]:
-    """Keep what was imported from being collected in the block: a paused client would look like a slow server."""
+    """Exempt existing objects from garbage collection in the block: a paused client would look like a slow server."""
     gc.collect()
     gc.freeze()
     try:
@@ -159,8 +159,8 @@ def freeze_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def sum_turns(loads: Sequence[LoadOutcome]) -> Report:
-    """Return the turns of a server as one."""
+def combine_turns(loads: Sequence[LoadOutcome]) -> Report:
+    """Combine the turns of a server into one set of figures."""
     times, seconds = (
         [milliseconds for load in loads for milliseconds in load.milliseconds],
         sum(load.seconds for load in loads),
@@ -177,24 +177,24 @@ def sum_turns(loads: Sequence[LoadOutcome]) -> Report:
 
 
 def compare_figures(service: Report, plain: Report) -> dict[str, float]:
-    """Return the ratios of the service to the plain endpoint."""
+    """Return the ratios of the service's figures to those of the plain endpoint."""
     return {name: service[name] / plain[name]
             for name in ("requests_per_second", "p50_milliseconds", "p99_milliseconds")}  # fmt: skip
 
 
-def make_service_table(found: Report) -> Table:
-    """Return the figures of both servers as a table."""
+def make_service_table(report: Report) -> Table:
+    """Return a table of the figures of both servers."""
     table = make_table(
         "service: cdc_mmpg.cloud against a plain FastAPI endpoint",
         ["layer", "clients", "server"],
-        ["requests/s", "p50 ms", "p99 ms", "mean batch", "client, processors"],
+        ["requests/s", "p50 ms", "p99 ms", "mean batch", "client CPUs"],
     )
-    for kind, own in found.items():
-        for concurrency, each in own["concurrency"].items():
+    for kind, figures in report.items():
+        for concurrency, servers in figures["concurrency"].items():
             for name in ("service", "plain"):
-                values = each[name]
+                values = servers[name]
                 table.add_row(
-                    f"{kind}, {own['bytes']:,} B",
+                    f"{kind}, {figures['bytes']:,} B",
                     concurrency,
                     name,
                     f"{values['requests_per_second']:,.1f}",
@@ -203,21 +203,21 @@ def make_service_table(found: Report) -> Table:
                     f"{values['mean_batch']:.1f}" if values["mean_batch"] is not None else "",
                     f"{values['client_processors']:.2f}",
                 )
-            ratio = [f"× {value:.2f}" for value in each["ratio"].values()]
+            ratio = [f"× {value:.2f}" for value in servers["ratio"].values()]
             table.add_row("", "", "service / plain", *ratio, "", "", end_section=True)
     return table
 
 
-def make_hostile_table(found: Report) -> Table:
-    """Return the figures with hostile clients as a table."""
+def make_hostile_table(report: Report) -> Table:
+    """Return a table of the figures with hostile clients."""
     table = make_table(
         f"hostile clients, on new connections from {SOURCE_ADDRESSES} addresses; goal: none lost, "
         f"p99 {GOAL_P99_SECONDS:g} s",
         ["layer", "clients"],
         ["served/s", "refused/s", "served", "lost", "p50 ms", "p99 ms", "load"],
     )
-    for kind, own in found.items():
-        for name, values in own["hostile"].items():
+    for kind, figures in report.items():
+        for name, values in figures["hostile"].items():
             table.add_row(
                 kind,
                 name,

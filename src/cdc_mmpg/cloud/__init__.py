@@ -1,1 +1,1 @@
-"""The cloud's service."""
+"""The cloud service."""

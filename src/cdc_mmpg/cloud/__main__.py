@@ -1,4 +1,4 @@
-"""`python -m cdc_mmpg.cloud`: check bundle, keys, certificate and address, then serve until SIGTERM or SIGINT."""
+"""`python -m cdc_mmpg.cloud`: validate bundle, keys, certificate and address, then serve until SIGTERM or SIGINT."""
 
 import argparse
 import json
@@ -24,47 +24,47 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    print(f"ConfigError: the service needs what a device does not ({error}): pip install '.[serve]'", file=sys.stderr)
+    print(f"ConfigError: the service needs additional packages ({error}): pip install '.[serve]'", file=sys.stderr)
     sys.exit(2)
 
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.program import exit_code
+from cdc_mmpg.program import run_to_exit_code
 
-GRACE_SECONDS = 30  # for accepted requests after SIGTERM
-WORKER_START_SECONDS = 60  # that a process may take to import before its supervisor replaces it
+GRACE_SECONDS = 30  # time to finish accepted requests after SIGTERM
+WORKER_START_SECONDS = 60  # time that a worker may take to start before its supervisor replaces it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve a bundle until SIGTERM or SIGINT; return the exit code (see `errors`)."""
-    parser = argparse.ArgumentParser(description="the cloud's service: features in, weights of last layers out")
+    parser = argparse.ArgumentParser(description="cloud service: features in, weights of last layers out")
     parser.add_argument("bundle", type=Path, help="the cloud/ folder of an export")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--workers", type=int, default=1, help="processes; with two or more a lost one is replaced")
-    parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="requests inside a process at once")
+    parser.add_argument("--workers", type=int, default=1, help="processes; with 2 or more, a crashed one restarts")
+    parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="maximum requests in flight per process")
     parser.add_argument(
-        "--keys", default="", help="a file with a key a line; without, everyone on this machine may ask"
+        "--keys", default="", help="file with one key per line; without it, everyone on this machine has access"
     )
-    parser.add_argument("--weights", choices=WEIGHT_PRECISIONS, default="", help="in place of the bundle's choice")
-    parser.add_argument("--certificate", help="PEM, for https")
-    parser.add_argument("--certificate-key", help="PEM, for https")
+    parser.add_argument("--weights", choices=WEIGHT_PRECISIONS, default="", help="default: the bundle's precision")
+    parser.add_argument("--certificate", help="certificate for HTTPS (PEM)")
+    parser.add_argument("--certificate-key", help="private key for HTTPS (PEM)")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: serve(options))
+    return run_to_exit_code(lambda: serve(options))
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Check what can be checked at once, then serve.
+    """Validate the options and the bundle, then serve.
 
     Raises:
-        CheckpointError: the bundle is none.
-        ConfigError: options that do not go together.
+        CheckpointError: the folder is not a valid cloud bundle.
+        ConfigError: an option is invalid, or options contradict each other.
     """
     if options.workers < 1 or options.places < 1:
-        raise ConfigError("workers and places are at least 1 (WORKERS=, ARGS=--places=)")
+        raise ConfigError("workers and places must be at least 1 (WORKERS=, ARGS=--places=)")
     if not options.keys and not is_local_only(options.host):
         raise ConfigError(
-            f"{options.host} can be reached from other machines, and without keys everyone may ask: give a file of "
-            "them (KEYS=), or serve on 127.0.0.1"
+            f"{options.host} is reachable from other machines, and without keys everyone has access: give a file of "
+            "keys (KEYS=), or serve on 127.0.0.1"
         )
     check_certificate(options.certificate, options.certificate_key)
     read_keys(options.keys)
@@ -72,7 +72,7 @@ def serve(options: argparse.Namespace) -> None:
     listener = listen(options.host, options.port)
     configure_logs()
     if options.keys and not options.certificate and not is_local_only(options.host):
-        logger.warning("keys are sent without encryption: end https here (CERTIFICATE=) or in what stands before")
+        logger.warning("keys are sent unencrypted: enable HTTPS here (CERTIFICATE=) or in a reverse proxy")
     raise_file_limit()
     supervisor = os.getpid() if options.workers > 1 else 0
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -89,7 +89,7 @@ def serve(options: argparse.Namespace) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # a client's address is whom its bytes come from, not what it says
+        proxy_headers=False,  # clients could forge these headers: only the peer address counts
         backlog=ACCEPTS_PER_TURN,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
@@ -101,7 +101,7 @@ def serve(options: argparse.Namespace) -> None:
     with listener, tempfile.TemporaryDirectory() as counts:
         if options.workers == 1:
             try:
-                uvicorn.Server(config).run([listener])  # leaves by the signal that stops it
+                uvicorn.Server(config).run([listener])  # raises the signal again that stopped it
             except KeyboardInterrupt:
                 raise SystemExit(128 + signal.SIGINT) from None
         else:
@@ -111,15 +111,15 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def check_certificate(certificate: str | None, key: str | None) -> None:
-    """Refuse files that are no certificate with its key.
+    """Refuse files that are not a certificate and its key.
 
     Raises:
-        ConfigError: one of two is given, or they are not there, damaged, encrypted or do not belong together.
+        ConfigError: only one is given, or a file is missing, damaged, encrypted or does not match the other.
     """
     if not certificate and not key:
         return
     if not certificate or not key:
-        raise ConfigError("https needs both a certificate and its key (CERTIFICATE=, CERTIFICATE_KEY=)")
+        raise ConfigError("HTTPS needs both a certificate and its key (CERTIFICATE=, CERTIFICATE_KEY=)")
     for path in (certificate, key):
         if not Path(path).is_file():
             raise ConfigError(f"{path}: no such file (CERTIFICATE=, CERTIFICATE_KEY=)")
@@ -127,30 +127,30 @@ def check_certificate(certificate: str | None, key: str | None) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{certificate} and {key} are not a certificate and its unencrypted key in PEM ({error}); CERTIFICATE= "
-            "and CERTIFICATE_KEY= name them"
+            f"{certificate} and {key} are not a certificate and its unencrypted key in PEM format ({error}): check "
+            "CERTIFICATE= and CERTIFICATE_KEY="
         ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there.
+    """Return a socket that listens on an address.
 
     Raises:
-        ConfigError: the address does not exist here, or is in use.
+        ConfigError: the address is not one of this machine, or is in use.
     """
     try:
         return socket.create_server((host, port), family=choose_family(host))
     except (OSError, OverflowError, ValueError) as error:
-        raise ConfigError(f"{host}:{port} cannot be had ({error}); HOST= and PORT= name another") from error
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}): choose others with HOST= and PORT=") from error
 
 
 def choose_family(host: str) -> socket.AddressFamily:
-    """Return the address family of an address or a name."""
+    """Return the address family of an address or a host name."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_local_only(host: str) -> bool:
-    """Return whether only this machine reaches an address or a name."""
+    """Return whether an address or a host name is reachable from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

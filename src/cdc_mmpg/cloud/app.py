@@ -1,14 +1,14 @@
-"""The cloud's service: an uploaded feature comes in, the signed weights of a last layer go out, raw bytes both ways.
+"""ASGI application of the cloud service: answers an uploaded feature with the signed weights of a last layer.
 
     POST /v1/layer   an upload of `wire` -> a layer of `wire`; errors are JSON: {"error": ..., "detail": ...}
-    GET  /health     200 as long as the process answers
-    GET  /ready      200 once the weights are there, 503 before
-    GET  /metrics    for Prometheus
+    GET  /health     200 while the process answers
+    GET  /ready      200 once the weights are loaded, 503 before
+    GET  /metrics    counts in the Prometheus format
 
-A body is read first, no further than an upload is long and no longer than `BODY_SECONDS`; then the request takes one of
-`--places` places, of which no client (a key, an address) can take all, or is refused (503, Retry-After). Everything
-that can be refused is refused before FastAPI sees it, and is logged as a count (see `limits`). Any number of such
-processes may stand behind a load balancer: a request needs nothing but the bundle.
+The body is read first, limited to the length of an upload and to `BODY_SECONDS`; then the request takes one of
+`--places` places, of which no client (a key or an address) can take all, or is refused (503, Retry-After). Invalid
+requests are refused before they reach FastAPI, and are logged as counts (see `limits`). Requests are stateless, so any
+number of such processes can run behind a load balancer.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from cdc_mmpg.cloud.batcher import Batcher
 from cdc_mmpg.cloud.keys import find_key, read_keys
-from cdc_mmpg.cloud.limits import FULL_DETAIL, RETRY_SECONDS, Door, Loop, connection_limit, name_network
+from cdc_mmpg.cloud.limits import FULL_DETAIL, RETRY_SECONDS, Door, Loop, compute_connection_limit, name_network
 from cdc_mmpg.cloud.logs import configure_logs, log_event, logger
 from cdc_mmpg.cloud.model import describe_model, load_model
 from cdc_mmpg.errors import CDCError, DataError
@@ -39,42 +39,42 @@ from cdc_mmpg.processors import count_processors
 from cdc_mmpg.wire.messages import LAYER_PATH, UPLOAD_BYTES, Reason, Upload, UploadRejected, decode_upload
 
 OCTET_STREAM = "application/octet-stream"
-BODY_SECONDS = 5.0  # from the end of the headers to the end of the body
-SEND_CHUNK_BYTES = 65_536  # of a reply that are written at once
-SUPERVISOR_CHECK_SECONDS = 1.0  # after which a process notices that its supervisor is gone
-# Environment variables: the settings of one service's processes, and the folder where they count together.
+BODY_SECONDS = 5.0  # time limit from the end of the headers to the end of the body
+SEND_CHUNK_BYTES = 65_536  # size of the pieces in which a reply is written
+SUPERVISOR_CHECK_SECONDS = 1.0  # interval at which a process checks that its supervisor runs
+# Environment variables: the settings of a service's processes, and the folder of their shared metrics.
 SETTINGS_VARIABLE, METRICS_VARIABLE = "CDC_MMPG_CLOUD", "PROMETHEUS_MULTIPROC_DIR"
-UPLOAD_STATUSES: dict[Reason, int] = {"encoder": 409, "generator": 409, "range": 422}  # of other rejected uploads, 400
+UPLOAD_STATUSES: dict[Reason, int] = {"encoder": 409, "generator": 409, "range": 422}  # 400 for other reasons
 ABSOLUTE_URL = re.compile("https?://[^/]*(/.*)", re.IGNORECASE | re.DOTALL)
-UPLOAD_KEY = "cdc_mmpg.upload"  # where a request's scope holds what `Gate` has read
+UPLOAD_KEY = "cdc_mmpg.upload"  # key in a request's scope of the `AdmittedUpload` that `Gate` has read
 
 
 class Settings(NamedTuple):
-    """What a process serves, and to whom."""
+    """Settings of a service process."""
 
-    bundle: str
-    keys: str  # a file with a key a line; "" lets everyone in
-    places: int  # requests that may wait, be answered or be sent
-    weights: str  # "float32" or "bfloat16"; "" is the bundle's choice
-    supervisor: int  # process that replaces a lost one; 0 where there is none
-    address: str = ""  # where it listens, for its log
+    bundle: str  # folder of the cloud bundle
+    keys: str  # file with one key per line; with "", no key is required
+    places: int  # maximum requests in flight: queued, computed or being sent
+    weights: str  # "float32" or "bfloat16"; "" for the bundle's choice
+    supervisor: int  # process ID of the supervisor; 0 without one
+    address: str = ""  # URL of the service, for the log
 
 
 class Metrics:
-    """Counters of replies, bytes, times and batches, over all processes of a service."""
+    """Counters of replies, bytes, times and batches, summed over all processes of a service."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.replies = Counter("cdc_mmpg_replies", "replies by status", ["status"], registry=self._registry)
         self.sent = Counter("cdc_mmpg_layer_bytes", "bytes of layers sent, by kind", ["kind"], registry=self._registry)
-        self.seconds = Histogram("cdc_mmpg_seconds", "from headers to reply", registry=self._registry)
-        self.generating = Histogram("cdc_mmpg_generating_seconds", "of a batch", registry=self._registry)
+        self.seconds = Histogram("cdc_mmpg_seconds", "seconds from headers to reply", registry=self._registry)
+        self.generating = Histogram("cdc_mmpg_generating_seconds", "seconds per batch", registry=self._registry)
         self.batch = Histogram(
-            "cdc_mmpg_batch", "uploads answered at once", buckets=[1, 2, 4, 8, 16, 32], registry=self._registry
+            "cdc_mmpg_batch", "uploads per batch", buckets=[1, 2, 4, 8, 16, 32], registry=self._registry
         )
 
     def render(self) -> bytes:
-        """Return all counts in the format of Prometheus."""
+        """Return all counts in the Prometheus format."""
         registry = self._registry
         if METRICS_VARIABLE in os.environ:
             registry = CollectorRegistry()
@@ -83,37 +83,37 @@ class Metrics:
 
 
 class AdmittedUpload(NamedTuple):
-    """An upload that has a place."""
+    """An upload that was read and accepted."""
 
     content: bytes
     upload: Upload
-    start: float  # when its headers had come
+    start: float  # `perf_counter` time at the end of the headers
 
 
 class Service:
     """The endpoints of one process.
 
     Args:
-        settings: what is served, and to whom.
+        settings: settings of this process.
 
     Raises:
-        ConfigError: the file of keys has none.
+        ConfigError: the file of keys cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.keys, self.metrics = settings, read_keys(settings.keys), Metrics()
-        self.door = Door(settings.places, connection_limit(), self.metrics.replies)
+        self.door = Door(settings.places, compute_connection_limit(), self.metrics.replies)
         self.batcher: Batcher | None = None
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Load the weights while the process answers already; stop the generator at the end."""
+        """Load the weights in the background, and stop the generator at shutdown."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Loop)
         loop.door = self.door
-        tasks = [asyncio.create_task(self._start())]
+        tasks = [asyncio.create_task(self._load_model())]
         if self.settings.supervisor:
-            tasks.append(asyncio.create_task(self._watch()))
+            tasks.append(asyncio.create_task(self._watch_supervisor()))
         yield
         for task in tasks:
             task.cancel()
@@ -121,51 +121,51 @@ class Service:
             await self.batcher.stop()
         log_event("stopped")
 
-    async def _start(self) -> None:
+    async def _load_model(self) -> None:
         try:
             served = await asyncio.to_thread(load_model, Path(self.settings.bundle), self.settings.weights)
         except CDCError as error:
-            logger.error("no service", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
+            logger.error("start failed", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
             os.kill(os.getpid(), signal.SIGTERM)
             return
         except Exception:
-            logger.exception("no service")
+            logger.exception("start failed")
             os.kill(os.getpid(), signal.SIGTERM)
             return
         gc.collect()
-        gc.freeze()  # what is there stays: looking through it again and again makes every hundredth request late
+        gc.freeze()  # permanent objects: scanning them repeatedly delays every hundredth request
         self.batcher = Batcher(served)
-        place = {"address": self.settings.address, "device": str(served.device), "processors": count_processors()}
-        log_event("ready", **describe_model(served), **place)
+        host = {"address": self.settings.address, "device": str(served.device), "processors": count_processors()}
+        log_event("ready", **describe_model(served), **host)
 
-    async def _watch(self) -> None:
-        """End this process when its supervisor is gone: it would hold the port, and nobody would replace it."""
+    async def _watch_supervisor(self) -> None:
+        """End this process when its supervisor has exited: an orphan would keep the port and never be replaced."""
         while os.getppid() == self.settings.supervisor:
             await asyncio.sleep(SUPERVISOR_CHECK_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def report_health(self, _: Request) -> Response:
-        """Reply that the process answers."""
+        """Reply that the process is alive."""
         return JSONResponse({"status": "alive"})
 
     async def report_ready(self, _: Request) -> Response:
-        """Reply whether the weights are loaded (200) or not yet (503)."""
+        """Reply 200 if the weights are loaded, else 503."""
         if self.batcher is None:
-            return make_refusal(503, "loading", "the weights are being read")
+            return make_refusal(503, "loading", "the weights are still loading")
         return JSONResponse({"status": "ready", **describe_model(self.batcher.served)})
 
     async def report_metrics(self, _: Request) -> Response:
-        """Reply with the counts of all processes."""
+        """Reply with the metrics of all processes."""
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def answer_upload(self, request: Request) -> Response:
-        """Reply with the layer for an upload that `Gate` has let in."""
+        """Reply with the layer for an upload that `Gate` has admitted."""
         assert self.batcher is not None
         content, upload, start = request.scope[UPLOAD_KEY]
         try:
             generated = await self.batcher.generate(content, upload)
         except DataError as error:
-            return self.refuse(422, "finite", f"{error}: ask for float32")
+            return self.refuse(422, "finite", f"{error}: request a float32 layer")
         milliseconds = 1000 * (perf_counter() - start)
         kind = upload.layout.kind
         self.metrics.replies.labels(200).inc()
@@ -179,18 +179,18 @@ class Service:
         return BackpressuredResponse(generated.content, 200, {"Server-Timing": timing}, OCTET_STREAM)
 
     def refuse(self, status: int, error: str, detail: str) -> Response:
-        """Return a refusal, which is counted."""
+        """Count a refusal and return its response."""
         self.door.refusals.count(status, error)
         return make_refusal(status, error, detail)
 
 
 class Refused(Exception):
-    """A request that does not come in.
+    """A refused request.
 
     Args:
-        status: of the reply.
-        error: the reason in one word.
-        detail: the reason in a sentence.
+        status: HTTP status of the reply.
+        error: reason in one word.
+        detail: reason in a sentence.
     """
 
     def __init__(self, status: int, error: str, detail: str) -> None:
@@ -203,11 +203,11 @@ class ClientLeft(Exception):
 
 
 class Gate:
-    """The ASGI application: reads uploads and refuses what does not come in; the rest goes to FastAPI.
+    """ASGI application that reads uploads, refuses invalid ones, and passes all other requests to FastAPI.
 
     Args:
-        service: the endpoints.
-        api: the FastAPI application.
+        service: endpoints and shared state of this process.
+        api: FastAPI application with the endpoints.
     """
 
     def __init__(self, service: Service, api: FastAPI) -> None:
@@ -216,7 +216,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http" and (target := ABSOLUTE_URL.fullmatch(scope["path"])):
-            scope["path"] = target[1]  # as a proxy asks
+            scope["path"] = target[1]  # proxies may send absolute URLs
         if scope["type"] != "http" or scope["path"] != LAYER_PATH or scope["method"] != "POST":
             await self._api(scope, receive, send)
             return
@@ -236,22 +236,22 @@ class Gate:
             places.give_back(*clients)
 
     async def _read(self, scope: Scope, receive: Receive, clients: list[Hashable]) -> AdmittedUpload:
-        """Return the upload of a request, and add the key of its client to the client's names.
+        """Read the upload of a request, and add the client's key to `clients`, the names under which it is counted.
 
         Raises:
-            Refused: a key, the headers or the upload are not what they should be.
-            ClientLeft: the upload is not complete.
+            Refused: the key, the headers or the upload are invalid, or the weights are not loaded yet.
+            ClientLeft: the client disconnected before the upload was complete.
         """
         start, headers = perf_counter(), scope["headers"]
         if self._service.keys:
             key = find_key([value for name, value in headers if name == b"authorization"], self._service.keys)
             if key is None:
-                raise Refused(401, "key", "no key that is known here: Authorization: Bearer <key>")
+                raise Refused(401, "key", "missing or unknown key: send the header Authorization: Bearer <key>")
             clients.append(key)
         check_length(headers)
         batcher = self._service.batcher
         if batcher is None:
-            raise Refused(503, "loading", "the weights are being read")
+            raise Refused(503, "loading", "the weights are still loading")
         content = await read_body(receive)
         try:
             return AdmittedUpload(
@@ -262,13 +262,13 @@ class Gate:
 
 
 class BackpressuredResponse(Response):
-    """Response that holds its place until the client has read the body, but for what the socket buffers.
+    """Response that holds its place until the client has read the body, except for the part in the socket's buffer.
 
-    It is sent in pieces: TLS takes whatever is written at once, and waits before the next piece.
+    The body is sent in pieces, because TLS accepts a write of any size and applies backpressure only before the next.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the body, wait until it is sent, end."""
+        """Send the body in pieces, then end the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(self.body), SEND_CHUNK_BYTES):
             piece = self.body[start : start + SEND_CHUNK_BYTES]
@@ -277,7 +277,7 @@ class BackpressuredResponse(Response):
 
 
 def app() -> Gate:
-    """Return the ASGI application of a process that `cdc_mmpg.cloud.__main__` started."""
+    """Return the ASGI application for a process started by `cdc_mmpg.cloud.__main__`."""
     configure_logs()
     service = Service(Settings(**json.loads(os.environ[SETTINGS_VARIABLE])))
     api = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=service.lifespan)
@@ -303,25 +303,25 @@ def app() -> Gate:
 
 
 def check_length(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Refuse a request whose headers declare another length than an upload has, before its body is read.
+    """Refuse a request by its headers, before the body is read, if it cannot be an upload.
 
     Raises:
-        Refused: they do, or leave two ways to read the body.
+        Refused: the declared length is not that of an upload, or the end of the body is ambiguous.
     """
     declared = [int(value) for name, value in headers if name == b"content-length"]
     if declared and any(name == b"transfer-encoding" for name, _ in headers):
-        raise Refused(400, "http", "both Content-Length and Transfer-Encoding")
+        raise Refused(400, "http", "the request has both Content-Length and Transfer-Encoding: send only one of them")
     if declared and declared[0] != UPLOAD_BYTES:
         raise Refused(413 if declared[0] > UPLOAD_BYTES else 400, "body",
-                      f"{declared[0]} bytes declared: an upload has {UPLOAD_BYTES}")  # fmt: skip
+                      f"Content-Length is {declared[0]}: an upload has {UPLOAD_BYTES} bytes")  # fmt: skip
 
 
 async def read_body(receive: Receive) -> bytes:
-    """Return a request's body.
+    """Read a request's body.
 
     Raises:
-        Refused: it is longer than an upload, or came too slowly.
-        ClientLeft: the connection closed before its end.
+        Refused: the body is longer than an upload, or arrived too slowly.
+        ClientLeft: the connection closed before the end of the body.
     """
     content = b""
     try:
@@ -332,15 +332,15 @@ async def read_body(receive: Receive) -> bytes:
                     raise ClientLeft
                 content += message["body"]
                 if len(content) > UPLOAD_BYTES:
-                    raise Refused(413, "body", f"more than the {UPLOAD_BYTES} bytes of an upload")
+                    raise Refused(413, "body", f"the body has more than the {UPLOAD_BYTES} bytes of an upload")
                 if not message["more_body"]:
                     return content
     except TimeoutError as error:
-        raise Refused(408, "body", f"{len(content)} of {UPLOAD_BYTES} bytes came in {BODY_SECONDS} s") from error
+        raise Refused(408, "body", f"{len(content)} of {UPLOAD_BYTES} bytes arrived in {BODY_SECONDS} s") from error
 
 
 def make_refusal(status: int, error: str, detail: str) -> JSONResponse:
-    """Return a refusal, after which the connection closes: what the client still sends is not read."""
+    """Return a refusal that closes the connection, so that the rest of the request is not read."""
     headers = {"Connection": "close"}
     if status == 503:
         headers["Retry-After"] = str(RETRY_SECONDS)

@@ -1,4 +1,4 @@
-"""Batches queued uploads: whenever the generator is free it takes all that wait, up to `MAX_BATCH_UPLOADS`."""
+"""Batching of queued uploads: whenever the generator is free, it takes all queued ones, up to `MAX_BATCH_UPLOADS`."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +14,19 @@ MAX_BATCH_UPLOADS = 32
 
 
 class GeneratedLayer(NamedTuple):
-    """A layer, and what it took."""
+    """A layer with its times and batch size."""
 
-    content: bytes  # the signed message
-    generating: float  # seconds
-    waiting: float  # seconds
-    batch: int  # uploads that were answered with it
+    content: bytes  # signed message
+    generating: float  # seconds of the batch in the generator
+    waiting: float  # seconds in the queue
+    batch: int  # number of uploads in its batch
 
 
 class Batcher:
-    """Generates the layers of queued uploads in batches, in a thread of its own.
+    """Generates the layers of queued uploads in batches, in a separate thread.
 
     Args:
-        served: the model whose generator answers.
+        served: model whose generator is used.
     """
 
     def __init__(self, served: ServedModel) -> None:
@@ -36,10 +36,10 @@ class Batcher:
         self._task = asyncio.create_task(self._run())
 
     async def generate(self, content: bytes, upload: Upload) -> GeneratedLayer:
-        """Return the layer for an upload, signed.
+        """Return the signed layer for an upload.
 
         Raises:
-            DataError: its precision cannot hold it.
+            DataError: the requested precision cannot represent the layer.
         """
         layer: asyncio.Future[GeneratedLayer] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((content, upload, perf_counter(), layer))
@@ -51,7 +51,7 @@ class Batcher:
             batch = [await self._waiting.get()]
             while len(batch) < MAX_BATCH_UPLOADS and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            batch = [item for item in batch if not item[3].done()]  # whose client has left
+            batch = [item for item in batch if not item[3].done()]  # drop those whose client disconnected
             if not batch:
                 continue
             start = perf_counter()
@@ -74,7 +74,7 @@ class Batcher:
                     future.set_result(GeneratedLayer(layer, seconds, start - arrival, len(batch)))
 
     async def stop(self) -> None:
-        """Stop the thread; no upload is queued any more."""
+        """Stop the task and the thread; call it when no further upload will be queued."""
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task

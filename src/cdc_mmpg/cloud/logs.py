@@ -1,4 +1,4 @@
-"""The log of the service: lines of JSON on the standard error, without features or keys."""
+"""Log of the service: JSON lines on stderr, without features or keys."""
 
 import json
 import logging
@@ -9,10 +9,10 @@ logger = logging.getLogger("cdc_mmpg.cloud")
 
 
 class JSONFormatter(logging.Formatter):
-    """Formatter that writes a record as a line of JSON: time, level, event and fields; never a feature or a key."""
+    """Formatter that writes a record as a line of JSON: time, level, event and fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Format a record as a line of JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -26,13 +26,13 @@ class JSONFormatter(logging.Formatter):
 
 
 def log_event(event: str, **fields: Any) -> None:
-    """Write a line of the log."""
+    """Log an event with its fields."""
     logger.info(event, extra={"fields": fields})
 
 
 def configure_logs() -> None:
-    """Write all logs of this process as lines of JSON to the standard error."""
+    """Send all logs of this process to stderr as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every odd request, which we count
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # hides malformed requests, which are counted

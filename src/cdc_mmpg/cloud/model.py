@@ -1,4 +1,4 @@
-"""What the cloud serves: a bundle of `make export` in memory, and the layers that its generator makes of uploads."""
+"""Model that the cloud serves: a bundle of `make export` in memory, and the layers that its generator computes."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, DataError
-from cdc_mmpg.files import json_digest
+from cdc_mmpg.files import hash_json
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.wire.messages import UPLOAD_BYTES, Layout, Upload, Versions, digest, encode_layer
+from cdc_mmpg.wire.messages import UPLOAD_BYTES, Layout, Upload, Versions, compute_digest, encode_layer
 
 WEIGHT_PRECISIONS = ("float32", "bfloat16")
 DENORMAL_CUTOFF = 1e-12  # smaller magnitudes in a feature become 0: denormals slow CPUs about 100x
 
 
 class CloudBundle(NamedTuple):
-    """A cloud bundle whose parts belong together; the weights are not read yet."""
+    """A cloud bundle with verified parts; the weights are not loaded yet."""
 
     name: str
     versions: Versions
@@ -29,7 +29,7 @@ class CloudBundle(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    """A cloud bundle in memory."""
+    """A cloud bundle loaded into memory."""
 
     name: str
     generator: Generator
@@ -41,43 +41,43 @@ class ServedModel(NamedTuple):
 
 
 def read_cloud_bundle(folder: Path) -> CloudBundle:
-    """Read a cloud bundle as `make export` wrote it.
+    """Read and verify a cloud bundle written by `make export`.
 
     Raises:
-        CheckpointError: it is none, damaged, or its parts do not belong together.
+        CheckpointError: the folder is not a cloud bundle, is damaged, or its files do not belong together.
     """
     part = folder / "cloud.json"
     try:
         settings = json.loads(part.read_text(encoding="utf-8"))
-        if settings.pop("digest", None) != json_digest(settings):
-            raise ValueError("changed since it was exported, or of an older export")
+        if settings.pop("digest", None) != hash_json(settings):
+            raise ValueError("changed since the export, or written by an older version")
         versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
         public = settings["public_key"]
         name, weights = str(settings["name"]), WEIGHT_PRECISIONS[WEIGHT_PRECISIONS.index(settings["weights"])]
         part = folder / "signing_key.pem"
         key = load_pem_private_key(part.read_bytes(), password=None)
         part = folder / "generator.safetensors"
-        stored = digest(part.read_bytes())
-    except Exception as error:  # whatever stands there
+        stored = compute_digest(part.read_bytes())
+    except Exception as error:  # the files may contain anything
         raise CheckpointError(
-            f"{part}: not a part of a cloud bundle ({type(error).__name__}: {error}): make export writes one"
+            f"{part}: not a valid file of a cloud bundle ({type(error).__name__}: {error}): run make export"
         ) from error
     if stored != versions.generator:
-        raise CheckpointError(f"{folder}: generator.safetensors is not the one that cloud.json tells of: export anew")
+        raise CheckpointError(f"{folder}: generator.safetensors does not match cloud.json: export again")
     if not isinstance(key, Ed25519PrivateKey) or key.public_key().public_bytes_raw().hex() != public:
-        raise CheckpointError(f"{folder}: signing_key.pem is not the key that devices know: restore it, or export anew")
+        raise CheckpointError(f"{folder}: signing_key.pem is not the key that devices trust: restore or export again")
     return CloudBundle(name, versions, key, weights)
 
 
 def load_model(folder: Path, weights: str = "") -> ServedModel:
-    """Load a cloud bundle into memory, on a GPU where there is one, and try it with one upload.
+    """Load a cloud bundle into memory, on a GPU if there is one, and test it with one upload.
 
     Args:
-        folder: the bundle.
-        weights: their precision, in place of the bundle's choice.
+        folder: folder of the bundle.
+        weights: precision of the weights, "float32" or "bfloat16"; "" for the bundle's choice.
 
     Raises:
-        CheckpointError: see `read_cloud_bundle`; or the generator makes numbers that are not finite.
+        CheckpointError: see `read_cloud_bundle`; or the generator's output is not finite.
     """
     bundle = read_cloud_bundle(folder)
     generator = Generator.load(folder / "generator.safetensors")
@@ -90,34 +90,34 @@ def load_model(folder: Path, weights: str = "") -> ServedModel:
     )
     zeros = Upload(served.layouts[0], served.versions, torch.zeros(FEATURE_DIM).numpy())
     try:
-        generate_layer(served, bytes(UPLOAD_BYTES), zeros)  # what the first request would wait for
+        generate_layer(served, bytes(UPLOAD_BYTES), zeros)  # warm-up, which the first request would otherwise wait for
     except DataError as error:
-        raise CheckpointError(f"{folder / 'generator.safetensors'}: {error}: train and export anew") from error
+        raise CheckpointError(f"{folder / 'generator.safetensors'}: {error}: train and export again") from error
     return served
 
 
 def describe_model(served: ServedModel) -> dict[str, Any]:
-    """Return what is served as `/ready` and the log say it: name, versions, precision, kinds of layers."""
+    """Describe the served model for `/ready` and the log: name, versions, precision, kinds of layers."""
     versions = {name: value.hex() for name, value in served.versions._asdict().items()}
     kinds = [layout.kind for layout in served.layouts]
     return {"model": served.name, **versions, "weights": served.weights, "kinds": kinds}
 
 
 def generate_layers(served: ServedModel, waiting: Sequence[tuple[bytes, Upload]]) -> list[bytes | DataError]:
-    """Return the layers for uploads (as they came, and as they were read), each encoded and signed.
+    """Return the encoded and signed layers for uploads, given as pairs of raw bytes and decoded upload.
 
-    A layer that its precision cannot hold is the error of its own upload; the others are answered.
+    A layer that its precision cannot represent is returned as an error; the other uploads are not affected.
     """
     uploads = torch.stack([torch.from_numpy(upload.feature.copy()) for _, upload in waiting]).to(served.device)
     uploads[uploads.abs() < DENORMAL_CUTOFF] = 0
     with torch.inference_mode():
         parts = served.generator(uploads)
-        sent = {}
+        matrices_by_kind = {}
         for kind in dict.fromkeys(upload.layout.kind for _, upload in waiting):
-            sent[kind] = [part.cpu().numpy() for part in served.generator.matrices(parts, kind)]
+            matrices_by_kind[kind] = [part.cpu().numpy() for part in served.generator.matrices(parts, kind)]
     layers: list[bytes | DataError] = []
-    for place, (content, upload) in enumerate(waiting):
-        matrices = [part[place] for part in sent[upload.layout.kind]]
+    for i, (content, upload) in enumerate(waiting):
+        matrices = [part[i] for part in matrices_by_kind[upload.layout.kind]]
         try:
             layers.append(encode_layer(matrices, content, upload.layout, served.versions, served.key))
         except DataError as error:
@@ -126,10 +126,10 @@ def generate_layers(served: ServedModel, waiting: Sequence[tuple[bytes, Upload]]
 
 
 def generate_layer(served: ServedModel, content: bytes, upload: Upload) -> bytes:
-    """Return the layer for one upload.
+    """Return the encoded and signed layer for one upload.
 
     Raises:
-        DataError: its precision cannot hold it.
+        DataError: the requested precision cannot represent the layer.
     """
     layer = generate_layers(served, [(content, upload)])[0]
     if isinstance(layer, DataError):

@@ -1,1 +1,1 @@
-"""What is typed."""
+"""Commands of `cdc-mmpg`: their variables, the plan of programs, and its execution."""

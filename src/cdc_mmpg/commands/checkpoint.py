@@ -1,14 +1,14 @@
-"""Look into a checkpoint: which of its weights the encoder takes, drops, lacks or fits to its own size."""
+"""Inspection of a checkpoint: which of its weights the encoder loads, drops, lacks or resizes."""
 
 import argparse
 from collections.abc import Sequence
 
 from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.program import exit_code, log_to_terminal
+from cdc_mmpg.program import log_to_terminal, run_to_exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what `AllInOne.load_reference` would do with a file; returns the exit code: 4 where it would refuse it."""
+    """Print what `AllInOne.load_reference` would do with a file; return the exit code, 4 if it would be refused."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="All-in-One-Ti, DeiT-Tiny or an encoder.safetensors; see CHECKPOINT=")
     file = parser.parse_args(arguments).file
@@ -19,21 +19,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CheckpointError("no checkpoint: name one (FILE=)")
         inspect(file)
 
-    return exit_code(run)
+    return run_to_exit_code(run)
 
 
 def inspect(file: str) -> None:
-    """Print every key of a checkpoint under what becomes of it.
+    """Print every key of a checkpoint, grouped by how it is handled.
 
     Raises:
-        CheckpointError: not a checkpoint, or not this encoder's.
+        CheckpointError: the file is not a checkpoint, or not one of this encoder.
     """
     from cdc_mmpg.models.all_in_one import AllInOne  # noqa: PLC0415  imports torch and timm: seconds
 
     encoder = AllInOne()
-    own = encoder.state_dict()
-    taken, report = encoder.compare(file)
-    others = {key: value.shape for key, value in taken.items() if value.shape != own[key].shape}
+    weights = encoder.state_dict()
+    taken, report = encoder.map_keys(file)
+    resized = {key: value.shape for key, value in taken.items() if value.shape != weights[key].shape}
     for name, keys, meaning in (
         ("used", report.used, "the encoder's weights"),
         ("dropped", report.dropped, "heads of the pretraining"),
@@ -42,9 +42,7 @@ def inspect(file: str) -> None:
     ):
         print(f"{name} {len(keys)}: {meaning}")
         for key in keys:
-            fitted = f"  {tuple(others[key])}, here {tuple(own[key].shape)}" if key in others else ""
-            print(f"  {key}{fitted}")
-    encoder.take(taken, report, file)  # refuses what cannot be used
-    print(
-        f"{sum(value.numel() for value in taken.values()):,} of {sum(v.numel() for v in own.values()):,} values taken"
-    )
+            shapes = f"  {tuple(resized[key])}, here {tuple(weights[key].shape)}" if key in resized else ""
+            print(f"  {key}{shapes}")
+    encoder.load_mapped(taken, report, file)  # raises CheckpointError if the checkpoint cannot be used
+    print(f"{sum(v.numel() for v in taken.values()):,} of {sum(v.numel() for v in weights.values()):,} values taken")

@@ -1,7 +1,7 @@
-"""Do the steps of a plan: side by side where they may, each run with its share of the processors or a GPU of its own.
+"""Execution of a plan's steps, in parallel where possible; each run has its share of the processors or its own GPU.
 
-A run that fails stops those that build on it, and no other; the end says what failed. On a CPU, runs start from a
-process that has imported Lightning already (a fork server): importing takes 10 seconds and more.
+A failed run stops only the runs that build on it; failures are listed at the end. On a CPU, runs are forked from a
+process that has already imported Lightning (a fork server), since the import takes 10 seconds or more.
 """
 
 import multiprocessing.connection
@@ -20,30 +20,30 @@ from typing import Any, NamedTuple
 
 from cdc_mmpg.commands.plan import Plan, Step
 from cdc_mmpg.errors import CDCError
-from cdc_mmpg.program import REQUEUE, Stopped, escape_controls, leave_on_signals
+from cdc_mmpg.program import REQUEUE_SIGNAL, Stopped, escape_controls, exit_on_signals
 from cdc_mmpg.results import read_results
 from cdc_mmpg.training.cli import is_finished, refuse_other_settings
 
 SHARED_THREADS = "OMP_NUM_THREADS"
-PRELOADED = "cdc_mmpg.training.experiment"  # what the fork server imports: torch, Lightning and the methods' base
-STOP_SECONDS = 90.0  # that runs may take to save when they are told to stop
+PRELOADED_MODULE = "cdc_mmpg.training.experiment"  # imports torch, Lightning and the methods' base class
+STOP_SECONDS = 90.0  # that runs have to save their state after a stop signal
 
 
 class Outcome(NamedTuple):
-    """How a step ended."""
+    """Outcome of a step."""
 
-    code: int  # its exit code
+    code: int  # exit code
     seconds: float
-    finished_before: bool = False
+    finished_before: bool = False  # whether the run was already finished, and so not started
 
 
 class Executor:
-    """Does a plan's steps.
+    """Executor of a plan's steps.
 
     Args:
-        plan: its steps are all known.
-        run_program: runs a program by its word, with arguments, in this process; returns its exit code.
-        after_run: called when a run has ended, whatever came of it.
+        plan: complete plan; steps added later are ignored.
+        run_program: function that runs a program, by name and arguments, in this process and returns its exit code.
+        after_run: function to call after each run, successful or not.
     """
 
     def __init__(
@@ -57,41 +57,39 @@ class Executor:
         self.steps = list(plan.steps.values())
         self.runs = [step for step in self.steps if step.folder]
         self.outcomes: dict[str, Outcome] = {}
-        self.left_out: dict[str, str] = {}  # step, and the failed one that it builds on
+        self.skipped: dict[str, str] = {}  # skipped step: the failed step that it builds on
         self._processes: dict[str, Any] = {}
         self._printing = threading.Lock()
         self._server: Any = None
 
-    # Where a step runs.
-
     @property
     def forks(self) -> bool:
-        """Whether runs start from a fork server: on the CPU, in one process each."""
+        """Whether runs start from a fork server: only on the CPU, with one process each."""
         request = self.request
         one = request["DEVICES"] in ("", "1", "auto", "-1") and request["NODES"] in ("", "1")
         return one and not request["LAUNCH"] and not self.plan.gpus
 
     def environment_of(self, step: Step, slot: int = 0) -> dict[str, str]:
-        """Return what the environment of a step's process has besides ours.
+        """Return the variables to add to the environment of a step's process.
 
         Args:
-            step: a run.
-            slot: which of the places side by side it has.
+            step: step to run.
+            slot: index of its slot among the parallel runs.
         """
         if step.alone or self.plan.jobs == 1:
             return {}
-        added = {SHARED_THREADS: os.environ.get(SHARED_THREADS) or str(self.plan.find_share())}
+        added = {SHARED_THREADS: os.environ.get(SHARED_THREADS) or str(self.plan.count_processors_per_run())}
         if self.plan.gpus:
             added["CUDA_VISIBLE_DEVICES"] = self.plan.gpus[slot]
         return added
 
     def command_of(self, step: Step) -> list[str]:
-        """Return the command of a step that has a process of its own."""
+        """Return the command that runs a step in a new process."""
         launcher = self.request.words("LAUNCH") if step.trains else []
         return [*launcher, sys.executable, "-m", "cdc_mmpg", *step.words]
 
     def print_list(self) -> None:
-        """Print the commands, one a line, as `make -n` does."""
+        """Print the commands of all steps, one a line, as `make -n` does."""
         for step in self.steps:
             added = self.environment_of(step)
             words = [*(["env", *(f"{name}={value}" for name, value in added.items())] if added else [])]
@@ -99,14 +97,12 @@ class Executor:
             command[command.index(sys.executable)] = ".venv/bin/python"
             print(shlex.join([*words, *command]))
 
-    # All of them.
-
     def execute(self) -> int:
-        """Do all steps; return 0, or the exit code of the first that failed.
+        """Run all steps; return 0, or the exit code of the first that failed.
 
         Raises:
-            CDCError: a configuration is refused, before anything trains.
-            Stopped: a signal; it was handed on to what runs.
+            CDCError: a configuration is refused, before any training.
+            Stopped: a signal came; it was forwarded to the running steps.
         """
         waiting = {step.name: step for step in self.runs if not self._note_finished(step)}
         needed = {name for step in waiting.values() for name in step.needs}
@@ -115,27 +111,27 @@ class Executor:
         last = [step for step in others if step not in first and (step.program != "clips" or not self.runs)]
         self._check_settings([step for step in waiting.values() if step.trains])
         if waiting:
-            leave_on_signals()
-            if code := self._one_after_another(first):
+            exit_on_signals()
+            if code := self._run_in_sequence(first):
                 return code
-            self._side_by_side(waiting)
+            self._run_in_parallel(waiting)
         failed = {name: outcome.code for name, outcome in self.outcomes.items() if outcome.code}
-        missing = failed.keys() | self.left_out.keys()
-        code = self._one_after_another([step for step in last if not missing & set(step.needs)])
+        missing = failed.keys() | self.skipped.keys()
+        code = self._run_in_sequence([step for step in last if not missing & set(step.needs)])
         self._print_failures(failed)
         return next(iter(failed.values()), code)
 
-    def _one_after_another(self, steps: Sequence[Step]) -> int:
+    def _run_in_sequence(self, steps: Sequence[Step]) -> int:
         for step in steps:
             if code := self.run_program(step.program, step.arguments):
                 return code
         return 0
 
     def _note_finished(self, step: Step) -> bool:
-        """Return whether a step's run is finished; refuse one that is, with other settings.
+        """Return whether a step's run is finished, and record it; refuse one that finished with other settings.
 
         Raises:
-            ConfigError: names the settings that differ.
+            ConfigError: the settings differ; names them.
         """
         if not step.trains:
             return False
@@ -146,8 +142,8 @@ class Executor:
         return False
 
     def _check_settings(self, steps: Sequence[Step]) -> None:
-        """Parse the settings of all runs that are to train, in one process that has the imports."""
-        if len(steps) < 2:  # one refuses its own as early
+        """Parse the settings of all runs to train, in one forked process that already has the imports."""
+        if len(steps) < 2:  # a single run checks its own settings as early
             return
         process = self._start_forked("check", [word for step in steps for word in ("--", *step.words)])
         try:
@@ -158,16 +154,14 @@ class Executor:
         if code:
             raise SystemExit(code)
 
-    # Side by side.
-
-    def _side_by_side(self, waiting: dict[str, Step]) -> None:
+    def _run_in_parallel(self, waiting: dict[str, Step]) -> None:
         total, begun = len(waiting), time.monotonic()
         running: dict[Future[int], tuple[Step, int, float]] = {}
         slots = list(range(self.plan.jobs))
         with ThreadPoolExecutor(max_workers=self.plan.jobs) as pool:
             try:
                 while waiting or running:
-                    for step in self._ready(waiting):
+                    for step in self._find_ready_steps(waiting):
                         if not slots or (step.alone and running) or any(s.alone for s, _, _ in running.values()):
                             break
                         del waiting[step.name]
@@ -184,34 +178,34 @@ class Executor:
                         self.after_run()
             except Stopped as error:
                 self._stop(error.number)
-                if error.number == REQUEUE:  # the run has asked for it
+                if error.number == REQUEUE_SIGNAL:  # the run has already asked SLURM to requeue the job
                     raise SystemExit(128 + error.number) from error
                 raise
 
-    def _ready(self, waiting: dict[str, Step]) -> list[Step]:
-        """Return the steps that nothing holds back, in the plan's order; leave out what builds on a failure."""
+    def _find_ready_steps(self, waiting: dict[str, Step]) -> list[Step]:
+        """Return the steps that can start, in the plan's order; skip steps that build on a failed one."""
         ready = []
         for step in list(waiting.values()):
             before = [name for name in step.needs if self.plan.steps[name].folder]
-            broken = [name for name in before if name in self.left_out or
+            broken = [name for name in before if name in self.skipped or
                       (name in self.outcomes and self.outcomes[name].code)]  # fmt: skip
             if broken:
-                self.left_out[step.name] = broken[0]
+                self.skipped[step.name] = broken[0]
                 del waiting[step.name]
-            elif all(name in self.outcomes for name in before) and step.after in {"", *self.outcomes, *self.left_out}:
+            elif all(name in self.outcomes for name in before) and step.after in {"", *self.outcomes, *self.skipped}:
                 ready.append(step)
         return ready
 
     def _run(self, step: Step, slot: int) -> int:
-        """Run a step to its end; return its exit code."""
+        """Run a step until it ends; return its exit code."""
         side_by_side = self.plan.jobs > 1 and not step.alone
         added = self.environment_of(step, slot)
-        process: _Forked | _Started
+        process: _ForkedProcess | _Subprocess
         if self.forks and len(self.runs) > 1:
             threads = int(added[SHARED_THREADS]) if added else None
             process = self._start_forked(step.program, step.arguments, threads, side_by_side)
         else:
-            process = _Started(self.command_of(step), added, piped=side_by_side)
+            process = _Subprocess(self.command_of(step), added, piped=side_by_side)
         self._processes[step.name] = process
         try:
             for line in process.lines():
@@ -222,32 +216,30 @@ class Executor:
 
     def _start_forked(
         self, program: str, arguments: Sequence[str], threads: int | None = None, piped: bool = False
-    ) -> "_Forked":
-        """Start a program from the fork server, which starts with the first."""
+    ) -> "_ForkedProcess":
+        """Start a program from the fork server; the first call starts the server."""
         with self._printing:
             if self._server is None:
                 self._server = multiprocessing.get_context("forkserver")
-                self._server.set_forkserver_preload([PRELOADED])
-        return _Forked(self._server, program, arguments, threads, piped)
+                self._server.set_forkserver_preload([PRELOADED_MODULE])
+        return _ForkedProcess(self._server, program, arguments, threads, piped)
 
     def _stop(self, number: int) -> None:
-        """Hand a signal on to all that runs, and wait for it."""
+        """Forward a signal to all running steps, and wait up to `STOP_SECONDS` for them to end."""
         end = time.monotonic() + STOP_SECONDS
         for process in list(self._processes.values()):
             process.signal(number)
         while self._processes and time.monotonic() < end:
             time.sleep(0.1)
 
-    # What is said.
-
     def _print(self, line: str) -> None:
         with self._printing:
             print(escape_controls(line), flush=True)
 
     def _print_progress(self, step: Step, total: int, begun: float) -> None:
-        """Say how a run ended, how many there are, and how long the others may take."""
+        """Print how a run ended, the number of ended runs, and an estimate of the remaining time."""
         done = [outcome for outcome in self.outcomes.values() if not outcome.finished_before]
-        outcome, number = self.outcomes[step.name], len(done) + len(self.left_out)
+        outcome, number = self.outcomes[step.name], len(done) + len(self.skipped)
         seconds = time.monotonic() - begun
         left = seconds / len(done) * (total - number)
         end = f", about {describe_seconds(left)} left" if total > number else ""
@@ -258,12 +250,12 @@ class Executor:
         if not failed:
             return
         lines = [f"  {name}: exit code {code}" for name, code in failed.items()]
-        lines += [f"  {name}: not run, it builds on {other}" for name, other in self.left_out.items()]
+        lines += [f"  {name}: not run, it builds on {other}" for name, other in self.skipped.items()]
         print("\n".join(["These runs have no results:", *lines]), file=sys.stderr, flush=True)
 
 
-class _Started:
-    """A program in a process of its own."""
+class _Subprocess:
+    """Program in a new process."""
 
     def __init__(self, command: Sequence[str], added: dict[str, str], piped: bool) -> None:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
@@ -275,22 +267,22 @@ class _Started:
             raise CDCError(f"{command[0]}: cannot be run ({error.strerror or error})") from error
 
     def lines(self) -> Iterator[str]:
-        """Yield what it writes, where that goes through here."""
+        """Yield the lines of its output, if it is piped to this process."""
         yield from (line.rstrip("\n") for line in self._process.stdout or ())
 
     def wait(self) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait for the process to end; return its exit code."""
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send the process a signal, if it still runs."""
         with suppress(OSError):
             self._process.send_signal(number)
 
 
-class _Forked:
-    """A program in a process that the fork server forks."""
+class _ForkedProcess:
+    """Program in a process forked by the fork server."""
 
     def __init__(self, context: Any, program: str, arguments: Sequence[str], threads: int | None, piped: bool) -> None:
         reader, writer = context.Pipe(duplex=False) if piped else (None, None)
@@ -301,27 +293,27 @@ class _Forked:
             writer.close()
 
     def lines(self) -> Iterator[str]:
-        """Yield what it writes, where that goes through here."""
+        """Yield the lines of its output, if it is piped to this process."""
         rest = b""
         while self._reader is not None:
             ready = multiprocessing.connection.wait([self._reader, self._process.sentinel])
-            if self._reader not in ready:  # it has ended; a process that it left may keep the pipe open
+            if self._reader not in ready:  # it has ended; a child process may keep the pipe open
                 break
             if not (data := os.read(self._reader.fileno(), 1 << 16)):
                 break
-            *whole, rest = (rest + data).split(b"\n")
-            yield from (line.decode(errors="replace") for line in whole)
+            *complete, rest = (rest + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in complete)
         if rest:
             yield rest.decode(errors="replace")
 
     def wait(self) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait for the process to end; return its exit code."""
         self._process.join()
         code: int = self._process.exitcode
         return code if code >= 0 else 128 - code
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send the process a signal, if it still runs."""
         with suppress(OSError):
             os.kill(self._process.pid, number)
 
@@ -330,21 +322,21 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
     """Run a program in a forked process.
 
     Args:
-        program: a word of `cdc-mmpg`.
-        arguments: of it.
-        threads: that it computes with; None is all.
-        writer: where its output goes; None is where the server's goes.
+        program: name of a program of `cdc-mmpg`.
+        arguments: arguments of the program.
+        threads: number of threads to compute with; None for all.
+        writer: pipe for its output; None for the output of the fork server.
     """
-    from cdc_mmpg.commands.main import run_program  # noqa: PLC0415  it imports this module
+    from cdc_mmpg.commands.main import run_program  # noqa: PLC0415  that module imports this one
 
-    leave_on_signals()
+    exit_on_signals()
     if writer is not None:
         for descriptor in (1, 2):
             os.dup2(writer.fileno(), descriptor)
         writer.close()
         sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="replace", closefd=False) for n in (1, 2))  # noqa: SIM115
     if threads is not None:
-        import torch  # noqa: PLC0415  the server has imported it
+        import torch  # noqa: PLC0415  already imported by the fork server
 
         os.environ[SHARED_THREADS] = str(threads)
         torch.set_num_threads(threads)
@@ -352,14 +344,14 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a duration in words."""
+    """Return a duration with a suitable unit: seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe_score(folder: str) -> str:
-    """Return the score of a finished run's test, as a part of a sentence."""
+    """Return the test score of a finished run, as part of a sentence; empty if there is none."""
     metrics = (read_results(Path(folder)) or {}).get("metrics") or {}
     for name in ("test/accuracy", "test/VR@1", "test/loss"):
         if (value := metrics.get(name)) is not None:

@@ -1,7 +1,7 @@
-"""The plan: which programs a command means, with which arguments, and what each builds on.
+"""Plan of a command: the programs to run, their arguments, and their dependencies.
 
-A program is a word of `cdc-mmpg` with its own arguments: `cdc-mmpg fit ...`. What builds on what is a small graph over
-the catalogue; its order is that of `make -n`.
+A step runs a program of `cdc-mmpg` with arguments: `cdc-mmpg fit ...`. The dependencies are a small graph over the
+catalogue; `make -n` prints the steps in their order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,35 +12,35 @@ from typing import NamedTuple
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
-    CHANGED,
     EMBEDDED,
-    FRAMES,
+    FRAME_COUNTS,
     PRETRAINING,
     REASONERS,
     RECIPE_FRAMES,
     STUDY_SEEDS,
+    VARIANT_RUNS,
     WORLDS,
+    list_methods,
     pretraining_of,
-    runs_of_all,
     variant_arguments,
     with_frames,
 )
-from cdc_mmpg.commands.request import SEVERAL, Request
+from cdc_mmpg.commands.request import METHOD_GROUPS, Request
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.processors import count_processors, find_gpus
 
 
 class Step(NamedTuple):
-    """A program of a plan.
+    """Step of a plan: one program with its arguments.
 
     Attributes:
-        name: what it is called in messages.
-        program: a word of `cdc-mmpg`.
-        arguments: of the program, after its word.
-        needs: names of the steps that it builds on.
-        after: name of a step that it waits for, whatever comes of it.
-        alone: takes all processors, and no step goes beside it.
-        folder: of the run that it makes; empty for a step that makes none.
+        name: name of the step in messages.
+        program: name of a program of `cdc-mmpg`.
+        arguments: arguments of the program, after its name.
+        needs: names of the steps that this one builds on.
+        after: name of a step that this one waits for, whether that succeeds or fails.
+        alone: whether the step uses all processors, and no other step runs in parallel.
+        folder: folder of the run that the step makes; empty if it makes none.
     """
 
     name: str
@@ -53,40 +53,40 @@ class Step(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The program's word and its arguments."""
+        """Name of the program, and its arguments."""
         return [self.program, *self.arguments]
 
     @property
     def trains(self) -> bool:
-        """Whether it is a training run, which several processes may share."""
+        """Whether the step is a training run, which may use several processes."""
         return self.program == "fit"
 
 
 class RunName(NamedTuple):
-    """A run: `<method>[.<variant>]/seed<N>` below the dataset's folder."""
+    """Name of a run: `<method>[.<variant>]/seed<N>` in the dataset's folder."""
 
     method: str
     seed: int
-    encoder_seed: int  # whose encoder it takes
+    encoder_seed: int  # seed of the pretraining whose encoder it loads
     variant: str = ""
 
     @property
     def name(self) -> str:
-        """The folder below the dataset's."""
+        """Folder of the run, relative to the dataset's folder."""
         return f"{self.method}{self.variant and '.'}{self.variant}/seed{self.seed}"
 
 
 def find_run(name: str, seed: int, encoder_seed: int) -> RunName:
-    """Return the run of a method, or of a variant by its dotted name."""
+    """Return the run of a method, or of a variant given by its dotted name."""
     method, _, variant = name.partition(".")
     return RunName(method, seed, encoder_seed, variant)
 
 
 class Plan:
-    """Steps in an order in which they can be done.
+    """Steps of a command, in an order that respects their dependencies.
 
     Args:
-        request: what is asked for.
+        request: the command and its variables.
     """
 
     def __init__(self, request: Request) -> None:
@@ -95,15 +95,15 @@ class Plan:
 
     @cached_property
     def gpus(self) -> list[str]:
-        """The GPUs that runs may take; none where the command line says that they compute on the CPU."""
+        """GPUs that runs may use; none if the command line selects the CPU."""
         return [] if "--trainer.accelerator=cpu" in self.request.words("ARGS") else find_gpus()
 
     @cached_property
     def jobs(self) -> int:
-        """How many runs go side by side; on GPUs each has one of its own.
+        """Number of parallel runs; on GPUs each run has its own GPU.
 
         Raises:
-            ConfigError: runs side by side are to have several GPUs each.
+            ConfigError: parallel runs are configured with several GPUs each.
         """
         request = self.request
         several = len(request.methods) * len(request.seeds) > 1
@@ -113,24 +113,24 @@ class Plan:
         if self.gpus and number != 1:
             if request["DEVICES"] not in ("", "1"):
                 raise ConfigError(
-                    f"JOBS={number} and DEVICES={request['DEVICES']}: runs side by side have a GPU each, leave one of "
-                    "the two out"
+                    f"JOBS={number} and DEVICES={request['DEVICES']}: parallel runs have one GPU each, omit one of the "
+                    "two variables"
                 )
             return min(number or len(self.gpus), len(self.gpus))
         return number or (2 if request.embedded else 1)
 
     def name_of(self, run: RunName) -> str:
-        """Return the name of a run's step: of a further world of the embedded dataset, with the dataset's name."""
+        """Return the name of a run's step, which starts with the dataset's name in all worlds but the first."""
         further = self.request.embedded and self.request.root_of(run.method) != self.request.root_of(PRETRAINING)
         return f"{self.request.dataset}/{run.name}" if further else run.name
 
     def add(self, step: Step) -> str:
-        """Add a step that is not there yet; return its name."""
+        """Add a step unless the plan has it already; return its name."""
         self.steps.setdefault(step.name, step)
         return step.name
 
     def add_clips(self, folder: str, world: str, seed: int) -> list[str]:
-        """Add what makes a world of the embedded dataset, where it is not made; return the names that runs need."""
+        """Add the step that makes a world of the embedded dataset, unless it exists; return the steps to wait for."""
         size = ["--size", self.request["SIZE"]] if self.request["SIZE"] else []
         if Path(folder, "digests.json").is_file() and not size:
             return []
@@ -139,32 +139,32 @@ class Plan:
         return [self.add(Step(" ".join(["clips", *arguments]), "clips", arguments))]
 
     def add_data(self, method: str, seed: int) -> list[str]:
-        """Add what makes the clips that a run reads; return the names that it needs.
+        """Add the steps that make the clips a run reads; return the names that the run needs.
 
         Args:
-            method: of the run; the pretraining reads captioned clips, which are those of the first world.
-            seed: of the run's encoder, and so of its world.
+            method: method of the run; the pretraining reads only the captioned clips, made with the first world.
+            seed: seed of the run's encoder, and so of its world.
         """
         request = self.request
         if not request.embedded:
             return []
-        found = self.add_clips(request.first_data, "sky", 0)  # with the vocabulary
+        names = self.add_clips(request.first_data, "sky", 0)  # which has the vocabulary, too
         if (folder := request.data_of(seed)) != request.first_data and method != PRETRAINING:
-            found += self.add_clips(folder, WORLDS[request.dataset], seed)
-        return found
+            names += self.add_clips(folder, WORLDS[request.dataset], seed)
+        return names
 
     def add_run(self, run: RunName) -> str:
-        """Add a run after all that it builds on; return its name."""
+        """Add a run, after the runs that it builds on; return its name."""
         name = self.name_of(run)
         if name in self.steps:
             return name
         request, method = self.request, BY_NAME[run.method]
-        source = run.encoder_seed if method.program == "fit" else run.seed  # a control is of a run of its own seed
+        source = run.encoder_seed if method.program == "fit" else run.seed  # a control evaluates the run of its seed
         clips = self.add_data(run.method, run.encoder_seed) if method.program == "fit" else []
         before = [run._replace(method=method.adr)] if method.adr else []
         before += [RunName(method.encoder, source, run.encoder_seed)] if method.encoder not in ("", PRETRAINING) else []
-        needs = clips + [self.add_run(each) for each in before]
-        waits = method.features and request.method in SEVERAL
+        needs = clips + [self.add_run(needed) for needed in before]
+        waits = method.features and request.method in METHOD_GROUPS
         after = self.add_run(run._replace(method=method.features, variant="")) if waits else ""
         if method.encoder and request.pretrains:
             needs.append(self.add_run(RunName(PRETRAINING, source, source, pretraining_of(run.variant))))
@@ -216,33 +216,32 @@ class Plan:
         yield from request.words(f"ARGS_{run.method}")
 
     def places(self, data: str) -> list[str]:
-        """Return the arguments that say where the data is."""
+        """Return the arguments with the paths of the data."""
         request = self.request
         places = [f"--data.init_args.root={data}", f"--data.init_args.cache_dir={request.cache}"]
         return places + ([f"--data.init_args.vocab={request.vocab}"] if request.vocab else [])
 
-    def find_share(self) -> int:
-        """Return how many processors each of the runs that go side by side has."""
+    def count_processors_per_run(self) -> int:
+        """Return the number of processors of each parallel run."""
         return max(1, count_processors() // self.jobs)
 
 
 def plan_training(request: Request) -> Plan:
-    """Plan the runs of METHOD and all that they build on, then the table of methods.
+    """Plan the runs of METHOD and the runs that they build on, then the table of methods.
 
-    On the embedded dataset, where neither DATASET nor METHOD is named: the main rows of all of its worlds.
+    Without DATASET and METHOD these are the main rows in all worlds of the embedded dataset.
     """
     requests = request.in_all_worlds() if not request["METHOD"] else [request]
-    return merge(requests, [_plan_world(each) for each in requests])
+    return merge_plans(requests, [_plan_world(world) for world in requests])
 
 
 def _plan_world(request: Request) -> Plan:
     """Plan the runs of METHOD on one dataset."""
     plan = Plan(request)
-    if request.pretrains and not request["SEEDS"]:  # comes first and has all processors
+    if request.pretrains and not request["SEEDS"]:  # first, since it uses all processors
         source = request.encoder_seed(request.seed)
         plan.add_run(RunName(PRETRAINING, source, source, pretraining_of(request.method.partition(".")[2])))
-    asked = [(name, seed) for name in request.methods for seed in request.seeds]
-    for name, seed in asked:
+    for name, seed in [(name, seed) for name in request.methods for seed in request.seeds]:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
     if any(BY_NAME[name.partition(".")[0]].label and BY_NAME[name.partition(".")[0]].program == "fit"
            for name in request.methods):  # fmt: skip
@@ -250,8 +249,8 @@ def _plan_world(request: Request) -> Plan:
     return plan
 
 
-def merge(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
-    """Return one plan of several: what trains first, then the tables."""
+def merge_plans(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
+    """Merge several plans into one: all other steps first, then the tables."""
     merged = Plan(requests[0])
     steps = [step for plan in plans for step in plan.steps.values()]
     for step in sorted(steps, key=lambda step: step.program in ("table", "tables")):
@@ -262,15 +261,14 @@ def merge(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
 
 
 def plan_tables(request: Request) -> Plan:
-    """Plan every table of the paper, and what it does not ask.
+    """Plan every table of the paper, and the further tables of this project.
 
-    On a dataset that is given domains for devices (ARGS=--data.init_args.domains=casts), one run of every method that
-    the embedded dataset has. On the embedded dataset, in all of its worlds, three pairs of world and pretraining of the
-    main rows and one of the rest (FULL=1: five of all, many hours); whether the reasoner does anything, over five seeds
-    on one encoder's features.
+    On a dataset with domains as devices (ARGS=--data.init_args.domains=casts): one run of every method of the embedded
+    dataset. In every world of the embedded dataset: three pairs of world and pretraining for the main rows, one for the
+    others (FULL=1: five for all, many hours); and the reasoner's study, five seeds on the features of one encoder.
     """
     requests = request.in_all_worlds()
-    return merge(requests, [_plan_tables_of_world(each) for each in requests])
+    return merge_plans(requests, [_plan_tables_of_world(world) for world in requests])
 
 
 def _plan_tables_of_world(request: Request) -> Plan:
@@ -278,22 +276,22 @@ def _plan_tables_of_world(request: Request) -> Plan:
     plan = Plan(request)
     if request.embedded:
         full = request["FULL"] == "1"
-        everything = [*runs_of_all(True)]
-        main = everything if full else [name for name in everything if BY_NAME[name].several_seeds]
-        first = request.dataset == EMBEDDED  # the paper's own questions are asked in one world
-        frames = [with_frames(BASELINE, number) for number in FRAMES if first and number != RECIPE_FRAMES]
+        methods = list_methods(True)
+        repeated = methods if full else [name for name in methods if BY_NAME[name].several_seeds]
+        first = request.dataset == EMBEDDED  # the paper's studies are repeated in one world only
+        frames = [with_frames(BASELINE, number) for number in FRAME_COUNTS if first and number != RECIPE_FRAMES]
         for seed in range(5 if full else 3):
-            for name in [*main, *(frames if full else [])]:
+            for name in [*repeated, *(frames if full else [])]:
                 plan.add_run(find_run(name, seed, seed))
-        for name in [*everything, *frames, *CHANGED]:
+        for name in [*methods, *frames, *VARIANT_RUNS]:
             plan.add_run(find_run(name, 0, 0))
         plan.add_run(RunName(BASELINE, 0, 0))
         for variant in REASONERS if first else ():
             for seed in STUDY_SEEDS:
                 for method in ("adr_pretraining_frozen", "cdc_mmpg_frozen"):
                     plan.add_run(RunName(method, seed, 0, variant))
-    elif request.has_domains:  # whose devices are of our making, in place of unseen cameras
-        for name in runs_of_all(True):
+    elif request.has_domains:  # synthetic devices in place of unseen cameras
+        for name in list_methods(True):
             if BY_NAME[name].program == "fit":
                 plan.add_run(find_run(name, request.seed, request.encoder_seed(request.seed)))
     plan.add(Step(f"tables of {request.dataset}", "tables", (request.root,)))
@@ -301,7 +299,7 @@ def _plan_tables_of_world(request: Request) -> Plan:
 
 
 def plan_data(request: Request) -> Plan:
-    """Plan the check of a dataset; the linear head stands for all methods: what is prepared is the same."""
+    """Plan the check of a dataset, with the configuration of `linear`: the preparation is the same for all methods."""
     plan = Plan(request)
     clips = plan.add_data("linear", request.encoder_seed(request.seed))
     configurations = ("experiments/methods/linear.yaml", f"experiments/datasets/{request.configuration}.yaml")
@@ -315,7 +313,7 @@ def plan_data(request: Request) -> Plan:
 
 
 def plan_demo(request: Request) -> Plan:
-    """Plan a session of an unseen device, after what it lacks: its run on the embedded dataset, and the export."""
+    """Plan a session of an unseen device, after the run (on the embedded dataset) and the export if missing."""
     plan, run = Plan(request), request.served_run
     if request.embedded and not Path(run, "results.json").is_file():
         plan.add_run(find_run(request.served, request.seed, request.encoder_seed(request.seed)))
@@ -327,7 +325,7 @@ def plan_demo(request: Request) -> Plan:
 
 
 def plan_one(request: Request) -> Plan:
-    """Plan a command that is one program."""
+    """Plan a command that consists of one program."""
     plan = Plan(request)
     program = f"{request.command}_{request['OF']}" if request["OF"] else request.command
     plan.add(Step(request.command, program, tuple(ARGUMENTS[request.command](request))))
@@ -335,16 +333,16 @@ def plan_one(request: Request) -> Plan:
 
 
 def _options(request: Request, **variables: str) -> list[str]:
-    """Return options for the variables that have a value."""
+    """Return the options of the variables that have a value."""
     return [f"--{option.replace('_', '-')}={request[name]}" for option, name in variables.items() if request[name]]
 
 
-def _asked(request: Request) -> list[str]:
-    """Return what is asked: a clip, a question, and texts to choose from; joined, since they may begin with a dash."""
+def _question_options(request: Request) -> list[str]:
+    """Return the options for clip, question and choices, joined by "=" since the values may begin with a dash."""
     return [f"--{name.lower()}={request[name]}" for name in ("VIDEO", "QUESTION", "CHOICES")]
 
 
-def _address(request: Request) -> str:
+def _service_address(request: Request) -> str:
     host, port = request["HOST"] or "127.0.0.1", request["PORT"] or "8000"
     return request["CLOUD"] or f"http://{host}:{port}"
 
@@ -354,7 +352,8 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
     "report": lambda request: [request.root, "--data", request.data],
     "figures": lambda request: [request.root, "--data", request.data],
     "predict": lambda request: [
-        f"--run={request.served_run}", *_asked(request), *([f"--vocab={request.vocab}"] if request.vocab else [])
+        f"--run={request.served_run}", *_question_options(request),
+        *([f"--vocab={request.vocab}"] if request.vocab else []),
     ],
     "export": lambda request: [request.served_run, *request.words("ARGS")],
     "serve": lambda request: [
@@ -365,8 +364,9 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
         *request.words("ARGS"),
     ],
     "device": lambda request: [
-        f"{request.served_run}/deployment/device{'-int8' if request['INT8'] == '1' else ''}", *_asked(request),
-        f"--cloud={_address(request)}", "--state", f"{request.served_run}/deployment/state", *request.words("ARGS"),
+        f"{request.served_run}/deployment/device{'-int8' if request['INT8'] == '1' else ''}",
+        *_question_options(request), f"--cloud={_service_address(request)}", "--state",
+        f"{request.served_run}/deployment/state", *request.words("ARGS"),
     ],
     "delay": lambda request: [request.root, *request.words("ARGS")],
     "checkpoint": lambda request: [request["FILE"]],

@@ -1,4 +1,4 @@
-"""Answer a question about a video file, or rank texts for it, with a trained run: device and cloud in one process."""
+"""Answer to a question about a video file, or a ranking of texts, by a trained run: device and cloud in one process."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from cdc_mmpg.launchers import check_environment
 from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates
 from cdc_mmpg.media.text import TextEncoder, pad
 from cdc_mmpg.media.video import read_frames
-from cdc_mmpg.program import exit_code, log_to_terminal
-from cdc_mmpg.training.reopen import reopen, results_of
+from cdc_mmpg.program import log_to_terminal, run_to_exit_code
+from cdc_mmpg.training.reopen import load_finished_results, reopen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the best answers with their probabilities; returns the exit code (see `errors`)."""
+    """Print the best answers with their probabilities; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--video", required=True)
     parser.add_argument("--question", default="")
-    parser.add_argument("--choices", default="", help="candidates or captions, with | between them")
-    parser.add_argument("--vocab", help="vocab.txt, where it is not where training found it")
+    parser.add_argument("--choices", default="", help="candidates or captions, separated by |")
+    parser.add_argument("--vocab", help="path of vocab.txt, if it has moved since training")
     options = parser.parse_args(arguments)
     log_to_terminal()
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for word, score in answers:
             print(f"  {score:6.3f}  {word}" if task == "retrieval" else f"  {score:6.1%}  {word}")
 
-    return exit_code(run)
+    return run_to_exit_code(run)
 
 
 def predict(
@@ -44,17 +44,17 @@ def predict(
     vocab: str | None = None,
     most: int = 5,
 ) -> tuple[str, list[tuple[str, float]]]:
-    """The run's task, and the `most` best answers to a question about a clip, or of the choices, with probabilities.
+    """Return the run's task, and the `most` best answers (or choices) for a clip with their probabilities.
 
-    Of a retrieval run the choices are captions, and their cosines to the clip come back. The last layer is made
+    For a retrieval run the choices are captions, scored by their cosine to the clip. The last layer is computed
     explicitly, as the cloud sends it, and then installed.
 
     Raises:
-        ConfigError: no question, no choices, or a run that answers none.
+        ConfigError: the question or the choices are missing, or the run answers no questions.
         CheckpointError: the run is not finished, or damaged.
-        DataError: the clip is absent or cannot be decoded.
+        DataError: the clip is missing or cannot be decoded.
     """
-    task = _task(run, video, question, choices)
+    task = _check_task(run, video, question, choices)
 
     check_environment()
     import torch  # noqa: PLC0415
@@ -77,17 +77,17 @@ def predict(
         words = [*(run / ANSWERS_FILE).read_text(encoding="utf-8").split("\n"), UNKNOWN_ANSWER]
         texts = text([question])
     else:
-        texts = text.choices([(question, choices)])[0] if task == "multiple_choice" else text(choices)
+        texts = text.encode_choices([(question, choices)])[0] if task == "multiple_choice" else text(choices)
     shape = (1, -1) if task == "open_ended" else (1, len(texts), -1)
     ids, mask = (torch.from_numpy(array).view(shape) for array in pad(texts))
     batch = VideoTextBatch(frames, ids, mask, torch.zeros(1, dtype=torch.long), torch.zeros(1))
     with torch.no_grad():
         encoded = model.encode(batch)
-        features = encoded.frame_features  # on the device, which uploads one row of it
+        features = encoded.frame_features  # on the device, which uploads one row
         weight, bias = model.device_layers(features)  # in the cloud, which sends these
         outputs = model.head(model.fuse(features), lambda hidden: (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias)
         if task == "retrieval":
-            scores = (model.head.captions(encoded.texts) @ outputs.unsqueeze(-1)).squeeze(-1)
+            scores = (model.head.embed_captions(encoded.texts) @ outputs.unsqueeze(-1)).squeeze(-1)
         else:
             scores = outputs.softmax(-1)
     best = scores[0].topk(min(most, len(words)))
@@ -95,15 +95,15 @@ def predict(
     return task, [(words[label], value) for value, label in answers]
 
 
-def _task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
-    """Of the run, once it is clear that everything it needs was given."""
+def _check_task(run: Path, video: Path, question: str, choices: Sequence[str]) -> str:
+    """Check that the run and its inputs fit together; return the run's task."""
     if not video.is_file():
-        what = "a folder, not a clip" if video.is_dir() else "no such clip"
-        raise DataError(f"{video}: {what} (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
-    results = results_of(run)
+        problem = "a folder, not a clip" if video.is_dir() else "no such clip"
+        raise DataError(f"{video}: {problem} (VIDEO=)" if video.name else "no clip: name one (VIDEO=)")
+    results = load_finished_results(run)
     if "accuracy" not in results:
         raise ConfigError(
-            f"{run}: {run.parent.name} answers no questions; take a run that does, such as METHOD=cdc_mmpg"
+            f"{run}: {run.parent.name} answers no questions; use a run that does, such as METHOD=cdc_mmpg"
         )
     task = str(results["task"])
     if task == "open_ended" and choices:

@@ -1,1 +1,1 @@
-"""Controls that train on the device or read out of what is uploaded."""
+"""Controls that adapt on the device or probe what an upload reveals."""

@@ -1,4 +1,4 @@
-"""Opponents without backpropagation that adapt a classifier to the very questions they answer, device by device."""
+"""Baselines that adapt a classifier to the questions they answer, per device and without backpropagation."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,57 +14,57 @@ from cdc_mmpg.data.batch import VideoTextBatch, normalise
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.models.all_in_one import AllInOne
 
-PROMPTS = 3  # learnt tokens beside the text's
-CANDIDATES = 28  # prompts that a batch is answered with, once each
+PROMPT_TOKENS = 3  # learned tokens added to the text
+CANDIDATE_PROMPTS = 28  # prompts that each batch is evaluated with
 
 
-def entropy(scores: Tensor) -> Tensor:
-    """Return the entropy of each row of scores, (N,) of (N, L)."""
+def compute_entropy(scores: Tensor) -> Tensor:
+    """Return the entropy (N,) of each row of scores (N, L)."""
     return -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
 
 
 def adjust_prototypes(hidden: Tensor, layer: nn.Linear, kept: int) -> Tensor:
-    """T3A: answer by prototypes that follow the device's own features; returns scores (N, L).
+    """Return scores (N, L) by T3A: prototypes that follow the features of the device.
 
     Source: Iwasawa and Matsuo 2021, "Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization",
-    algorithm 1 and their code: a class's support begins with its weight vector; every feature joins the support of the
-    class that the layer predicts; the `kept` members of lowest entropy make the prototype. One question at a time.
+    algorithm 1 and their code: a class's support set starts with its weight vector; every feature joins the set of its
+    predicted class; the `kept` members of lowest entropy define the prototype. Questions are processed one at a time.
 
     Args:
-        hidden: (N, D) what the last layer reads, in the order of the questions.
-        layer: the last layer, D to L.
-        kept: members of a class's support that count; 0 is all.
+        hidden: (N, D) inputs of the last layer, in the order of the questions.
+        layer: last layer, D to L.
+        kept: number of members of each support set that are used; 0 uses all.
     """
     members, classes = layer.weight, torch.arange(layer.out_features)
-    uncertain = entropy(layer(members))
-    found = []
+    entropies = compute_entropy(layer(members))
+    results = []
     for row in hidden:
         scores = layer(row[None])
         members = torch.cat([members, row[None]])
         classes = torch.cat([classes, scores.argmax(-1)])
-        uncertain = torch.cat([uncertain, entropy(scores)])
-        order = uncertain.argsort(stable=True)
+        entropies = torch.cat([entropies, compute_entropy(scores)])
+        order = entropies.argsort(stable=True)
         if kept:
             rank = (F.one_hot(classes[order], layer.out_features).cumsum(0) - 1).gather(1, classes[order, None])
             order = order[rank.squeeze(1) < kept]
         support = F.normalize(members[order], dim=-1)
         prototypes = F.one_hot(classes[order], layer.out_features).to(support.dtype).T @ support
-        found.append(F.normalize(prototypes, dim=-1) @ row)
-    return torch.stack(found)
+        results.append(F.normalize(prototypes, dim=-1) @ row)
+    return torch.stack(results)
 
 
 def smooth_over_neighbours(hidden: Tensor, scores: Tensor, neighbours: int, steps: int = 100) -> Tensor:
-    """LAME: pull the answers of similar features together, the classifier as it is; returns log-probabilities (N, L).
+    """Return log-probabilities (N, L) by LAME: answers of similar features are pulled together.
 
     Source: Boudiaf et al. 2022, "Parameter-free Online Test-time Adaptation", equation 6 and their code: symmetric
     nearest-neighbour affinities of unit features, and the concave-convex updates of the Laplacian-regularised
-    likelihood.
+    likelihood. The classifier does not change.
 
     Args:
         hidden: (N, D) features of all questions of the device.
-        scores: (N, L) of the classifier.
-        neighbours: of each feature.
-        steps: of the updates, which stop when nothing moves.
+        scores: (N, L) scores of the classifier.
+        neighbours: number of nearest neighbours of each feature.
+        steps: maximum number of updates; they stop at convergence.
     """
     unit = F.normalize(hidden, dim=-1)
     similar = (unit @ unit.T).fill_diagonal_(-torch.inf)
@@ -82,16 +82,16 @@ def smooth_over_neighbours(hidden: Tensor, scores: Tensor, neighbours: int, step
 
 
 def shift_activations(features: Tensor, source: Tensor, strength: float, memory: float = 0.1) -> Tensor:
-    """FOA's activation shifting: move features so that their running mean is the source's; returns features (N, D).
+    """Shift features (N, D) so that their running mean matches the source mean (FOA's activation shifting).
 
     Source: Niu et al. 2024, "Test-Time Model Adaptation with Only Forward Passes", equations 7 to 9: the running mean
     takes a tenth of every batch; here a batch is a question.
 
     Args:
-        features: (N, D) in the order of the questions.
+        features: (N, D) features in the order of the questions.
         source: (D,) mean of the training features.
-        strength: of the shift; 1 is the whole difference.
-        memory: share of the running mean that is new.
+        strength: share of the difference that is applied; 1 is the complete shift.
+        memory: weight of the new feature in the running mean.
     """
     mean, moved = features[0], []
     for feature in features:
@@ -101,7 +101,7 @@ def shift_activations(features: Tensor, source: Tensor, strength: float, memory:
 
 
 class Statistics(NamedTuple):
-    """Mean and deviation of the first token after every block but the last, and of m̄: (B, 192) both, B blocks."""
+    """Mean and deviation of the first token after all blocks but the last, and of m̄: (B, 192) for B blocks."""
 
     mean: Tensor
     deviation: Tensor
@@ -110,58 +110,58 @@ class Statistics(NamedTuple):
 def search_prompts(
     model: Any, batches: Iterable[VideoTextBatch], source: Statistics, weight: float, seed: int
 ) -> Tensor:
-    """FOA's prompts: learn tokens of the input by forward passes; returns scores (N, L) of one device's questions.
+    """Return scores (N, L) of one device's questions with FOA's prompts: input tokens learned by forward passes.
 
     Source: Niu et al. 2024, "Test-Time Model Adaptation with Only Forward Passes", equations 4 to 6: for every batch
-    CMA-ES (Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; the library `cma`) draws `CANDIDATES` prompts, the
-    batch is answered with each, and what is lowest of entropy plus distance of activations to the source's answers it.
+    CMA-ES (Hansen 2016, "The CMA Evolution Strategy: A Tutorial"; the library `cma`) draws `CANDIDATE_PROMPTS` prompts.
+    The one with the lowest loss, entropy plus distance of the activations to the source's, gives the answers.
 
     Args:
-        model: a method with one last layer (`OneLayer`), in evaluation mode.
-        batches: of the device's questions, in order.
-        source: of the training questions, see `measure_activations`.
-        weight: of the distances beside the entropy.
-        seed: of the draws.
+        model: method with one last layer (`OneLayer`), in evaluation mode.
+        batches: batches of the device's questions, in order.
+        source: statistics of the training questions, see `measure_activations`.
+        weight: weight of the distances relative to the entropy.
+        seed: seed of the draws.
     """
     search = cma.CMAEvolutionStrategy(
-        PROMPTS * FEATURE_DIM * [0.0], 1.0, {"popsize": CANDIDATES, "seed": seed + 1, "verbose": -9}
+        PROMPT_TOKENS * FEATURE_DIM * [0.0], 1.0, {"popsize": CANDIDATE_PROMPTS, "seed": seed + 1, "verbose": -9}
     )
-    found = []
+    results = []
     for batch in batches:
-        drawn = search.ask()
-        prompts = torch.from_numpy(np.stack(drawn)).float().view(CANDIDATES, PROMPTS, FEATURE_DIM)
+        candidates = search.ask()
+        prompts = torch.from_numpy(np.stack(candidates)).float().view(CANDIDATE_PROMPTS, PROMPT_TOKENS, FEATURE_DIM)
         activations, fused = measure_activations(model.encoder, batch, prompts)  # (K, B, 192), (K, N, 192)
         scores = model.head(fused, model.layer)
         distances = (activations.mean - source.mean).norm(dim=-1) + (activations.deviation - source.deviation).norm(
             dim=-1
         )
-        losses = entropy(scores.flatten(0, 1)).view(CANDIDATES, -1).mean(1) + weight * distances.sum(1)
-        search.tell(drawn, losses.tolist())
-        found.append(scores[losses.argmin()])
-    return torch.cat(found)
+        losses = compute_entropy(scores.flatten(0, 1)).view(CANDIDATE_PROMPTS, -1).mean(1) + weight * distances.sum(1)
+        search.tell(candidates, losses.tolist())
+        results.append(scores[losses.argmin()])
+    return torch.cat(results)
 
 
 @torch.no_grad()
 def measure_activations(encoder: AllInOne, batch: VideoTextBatch, prompts: Tensor) -> tuple[Statistics, Tensor]:
-    """Encode a batch with each of K prompts (K, P, 192): statistics (K, B, 192) each, and m̄ (K, N, 192)."""
+    """Encode a batch with each of K prompts (K, P, 192): statistics, both (K, B, 192), and m̄ (K, N, 192)."""
     number, tokens, _ = prompts.shape
     ids, mask = (part.repeat_interleave(number, dim=0) for part in (batch.text_ids, batch.text_mask))
-    ids, mask = F.pad(ids, (0, tokens)), F.pad(mask, (0, tokens), value=1)  # places for the prompts
-    with _prompted(encoder, prompts.repeat(len(batch.text_ids), 1, 1)) as firsts:
+    ids, mask = F.pad(ids, (0, tokens)), F.pad(mask, (0, tokens), value=1)  # placeholders for the prompts
+    with _insert_prompts(encoder, prompts.repeat(len(batch.text_ids), 1, 1)) as firsts:
         fused = encoder(normalise(batch.frames), ids, mask).fused.view(-1, number, FEATURE_DIM).transpose(0, 1)
     layers = [first.view(len(fused[0]), number, -1, FEATURE_DIM).transpose(0, 1).flatten(1, 2) for first in firsts]
     layers.append(fused)
-    means, deviations = (torch.stack([how(own, dim=1) for own in layers], dim=1) for how in (torch.mean, _deviation))
+    means, deviations = (torch.stack([measure(x, dim=1) for x in layers], dim=1) for measure in (torch.mean, _std))
     return Statistics(means, deviations), fused
 
 
-def _deviation(values: Tensor, dim: int) -> Tensor:
+def _std(values: Tensor, dim: int) -> Tensor:
     return values.std(dim, unbiased=False)
 
 
 @contextmanager
-def _prompted(encoder: AllInOne, prompts: Tensor) -> Iterator[list[Tensor]]:
-    """Put prompts (N, P, 192) into the last places of every text, and keep the first token after each block."""
+def _insert_prompts(encoder: AllInOne, prompts: Tensor) -> Iterator[list[Tensor]]:
+    """Insert prompts (N, P, 192) at the last places of every text, and record the first token after each block."""
     firsts: list[Tensor] = []
 
     def place(module: nn.Module, given: Any, embedded: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""What an upload reveals: linear probes on what devices upload, of one clip and of the mean of several.
+"""Control: linear probes that measure what an upload reveals, for single clips and for means of several.
 
-`cdc-mmpg privacy checkpoints/<dataset>/cdc_mmpg_session/seed<N>` computes what all unlabelled clips upload in a
-finished run, as devices do (one frame, a neutral prompt: 192 floats, of a session the readings), and writes
-`checkpoints/<dataset>/privacy/seed<N>/results.json`. Whoever reads uploads is given labels to learn from:
+`cdc-mmpg privacy checkpoints/<dataset>/cdc_mmpg_session/seed<N>` computes the uploads of all unlabelled clips with a
+finished run, as devices do (one frame, a neutral prompt: 192 floats; readings for sessions), and writes
+`checkpoints/<dataset>/privacy/seed<N>/results.json`. The attacker has labels to learn from. The targets are:
 
-- of the device: which of the seen devices sent it (uploads of other clips of the same devices to learn from), and its
-  cast, in degrees (other devices to learn from);
-- of the content, always learned from the seen devices and tested on others: how many objects, which shape and colour a
-  single object has, as it is and as it looks, and the background's hue as it looks; of a mean, whether the first of its
-  clips shows a shape or a colour, and that clip's background.
+- about the device: which of the seen devices sent the upload (trained on other clips of the same devices), and its
+  cast in degrees (trained on other devices);
+- about the content, trained on seen devices and tested on others: number of objects, shape, true colour and apparent
+  colour of a single object, and the apparent hue of the background; for a mean, whether its first clip shows a shape
+  or a colour, and the background of that clip.
 
-A probe is linear: logistic regression for classes, ridge regression onto the circle for angles. Its L2 penalty is
-picked by cross-validation within the training part, folds by device, or by clip where devices are the classes.
+All probes are linear: logistic regression for classes, ridge regression onto the circle for angles. The L2 penalty is
+selected by cross-validation within the training part, with folds by device, or by clip if devices are the classes.
 """
 
 import logging
@@ -35,7 +35,15 @@ from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESULTS, write_json
-from cdc_mmpg.training.reopen import folder_of, identity, is_done, provenance_of, reopen, results_of, run_evaluation
+from cdc_mmpg.training.reopen import (
+    describe_evaluation,
+    folder_of,
+    is_done,
+    load_finished_results,
+    provenance_of,
+    reopen,
+    run_evaluation,
+)
 from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
@@ -43,31 +51,31 @@ logger = logging.getLogger(__name__)
 EVALUATION_NAME = "privacy"
 WEIGHTS = "best.ckpt"
 
-UPLOAD_SIZES = (1, 4, 8, 16)  # of clips in an upload
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the squared weights, beside a mean loss
+UPLOAD_SIZES = (1, 4, 8, 16)  # clips per upload
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weights of the L2 penalty relative to the mean loss
 FOLDS = 4
-MAX_STEPS = 1000  # of L-BFGS, for a probe
-BOOTSTRAP_DRAWS = 1000  # of the bootstrap over devices
-TRAINING_SHARE = 1 / 3  # of a seen device's clips, where devices are told apart; its other clips are the test's
-TRAINING_REPEATS = 4  # in training, how often each clip is the first of a mean, each time with others
+MAX_STEPS = 1000  # L-BFGS steps per probe
+BOOTSTRAP_DRAWS = 1000  # draws over devices
+TRAINING_SHARE = 1 / 3  # share of a seen device's clips that train the identity probe; the others test it
+TRAINING_REPEATS = 4  # training means per first clip, each with other further clips
 
 Array = NDArray[np.float64]
 Places = NDArray[np.int64]
 
 
 class Uploads(NamedTuple):
-    """Means of anchors of a device each."""
+    """Uploads: means of anchors, each of one device."""
 
     features: Array  # (U, 192)
-    first: Places  # (U,) the clip that content is asked about
+    first: Places  # (U,) first clip of each mean, the one whose content is probed
     devices: Places  # (U,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Probe what a run uploads; returns the exit code (see `errors`)."""
+    """Probe the uploads of a run; return the exit code (see `errors`)."""
     return run_evaluation(
         EVALUATION_NAME,
-        "what an upload reveals: linear probes on what devices upload",
+        "linear probes that measure what an upload reveals",
         "that answers questions",
         evaluate,
         arguments,
@@ -75,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
-    """Write the probes' figures, unless they are there.
+    """Write the results of the probes, unless they exist.
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
-        ConfigError: it answers no questions, or the dataset does not know what its clips show.
+        ConfigError: the run answers no questions, or the dataset does not know what its clips show.
     """
-    results_of(run)
+    load_finished_results(run)
     folder, source = folder_of(run, EVALUATION_NAME), provenance_of(run, WEIGHTS)
     if is_done(folder, source):
         return
@@ -89,7 +97,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
 
     model, data = experiment.model, experiment.dataset
     if not isinstance(model, Answering):
-        raise ConfigError(f"{run}: answers no questions, so no device uploads for it (METHOD=cdc_mmpg_session)")
+        raise ConfigError(f"{run}: answers no questions, so it has no uploads to probe (use METHOD=cdc_mmpg_session)")
     knows_contents = isinstance(data, Controls)
     if not knows_contents:
         raise ConfigError(
@@ -104,11 +112,11 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     view.trainer = experiment.trainer
     anchors = view.anchors("anchors", sessions.anchors, sessions.fingerprint).double().numpy()
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
-    with threadpool_limits(1):  # products are tiny here: further threads only wait for each other
+    with threadpool_limits(1):  # the matrices are too small to benefit from threads
         probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
     write_json(
         {
-            **identity(folder, experiment, source, arguments),
+            **describe_evaluation(folder, experiment, source, arguments),
             "floats": int(anchors.shape[-1]),
             "clips": len(shown),
             "probes": probes,
@@ -120,65 +128,65 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
 
 
 class Target(NamedTuple):
-    """What a probe tells from an upload.
+    """Property that a probe predicts from an upload.
 
-    Classes are whole numbers (N,), presence is truth values (N, K), angles are degrees (N,).
+    Classes are integers (N,), presence is Boolean (N, K), angles are in degrees (N,).
     """
 
-    what: str
+    name: str
     kind: str  # "classes", "presence" or "angle"
-    values: NDArray[Any]  # by clip, of whose upload it is asked; by device where `of_device`
-    classes: int = 0
-    of_device: bool = False
-    asked: NDArray[np.bool_] | None = None  # which clips it can be asked of; None is all
+    values: NDArray[Any]  # true values by clip; by device if `of_device`
+    classes: int = 0  # number of classes
+    of_device: bool = False  # whether this is a property of the device
+    asked: NDArray[np.bool_] | None = None  # clips for which the property is defined; None is all
 
 
 def probe_all(
     anchors: Array, pools: Sequence[Sequence[int]], casts: Sequence[float], shown: Sequence["Content"], seed: int
 ) -> list[dict[str, Any]]:
-    """Return the figures of all probes that there are clips enough for.
+    """Return the results of all probes with enough clips.
 
     Args:
         anchors: (A, 192) anchor features.
-        pools: by device, its anchors.
-        casts: by device, in degrees.
-        shown: by anchor, what it shows.
-        seed: of the draws.
+        pools: indices of the anchors of each device.
+        casts: hue cast of each device in degrees.
+        shown: content of each anchor.
+        seed: seed of the draws.
 
     Raises:
-        DataError: no device trains, or all do.
+        DataError: there are no seen or no unseen devices.
     """
     seen = [device for device, pool in enumerate(pools) if pool and shown[pool[0]].seen]
     others = [device for device, pool in enumerate(pools) if pool and not shown[pool[0]].seen]
     if not seen or not others:
-        raise DataError("probes learn from devices that train and are tested on others: here is one kind only")
-    whole = {device: list(pool) for device, pool in enumerate(pools)}
-    found = [
-        _probe_identity(anchors, {device: whole[device] for device in seen}, number, seed) for number in UPLOAD_SIZES
+        raise DataError("probes train on seen devices and are tested on unseen ones: the dataset has only one kind")
+    rows = {device: list(pool) for device, pool in enumerate(pools)}
+    results = [
+        _probe_identity(anchors, {device: rows[device] for device in seen}, number, seed) for number in UPLOAD_SIZES
     ]
     for target in _list_targets(casts, shown):
         for number in UPLOAD_SIZES:
-            if number == 1 or target.of_device or target.what in AFTER_AVERAGING:
-                train = draw_uploads(anchors, {d: whole[d] for d in seen}, number, TRAINING_REPEATS, seed, target.asked)
-                test = draw_uploads(anchors, {d: whole[d] for d in others}, number, 1, seed, target.asked)
-                found.append(_probe(target, train, test, number, seed))
-    return [probe for probe in found if probe is not None]
+            if number == 1 or target.of_device or target.name in AFTER_AVERAGING:
+                train = draw_uploads(anchors, {d: rows[d] for d in seen}, number, TRAINING_REPEATS, seed, target.asked)
+                test = draw_uploads(anchors, {d: rows[d] for d in others}, number, 1, seed, target.asked)
+                results.append(_probe(target, train, test, number, seed))
+    return [result for result in results if result is not None]
 
 
-AFTER_AVERAGING = ("shape present", "look present", "background")  # of the first clip of a mean
+AFTER_AVERAGING = ("shape present", "look present", "background")  # content targets also probed in means
 
 
 def _list_targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Target]:
-    """Return all targets but the device's identity."""
+    """Return all targets except the identity of the device."""
     shapes = sorted({shape for content in shown for shape in content.shapes})
     colors = sorted({color for content in shown for color in (*content.colors, *content.looks)})
     alone = np.array([len(content.shapes) == 1 for content in shown])
 
-    def classes(what: str, names: Sequence[str], values: Sequence[str]) -> Target:
-        return Target(what, "classes", np.array([names.index(value) for value in values]), len(names), asked=alone)
+    def classes(name: str, names: Sequence[str], values: Sequence[str]) -> Target:
+        return Target(name, "classes", np.array([names.index(value) for value in values]), len(names), asked=alone)
 
-    def presence(what: str, names: Sequence[str], values: Sequence[Sequence[str]]) -> Target:
-        return Target(what, "presence", np.array([[name in value for name in names] for value in values]))
+    def presence(name: str, names: Sequence[str], values: Sequence[Sequence[str]]) -> Target:
+        return Target(name, "presence", np.array([[option in value for option in names] for value in values]))
 
     return [
         Target("cast", "angle", np.array(casts), of_device=True),
@@ -193,15 +201,15 @@ def _list_targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Ta
 
 
 def _probe_identity(anchors: Array, pools: dict[int, list[int]], number: int, seed: int) -> dict[str, Any] | None:
-    """Probe which of these devices sent an upload, learned from a part of the clips of each."""
-    learned, asked = {}, {}
+    """Probe which of these devices sent an upload; train on a part of the clips of each device, test on the rest."""
+    training, testing = {}, {}
     for device, pool in pools.items():
         order = np.random.default_rng((seed, device)).permutation(pool).tolist()
         cut = max(1, round(len(order) * TRAINING_SHARE))
-        learned[device], asked[device] = order[:cut], order[cut:]
-    most = max(1, min(map(len, learned.values())) // 2)  # so that means of a few clips differ
-    train = draw_uploads(anchors, learned, min(number, most), TRAINING_REPEATS, seed)
-    test = draw_uploads(anchors, asked, number, 1, seed)
+        training[device], testing[device] = order[:cut], order[cut:]
+    limit = max(1, min(map(len, training.values())) // 2)  # larger means of few clips would hardly differ
+    train = draw_uploads(anchors, training, min(number, limit), TRAINING_REPEATS, seed)
+    test = draw_uploads(anchors, testing, number, 1, seed)
     names = {device: place for place, device in enumerate(pools)}
     values = np.array([names.get(device, -1) for device in range(max(pools) + 1)])
     return _probe(Target("device", "classes", values, len(names), of_device=True), train, test, number, seed)
@@ -215,15 +223,15 @@ def draw_uploads(
     seed: int,
     asked: NDArray[np.bool_] | None = None,
 ) -> Uploads:
-    """Draw uploads: every clip of every device as the first of `number`, the others drawn from the device's.
+    """Draw uploads: means of `number` clips, with every clip of a device once the first and random further clips.
 
     Args:
-        anchors: (A, 192).
-        pools: by device, its anchors; a device with fewer has no upload.
-        number: of clips in an upload.
-        repeats: how often, with other draws each time.
-        seed: of the draws.
-        asked: (A,) which clips can be the first.
+        anchors: (A, 192) anchor features.
+        pools: indices of the anchors by device; devices with fewer than `number` have no upload.
+        number: number of clips in an upload.
+        repeats: number of uploads per first clip, each with new draws.
+        seed: seed of the draws.
+        asked: (A,) whether each clip can be the first; None is all.
     """
     features, first, devices = [], [], []
     for device, pool in pools.items():
@@ -241,15 +249,15 @@ def draw_uploads(
 
 
 def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int) -> dict[str, Any] | None:
-    """Learn a target from uploads and tell it from others; None where there are none."""
+    """Train a probe on uploads and return its test results; None if there are no uploads to train or test on."""
     if not len(train.features) or not len(test.features):
         return None
-    if target.of_device:  # the same clips in another order are the same upload
+    if target.of_device:  # means of the same clips in another order are duplicates
         rows = np.round(np.column_stack([test.devices, test.features]), 9)
         kept = np.unique(rows, axis=0, return_index=True)[1]
         test = Uploads(test.features[kept], test.first[kept], test.devices[kept])
     wanted, true = (target.values[part.devices if target.of_device else part.first] for part in (train, test))
-    groups = train.first if target.what == "device" else train.devices
+    groups = train.first if target.name == "device" else train.devices
     folds = min(FOLDS, len(np.unique(groups)))
     splits = (
         GroupKFold(folds, shuffle=True, random_state=seed).split(train.features, groups=groups) if folds > 1 else ()
@@ -266,8 +274,8 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
     scores = score_outputs(target, outputs, true)
     low, high = bootstrap_interval(scores, test.devices, seed)
     unit = "degrees" if target.kind == "angle" else "accuracy"
-    found = {
-        "what": target.what,
+    result = {
+        "what": target.name,
         "from": "one clip" if number == 1 else f"mean of {number}",
         "clips": number,
         unit: float(scores.mean()),
@@ -281,21 +289,21 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
         "penalty": penalty,
     }
     if target.kind == "presence":
-        found["area_under_curve"] = area_under_curve(outputs, true)
-    logger.info("%s from %s: %s %.3f", target.what, found["from"], unit, found[unit])
-    return found
+        result["area_under_curve"] = area_under_curve(outputs, true)
+    logger.info("%s from %s: %s %.3f", target.name, result["from"], unit, result[unit])
+    return result
 
 
 def fit_probe(target: Target, features: Array, values: NDArray[Any], penalty: float) -> Callable[[Array], Array]:
-    """Return a learned linear probe: from features (M, 192) to scores (M, C), logits (M, K), or cosine and sine (M, 2).
+    """Fit a linear probe; return its map from features (M, 192) to scores (M, C), logits (M, K) or cosine, sine (M, 2).
 
-    Features are standardised by those that it learns from. Scores of classes that it has not seen are -inf.
+    Features are standardised with the statistics of the training features. Scores of unseen classes are -inf.
 
     Args:
-        target: what it tells.
-        features: (N, 192) to learn from.
-        values: theirs, see `Target`.
-        penalty: weight of half the squared weights, beside the mean loss; scikit-learn's own are beside its sum.
+        target: property to predict.
+        features: (N, 192) training features.
+        values: true values of the training features, see `Target`.
+        penalty: weight of half the squared weights relative to the mean loss; scikit-learn's is relative to the sum.
     """
     scaler = StandardScaler().fit(features)
     inputs = scaler.transform(features)
@@ -303,34 +311,34 @@ def fit_probe(target: Target, features: Array, values: NDArray[Any], penalty: fl
         angles = np.deg2rad(values)
         ridge = Ridge(alpha=penalty * len(inputs)).fit(inputs, np.column_stack([np.cos(angles), np.sin(angles)]))
         return lambda rows: ridge.predict(scaler.transform(rows))
-    if target.kind == "presence":  # the mean is over clips and over what is present
+    if target.kind == "presence":  # the mean is over clips and over labels
         logistic = LogisticRegression(C=1 / (penalty * values.size), max_iter=MAX_STEPS)
-        with warnings.catch_warnings():  # that a fold shows something in every clip or in none
+        with warnings.catch_warnings():  # about labels that all or no clips of a fold have
             warnings.simplefilter("ignore", UserWarning)
-            several = OneVsRestClassifier(logistic).fit(inputs, values.astype(np.int64))
-        return lambda rows: several.decision_function(scaler.transform(rows)).reshape(len(rows), -1)
+            classifiers = OneVsRestClassifier(logistic).fit(inputs, values.astype(np.int64))
+        return lambda rows: classifiers.decision_function(scaler.transform(rows)).reshape(len(rows), -1)
     present = np.unique(values)
     if len(present) == 1:
         return lambda rows: ignore_uploads(target, values, len(rows))
-    # Of two classes scikit-learn has one vector of weights: half its squares are the squares of one for each class.
+    # For two classes scikit-learn has one weight vector w, equivalent to w/2 and -w/2: half the squared weights.
     halved = 2 if len(present) == 2 else 1
     logistic = LogisticRegression(C=halved / (penalty * len(inputs)), max_iter=MAX_STEPS).fit(inputs, values)
 
     def scores(rows: Array) -> Array:
-        found = np.full((len(rows), target.classes), -np.inf)
+        outputs = np.full((len(rows), target.classes), -np.inf)
         decided = logistic.decision_function(scaler.transform(rows))
-        found[:, present] = np.column_stack([-decided, decided]) / 2 if decided.ndim == 1 else decided
-        return found
+        outputs[:, present] = np.column_stack([-decided, decided]) / 2 if decided.ndim == 1 else decided
+        return outputs
 
     return scores
 
 
 def score_outputs(target: Target, outputs: Array, values: NDArray[Any]) -> Array:
-    """Return whether each is right, the share of its truth values that are, or its error in degrees, (M,)."""
+    """Return a score per upload (M,): correctness, share of correct labels, or error in degrees."""
     if target.kind == "angle":
         angles = np.rad2deg(np.arctan2(outputs[:, 1], outputs[:, 0]))
-        wrong: Array = np.abs((angles - values + 180) % 360 - 180)
-        return wrong
+        errors: Array = np.abs((angles - values + 180) % 360 - 180)
+        return errors
     if target.kind == "presence":
         share: Array = ((outputs > 0) == values).mean(1)
         return share
@@ -338,7 +346,7 @@ def score_outputs(target: Target, outputs: Array, values: NDArray[Any]) -> Array
 
 
 def ignore_uploads(target: Target, values: NDArray[Any], number: int) -> Array:
-    """Return outputs that know no upload: the most frequent class or truth value, the mean angle, of training."""
+    """Return outputs that ignore the uploads: the most frequent class or label, or mean angle, of training."""
     if target.kind == "angle":
         angles = np.deg2rad(values)
         row = np.array([np.cos(angles).mean(), np.sin(angles).mean()])
@@ -350,7 +358,7 @@ def ignore_uploads(target: Target, values: NDArray[Any], number: int) -> Array:
 
 
 def area_under_curve(outputs: Array, values: NDArray[Any]) -> float:
-    """Return how often something present scores higher than something absent; mean over the K, 0.5 for chance."""
+    """Return the area under the ROC curve, averaged over the K labels; 0.5 is chance."""
     areas = [
         float(roc_auc_score(present, scores))
         for scores, present in zip(outputs.T, values.T.astype(bool), strict=True)
@@ -360,7 +368,7 @@ def area_under_curve(outputs: Array, values: NDArray[Any]) -> float:
 
 
 def bootstrap_interval(scores: Array, devices: Places, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, the devices resampled with all of their uploads."""
+    """Return the 95 % bootstrap percentile interval of the mean score, resampling devices with all their uploads."""
     _, places = np.unique(devices, return_inverse=True)
     sums, counts = np.bincount(places, scores), np.bincount(places)
     times = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), BOOTSTRAP_DRAWS)

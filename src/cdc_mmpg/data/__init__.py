@@ -1,1 +1,1 @@
-"""Batches, and what a DataModule offers."""
+"""Batches, sampling, and the interface of a DataModule."""

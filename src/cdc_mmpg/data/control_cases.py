@@ -1,4 +1,4 @@
-"""Control cases of a test: other samples whose anchors are taken, and numbers of anchors in a session."""
+"""Control cases of a test: anchors taken from other samples, and numbers of anchors in a session."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -7,19 +7,19 @@ import numpy as np
 
 from cdc_mmpg.data.interface import SampleOrigin
 
-MAX_PARTNER_DRAWS = 64  # draws of a partner from another device, before any other sample is taken
+MAX_PARTNER_DRAWS = 64  # draws of a partner from another device before falling back to another pool
 
 
 def draw_control_partners(origins: Sequence[SampleOrigin], seed: int) -> dict[str, list[int]]:
-    """Draw for every sample another one whose anchor it is given in a control.
+    """Draw for every sample another one whose anchor it gets in a control.
 
     Args:
-        origins: of all samples, in their order.
-        seed: of the draws.
+        origins: origins of all samples, in their order.
+        seed: seed of the draws.
 
     Returns:
-        shuffled: any other sample; shuffled_device: one of another device with the same type of question, or of another
-        device where there is none with that type.
+        shuffled: index of any other sample; shuffled_device: index of one of another device, if possible with the same
+        type of question.
     """
     generator = np.random.default_rng(seed)
     circle = generator.permutation(len(origins))
@@ -30,8 +30,8 @@ def draw_control_partners(origins: Sequence[SampleOrigin], seed: int) -> dict[st
     elsewhere = []
     for index, origin in enumerate(origins):
         for pool in (types[origin.type], range(len(origins))):
-            tried = (pool[place] for place in generator.integers(len(pool), size=MAX_PARTNER_DRAWS).tolist())
-            other = next((i for i in tried if origins[i].device != origin.device), None)
+            drawn = (pool[place] for place in generator.integers(len(pool), size=MAX_PARTNER_DRAWS).tolist())
+            other = next((i for i in drawn if origins[i].device != origin.device), None)
             if other is not None:
                 break
         elsewhere.append(following[index] if other is None else other)
@@ -39,14 +39,14 @@ def draw_control_partners(origins: Sequence[SampleOrigin], seed: int) -> dict[st
 
 
 class SessionCase(NamedTuple):
-    """What is uploaded when a session is evaluated."""
+    """The upload in an evaluation of sessions."""
 
     anchors: int  # n, 0 for no upload
-    shuffled: bool = False  # another device's
-    alike: bool = False  # as of one room: the clips of most alike backgrounds, of a dataset that knows them
+    shuffled: bool = False  # whether the anchors are from another device
+    alike: bool = False  # whether the clips are those with the most similar backgrounds, as of one room; if known
 
 
-# Evaluated one by one; the first decides the best epoch, and the last is left out where no backgrounds are known.
+# Evaluated separately; the first selects the best epoch, and the last is left out if backgrounds are unknown.
 SESSION_CASES = {
     "n16": SessionCase(16),
     "n23": SessionCase(23),
@@ -59,6 +59,6 @@ SESSION_CASES = {
     "alike_n8": SessionCase(8, alike=True),
 }
 
-Correction = Literal["grey_world", "hue_mode", "true_cast"]  # how a device estimates its cast by hand, or is told it
-# Of how many clips a device estimates its cast, in the same way.
+Correction = Literal["grey_world", "hue_mode", "true_cast"]  # how a device estimates its cast, or the true cast
+# Cases that define from which clips a device estimates its cast.
 CORRECTION_CASES = {name: SESSION_CASES[name] for name in ("n16", "n8", "n4", "alike_n8")}

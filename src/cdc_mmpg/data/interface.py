@@ -1,4 +1,4 @@
-"""The interface of a DataModule: what methods, results, logs and controls ask of a dataset."""
+"""The interface of a DataModule for methods, results, logs and controls."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cdc_mmpg.media.frames import Frames
 
 
 class ReadableSample(NamedTuple):
-    """A sample as a person looks at it."""
+    """A sample in a form that a person can read."""
 
     clip: str
     frames: Frames  # (T, H, W, 3)
@@ -24,137 +24,137 @@ class ReadableSample(NamedTuple):
 
 
 class SampleOrigin(NamedTuple):
-    """Where a sample comes from: what accuracies are broken down by, and resampled by."""
+    """The origin of a sample: accuracies are broken down and resampled by it."""
 
     clip: str
-    device: str  # or the domain that stands for one; the clip's own name where devices are unknown
-    group: str  # "seen" or "unseen" in training; "" where devices are unknown
-    type: str  # of the question; "" where there are none
+    device: str  # device, or the domain that stands for it; the clip's name if devices are unknown
+    group: str  # "seen" or "unseen" in training; "" if devices are unknown
+    type: str  # type of the question; "" if it has none
     question: str
     answer: str
 
 
 class Sessions(NamedTuple):
-    """Unlabelled clips of devices: what a session can be drawn from."""
+    """Unlabelled clips of devices, from which sessions are drawn."""
 
-    anchors: Dataset[VideoTextBatch]  # every such clip once, with the neutral prompt for a question
-    pools: list[list[int]]  # by device: its anchors; never a validation or test clip
+    anchors: Dataset[VideoTextBatch]  # every such clip once, with the neutral prompt as its question
+    pools: list[list[int]]  # by device: indices of its anchors; never a validation or test clip
     devices: dict[Split, list[int]]  # by split: the device of each sample
-    own: dict[Split, list[int]]  # by split: the anchor that is the sample's own clip, -1 where none is
-    casts: list[float]  # by device: its true hue cast in degrees, not a number where it is unknown
-    fingerprint: str  # of the anchors' frames
-    alike: list[list[int]] | None = None  # by device: as of one room, its anchors of most alike backgrounds, if known
+    own_anchors: dict[Split, list[int]]  # by split: the anchor that is the sample's clip itself, -1 if there is none
+    casts: list[float]  # by device: its true hue cast in degrees, NaN if unknown
+    fingerprint: str  # digest of the anchors' frames
+    alike: list[list[int]] | None = None  # by device: its anchors with the most similar backgrounds, if known
 
 
 class Captions(NamedTuple):
-    """Captioned clips with a question each, for pretraining."""
+    """Captioned clips with one question each, for pretraining."""
 
     train: Dataset[CaptionBatch]
     val: Dataset[CaptionBatch]
-    clips: int  # number of clips in training
+    clips: int  # number of training clips
     questions: int  # number of answered questions about them
     fingerprint: str
 
 
 class DeviceLabels(NamedTuple):
-    """Questions with answers about clips that are unlabelled to every method: for controls only."""
+    """Questions with answers about clips that are unlabelled for every method: for controls only."""
 
     questions: Dataset[VideoTextBatch]
     origins: list[SampleOrigin]
 
 
 class Content(NamedTuple):
-    """What an unlabelled clip shows: for controls only."""
+    """The content of an unlabelled clip: for controls only."""
 
     seen: bool  # whether its device trains
-    shapes: tuple[str, ...]  # of its objects
-    colors: tuple[str, ...]  # theirs in truth
-    looks: tuple[str, ...]  # theirs as the device sees them
+    shapes: tuple[str, ...]  # shapes of its objects
+    colors: tuple[str, ...]  # their true colours
+    looks: tuple[str, ...]  # their colours as the device sees them
     background: float  # hue in degrees as the device sees it
 
 
 @runtime_checkable
 class Controls(Protocol):
-    """A dataset that also knows labels of the devices' unlabelled clips, which no method reads: for controls only."""
+    """A dataset with labels of the devices' unlabelled clips, which no method reads: for controls only."""
 
     def device_labels(self) -> DeviceLabels:
         """Return questions with answers about unlabelled clips of test devices."""
 
     def contents(self) -> dict[str, Content]:
-        """Return what every anchor of `VideoTextData.sessions` shows, by clip."""
+        """Return the content of every anchor of `VideoTextData.sessions`, by clip."""
 
 
 class VideoTextData(Protocol):
-    """A DataModule, as the feature cache, the results and the logs use it."""
+    """The DataModule that the feature cache, the results and the logs use."""
 
     task: ClassVar[Task]
     views: ClassVar[frozenset[View]]
-    DOMAINS: ClassVar[tuple[str, ...]]  # kinds of domains that it can be given in place of devices
+    DOMAINS: ClassVar[tuple[str, ...]]  # kinds of domains that can stand for devices
     protocol: str
-    domains: str | None  # which of these it was given
+    domains: str | None  # kind of domains in use
     held_out: list[str]  # domains that training does not see
-    notes: dict[Split, str]  # where a split comes from, where that has to be said
+    notes: dict[Split, str]  # how a split was made, if worth reporting
     cache_dir: Path
     batch_size: int
     per_device: int | None
     even: bool
     num_workers: int | None
     seed: int
-    virtual: int  # virtual devices of each device that trains, in batches of frames
+    virtual: int  # virtual devices of each training device, in batches of frames
 
     def check(self) -> dict[str, Any]:
-        """Return what is here, ready, absent or wrong, after filling the caches; go on past what is wrong."""
+        """Check everything and fill the frame cache; report what is present, ready, absent or wrong."""
 
     def prepare_data(self) -> None:
-        """Check everything and fill the caches."""
+        """Check the dataset and fill the frame cache."""
 
     def setup(self, stage: str) -> None:
         """Build the splits."""
 
     def dataset(self, split: Split, augment: bool) -> Dataset[VideoTextBatch]:
-        """Return a split, its frames drawn anew for every epoch or always the same."""
+        """Return a split; with `augment` its frames are drawn anew in every epoch."""
 
     def rotate(self, dataset: Any, degrees: Sequence[float]) -> tuple[Dataset[VideoTextBatch], str]:
-        """Return one of its datasets with the hues of each sample's clip rotated, and a digest of it."""
+        """Return a dataset of this module with the hues of each sample's clip rotated, and its digest."""
 
     def jitter(self, dataset: Any, jitters: Sequence[Jitter]) -> tuple[Dataset[VideoTextBatch], str]:
-        """Return one of its datasets with the colours of each sample's clip jittered, and a digest of it."""
+        """Return a dataset of this module with the colours of each sample's clip jittered, and its digest."""
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return a batch of its datasets on a device, with its frames."""
+        """Move a batch to a device, with its frames."""
 
     def labels(self, split: Split) -> Tensor:
         """Return the class of every sample, (N,)."""
 
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """Return a digest of a split's clips by name, its questions and labels, and with `frames` of its frames."""
+        """Return a digest of a split's clip names, questions and labels; with `frames` also of its frames."""
 
     def published(self) -> list[dict[str, Any]]:
-        """Return every published count of the dataset beside the number here; see `VideoTextDataModule.published`."""
+        """Compare every published count with the local one; see `VideoTextDataModule.published`."""
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return by split questions, clips, questions left out or held out, unknown answers, the accuracy's ceiling."""
+        """Return for each split: questions, clips, questions left or held out, unknown answers, maximum accuracy."""
 
     def example(self, split: Split, index: int) -> ReadableSample:
-        """Return a sample to look at."""
+        """Return a sample in a form that a person can read."""
 
     def answers(self) -> list[str]:
-        """Return the word of every class but the last, which stands for all others; none where there are no classes."""
+        """Return the word of every class except the last, which stands for all others; empty without classes."""
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
-        """Return the right answer to a sample as an annotation has it, or the word of the prediction `label`."""
+        """Return the right answer to a sample as annotated, or the word for a predicted `label`."""
 
     def texts(self, split: Split, index: int) -> Sequence[str]:
-        """Return a sample's candidates or captions; none of an open-ended question."""
+        """Return a sample's candidates or captions; empty for an open-ended question."""
 
     def origins(self, split: Split) -> list[SampleOrigin]:
-        """Return where each sample comes from."""
+        """Return the origin of each sample."""
 
     def word_counts(self, split: Split) -> Counter[int]:
-        """Count how often each WordPiece is in a split's texts."""
+        """Count how often each WordPiece occurs in a split's texts."""
 
     def sessions(self) -> Sessions:
-        """Return unlabelled clips by device, of a dataset whose `views` have "sessions", or that was given domains."""
+        """Return unlabelled clips by device, if `views` contains "sessions" or domains are in use."""
 
     def captions(self) -> Captions:
-        """Return captioned clips, of a dataset whose `views` have "captions"."""
+        """Return captioned clips, if `views` contains "captions"."""

@@ -1,4 +1,4 @@
-"""The order of samples, and how an optimizer step is shared out to processes and accumulated batches."""
+"""The order of samples, and the division of an optimizer step among processes and accumulated batches."""
 
 import hashlib
 import logging
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs of all samples, in an order that depends on seed and epoch alone.
+    """Sampler of (epoch, index) pairs of all samples, in an order that depends on seed and epoch alone.
 
     Args:
-        size: samples in the split.
-        seed: of the order.
-        shuffle: draw a new order every epoch (training); else as annotated.
+        size: number of samples in the split.
+        seed: seed of the order.
+        shuffle: draw a new order in every epoch (training); else keep the annotation order.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
@@ -47,7 +47,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         return iter([(self.epoch, index) for index in self.draw(self.epoch).tolist()])
 
     def draw(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch, (size,)."""
+        """Draw the order of an epoch, (size,)."""
         order = np.arange(self.size)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
@@ -55,76 +55,76 @@ class EpochOrder(Sampler[tuple[int, int]]):
 
 
 class BatchPlan(NamedTuple):
-    """How the samples of an optimizer step are shared out to processes, and accumulated on each of them."""
+    """The division of an optimizer step among processes, and into batches that each process accumulates."""
 
     step: int  # samples of an optimizer step
-    at_once: int  # most samples of a batch, on each process
-    world: int  # processes
+    at_once: int  # maximum number of samples of a batch, in each process
+    world: int  # number of processes
 
     @property
     def accumulated(self) -> int:
-        """Batches of a process in a whole step."""
+        """Number of batches of a process in a full step."""
         return ceil(self.step / (self.world * self.at_once))
 
     def share(self, samples: NDArray[np.int64], rank: int) -> list[NDArray[np.int64]]:
-        """Return the batches of a process, of the samples of a step; as many on all processes, some perhaps empty."""
-        own, longest = samples[rank :: self.world], ceil(len(samples) / self.world)
-        return [own[start : start + self.at_once] for start in range(0, longest, self.at_once)]
+        """Return the batches of a process among the samples of a step; all processes have equally many, some empty."""
+        part, longest = samples[rank :: self.world], ceil(len(samples) / self.world)
+        return [part[start : start + self.at_once] for start in range(0, longest, self.at_once)]
 
     def count(self, size: int) -> int:
-        """Return how many training batches each process has of an epoch of `size` samples."""
+        """Count the training batches of each process in an epoch of `size` samples."""
         rest = ceil(size % self.step / self.world)
         return size // self.step * self.accumulated + ceil(rest / self.at_once)
 
 
 def plan_batches(step: int, per_device: int | None, world: int) -> BatchPlan:
-    """Return how optimizer steps of so many samples are shared out to `world` processes.
+    """Plan how optimizer steps are divided among `world` processes.
 
     Args:
         step: samples of an optimizer step, over all processes.
-        per_device: most samples that a device holds at once; None is its whole share of a step.
-        world: processes, one a device.
+        per_device: maximum number of samples that a device holds at once; None is its entire share of a step.
+        world: number of processes, one per device.
 
     Raises:
-        ConfigError: the numbers do not divide; names some that do.
+        ConfigError: the numbers are not divisible; names some that are.
     """
     if step % world:
         raise ConfigError(
-            f"a step of {step} questions (data.init_args.batch_size) cannot be shared out evenly to {world} devices: "
-            f"take {_nearest_divisors(step, world)} devices (DEVICES=), or another batch_size"
+            f"a step of {step} questions (data.init_args.batch_size) cannot be divided evenly among {world} devices: "
+            f"use {_find_nearest_divisors(step, world)} devices (DEVICES=), or another batch_size"
         )
     share = step // world
     at_once = min(per_device or share, share)
     if share % at_once:
         raise ConfigError(
-            f"a device's share of a step, {share} of {step} questions, does not divide into batches of {at_once} "
-            f"(data.init_args.per_device): take {_nearest_divisors(share, at_once)}"
+            f"a device's share of a step, {share} of {step} questions, cannot be divided into batches of {at_once} "
+            f"(data.init_args.per_device): use {_find_nearest_divisors(share, at_once)}"
         )
     return BatchPlan(step, at_once, world)
 
 
-def _nearest_divisors(number: int, to: int) -> str:
-    """Return the divisors of a number around another one, as "2 or 4"."""
+def _find_nearest_divisors(number: int, to: int) -> str:
+    """Return the divisors of a number next below and above `to`, as "2 or 4"."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
     below, above = [d for d in divisors if d < to], [d for d in divisors if d > to]
     return " or ".join(map(str, [*below[-1:], *above[:1]]))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) pairs of one process.
+    """Batch sampler of (epoch, index) pairs for one process.
 
-    In training every optimizer step is made of the same samples, however many processes there are and however much each
-    of them holds at once. Where the last step of an epoch leaves a process without a sample for a batch, the step's
-    first sample stands in, so that all processes take as many batches; `EpochDataModule.weigh` counts it as nothing. In
-    evaluation every sample is in exactly one batch of one process.
+    In training every optimizer step has the same samples for any number of processes and any batch size per process. If
+    the last step of an epoch leaves a process without a sample for a batch, the step's first sample fills in, so that
+    all processes have equally many batches; `EpochDataModule.weigh` gives it no weight. In evaluation every sample is
+    in exactly one batch of one process.
 
     Args:
-        sampler: the order of all samples; under this name Lightning tells it the epoch.
-        plan: of training; of evaluation, which has no steps, its `at_once` and `world`.
-        rank: this process among all.
-        even: stand in for every sample that another process has more, for a loss that needs as many of all.
-        skip: steps to leave out in the first epoch that is drawn: those that a run has taken before it was stopped in
-            the middle of an epoch.
+        sampler: order of all samples; Lightning sets its epoch by this attribute name.
+        plan: division of the steps; evaluation, which has no steps, uses only its `at_once` and `world`.
+        rank: rank of this process.
+        even: fill up to the number of samples of the other processes, for a loss that needs equal numbers.
+        skip: number of steps to skip in the first epoch that is drawn: those taken before a run was stopped in the
+            middle of an epoch.
     """
 
     def __init__(self, sampler: EpochOrder, plan: BatchPlan, rank: int, even: bool = False, skip: int = 0) -> None:
@@ -142,45 +142,45 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         first, self.skip = self.skip * step, 0
         for start in range(first, len(order), step):
             samples = order[start : start + step]
-            longest = self.plan.share(samples, 0)  # the first process has as many as any
-            for part, most in zip(self.plan.share(samples, self.rank), longest, strict=True):
+            largest = self.plan.share(samples, 0)  # no process has more samples than the first
+            for part, largest_part in zip(self.plan.share(samples, self.rank), largest, strict=True):
                 indices = part.tolist()
-                if training and (not indices or (self.even and len(indices) < len(most))):
+                if training and (not indices or (self.even and len(indices) < len(largest_part))):
                     indices.append(int(samples[0]))
                 if indices:
                     yield [(epoch, index) for index in indices]
 
 
 def draw_text(seed: int, epoch: int, index: int, number: int) -> int:
-    """Return which of a sample's `number` texts training reads in an epoch: the same from frames and from features."""
+    """Draw the index of the text, among `number`, that training reads in an epoch; same for frames and features."""
     return int(np.random.default_rng((seed, epoch, index, 1)).integers(number))
 
 
 def draw_copy(seed: int, epoch: int, index: int, number: int) -> int:
-    """Return which of `number` copies of a sample training sees in an epoch: its device's, or a virtual device's."""
+    """Draw the copy of a sample, among `number`, that training sees in an epoch: 0 is its device, others virtual."""
     return int(np.random.default_rng((seed, epoch, index, 2)).integers(number)) if number > 1 else 0
 
 
 def draw_cast(device: str, number: int) -> float:
-    """Return the degrees by which a device's virtual device of that number rotates hues: the same in all runs."""
+    """Draw the hue rotation in degrees of virtual device `number` of a device: the same in all runs."""
     digest = hashlib.sha256(f"virtual {number} {device}".encode()).digest()
     return 360 * int.from_bytes(digest[:8], "big") / 2**64
 
 
 class Jitter(NamedTuple):
-    """How a virtual device changes colours, as augmentation usually does."""
+    """The colour change of a virtual device, as in common augmentation."""
 
-    brightness: float
+    brightness: float  # factor, as are contrast and saturation
     contrast: float
-    saturation: float  # factors
+    saturation: float
     hue: float  # degrees
 
 
 def draw_jitter(device: str, number: int) -> Jitter:
-    """Return how a device's virtual device of that number jitters colours: the same in all runs.
+    """Draw the colour jitter of virtual device `number` of a device: the same in all runs.
 
     Source: the ranges of SimCLR's color jitter at half its strength (Chen et al. 2020, "A Simple Framework for
-    Contrastive Learning of Visual Representations"), which torchvision's examples have, too.
+    Contrastive Learning of Visual Representations"), which torchvision's examples also use.
     """
     digest = hashlib.sha256(f"jitter {number} {device}".encode()).digest()
     *factors, hue = np.random.default_rng(int.from_bytes(digest[:8], "big")).uniform(-1, 1, 4).tolist()
@@ -189,17 +189,17 @@ def draw_jitter(device: str, number: int) -> Jitter:
 
 
 class EpochDataModule(LightningDataModule):
-    """A DataModule whose order is a function of seed and epoch, and which can go on in the middle of an epoch.
+    """A DataModule whose sample order is a function of seed and epoch, and which can resume in the middle of an epoch.
 
-    Its datasets fetch whole batches: `__getitems__` takes (epoch, index) pairs.
+    Its datasets fetch entire batches: `__getitems__` takes (epoch, index) pairs.
 
     Args:
         batch_size: samples of an optimizer step, over all devices and accumulated batches.
-        seed: of the order.
-        per_device: most of them that a device holds at once; None is its whole share. The rest is accumulated.
+        seed: seed of the order.
+        per_device: maximum number of samples that a device holds at once, the rest is accumulated; None is its share.
     """
 
-    TIMEOUT_SECONDS = 30  # for a batch; a worker that hangs longer is reported
+    TIMEOUT_SECONDS = 30  # limit for loading a batch; a worker that hangs longer is reported
     even: bool = False  # see `EpochBatches`
 
     def __init__(self, batch_size: int, seed: int, per_device: int | None = None) -> None:
@@ -207,21 +207,21 @@ class EpochDataModule(LightningDataModule):
         self.batch_size, self.seed, self.per_device = batch_size, seed, per_device
         self._epoch = self._seen_steps = 0
         self._training: EpochBatches | None = None
-        self._step_weights: tuple[int, dict[bool, list[float]]] = (-1, {})  # of an epoch, see `weigh`
+        self._step_weights: tuple[int, dict[bool, list[float]]] = (-1, {})  # epoch and its weights, see `weigh`
 
     @property
     def plan(self) -> BatchPlan:
-        """How an optimizer step is shared out to the processes of the run.
+        """Division of an optimizer step among the processes of the run.
 
         Raises:
             ConfigError: see `plan_batches`.
         """
         return plan_batches(self.batch_size, self.per_device, self.trainer.world_size if self.trainer else 1)
 
-    def loading_processes(self) -> int:
-        """Return how many processes load batches unless told: as many as this one has processors, from 1 to 16.
+    def count_loading_processes(self) -> int:
+        """Return the default number of loading processes: the processors of this process, from 1 to 16.
 
-        The processes of a run share a machine's processors; under SLURM, with a task for each, a task is given its own.
+        The processes of a run share a machine's processors; under SLURM every task has its own processors.
         """
         sharing = 1
         if self.trainer is not None:
@@ -232,21 +232,21 @@ class EpochDataModule(LightningDataModule):
     def batches(
         self, dataset: Dataset[Any], shuffle: bool, num_workers: int | None = 0, at_once: int | None = None
     ) -> DataLoader[Any]:
-        """Return this process's share of a dataset as batches; in evaluation, of `at_once` samples at most.
+        """Return this process's share of a dataset as batches; `num_workers` None is `count_loading_processes`.
 
-        So many processes load them, None is `loading_processes`.
+        In evaluation, `at_once` limits the samples of a batch. Fewer samples than processes are refused.
         """
         if num_workers is None:
-            num_workers = self.loading_processes()
+            num_workers = self.count_loading_processes()
         size, plan = len(dataset), self.plan  # type: ignore[arg-type]
         if at_once is not None:
             plan = plan._replace(at_once=min(at_once, plan.at_once))
         if size < plan.world:
             raise ConfigError(
-                f"a split of {size} samples cannot be shared out to {plan.world} processes: take fewer devices"
+                f"a split of {size} samples cannot be divided among {plan.world} processes: use fewer devices"
             )
         order = EpochOrder(size, self.seed, shuffle)
-        order.set_epoch(self._epoch)  # Lightning does so too, but after worker processes have begun to fetch
+        order.set_epoch(self._epoch)  # Lightning sets it only after worker processes have begun to fetch
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = EpochBatches(order, plan, rank, self.even, self._seen_steps if shuffle else 0)
         if shuffle:
@@ -263,14 +263,14 @@ class EpochDataModule(LightningDataModule):
         )
 
     def weigh(self, batch_idx: int, known: bool) -> float:
-        """Return what the mean over a training batch is multiplied by, for the mean over its whole optimizer step.
+        """Return the weight of a training batch's mean, such that a step's weighted mean is that over its samples.
 
-        Lightning divides by the number of accumulated batches and takes the mean over the processes. What is left is
-        how many of the step's samples this batch has: 1 where all batches have as many.
+        Lightning divides by the number of accumulated batches and averages over the processes. The weight corrects for
+        batches of different sizes: it is 1 if all batches of the step have the same size.
 
         Args:
-            batch_idx: of this process in this epoch.
-            known: count the samples with a known answer only.
+            batch_idx: index of the batch of this process in this epoch.
+            known: whether to count only samples with a known answer.
         """
         assert self.trainer is not None
         if self._step_weights[0] != (epoch := self.trainer.current_epoch):
@@ -278,7 +278,7 @@ class EpochDataModule(LightningDataModule):
         return self._step_weights[1][known][batch_idx]
 
     def _weigh_epoch(self, epoch: int) -> dict[bool, list[float]]:
-        """Return what `weigh` says of all batches of an epoch, by `known`."""
+        """Compute the weights of all batches of an epoch, by `known`; see `weigh`."""
         assert self._training is not None
         plan, order = self._training.plan, self._training.sampler.draw(epoch)
         is_known = (self.labels("train") != UNKNOWN_LABEL).numpy()
@@ -291,13 +291,13 @@ class EpochDataModule(LightningDataModule):
                 weights[True].append(int(is_known[part].sum()) * plan.world * plan.accumulated / number_known)
         return weights
 
-    def count_taken(self, processed: int) -> int:
-        """Return how many batches the steps are that were taken in the epoch to go on with.
+    def count_taken_batches(self, processed: int) -> int:
+        """Count the batches that were taken in the epoch to resume, for the current number of devices.
 
         Args:
-            processed: how many they were when the state was saved, perhaps on another number of devices.
+            processed: number of batches when the state was saved, possibly with another number of devices.
         """
-        if processed and not self._seen_steps:  # the whole epoch
+        if processed and not self._seen_steps:  # the epoch was complete
             return self.plan.count(len(self.labels("train")))
         return self._seen_steps * self.plan.accumulated
 
@@ -307,10 +307,10 @@ class EpochDataModule(LightningDataModule):
 
     @abstractmethod
     def fingerprint(self, split: Split, frames: bool) -> str:
-        """Return a digest of a split's clips, questions and labels, and of what decides its frames."""
+        """Return a digest of a split's clips, questions and labels; with `frames` also of its frames."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch to go on with, its steps that were taken, and of which data and to whom they were."""
+        """Return the epoch to resume, its steps taken, the division of a step, and the fingerprints of the data."""
         trainer = self.trainer
         assert trainer is not None
         finished, seen = divmod(
@@ -324,12 +324,12 @@ class EpochDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, after these steps, when training goes on.
+        """Resume training with the saved epoch, after the steps taken.
 
-        The run may have been shared out to another number of devices: its steps are of the same samples.
+        The run may have had another number of devices: its steps have the same samples.
 
         Raises:
-            ConfigError: the run was of other data; names the splits. Or its steps were of another number of samples.
+            ConfigError: the run had other data (names the splits), or steps of another size.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
@@ -337,21 +337,21 @@ class EpochDataModule(LightningDataModule):
         changed = [split for split in SPLITS if before.get(split) != self.fingerprint(split, frames=False)]
         if changed:
             raise ConfigError(
-                f"this run began on other data: {', '.join(changed)} differ (questions, labels, vocabulary or clips). "
-                "Give it the data it began with, or delete or rename its folder"
+                f"this run began with other data: {', '.join(changed)} differ (questions, labels, vocabulary or "
+                "clips). Use the data it began with, or delete or rename its folder"
             )
         before, now = BatchPlan(**state_dict["plan"]), self.plan
         if before.step != now.step:
-            raise ConfigError(f"this run began with steps of {before.step} questions, not {now.step}: type its command")
+            raise ConfigError(f"this run began with steps of {before.step} questions, not {now.step}: use its command")
         if before != now:
             logger.info(
-                "begun as %d x %d x %d (devices, accumulated batches, questions at once), goes on as %d x %d x %d: the "
-                "same questions in every step and the same schedule, but not the same to the last bit",
+                "begun as %d x %d x %d (devices, accumulated batches, questions at once), resumes as %d x %d x %d: the "
+                "same questions in every step and the same schedule, but not bit-identical",
                 *(part for plan in (before, now) for part in (plan.world, plan.accumulated, plan.at_once)),
             )
         self._epoch, self._seen_steps = state_dict["epoch"], state_dict["seen_steps"]
 
 
 def _return_unchanged(batch: Any) -> Any:
-    """Return a batch as it is: datasets build whole batches, so there is nothing to collate."""
+    """Return a batch unchanged: datasets build entire batches, so there is nothing to collate."""
     return batch

@@ -1,1 +1,1 @@
-"""Export, and a deployment on this machine."""
+"""Export of runs, and deployment on this machine."""

@@ -1,4 +1,4 @@
-"""The names of a bundle's files, and how they are written: whole or not at all."""
+"""Names of a bundle's files, and functions that write them atomically."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdc_mmpg.files import atomic_write, json_digest
+from cdc_mmpg.files import atomic_write, hash_json
 from cdc_mmpg.results import write_json
 
 CLOUD_SETTINGS, GENERATOR, SIGNING_KEY, EXPORT_REPORT = (
@@ -20,23 +20,23 @@ DEVICE_FOLDERS = {"float32": "device", "int8": "device-int8"}
 
 
 def write_settings(settings: dict[str, Any], path: Path) -> None:
-    """Write settings with their own digest, so that their reader notices what was changed by accident."""
-    written = json.loads(json.dumps(settings))  # numbers and keys as they will be read
-    write_json({**written, "digest": json_digest(written)}, path)
+    """Write settings together with their digest, so that accidental changes are detected."""
+    written = json.loads(json.dumps(settings))  # numbers and keys as a reader will parse them
+    write_json({**written, "digest": hash_json(written)}, path)
 
 
 def write_content(path: Path, content: bytes) -> None:
-    """Write bytes to a file, whole or not at all."""
+    """Write bytes to a file atomically."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy, whole or not at all."""
+    """Write an array as .npy atomically."""
     with atomic_write(path) as file:
         np.save(file, array, allow_pickle=False)
 
 
 def count_folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of the files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

@@ -1,8 +1,8 @@
-"""The bundles of a method: two for a device, whole and with an int8 encoder, and one for the cloud.
+"""Bundles of a method: two for a device, in float32 and with an int8 encoder, and one for the cloud.
 
-The encoder is exported for one clip and any number of frames up to T, the head with the last layer as an input, so that
-a new layer is another array and no new session. Whoever writes a bundle is trusted by the device that reads it: digests
-reveal damage, no more.
+The encoder is exported for one clip and any number of frames up to T. The last layer is an input of the head, so that
+a new layer needs no new onnxruntime session. A device trusts the author of its bundle: digests detect damage, not
+forgery.
 """
 
 import json
@@ -38,19 +38,19 @@ from cdc_mmpg.device.model import (
 )
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.files import file_digest
+from cdc_mmpg.files import hash_file
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.results import provenance
-from cdc_mmpg.wire.messages import digest
+from cdc_mmpg.wire.messages import compute_digest
 
-MAX_SCORE_DIFFERENCE = 1e-4  # between scores of the float32 bundle and torch's
+MAX_SCORE_DIFFERENCE = 1e-4  # largest absolute difference of the float32 bundle's scores from torch's
 
 
 def write_bundles(source: Source, out: Path) -> dict[str, Any]:
-    """Write the bundles, check the float32 one against torch, and return what the report says of them.
+    """Write the bundles, check the float32 one against torch, and return their entries of the export report.
 
     Raises:
-        CheckpointError: the float32 bundle's scores differ from torch's.
+        CheckpointError: the float32 bundle's scores differ from torch's by more than `MAX_SCORE_DIFFERENCE`.
         CDCError: a file cannot be written.
     """
     start = perf_counter()
@@ -83,16 +83,16 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     ordered += [word for i, word in enumerate(source.words) if i not in kept]
     for precision, name in DEVICE_FOLDERS.items():
         folder = out / name
-        narrow = np.float16 if precision == "int8" else np.float32
+        dtype = np.float16 if precision == "int8" else np.float32
         with tempfile.TemporaryDirectory() as scratch:
             for file, model in models.items():
                 content = model.SerializeToString()
                 if precision == "int8" and file == ENCODER_FILE:
                     content = quantise(content, Path(scratch))
                 write_content(folder / file, content)
-        write_array(folder / SHARED_FILE, served.offline.numpy().astype(narrow))
+        write_array(folder / SHARED_FILE, served.offline.numpy().astype(dtype))
         if basis is not None:
-            write_array(folder / BASIS_FILE, basis.detach().numpy().astype(narrow))
+            write_array(folder / BASIS_FILE, basis.detach().numpy().astype(dtype))
         write_content(folder / VOCABULARY_FILE, "\n".join(ordered).encode() + b"\n")
         write_content(folder / ANSWERS_FILE, json.dumps(source.answers).encode())
         files = [
@@ -103,7 +103,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
             VOCABULARY_FILE,
             ANSWERS_FILE,
         ]
-        digests = {file: file_digest(folder / file) for file in files}
+        digests = {file: hash_file(folder / file) for file in files}
         write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE_FILE)
 
     difference = compare_with_torch(source, out / DEVICE_FOLDERS["float32"])
@@ -130,10 +130,10 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
 
 
 def digest_device_weights(method: "Answering") -> bytes:
-    """Return the digest of the encoder and of the head's static part: what a device must share with its generator."""
+    """Return the digest of the weights that a device shares with its generator: encoder and static part of the head."""
     content = b"".join(
         name.encode() + value.cpu().contiguous().numpy().tobytes()
         for module in (method.encoder, method.head)
         for name, value in module.state_dict().items()
     )
-    return digest(content)
+    return compute_digest(content)

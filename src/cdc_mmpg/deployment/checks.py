@@ -1,4 +1,4 @@
-"""Checks of exported bundles: scores against torch's, and answers to the run's own test questions."""
+"""Checks of exported bundles: scores against torch's, and accuracy on the run's test questions."""
 
 import csv
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from cdc_mmpg.evaluation.metrics import RIGHT
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
-MAX_TEST_QUESTIONS = 1_000  # that bundles are evaluated on
-SESSION_ANCHORS = 16  # clips
+MAX_TEST_QUESTIONS = 1_000  # number of test questions on which bundles are evaluated
+SESSION_ANCHORS = 16  # number of clips per session
 
 
 def compare_with_torch(source: Source, bundle: Path) -> float:
-    """Return the largest difference of a float32 bundle's scores and uploads to torch's.
+    """Return the largest absolute difference of a float32 bundle's scores and uploads from torch's.
 
-    Inputs are noise, in every number of frames that the bundle takes.
+    The inputs are noise, with every number of frames that the bundle supports.
     """
     method, model = source.method, DeviceModel(bundle, threads=1)
     generator, largest = np.random.default_rng(0), 0.0
     layer = torch.from_numpy(model.shared)
-    most = source.frames["number"]
-    for number in range(1, most + 1) if model.unit == "session" else [most]:
+    max_frames = source.frames["number"]
+    for number in range(1, max_frames + 1) if model.unit == "session" else [max_frames]:
         for length in (2, source.text_length):
-            several = 3 if source.task == "multiple_choice" else 1
+            text_count = 3 if source.task == "multiple_choice" else 1
             frames = generator.integers(256, size=(number, *[source.frames["size"]] * 2, 3), dtype=np.uint8)
-            texts = generator.integers(len(source.kept), size=(several, length))
+            texts = generator.integers(len(source.kept), size=(text_count, length))
             ids = torch.tensor(source.kept)[torch.from_numpy(texts)]
             batch = VideoTextBatch(
                 torch.from_numpy(frames)[None],
@@ -59,14 +59,14 @@ def compare_with_torch(source: Source, bundle: Path) -> float:
 
 
 def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path) -> dict[str, Any]:
-    """Return what the bundles and the cut vocabulary cost: accuracies of both bundles and of the run itself on the same
-    test questions.
+    """Return the accuracies of both bundles and of the run on the same test questions.
 
-    Layers are made as in the field: each bundle uploads what it computes itself, the cloud's generator answers in the
-    bundle's payload. A session has the anchors of the same 16 further clips that the run was tested with.
+    The differences are the cost of quantization and of the reduced vocabulary. Layers are generated as in deployment:
+    each bundle computes its uploads, and the cloud's generator answers with the bundle's kind of payload. A session has
+    the anchors of the same 16 other clips that the run was tested with.
 
     Raises:
-        CheckpointError: the run's own answers are not there, or of other questions.
+        CheckpointError: the run's table of answers is missing, or belongs to other questions.
     """
     labels = data.labels("test").tolist()
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:MAX_TEST_QUESTIONS].tolist())
@@ -76,65 +76,65 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
             header, *rows = csv.reader(file)
         given = [row[len(SampleOrigin._fields)] for row in rows]
         if len(rows) != len(labels):
-            raise ValueError(f"{len(rows)} questions, where the dataset has {len(labels)}")
+            raise ValueError(f"{len(rows)} questions, but the dataset has {len(labels)}")
         by_label = header[-1] == RIGHT
         answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN_LABEL else "" for i in range(len(labels))]
-        # By label, but of a run of an earlier version, whose table has words alone.
+        # Correctness by label; tables of earlier versions have only words.
         right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
     except (OSError, ValueError, IndexError, csv.Error) as error:
-        raise CheckpointError(f"{predictions}: not what a test leaves ({error}): train anew") from error
+        raise CheckpointError(f"{predictions}: not a valid table of test answers ({error}): train again") from error
 
     generator = Generator.load(out / "cloud" / GENERATOR)
-    found: dict[str, Any] = {"questions": len(drawn),
-                             "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
+    report: dict[str, Any] = {"questions": len(drawn),
+                              "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
     for name in DEVICE_FOLDERS.values():
         model = DeviceModel(out / name)
-        own = dict(zip(drawn, answer_on_device(model, source, data, drawn, generator), strict=True))
-        words = {i: data.word("test", i, own[i]) for i in drawn}
-        found[name] = {
-            "accuracy": float(np.mean([own[i] == labels[i] for i in drawn])),
+        predicted = dict(zip(drawn, answer_on_device(model, source, data, drawn, generator), strict=True))
+        words = {i: data.word("test", i, predicted[i]) for i in drawn}
+        report[name] = {
+            "accuracy": float(np.mean([predicted[i] == labels[i] for i in drawn])),
             "agreement": float(np.mean([words[i] == given[i] for i in drawn])),
         }
     counts = data.word_counts("test")
     kept = set(source.kept)
-    found["unknown_words"] = sum(n for word, n in counts.items() if word not in kept) / max(1, sum(counts.values()))
-    return found
+    report["unknown_words"] = sum(n for word, n in counts.items() if word not in kept) / max(1, sum(counts.values()))
+    return report
 
 
 def answer_on_device(
     model: DeviceModel, source: Source, data: "VideoTextData", drawn: Sequence[int], generator: "Generator"
 ) -> list[int]:
-    """Return a device's answers to test questions, with layers from the cloud's generator."""
+    """Return a device's answers to the drawn test questions, with layers from the cloud's generator."""
     test: Any = data.dataset("test", augment=False)
-    place = {old: new for new, old in enumerate(source.kept)}
-    unknown = place[source.words.index("[UNK]")]
+    new_ids = {old: new for new, old in enumerate(source.kept)}
+    unknown = new_ids[source.words.index("[UNK]")]
     sessions = data.sessions() if model.unit == "session" else None
     layers: dict[int, NDArray[np.float32]] = {}  # by device
 
-    def layer(upload: NDArray[np.float32]) -> NDArray[np.float32]:
+    def generate_layer(upload: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             parts = generator.matrices(generator(torch.from_numpy(upload)[None]), model.layout.kind)
         content = encode_matrices([part[0].numpy() for part in parts], model.layout.precision)
         return model.install(decode_matrices(content, model.layout.shapes, model.layout.precision), model.layout)
 
-    def of_session(device: int) -> NDArray[np.float32]:
+    def generate_session_layer(device: int) -> NDArray[np.float32]:
         assert sessions is not None
         anchors: Any = sessions.anchors
         chosen = np.random.default_rng((data.seed, device)).permutation(sessions.pools[device])[:SESSION_ANCHORS]
         if not len(chosen):
             return model.shared
-        return layer(np.mean([model.anchor(anchors.frames(0, i).numpy()) for i in chosen.tolist()], axis=0))
+        return generate_layer(np.mean([model.anchor(anchors.frames(0, i).numpy()) for i in chosen.tolist()], axis=0))
 
     answers = []
-    for i in track(drawn, description=f"answers of {model.layout.kind}"):
-        texts = [[place.get(word, unknown) for word in text] for text in test.texts[i]]
+    for i in track(drawn, description=f"answering with {model.layout.kind} layers"):
+        texts = [[new_ids.get(word, unknown) for word in text] for text in test.texts[i]]
         features = model.features(np.ascontiguousarray(test.frames(0, i).numpy()), texts)
         if sessions is None:
-            own = layer(model.upload(features))
+            layer = generate_layer(model.upload(features))
         else:
             device = sessions.devices["test"][i]
             if device not in layers:
-                layers[device] = of_session(device)
-            own = layers[device]
-        answers.append(int(model.scores(features, own).argmax()))
+                layers[device] = generate_session_layer(device)
+            layer = layers[device]
+        answers.append(int(model.scores(features, layer).argmax()))
     return answers

@@ -1,4 +1,4 @@
-"""The cloud's bundle: a generator, what it belongs to, and the key that signs its layers."""
+"""Cloud bundle: a generator, its versions, and the key that signs its layers."""
 
 import os
 from collections.abc import Callable
@@ -16,36 +16,36 @@ from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.results import provenance
-from cdc_mmpg.wire.messages import Versions, digest
+from cdc_mmpg.wire.messages import Versions, compute_digest
 
-TIMED_MIN_WEIGHTS = 1_000_000  # of a generator, from which their precision matters to its speed
-BFLOAT16_MIN_SPEEDUP = 1.1  # over float32, for bfloat16 to be chosen
+TIMED_MIN_WEIGHTS = 1_000_000  # number of weights from which their precision affects a generator's speed
+BFLOAT16_MIN_SPEEDUP = 1.1  # speedup over float32 from which bfloat16 is chosen
 
 
 class WrittenCloudBundle(NamedTuple):
-    """Key, versions and measured speed of a cloud bundle that was written."""
+    """Key, versions and measured speed of a written cloud bundle."""
 
     key: "Ed25519PrivateKey"
     versions: Versions
-    speed: dict[str, Any]  # what `choose_weight_precision` returns
+    speed: dict[str, Any]  # result of `choose_weight_precision`
 
 
 def write_cloud_bundle(generator: "Generator", encoder: bytes, name: str, folder: Path) -> WrittenCloudBundle:
-    """Write a cloud bundle, whose key stays where there is one, and return what belongs to it.
+    """Write a cloud bundle and return its key, versions and speed; an existing signing key is kept.
 
     Args:
-        generator: on the processor.
-        encoder: digest of the encoder whose features it reads.
-        name: <dataset>/<method>.
-        folder: where to.
+        generator: generator on the CPU.
+        encoder: digest of the encoder whose features the generator reads.
+        name: name of the model, <dataset>/<method>.
+        folder: folder of the bundle.
 
     Raises:
-        CheckpointError: the key that is there cannot be read.
+        CheckpointError: the existing key cannot be read.
         CDCError: a file cannot be written.
     """
     key = load_or_create_key(folder / SIGNING_KEY)
     generator.save(folder / GENERATOR)
-    versions = Versions(encoder, digest((folder / GENERATOR).read_bytes()))
+    versions = Versions(encoder, compute_digest((folder / GENERATOR).read_bytes()))
     speed = choose_weight_precision(folder / GENERATOR)
     digests = {name: value.hex() for name, value in versions._asdict().items()}
     public = key.public_key().public_bytes_raw().hex()
@@ -54,11 +54,11 @@ def write_cloud_bundle(generator: "Generator", encoder: bytes, name: str, folder
 
 
 def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
-    """Return the key in a file, which is made first where there is none: readable by its owner alone.
+    """Return the key in a file; if the file is missing, create it, readable by its owner only.
 
     Raises:
-        CheckpointError: there is a file, and it holds no such key, or others may read it.
-        CDCError: it cannot be written.
+        CheckpointError: the file exists and is not such a key, or its mode cannot be set to owner-only.
+        CDCError: the file cannot be written.
     """
     if not os.path.lexists(path):
         content = Ed25519PrivateKey.generate().private_bytes(
@@ -72,14 +72,14 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
             path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a key ({error}): restore it, or delete it and export anew") from error
+        raise CheckpointError(f"{path}: not a key ({error}): restore it, or delete it and export again") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise CheckpointError(f"{path}: not an Ed25519 key: delete it and export anew")
+        raise CheckpointError(f"{path}: not an Ed25519 key: delete it and export again")
     return key
 
 
 def choose_weight_precision(path: Path) -> dict[str, Any]:
-    """Return the precision in which this machine should hold the weights, and the measured milliseconds by batch."""
+    """Choose the faster precision of the weights on this machine; return it with the milliseconds by batch size."""
     if sum(value.numel() for value in Generator.load(path).state_dict().values()) < TIMED_MIN_WEIGHTS:
         return {"weights": "float32"}
     milliseconds: dict[str, dict[str, float]] = {}

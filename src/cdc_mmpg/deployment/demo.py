@@ -1,4 +1,4 @@
-"""A session of a device that training never saw, played question by question through the service and the client."""
+"""Demo: the session of a device unseen in training, replayed question by question with service and client."""
 
 import argparse
 import csv
@@ -13,21 +13,21 @@ from typing import NamedTuple
 from cdc_mmpg.deployment.local import LocalService
 from cdc_mmpg.device import Device
 from cdc_mmpg.errors import CheckpointError, DataError
-from cdc_mmpg.program import exit_code, leave_on_signals
+from cdc_mmpg.program import exit_on_signals, run_to_exit_code
 
-UNLABELLED_CLIPS = 2  # that the device records before every clip that it is asked about
+UNLABELLED_CLIPS = 2  # number of clips that the device records before each clip with questions
 
 
 class Question(NamedTuple):
-    """A question of the person with the device, about a clip."""
+    """A user's question about a clip."""
 
     clip: str
     question: str
-    answer: str  # the right one
+    answer: str  # correct answer
 
 
 class RecordedSession(NamedTuple):
-    """The clips of one device."""
+    """Clips and questions of one device."""
 
     device: str
     unlabelled: list[str]
@@ -35,24 +35,24 @@ class RecordedSession(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Play a session; return the exit code (see `errors`)."""
+    """Replay a session; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished and exported run on the embedded dataset")
+    parser.add_argument("run", type=Path, help="folder of a finished, exported run on the embedded dataset")
     parser.add_argument("--data", type=Path, required=True, help="folder of the embedded dataset's clips")
-    parser.add_argument("--device", help="whose session; an unseen one by chance, unless told")
+    parser.add_argument("--device", help="device of the session; default: a random unseen one")
     parser.add_argument("--bundle", default="device-int8", choices=["device", "device-int8"])
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice")
     options = parser.parse_args(arguments)
-    leave_on_signals()
-    return exit_code(lambda: play(options))
+    exit_on_signals()
+    return run_to_exit_code(lambda: play(options))
 
 
 def play(options: argparse.Namespace) -> None:
-    """Start the service, play the session, and print every answer and the accuracy.
+    """Start the service, replay the session, and print every answer and the accuracy.
 
     Raises:
         CheckpointError: the run is not exported.
-        DataError: the clips are not there, or know no such device.
+        DataError: the clips are missing, or the device is not an unseen one.
         CDCError: the service does not start.
     """
     session = read_session(options.run, options.data, options.device, options.seed)
@@ -63,7 +63,7 @@ def play(options: argparse.Namespace) -> None:
     ):
         device = Device(bundles / options.bundle, service.url, deadline=5.0)
         print(f"cloud: {service.url}, device: {bundles / options.bundle}, {device.model.layout.kind} layers")
-        print(f"a session of {session.device}, a camera that training never saw: {len(session.questions)} questions\n")
+        print(f"session of {session.device}, a camera unseen in training: {len(session.questions)} questions\n")
         print(f"{'clips':>5}  {'question':<34} {'right':<8} {'static':<10} {'adapted':<10} {'running %':>13} "
               f"{'B up':>5} {'B down':>6} {'ms':>6}")  # fmt: skip
         right = {"static": 0, "adapted": 0}
@@ -71,11 +71,11 @@ def play(options: argparse.Namespace) -> None:
         up = down = 0
         for number, (clip, question, answer) in enumerate(session.questions, 1):
             if clip != last_clip:
-                for _, further in zip(range(UNLABELLED_CLIPS), unlabelled, strict=False):
-                    device.observe(clip_path(options.data, further))
+                for _, clip_name in zip(range(UNLABELLED_CLIPS), unlabelled, strict=False):
+                    device.observe(locate_clip(options.data, clip_name))
                 last_clip = clip
             start = time.perf_counter()
-            reply = device.answer(clip_path(options.data, clip), question)
+            reply = device.answer(locate_clip(options.data, clip), question)
             milliseconds = 1000 * (time.perf_counter() - start)
             right["static"] += reply.unadapted == answer
             right["adapted"] += reply.text == answer
@@ -89,12 +89,12 @@ def play(options: argparse.Namespace) -> None:
     count = len(session.questions)
     static, adapted = (100 * value / count for value in right.values())
     print(
-        f"\n{count} questions: static {static:.1f} %, adapted {adapted:.1f} %; {up:,} bytes up and {down:,} down in all"
+        f"\n{count} questions: static {static:.1f} %, adapted {adapted:.1f} %; in total {up:,} bytes up, {down:,} down"
     )
 
 
 def read_session(run: Path, data: Path, device: str | None, seed: int) -> RecordedSession:
-    """Read the test questions of a device, and its unlabelled clips.
+    """Read the test questions and the unlabelled clips of a device.
 
     Raises:
         CheckpointError, DataError: see `play`.
@@ -115,16 +115,16 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
             for owner in unseen
         }
         if not unseen:
-            raise ValueError("no device in it that training did not see")
+            raise ValueError("it has no device unseen in training")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"{data}: not the embedded dataset, of which {run} was tested ({error})") from error
+        raise DataError(f"{data}: not the embedded dataset on which {run} was tested ({error})") from error
     if device is None:
         device = random.Random(seed).choice(unseen)
     elif device not in unseen:
-        raise DataError(f"{device!r} is no unseen device: these are {', '.join(unseen)}")
+        raise DataError(f"{device!r} is not an unseen device: choose from {', '.join(unseen)}")
     return RecordedSession(device, history[device], asked[device])
 
 
-def clip_path(data: Path, clip: str) -> Path:
-    """Return the file of a clip of the embedded dataset."""
+def locate_clip(data: Path, clip: str) -> Path:
+    """Return the path of a clip of the embedded dataset."""
     return data / "YouTubeClips" / f"{clip}.mp4"

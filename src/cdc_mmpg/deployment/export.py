@@ -1,12 +1,12 @@
-"""A trained run as two bundles: what a device needs (twice, whole and with an int8 encoder), and what the cloud needs.
+"""Export of a trained run as bundles: one for the cloud and two for a device (float32 and with an int8 encoder).
 
     cloud/         generator.safetensors, cloud.json, signing_key.pem (mode 0600)
     device/        bundle.json, encoder.onnx, head.onnx, shared.npy, basis.npy, vocab.txt, answers.json
-    device-int8/   the same
-    export.json    what was checked and measured
+    device-int8/   the same files
+    export.json    results of checks and measurements
 
-Of the word table, half of the model at the paper's size, only the words of the training questions stay, the
-`MAX_WORDS` most frequent of them; the others become [UNK], and a device says so (`--all-words` keeps all).
+The word table is half of the model at the paper's size, so only the `MAX_WORDS` most frequent words of the training
+questions are kept; others are read as [UNK], which the device reports (`--all-words` keeps all words).
 """
 
 import argparse
@@ -20,33 +20,33 @@ from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, EXPORT_REPORT
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import shorter_side
-from cdc_mmpg.media.text import BERT_SIZE, TextEncoder
-from cdc_mmpg.program import exit_code, leave_on_signals, log_to_terminal
+from cdc_mmpg.media.text import BERT_VOCABULARY_SIZE, TextEncoder
+from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import write_json
-from cdc_mmpg.training.reopen import reopen, results_of
+from cdc_mmpg.training.reopen import load_finished_results, reopen
 
-RETRIEVAL_REFUSAL = "retrieval compares stored clips with each other: a device that answers has no use for it"
-MAX_WORDS = 6_000  # that are kept: 1.2 MB in int8
+RETRIEVAL_REFUSAL = "retrieval cannot be served: it ranks stored clips, while a device answers questions about one clip"
+MAX_WORDS = 6_000  # largest number of words kept: 1.2 MB in int8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a run; return the exit code (see `errors`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description="bundles for a device and for the cloud, of a finished run")
+    parser = argparse.ArgumentParser(description="export a finished run as bundles for a device and the cloud")
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--out", type=Path, help="where the bundles go; default: deployment/ in the run's folder")
+    parser.add_argument("--out", type=Path, help="folder of the bundles; default: deployment/ in the run's folder")
     parser.add_argument(
         "--untrained",
         nargs="+",
         type=Path,
         metavar="YAML",
-        help="random weights instead of the run's, of the model that these configurations describe: to size and time "
-        "a deployment before anything is trained",
+        help="export the model of these configurations with random weights instead of the run, to measure size and "
+        "speed of a deployment before training",
     )
-    parser.add_argument("--all-words", action="store_true", help="keep the vocabulary as it is, however large")
+    parser.add_argument("--all-words", action="store_true", help="keep the whole vocabulary")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    leave_on_signals()
+    exit_on_signals()
     out = options.out or options.run / "deployment"
 
     def run() -> None:
@@ -57,23 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(format_summary(report, out))
 
-    return exit_code(run)
+    return run_to_exit_code(run)
 
 
 def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
-    """Write the bundles of a finished run below `out`, checked against torch and tried on its test; return the report.
+    """Export a finished run, check the bundles against torch, evaluate them on the test set and return the report.
 
     Args:
-        run: its folder.
-        out: where the bundles go.
-        all_words: keep all of the vocabulary.
+        run: folder of the run.
+        out: folder of the bundles.
+        all_words: whether to keep the whole vocabulary.
 
     Raises:
-        CheckpointError: the run is not finished, or damaged.
-        ConfigError: its method or task cannot be served.
-        DataError: its dataset is not there any more.
+        CheckpointError: the run is not finished, or is damaged.
+        ConfigError: the run's method or task cannot be served.
+        DataError: the run's dataset is no longer available.
     """
-    results = results_of(run)
+    results = load_finished_results(run)
     refuse_unservable(results)
 
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `training.cli`
@@ -96,7 +96,7 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
         answers,
         words,
         list(range(len(words))) if all_words else select_words(words, data.word_counts("train")),
-        _frame_settings(settings),
+        _read_frame_settings(settings),
         settings["text_length"],
     )
     report = write_bundles(source, out)
@@ -107,10 +107,10 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
 
 
 def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool = False) -> dict[str, Any]:
-    """Write bundles of random weights and return their report; the vocabulary is made up, and its first words stay.
+    """Export a model with random weights and a synthetic vocabulary, of which the first words are kept.
 
     Raises:
-        ConfigError: the configurations do not make a method that can be served.
+        ConfigError: the configurations do not describe a method that can be served.
     """
     from cdc_mmpg.deployment.bundles import write_bundles  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.models.adr import ADR  # noqa: PLC0415
@@ -127,23 +127,22 @@ def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool 
     check_servable(method, method.head.task)
     letters = [mark + letter for mark in ("", "##") for letter in "abcdefghijklmnopqrstuvwxyz0123456789?"]
     size = method.encoder.text_embeddings.word_embeddings.num_embeddings
-    words = [*SPECIAL_WORDS, *letters, *(f"word{i}" for i in range(max(size, BERT_SIZE)))][:size]
+    words = [*SPECIAL_WORDS, *letters, *(f"word{i}" for i in range(max(size, BERT_VOCABULARY_SIZE)))][:size]
     answers = [f"answer{i}" for i in range(method.head.outputs)] if method.head.task == "open_ended" else []
     name = "/".join(path.stem for path in reversed(configurations))
     kept = list(range(size if all_words else min(size, MAX_WORDS)))
-    source = Source(
-        method.eval(), name, method.head.task, answers, words, kept, _frame_settings(settings), settings["text_length"]
-    )
+    frames, text_length = _read_frame_settings(settings), settings["text_length"]
+    source = Source(method.eval(), name, method.head.task, answers, words, kept, frames, text_length)
     report = write_bundles(source, out)
     write_json(report, out / EXPORT_REPORT)
     return report
 
 
 def refuse_unservable(results: dict[str, Any]) -> None:
-    """Refuse by its results a finished run that cannot be served, before anything slow is imported.
+    """Refuse a run that cannot be served by its results, before slow imports.
 
     Raises:
-        ConfigError: it answers no questions, ranks clips, or sent nothing from a cloud.
+        ConfigError: the run answers no questions, ranks clips, or sends nothing from a cloud.
     """
     if not results.get("accuracy"):
         raise ConfigError(f"{results['method']} answers no questions: export a run that does")
@@ -151,7 +150,7 @@ def refuse_unservable(results: dict[str, Any]) -> None:
         raise ConfigError(RETRIEVAL_REFUSAL)
     if results.get("bytes", {}).get("down") == 0:
         raise ConfigError(
-            f"{results['method']} sends nothing from a cloud: take a method that generates its last layer "
+            f"{results['method']} sends nothing from a cloud: choose a method that generates its last layer "
             "(METHOD=cdc_mmpg_session, cdc_mmpg or hyper)"
         )
 
@@ -160,7 +159,7 @@ def check_servable(method: Any, task: str) -> None:
     """Refuse a method that cannot be served.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the method or task cannot be served.
     """
     from cdc_mmpg.methods.answering import Answering  # noqa: PLC0415  see `training.cli`
 
@@ -169,43 +168,43 @@ def check_servable(method: Any, task: str) -> None:
     if task == "retrieval":
         raise ConfigError(RETRIEVAL_REFUSAL)
     if method.head.layers > 1:
-        raise ConfigError("a layer for every candidate: one upload has one layer (per_candidate: false)")
+        raise ConfigError("one layer per candidate cannot be served, only one per upload: set per_candidate: false")
     method.deployment_parts()
 
 
-def _frame_settings(settings: dict[str, Any]) -> dict[str, int]:
-    """Return which frames the encoder sees, and how large: number, candidates, size and side in pixels."""
+def _read_frame_settings(settings: dict[str, Any]) -> dict[str, int]:
+    """Return the frame settings of the encoder: number, candidates, size and side in pixels."""
     size = settings["image_size"]
     return {"number": settings["num_frames"], "candidates": settings["candidates"], "size": size,
             "side": settings["resize"] or shorter_side(size)}  # fmt: skip
 
 
 def select_words(words: Sequence[str], counts: dict[int, int]) -> list[int]:
-    """Return the ids of the WordPieces that stay: the special ones and the most frequent, in their old order."""
+    """Select the ids of the WordPieces to keep: the special and the most frequent ones, in ascending order."""
     special = [words.index(word) for word in SPECIAL_WORDS]
     frequent = sorted(counts, key=lambda word: (-counts[word], word))
     return sorted({*special, *frequent[: MAX_WORDS - len(special)]})
 
 
 def format_summary(report: dict[str, Any], out: Path) -> str:
-    """Return what a person wants to know of an export."""
+    """Format the report of an export for the terminal."""
     sizes = {name: report["bytes"][name] / 1e6 for name in (*DEVICE_FOLDERS.values(), "cloud")}
     lines = [f"{out}: {report['name']}"]
     for name, size in sizes.items():
         test = report.get("test", {}).get(name)
         accuracy = (
-            f"  accuracy {test['accuracy']:.1%}, the run's answer to {test['agreement']:.1%} of the questions"
+            f"  accuracy {test['accuracy']:.1%}, same answer as the run for {test['agreement']:.1%} of the questions"
             if test
             else ""
         )
         lines.append(f"  {name + '/':12} {size:8.2f} MB{accuracy}")
     if "test" in report:
         test = report["test"]
-        lines.append(f"  the run itself: accuracy {test['run']['accuracy']:.1%} of {test['questions']} test questions")
+        lines.append(f"  the run: accuracy {test['run']['accuracy']:.1%} on {test['questions']} test questions")
     kept = report["words"]
-    unknown = f", which makes {report['test']['unknown_words']:.2%} of the test's unknown" if "test" in report else ""
+    unknown = f"; {report['test']['unknown_words']:.2%} of the test words are unknown" if "test" in report else ""
     lines.append(f"  words: {kept['kept']:,} of {kept['vocabulary']:,} kept{unknown}")
-    lines.append(f"  float32 against torch: largest difference {report['largest_difference']:.1e}")
+    lines.append(f"  float32 bundle against torch: largest difference {report['largest_difference']:.1e}")
     kind = report["layout"]["kind"]
     lines.append(f"  a layer: {report['bytes']['up']} bytes up, {report['bytes']['down'][kind]:,} down ({kind})")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The encoder and the head as ONNX graphs, and a graph's weights in 8 bits."""
+"""ONNX graphs of the encoder and the head, and their quantisation to 8 bits."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.models.all_in_one import AllInOne
 
-MAX_FOLDED_NUMBERS = 1 << 22  # of a constant that is computed at export
+MAX_FOLDED_NUMBERS = 1 << 22  # largest number of elements of a constant that is folded at export
 
 
 def export_encoder(source: Source) -> "onnx.ModelProto":
@@ -26,10 +26,10 @@ def export_encoder(source: Source) -> "onnx.ModelProto":
     table = encoder.text_embeddings.word_embeddings.weight.detach()
     encoder.text_embeddings.word_embeddings = nn.Embedding.from_pretrained(table[source.kept])
     time = encoder.transformer.temporal_embed.detach()
-    most = max(3, time.shape[1])  # the exporter takes 2 for a range without choice, and 1 for a constant
-    padded = torch.cat([time, time.new_zeros(1, most - time.shape[1], time.shape[2])], dim=1)
+    max_frames = max(3, time.shape[1])  # the exporter specialises dimensions of 1, and ranges with one value
+    padded = torch.cat([time, time.new_zeros(1, max_frames - time.shape[1], time.shape[2])], dim=1)
     encoder.transformer.temporal_embed = nn.Parameter(padded)
-    encoder.num_frames = most
+    encoder.num_frames = max_frames
 
     class OneClip(nn.Module):
         def __init__(self) -> None:
@@ -37,13 +37,13 @@ def export_encoder(source: Source) -> "onnx.ModelProto":
             self.encoder = encoder
 
         def forward(self, frames: "Tensor", ids: "Tensor") -> "Tensor":
-            return encoder.one_clip(normalise(frames[None]), ids)
+            return encoder.encode_clip(normalise(frames[None]), ids)
 
     size, length = source.frames["size"], min(8, source.text_length)
-    frames = torch.zeros(most, size, size, 3, dtype=torch.uint8)
+    frames = torch.zeros(max_frames, size, size, 3, dtype=torch.uint8)
     ids = torch.ones(1, length, dtype=torch.long)
     dim = torch.export.Dim
-    shapes = {"frames": {0: dim("frames", min=2, max=most)},
+    shapes = {"frames": {0: dim("frames", min=2, max=max_frames)},
               "ids": {1: dim("length", min=2, max=source.text_length)}}  # fmt: skip
     return _export_onnx(OneClip(), (frames, ids), ["frames", "ids"], ["features"], shapes)
 
@@ -63,13 +63,13 @@ def export_head(method: "Answering") -> "onnx.ModelProto":
             scores = method.head(method.fuse(sample), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1])
             return scores.flatten(), upload.flatten()
 
-    most = max(3, method.encoder.num_frames) if method.reads == "sessions" else method.encoder.num_frames
-    features = torch.zeros(5 if choosing else 1, most, 192)
+    max_frames = max(3, method.encoder.num_frames) if method.reads == "sessions" else method.encoder.num_frames
+    features = torch.zeros(5 if choosing else 1, max_frames, 192)
     layer = torch.zeros(method.head.outputs, method.head.inputs + 1)
     dim = torch.export.Dim
     shapes: dict[str, dict[int, Any]] = {"features": {}, "layer": {}}
     if method.reads == "sessions":  # an anchor is one frame
-        shapes["features"][1] = dim("frames", min=2, max=most)
+        shapes["features"][1] = dim("frames", min=2, max=max_frames)
     if choosing:
         shapes["features"][0] = dim("choices", min=2, max=64)
     return _export_onnx(OneSample(), (features, layer), ["features", "layer"], ["scores", "upload"], shapes)
@@ -78,7 +78,7 @@ def export_head(method: "Answering") -> "onnx.ModelProto":
 def _export_onnx(
     module: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], shapes: dict[str, Any]
 ) -> "onnx.ModelProto":
-    """Export a module as ONNX, without traces of its making."""
+    """Export a module as ONNX, without debug information."""
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             module.eval(), example, dynamo=True, input_names=inputs, output_names=outputs, dynamic_shapes=shapes,
@@ -96,25 +96,25 @@ def _export_onnx(
 
 
 def quantise(content: bytes, scratch: Path) -> bytes:
-    """Return an ONNX model with its matrices, word table and patch embedding in 8 bits; activations follow at run time.
+    """Quantise the matrices, word table and patch embedding of an ONNX model to 8 bits; activations at run time.
 
     Weights are unsigned, as activations are: x86 processors without VNNI multiply unsigned by signed numbers with an
-    instruction that adds pairs of products in 16 bits, which full-range signed weights overflow without a word.
+    instruction that adds pairs of products in 16 bits, where full-range signed weights overflow silently.
 
-    Source: onnxruntime's dynamic quantisation, a scale and a zero point for each output; its documentation advises
-    unsigned weights, or signed ones of 7 bits. Measured with random weights at the paper's size, against full-range
-    signed ones with VNNI: unsigned 0.83 times the error of the features in 1.4 times the time, 7 bits 1.6 times the
-    error in the same time. On ARM, where phones are, unsigned ones have an instruction of their own.
+    Source: onnxruntime's dynamic quantisation, with a scale and a zero point per output; its documentation recommends
+    unsigned weights, or signed ones of 7 bits. Measured with random weights at the paper's size, relative to full-range
+    signed weights with VNNI: unsigned 0.83 times the error of the features in 1.4 times the time, 7 bits 1.6 times the
+    error in the same time. ARM processors, as in phones, have an instruction for unsigned weights.
     """
-    whole, narrow = scratch / "whole.onnx", scratch / "narrow.onnx"
-    whole.write_bytes(content)
+    original, quantised = scratch / "original.onnx", scratch / "quantised.onnx"
+    original.write_bytes(content)
     level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends a preprocessing that changes nothing here
+    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime recommends a preprocessing that has no effect here
     try:
         quantize_dynamic(
-            whole, narrow, op_types_to_quantize=["MatMul", "Gather", "Conv"], per_channel=True,
+            original, quantised, op_types_to_quantize=["MatMul", "Gather", "Conv"], per_channel=True,
             weight_type=QuantType.QUInt8,
         )  # fmt: skip
     finally:
         logging.getLogger().setLevel(level)
-    return narrow.read_bytes()
+    return quantised.read_bytes()

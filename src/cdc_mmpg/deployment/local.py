@@ -1,4 +1,4 @@
-"""Servers of ours as processes of their own on this machine: started, waited for, and ended whatever ends the block."""
+"""Local server processes: context managers that start them, wait until they are ready, and always stop them."""
 
 import os
 import signal
@@ -19,23 +19,23 @@ from cdc_mmpg.errors import CDCError
 from cdc_mmpg.program import hold_signals
 
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 60.0  # that a server may take to be ready
-STOP_SECONDS = 10.0  # between asking a process to end and killing it
-POLL_SECONDS = 0.05  # between two questions whether a server is ready
-LOG_TAIL_CHARACTERS = 2000  # of a log, in an error
+START_SECONDS = 60.0  # maximum time until a server is ready
+STOP_SECONDS = 10.0  # time between the stop signal and SIGKILL
+POLL_SECONDS = 0.05  # interval of checks whether a server is ready
+LOG_TAIL_CHARACTERS = 2000  # length of the log excerpt in an error
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class LocalProcess:
-    """A process from `begin` to `stop`; what it writes is appended to a log.
+    """A process from `begin` to `stop`; its output is appended to a log.
 
     Args:
-        name: of the process, in errors.
-        command: that begins it.
-        log: the file.
-        environment: variables that it has beside those of this process.
-        piped: talk to it through pipes at its standard input and output; the log has its standard error alone.
-        own_session: keep the terminal's signals away from it.
+        name: name of the process in errors.
+        command: command line of the process.
+        log: path of the log file.
+        environment: environment variables in addition to those of this process.
+        piped: whether stdin and stdout are pipes; the log then contains only stderr.
+        own_session: whether to start a new session, so that the terminal's signals do not reach the process.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LocalProcess:
         self._environment, self._piped, self._own_session = dict(environment or {}), piped, own_session
 
     def begin(self) -> None:
-        """Start the process and wait for nothing."""
+        """Start the process without waiting until it is ready."""
         with self.log.open("ab") as file, hold_signals():
             self.process = subprocess.Popen(
                 self.command,
@@ -65,17 +65,17 @@ class LocalProcess:
                 start_new_session=self._own_session,
             )
 
-    def ask_to_end(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal, if the process runs."""
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal if the process is running."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = STOP_SECONDS) -> int:
-        """End the process, by force where it takes longer than `seconds`, and return its exit code; 0 of none."""
+        """Stop the process, killing it after `seconds`, and return its exit code; 0 if it was never started."""
         if self.process is None:
             return 0
         with suppress_stop_signals():
-            self.ask_to_end(number)
+            self.send_signal(number)
             try:
                 code = self.process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -87,19 +87,19 @@ class LocalProcess:
                         pipe.close()
         return code
 
-    def log_tail(self) -> str:
+    def read_log_tail(self) -> str:
         """Return the end of the log."""
         return self.log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:].strip()
 
 
 class LocalServer(LocalProcess):
-    """A process that serves HTTP and says at /ready when it can; ready in its block.
+    """A process that serves HTTP and reports readiness at /ready; as a context manager, it is ready in its block.
 
     Args:
         name: see `LocalProcess`.
-        command: see `LocalProcess`; its port is added.
+        command: see `LocalProcess`; the option --port is appended.
         log: see `LocalProcess`.
-        port: 0 takes a free one.
+        port: port of the server; 0 chooses a free one.
         environment: see `LocalProcess`.
         own_session: see `LocalProcess`.
     """
@@ -124,7 +124,7 @@ class LocalServer(LocalProcess):
         """Start the server and wait until it is ready.
 
         Raises:
-            CDCError: it does not get ready in time; with the end of its log.
+            CDCError: the server is not ready in time; with the end of its log.
         """
         try:
             self.begin()
@@ -138,18 +138,18 @@ class LocalServer(LocalProcess):
         """Wait until the server is ready.
 
         Args:
-            is_ready: asks it, from elsewhere than here.
-            seconds: that it has.
+            is_ready: check to use instead of /ready, for a server that is not reachable from this process.
+            seconds: maximum wait.
 
         Raises:
-            CDCError: it ended, or is not ready in time; with the end of its log.
+            CDCError: the server ended, or is not ready in time; with the end of its log.
         """
         assert self.process is not None
         end = time.monotonic() + seconds
         while not (is_ready() if is_ready else read_page(f"{self.url}/ready") is not None):
             if (code := self.process.poll()) is not None or time.monotonic() > end:
                 reason = f"not ready after {seconds:g} s" if code is None else f"exit code {code}"
-                raise CDCError(f"{self.name} did not come up, {reason}:\n{self.log_tail()}")
+                raise CDCError(f"{self.name} did not start, {reason}:\n{self.read_log_tail()}")
             time.sleep(POLL_SECONDS)
 
     def __enter__(self) -> Self:
@@ -160,15 +160,15 @@ class LocalServer(LocalProcess):
 
 
 class LocalService(LocalServer):
-    """`python -m cdc_mmpg.cloud` with a bundle.
+    """The cloud service (`python -m cdc_mmpg.cloud`) with a bundle.
 
     Args:
-        bundle: the cloud/ folder of an export.
+        bundle: cloud/ folder of an export.
         log: see `LocalProcess`.
-        options: of the command line.
+        options: command line options of the service.
         name: see `LocalProcess`.
         port: see `LocalServer`.
-        prefix: what the command begins with, as to run it elsewhere.
+        prefix: words before the command, such as `ip netns exec <name>`.
         environment: see `LocalProcess`.
         own_session: see `LocalProcess`.
     """
@@ -189,13 +189,13 @@ class LocalService(LocalServer):
 
 
 def find_free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return a free port of this machine."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def read_page(url: str, seconds: float = 1.0) -> str | None:
-    """Return what a server replies to a GET, without a proxy; None where it refuses, or does not answer (yet)."""
+    """Return the body of a GET without a proxy; None if the server does not answer or replies with an error."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=seconds) as reply:
@@ -206,13 +206,13 @@ def read_page(url: str, seconds: float = 1.0) -> str | None:
 
 @contextmanager
 def suppress_stop_signals() -> Iterator[None]:
-    """Let no signal end a block that cleans up."""
-    if threading.current_thread() is not threading.main_thread():  # others handle no signals
+    """Ignore stop signals during a block that cleans up."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, known in before.items():
-            signal.signal(number, known)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

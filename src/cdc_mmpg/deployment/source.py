@@ -1,4 +1,4 @@
-"""What is exported: a method with its vocabulary, answers and preprocessing."""
+"""Source of an export: a method with its vocabulary, answers and preprocessing."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,13 +9,13 @@ SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Source(NamedTuple):
-    """A method and what its bundles need beside it."""
+    """A method and the further data that its bundles need."""
 
     method: "Answering"
     name: str  # <dataset>/<method>
     task: str
-    answers: list[str]  # of the classes, with the word for all others; none of a multiple choice
-    words: list[str]  # the vocabulary
-    kept: list[int]  # places in it of the words that stay
+    answers: list[str]  # answer of each class, then the one for unknown answers; empty for multiple choice
+    words: list[str]  # vocabulary
+    kept: list[int]  # indices in `words` of the words to keep
     frames: dict[str, int]  # number, candidates, size, side
     text_length: int

@@ -1,6 +1,6 @@
-"""The device: clips and questions become answers here; a feature goes up, the weights of the last layer come down.
+"""The device client: answers questions about clips, uploads a feature and downloads the weights of the last layer.
 
-No torch: numpy, av, tokenizers, onnxruntime, cryptography and httpx2 are all it needs.
+Does not need torch; depends on numpy, av, tokenizers, onnxruntime, cryptography and httpx2 only.
 """
 
 from cdc_mmpg.device.client import Answer, Device

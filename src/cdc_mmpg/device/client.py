@@ -1,4 +1,4 @@
-"""`Device(bundle, cloud_url).answer(video, question)`: sessions, the request for a layer, and what to do without."""
+"""`Device(bundle, cloud_url).answer(video, question)`: sessions, layer requests, and the fallback without a cloud."""
 
 import logging
 import random
@@ -21,59 +21,58 @@ from cdc_mmpg.wire.messages import LAYER_PATH, WeightsRejected, decode_layer
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_SECONDS = 0.05  # before the second attempt of a request, twice as long before each further one
-PAUSE_SECONDS = (1.0, 300.0)  # after a request that failed: the first pause, doubled each time, and the longest
-MAX_LAYER_SECONDS = 30.0  # that a session's layer may take when no answer waits for it any more
+BACKOFF_SECONDS = 0.05  # delay before the first retry of a request, doubled for each further retry
+FAILURE_PAUSE_SECONDS = (1.0, 300.0)  # first and longest pause after failed requests; doubled after each failure
+MAX_LAYER_SECONDS = 30.0  # time limit of a request for a session's layer that no answer waits for any more
 MAX_DEADLINE_SECONDS = 86_400.0
-RANKED_ANSWERS = 5  # that an answer lists
+RANKED_ANSWERS = 5  # number of answers in `Answer.ranked`
 
 
 class Answer(NamedTuple):
-    """What a device says, and how it came to it."""
+    """An answer of a device, and how it was produced."""
 
     text: str
     ranked: list[tuple[str, float]]  # the best answers with their probabilities
-    origin: (
-        LayerOrigin  # of the last layer: for this session or sample, kept from an earlier one, or shared by all devices
-    )
-    anchors: int  # clips whose features the layer was made from
-    unadapted: str  # what the shared layer says
-    bytes_up: int  # of bodies, in this call
-    bytes_down: int
+    # Origin of the last layer: generated for this session or sample, loaded from disk, or shared by all devices.
+    origin: LayerOrigin
+    anchors: int  # number of clips whose features the layer was generated from
+    unadapted: str  # answer of the shared layer
+    bytes_up: int  # request bodies sent during this call
+    bytes_down: int  # response bodies received during this call
     milliseconds: dict[str, float]  # by stage
-    trouble: str  # why there is no newer layer, "" where there is no trouble; printable, without keys or passwords
-    unknown_words: list[str]  # of the question and the choices, which this bundle's vocabulary does not hold
+    trouble: str  # why there is no newer layer; "" if nothing failed. Printable, without keys or passwords
+    unknown_words: list[str]  # words of the question and the choices that are not in this bundle's vocabulary
 
 
 class LayerUnavailable(CDCError):
-    """No layer came: the cloud was not reached in time, refused, or sent what cannot be used."""
+    """No layer was received: the cloud was not reached in time, refused the request, or sent an unusable layer."""
 
 
 class Device:
-    """A device with a bundle: answers questions about clips, with a last layer from the cloud where one can be had.
+    """A device with a bundle: answers questions about clips, with a last layer from the cloud if one is available.
 
-    A bundle for sessions collects the anchor features of the clips it sees, and asks for a new layer when they are
-    twice as many as the last one was made from; one for samples asks with every question. What arrives is verified in
-    memory (`decode_layer`), installed by a single assignment and kept in `state`. Without the cloud a session goes
-    on with its last layer, else the kept one, else the shared one; a sample, whose layer fits no other, with the shared
-    one. `answer` waits for a layer no longer than `deadline`; a session's that comes later serves the next question.
-    Neither the cloud, the network, the environment nor the folder of the state is ever a reason for no answer.
+    A session bundle collects the anchor features of the clips it sees, and requests a new layer when their number has
+    doubled since the last layer; a sample bundle requests a layer for every question. A received layer is verified in
+    memory (`decode_layer`), installed by a single assignment and saved in `state`. Without the cloud, a session uses
+    its last layer, else the saved one, else the shared one; a sample uses the shared one, since another sample's layer
+    does not fit. `answer` waits at most `deadline` for a layer; a session layer that arrives later is used for the next
+    question. Failures of the cloud, the network, the environment or the state folder never prevent an answer.
 
-    Methods may be called from several threads, and several processes may share a state: they share its session, and
-    none writes to it any more once another has begun a new one.
+    Methods are thread-safe. Processes may share a state folder and then share its session; once one process begins a
+    new session, the others stop writing to the folder.
 
     Args:
         bundle: folder of a device bundle.
-        cloud_url: "http://..." or "https://..."; None never asks. Through the proxy that the environment names, unless
-            it is on this machine.
-        key: for the cloud, where it wants one.
-        state: folder in which session and layer survive a restart; None keeps nothing.
-        deadline: seconds that an answer may wait for a layer.
-        threads: of one inference; 0 is as many as there are processors.
+        cloud_url: "http://..." or "https://..."; with None, no layer is ever requested. Requests use the proxy of the
+            environment, except to this machine.
+        key: access key of the cloud, if it requires one.
+        state: folder that stores the session and its layer across restarts; None stores nothing.
+        deadline: maximum seconds that an answer waits for a layer.
+        threads: threads per inference; 0 means one per processor.
 
     Raises:
-        CheckpointError: the bundle is none, or damaged.
-        ConfigError: a URL or a key that cannot be one, a deadline that is not positive, a negative number of threads.
+        CheckpointError: the folder is not a device bundle, or is damaged.
+        ConfigError: an invalid URL or key, a deadline that is not positive, or a negative number of threads.
     """
 
     def __init__(
@@ -88,31 +87,31 @@ class Device:
     ) -> None:
         if not isinstance(deadline, int | float) or not 0 < deadline <= MAX_DEADLINE_SECONDS:
             raise ConfigError(
-                f"a deadline of {deadline!r} seconds: more than 0, at most {MAX_DEADLINE_SECONDS:.0f} (DEADLINE=)"
+                f"deadline of {deadline!r} seconds: must be above 0 and at most {MAX_DEADLINE_SECONDS:.0f} (DEADLINE=)"
             )
         if not isinstance(threads, int) or threads < 0:
-            raise ConfigError(f"{threads!r} threads: 0, for as many as there are processors, or more")
+            raise ConfigError(f"{threads!r} threads: must be 0 (one per processor) or more")
         self._connection = None if cloud_url is None else Connection(cloud_url, LAYER_PATH, key)
         self.model = DeviceModel(Path(bundle), threads)
         self.deadline = deadline
         self._state = State(Path(state), self.model) if state is not None else None
         self._lock = threading.Lock()
-        self._installing = threading.Lock()  # which session it is, its layer and what is kept of it change together
+        self._install_lock = threading.Lock()  # session number, layer and stored state change together
         self._shared = Layer(self.model.shared, 0, "shared")
-        self._anchors = self._state.anchors() if self._state else []
-        self._layer = (self._state.layer() if self._state else None) or self._shared
-        self._seen = max(len(self._anchors), self._layer.anchors)  # clips of this session
-        self._seen_by_layer = self._layer.anchors  # of these, when the layer was asked for
-        self._session = 0  # which: a layer that comes late is not for the next
-        self._asking: threading.Thread | None = None
-        self._pause, self._next_attempt, self._trouble = PAUSE_SECONDS[0], 0.0, ""
+        self._anchors = self._state.load_anchors() if self._state else []
+        self._layer = (self._state.load_layer() if self._state else None) or self._shared
+        self._clips_seen = max(len(self._anchors), self._layer.anchors)  # number of clips in this session
+        self._clips_at_request = self._layer.anchors  # number of clips when the layer was requested
+        self._session = 0  # session number: a layer that arrives late must not go to the next session
+        self._request_thread: threading.Thread | None = None
+        self._pause, self._next_attempt, self._trouble = FAILURE_PAUSE_SECONDS[0], 0.0, ""
 
     def answer(self, video: str | Path, question: str, choices: Sequence[str] = ()) -> Answer:
-        """Answer a question about a clip, or choose what fits it.
+        """Answer a question about a clip, or choose one of several answers.
 
         Raises:
-            DataError: the clip is absent or cannot be decoded.
-            ConfigError: no question, or choices that do not go with the bundle.
+            DataError: the clip is missing or cannot be decoded.
+            ConfigError: the question is empty, or the choices do not match the bundle's task.
         """
         clock = StageClock()
         end = time.monotonic() + self.deadline
@@ -125,11 +124,11 @@ class Device:
                 features = self.model.features(frames, texts)
             if self.model.unit == "session":
                 with clock("anchor"):
-                    self._add(self.model.anchor(frames))
+                    self._add_anchor(self.model.anchor(frames))
                 self._adapt(end, clock)
                 layer = self._layer
             else:
-                layer = self._of_sample(self.model.upload(features), end, clock)
+                layer = self._fetch_sample_layer(self.model.upload(features), end, clock)
             with clock("answer"):
                 scores = self.model.scores(features, layer.matrix)
             plain = self.model.scores(features, self.model.shared)
@@ -144,137 +143,138 @@ class Device:
                       dict(clock.milliseconds), trouble, self.model.unknown_words(question, choices))  # fmt: skip
 
     def observe(self, video: str | Path) -> None:
-        """Add a clip to the session without asking anything about it; a layer is asked for with the next question.
+        """Add a clip to the session without a question; the next question requests a layer if one is due.
 
         Raises:
-            DataError: the clip is absent or cannot be decoded.
+            DataError: the clip is missing or cannot be decoded.
         """
         if self.model.unit == "session":
             frames = self.model.frames(Path(video))
             with self._lock:
-                self._add(self.model.anchor(frames))
+                self._add_anchor(self.model.anchor(frames))
 
     def new_session(self) -> None:
-        """Forget the clips and the layer: the camera is another, or somewhere else."""
-        with self._lock, self._installing:
-            self._anchors, self._seen, self._layer, self._seen_by_layer = [], 0, self._shared, 0
+        """Discard the clips and the layer, because the camera or its location changed."""
+        with self._lock, self._install_lock:
+            self._anchors, self._clips_seen, self._layer, self._clips_at_request = [], 0, self._shared, 0
             self._session += 1
-            self._asking = None
-            self._succeed()
+            self._request_thread = None
+            self._clear_failure()
             if self._state:
                 self._state.clear()
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Close the connection to the cloud."""
         if self._connection is not None:
             self._connection.close()
 
     @property
     def _bytes(self) -> tuple[int, int]:
-        """Bytes of bodies so far, up and down."""
+        """Number of body bytes sent and received so far."""
         return (0, 0) if self._connection is None else (self._connection.bytes_up, self._connection.bytes_down)
 
-    def _add(self, anchor: NDArray[np.float32]) -> None:
-        """Count a clip, unless it was there before."""
-        if any(np.array_equal(anchor, own) for own in self._anchors):
+    def _add_anchor(self, anchor: NDArray[np.float32]) -> None:
+        """Add the anchor of a clip to the session, unless it is already there."""
+        if any(np.array_equal(anchor, known) for known in self._anchors):
             return
         self._anchors = [*self._anchors, anchor][-MAX_SESSION_CLIPS:]
-        self._seen += 1
+        self._clips_seen += 1
         if self._state:
-            self._state.keep_anchors(self._anchors)
+            self._state.save_anchors(self._anchors)
 
     @property
-    def _is_worth_it(self) -> bool:
-        """Each doubling halves the variance of the mean; what single clips add is soon not worth a request."""
-        return self._seen >= self._seen_by_layer + min(max(1, self._seen_by_layer), MAX_SESSION_CLIPS)
+    def _is_layer_due(self) -> bool:
+        """Whether enough clips were added for a new layer; each doubling halves the variance of the mean."""
+        return self._clips_seen >= self._clips_at_request + min(max(1, self._clips_at_request), MAX_SESSION_CLIPS)
 
     def _adapt(self, end: float, clock: "StageClock") -> None:
-        """Install a new layer for the session, if one is worth it and comes in time."""
+        """Request a new session layer if one is due, and wait for it until `end`."""
         if self._connection is None or not self._anchors:
             return
-        if self._asking is None or not self._asking.is_alive():
-            if not self._is_worth_it or time.monotonic() < self._next_attempt:
+        if self._request_thread is None or not self._request_thread.is_alive():
+            if not self._is_layer_due or time.monotonic() < self._next_attempt:
                 return
             latest = max(end, time.monotonic() + MAX_LAYER_SECONDS)
-            feature, clips = np.mean(self._anchors, axis=0), (len(self._anchors), self._seen)
-            self._asking = self._begin(self._ask, feature, *clips, self._session, latest, clock)
-            if self._asking is None:
+            feature, counts = np.mean(self._anchors, axis=0), (len(self._anchors), self._clips_seen)
+            arguments = feature, *counts, self._session, latest, clock
+            self._request_thread = self._start_thread(self._fetch_session_layer, *arguments)
+            if self._request_thread is None:
                 return
-            self._asking.join(max(0.0, end - time.monotonic()))
-        if self._asking.is_alive() and not self._trouble:
+            self._request_thread.join(max(0.0, end - time.monotonic()))
+        if self._request_thread.is_alive() and not self._trouble:
             self._trouble = "the cloud has not answered yet"
 
-    def _begin(self, function: Callable[..., None], *arguments: object) -> threading.Thread | None:
-        """Run a request in a thread of its own, since looking up a name knows no deadline; None where there is none."""
+    def _start_thread(self, function: Callable[..., None], *arguments: object) -> threading.Thread | None:
+        """Run a request in a separate thread, since DNS lookups have no timeout; return None if no thread starts."""
         thread = threading.Thread(target=function, args=arguments, name="ask for a layer", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._fail(error)
+        except RuntimeError as error:  # the system cannot start another thread
+            self._record_failure(error)
             return None
         return thread
 
-    def _ask(
+    def _fetch_session_layer(
         self, feature: NDArray[np.float32], anchors: int, seen: int, session: int, end: float, clock: "StageClock"
     ) -> None:
-        """Ask for a session's layer, install and keep it, unless the session is over by then."""
+        """Fetch, install and save a session's layer, unless the session has ended in the meantime."""
         try:
             layer, receipt = self._fetch(feature, anchors, session, end, clock)
         except LayerUnavailable as error:
-            with self._installing:
+            with self._install_lock:
                 if session == self._session:
-                    self._fail(error)
+                    self._record_failure(error)
             return
-        with self._installing:
+        with self._install_lock:
             if session != self._session:
                 return
-            self._succeed()
-            self._layer, self._seen_by_layer = layer, seen
+            self._clear_failure()
+            self._layer, self._clips_at_request = layer, seen
             if self._state:
                 with clock("keep"):
-                    self._state.keep_layer(receipt)
+                    self._state.save_layer(receipt)
 
-    def _of_sample(self, feature: NDArray[np.float32], end: float, clock: "StageClock") -> Layer:
-        """Return the layer for this sample, or the shared one."""
+    def _fetch_sample_layer(self, feature: NDArray[np.float32], end: float, clock: "StageClock") -> Layer:
+        """Return the layer for this sample, or the shared layer if none arrives by `end`."""
         if self._connection is None or time.monotonic() < self._next_attempt:
             return self._shared
-        found: list[Layer] = []
+        layers: list[Layer] = []
 
         def ask() -> None:
             try:
-                found.append(self._fetch(feature, 1, self._session, end, clock)[0])
-                self._succeed()
+                layers.append(self._fetch(feature, 1, self._session, end, clock)[0])
+                self._clear_failure()
             except LayerUnavailable as error:
-                self._fail(error)
+                self._record_failure(error)
 
-        if thread := self._begin(ask):
+        if thread := self._start_thread(ask):
             thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive() and not self._trouble:
                 self._trouble = "the cloud has not answered yet"
-        return found[0] if found else self._shared
+        return layers[0] if layers else self._shared
 
-    def _fail(self, error: Exception) -> None:
-        """Note why there is no layer, and ask no more for a while."""
+    def _record_failure(self, error: Exception) -> None:
+        """Record why there is no layer, and pause further requests."""
         self._trouble = self._make_safe(str(error))
         self._next_attempt = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
-        logger.debug("no new layer: %s", self._trouble)  # the answer says it
+        self._pause = min(2 * self._pause, FAILURE_PAUSE_SECONDS[1])
+        logger.debug("no new layer: %s", self._trouble)  # `Answer.trouble` reports it to the caller
 
-    def _succeed(self) -> None:
-        """Forget what went wrong before."""
-        self._trouble, self._pause, self._next_attempt = "", PAUSE_SECONDS[0], 0.0
+    def _clear_failure(self) -> None:
+        """Clear the recorded failure and the pause."""
+        self._trouble, self._pause, self._next_attempt = "", FAILURE_PAUSE_SECONDS[0], 0.0
 
     def _make_safe(self, text: str) -> str:
-        """Return what may be shown of an error: no secret, nothing that moves a terminal's cursor."""
+        """Return an error text without secrets and control characters."""
         return text if self._connection is None else self._connection.make_safe(text)
 
     def _fetch(
         self, feature: NDArray[np.float32], anchors: int, session: int, end: float, clock: "StageClock"
     ) -> tuple[Layer, Receipt]:
-        """Return a layer for a feature, verified and ready to be installed, and what proves it.
+        """Return a verified layer for a feature, and the receipt that proves its origin.
 
         Raises:
-            LayerUnavailable: there is none until `end`.
+            LayerUnavailable: no valid layer arrived by `end`.
         """
         model = self.model
         try:
@@ -286,20 +286,20 @@ class Device:
                 layer = Layer(model.install(matrices, model.layout), anchors, "adapted")
             return layer, Receipt(content, upload, salt, anchors)
         except WeightsRejected as error:
-            raise LayerUnavailable(f"the cloud's reply was rejected ({error})") from error
+            raise LayerUnavailable(f"the layer from the cloud was rejected ({error})") from error
         except CDCError as error:
             raise LayerUnavailable(str(error)) from error
-        except Exception as error:  # whatever it is, the device goes on
+        except Exception as error:  # no failure of the cloud may stop the device
             raise LayerUnavailable(f"{type(error).__name__}: {error}") from error
 
     def _request(self, upload: bytes, session: int, end: float, clock: "StageClock") -> bytes:
-        """Return the reply to an upload, asked for again and again until `end`.
+        """Return the reply to an upload, retrying until `end`.
 
         Raises:
-            CDCError: none came, or the cloud refused.
+            CDCError: no reply arrived in time, or the cloud refused the upload.
         """
         assert self._connection is not None
-        wait, problem = BACKOFF_SECONDS, "there was no time to ask"
+        wait, problem = BACKOFF_SECONDS, "the deadline passed before the request was sent"
         while end > time.monotonic():
             pause = wait * random.uniform(0.5, 1.5)
             try:
@@ -308,14 +308,14 @@ class Device:
                 problem = str(error)
             else:
                 if reply.status == 200:
-                    generating = _server_milliseconds(reply.headers.get("server-timing", ""))
+                    generating = _sum_server_timing(reply.headers.get("server-timing", ""))
                     clock.add("upload", 1000 * reply.waited_seconds - generating)
                     clock.add("generate", generating)
                     clock.add("download", 1000 * reply.read_seconds)
                     return reply.content
                 problem = f"{reply.status} {reply.content[:200].decode('utf-8', 'replace')}{self._connection.route}"
                 if 300 <= reply.status < 400:
-                    problem += f" to {reply.headers.get('location', '')}, not followed: is the address right (CLOUD=)?"
+                    problem += f" to {reply.headers.get('location', '')}, not followed: check the cloud's URL (CLOUD=)"
                 if reply.status not in (408, 429) and reply.status < 500:
                     raise LayerUnavailable(f"the cloud refused: {problem}")
                 after = reply.headers.get("retry-after", "")
@@ -324,18 +324,18 @@ class Device:
                 self._trouble = self._make_safe(f"the cloud has not answered yet ({problem})")
             wait *= 2
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
-        raise LayerUnavailable(f"no layer in time ({problem})")
+        raise LayerUnavailable(f"no layer before the deadline ({problem})")
 
 
 class StageClock:
-    """Milliseconds by stage; a stage that comes again adds to its own."""
+    """Milliseconds by stage; repeated stages add up."""
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count the block as this stage."""
+        """Add the duration of a `with` block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -343,10 +343,10 @@ class StageClock:
             self.add(stage, 1000 * (time.perf_counter() - start))
 
     def add(self, stage: str, milliseconds: float) -> None:
-        """Count so many more."""
+        """Add milliseconds to a stage."""
         self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + milliseconds
 
 
-def _server_milliseconds(header: str) -> float:
-    """Return the sum of a Server-Timing header's durations."""
+def _sum_server_timing(header: str) -> float:
+    """Return the sum of the durations in a Server-Timing header, in milliseconds."""
     return sum(float(value) for value in re.findall(r"dur=([0-9]{1,9}(?:\.[0-9]{1,9})?)", header))

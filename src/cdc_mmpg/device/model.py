@@ -1,4 +1,4 @@
-"""A device bundle at work: clips and questions -> features -> answers, on onnxruntime; the last layer is an input."""
+"""Inference with a device bundle on onnxruntime: clips and questions -> features -> answers; the layer is an input."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.files import file_digest, json_digest
+from cdc_mmpg.files import hash_file, hash_json
 from cdc_mmpg.media.frames import Frames, candidate_indices, crop, middle_candidates
 from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.media.video import read_frames
@@ -24,31 +24,31 @@ ENCODER_FILE, HEAD_FILE, SHARED_FILE, BASIS_FILE, VOCABULARY_FILE, ANSWERS_FILE 
     "encoder.onnx", "head.onnx", "shared.npy", "basis.npy", "vocab.txt", "answers.json"
 )  # fmt: skip
 BUNDLE_FORMAT = 2
-MAX_SIZE = 4096  # of a bundle: pixels of a frame's side, frames of a clip, WordPieces of a text
+MAX_DIMENSION = 4096  # largest pixels per side, frames per clip and WordPieces per text in a bundle
 
-Features = NDArray[np.float32]  # (T, 192) of a clip with a text; (K, T, 192) with each of K
+Features = NDArray[np.float32]  # (T, 192) for a clip with one text; (K, T, 192) with K texts
 
 
 class DeviceModel:
-    """What `make export` wrote for a device, every file of it checked against its digest.
+    """A device bundle of `make export`, with every file checked against its digest.
 
-    The digests tell what was damaged. They do not tell who wrote a bundle: whoever writes it is trusted, with the
-    answers and with the key of the cloud whose layers are installed.
+    The digests detect damage, not forgery: the author of a bundle is trusted with the answers and with the key of the
+    cloud whose layers are installed.
 
     Attributes:
         task: "open_ended" or "multiple_choice".
-        unit: what a layer is for: a "session" of a device's clips, or one "sample".
-        layout: of the layers that it asks for.
-        versions: of its encoder, and of the generator whose layers it takes.
-        cloud: the key that they are signed with.
-        shared: (L, D + 1) the layer that answers when there is no other.
+        unit: scope of a layer: a "session" of a device's clips, or one "sample".
+        layout: layout of the layers that the device requests.
+        versions: versions of the encoder, and of the generator whose layers fit it.
+        cloud: public key that verifies the signatures of layers.
+        shared: (L, D + 1) layer shared by all devices, used when there is no other.
 
     Args:
-        bundle: the folder.
-        threads: of one inference; 0 is as many as there are processors.
+        bundle: folder of the bundle.
+        threads: threads per inference; 0 means one per processor.
 
     Raises:
-        CheckpointError: it is none, of another format, or a file is absent or changed.
+        CheckpointError: the folder is not a bundle, its format is not supported, or a file is missing or changed.
     """
 
     def __init__(self, bundle: Path, threads: int = 0) -> None:
@@ -57,7 +57,7 @@ class DeviceModel:
             self._load(bundle, settings, threads)
         except CheckpointError:
             raise
-        except Exception as error:  # of onnxruntime, numpy, tokenizers and cryptography
+        except Exception as error:  # onnxruntime, numpy, tokenizers and cryptography raise many types
             raise _damaged_error(bundle, error) from error
 
     def _load(self, bundle: Path, settings: dict[str, Any], threads: int) -> None:
@@ -88,69 +88,69 @@ class DeviceModel:
             raise CheckpointError(f"{bundle / ANSWERS_FILE}: {len(self.answers)} answers of {self.layout.outputs}")
 
     def frames(self, video: Path) -> Frames:
-        """Decode the frames of a clip that the encoder sees: (T, S, S, 3) uint8 RGB.
+        """Decode the frames of a clip for the encoder: (T, S, S, 3) uint8 RGB.
 
         Raises:
-            DataError: absent, or not decodable.
+            DataError: the clip is missing or cannot be decoded.
         """
         kept, size = (self._frames["number"], self._frames["candidates"]), self._frames["size"]
-        found = read_frames(video, lambda count: candidate_indices(count, *kept), size, "pyav", self._frames["side"])
-        return np.ascontiguousarray(crop(found[middle_candidates(*kept)], size))
+        frames = read_frames(video, lambda count: candidate_indices(count, *kept), size, "pyav", self._frames["side"])
+        return np.ascontiguousarray(crop(frames[middle_candidates(*kept)], size))
 
     def texts(self, question: str, choices: Sequence[str] = ()) -> list[list[int]]:
-        """Return the question's WordPieces, or those of the question with each of its choices.
+        """Tokenize the question, or for multiple choice the question with each choice.
 
         Raises:
-            ConfigError: no question, or choices where there are none, or none where there are.
-            DataError: choices that cannot be told apart.
+            ConfigError: the question is empty, or the choices do not match the bundle's task.
+            DataError: choices are not distinguishable after tokenization.
         """
         if not all(isinstance(text, str) and _is_text(text) for text in (question, *choices)):
-            raise ConfigError("a question or a choice is not text, or holds what UTF-8 cannot")
+            raise ConfigError("a question or a choice is not text, or cannot be encoded as UTF-8")
         if self.task == "open_ended":
             if choices or not question.strip():
                 raise ConfigError("this bundle answers open-ended questions: ask one, and give no choices")
             return self._text([question])
         if len(choices) < 2:
-            raise ConfigError("this bundle answers multiple-choice questions: give two choices or more")
-        return self._text.choices([(question, choices)])[0]
+            raise ConfigError("this bundle answers multiple-choice questions: give at least two choices")
+        return self._text.encode_choices([(question, choices)])[0]
 
     def unknown_words(self, question: str, choices: Sequence[str] = ()) -> list[str]:
-        """Return the words that the vocabulary of this bundle does not hold: the encoder reads [UNK] in their place."""
+        """Return the words that are not in this bundle's vocabulary and are encoded as [UNK]."""
         return self._text.unknown_words([question, *choices])
 
     def anchor(self, frames: Frames) -> NDArray[np.float32]:
-        """Return what a clip adds to a session (192,): the feature of its middle frame with the neutral prompt."""
+        """Return a clip's anchor feature (192,): its middle frame encoded with the neutral prompt."""
         middle = len(frames) // 2
         return self.upload(self.features(frames[middle : middle + 1], [self._text.neutral()]))
 
     def features(self, frames: Frames, texts: Sequence[Sequence[int]]) -> Features:
         """Encode a clip (T, S, S, 3) with each of K texts: (K, T, 192)."""
-        each = [{"frames": frames, "ids": np.array([text], dtype=np.int64)} for text in texts]
-        return np.stack([self._encoder.run(None, inputs)[0] for inputs in each])
+        batch = [{"frames": frames, "ids": np.array([text], dtype=np.int64)} for text in texts]
+        return np.stack([self._encoder.run(None, inputs)[0] for inputs in batch])
 
     def upload(self, features: Features) -> NDArray[np.float32]:
-        """Return what is uploaded of features (K, T, 192): (192,)."""
+        """Compute the upload (192,) from features (K, T, 192)."""
         return self._run("upload", features, self.shared)
 
     def scores(self, features: Features, layer: Matrix) -> NDArray[np.float32]:
-        """Return the scores of all answers or choices with a last layer (L, D + 1)."""
+        """Compute the scores of all answers or choices with a last layer (L, D + 1)."""
         return self._run("scores", features, layer)
 
     def _run(self, output: str, features: Features, layer: Matrix) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._head.run([output], {"features": features, "layer": layer})[0]
-        return found
+        values: NDArray[np.float32] = self._head.run([output], {"features": features, "layer": layer})[0]
+        return values
 
     def install(self, matrices: Sequence[Matrix], layout: Layout) -> Matrix:
-        """Return the last layer (L, D + 1) that received matrices make with what this device keeps.
+        """Return the last layer (L, D + 1) built from received matrices and the layers in this bundle.
 
         Raises:
-            WeightsRejected: this device has not what they build on, or the layer is not finite.
+            WeightsRejected: the bundle has no basis for the matrices, or the layer has wrong shape or is not finite.
         """
         if layout.kind == "low_rank":
             layer = self.shared + matrices[0].T @ matrices[1]
         elif layout.kind == "basis":
             if self._basis is None:
-                raise WeightsRejected("kind", "coefficients of a basis that this bundle does not hold")
+                raise WeightsRejected("kind", "coefficients of a basis, but this bundle contains no basis")
             layer = self.shared + np.einsum("k,kld->ld", matrices[0][0], self._basis)
         else:
             layer = matrices[0]
@@ -160,37 +160,37 @@ class DeviceModel:
 
 
 def read_bundle(bundle: Path) -> dict[str, Any]:
-    """Return the settings of a device bundle whose files are all there and as they were written.
+    """Read the settings of a device bundle and verify the digests of all its files.
 
     Raises:
-        CheckpointError: it is none, of another format, or a file is absent or changed; names it.
+        CheckpointError: the folder is not a bundle, its format is unsupported, or a file is missing or changed.
     """
     path = bundle / BUNDLE_FILE
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings["format"] != BUNDLE_FORMAT:
             raise CheckpointError(
-                f"{path}: format {settings['format']!r}, this version reads {BUNDLE_FORMAT}: export anew"
+                f"{path}: format {settings['format']!r}, this version reads format {BUNDLE_FORMAT}: export again"
             )
-        if not isinstance(settings, dict) or settings.pop("digest", None) != json_digest(settings):
-            raise CheckpointError(f"{path}: changed since it was exported: copy the bundle anew")
+        if not isinstance(settings, dict) or settings.pop("digest", None) != hash_json(settings):
+            raise CheckpointError(f"{path}: changed since the export: copy the bundle again")
         _check_settings(settings)
         for name, expected in settings["files"].items():
             path = bundle / name
-            if file_digest(path) != expected:
-                raise CheckpointError(f"{path}: changed since it was exported: copy the bundle anew")
+            if hash_file(path) != expected:
+                raise CheckpointError(f"{path}: changed since the export: copy the bundle again")
     except CheckpointError:
         raise
-    except Exception as error:  # whatever stands there
+    except Exception as error:  # the file may contain anything
         raise _damaged_error(path, error) from error
     return dict(settings)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings of another shape than `make export` writes.
+    """Refuse settings that `make export` would not write.
 
     Raises:
-        ValueError, KeyError, TypeError: they are others.
+        ValueError, KeyError, TypeError: a setting is missing, has the wrong type or an invalid value.
     """
     layout, frames, text = Layout(*settings["layout"]), settings["frames"], settings["text"]
     files = {ENCODER_FILE, HEAD_FILE, SHARED_FILE, VOCABULARY_FILE, ANSWERS_FILE} | (
@@ -198,26 +198,24 @@ def _check_settings(settings: dict[str, Any]) -> None:
     )
     sizes = [*layout[1:3], *(frames[name] for name in ("number", "candidates", "size", "side")), text["length"],
              text["known"]]  # fmt: skip
-    for what, is_right in (
+    for name, is_valid in (
         ("task", settings["task"] in ("open_ended", "multiple_choice")),
         ("unit", settings["unit"] in ("session", "sample")),
         ("layout", layout.kind in LAYER_KINDS and type(layout.number) is int and layout.number >= 0),
-        ("a size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= MAX_SIZE),
+        ("size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= MAX_DIMENSION),
         ("files", settings["files"].keys() == files),
     ):
-        if not is_right:
-            raise ValueError(f"{what} is not what an export writes")
+        if not is_valid:
+            raise ValueError(f"invalid {name}: not written by make export")
 
 
 def _damaged_error(path: Path, error: Exception) -> CheckpointError:
-    """Return the error of a bundle that cannot be read."""
-    return CheckpointError(
-        f"{path}: not a whole device bundle ({type(error).__name__}: {error}): make export writes one, copy it anew"
-    )
+    """Return the error for a bundle that cannot be read."""
+    return CheckpointError(f"{path}: not a complete device bundle ({type(error).__name__}: {error}): copy it again")
 
 
 def _is_text(text: str) -> bool:
-    """Return whether UTF-8 holds it: arguments of a command line with bytes that are none do not."""
+    """Return whether UTF-8 can encode a text: command line arguments may contain undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,1 +1,1 @@
-"""Metrics, and what a test writes down."""
+"""Metrics, and the results that a test writes."""

@@ -1,4 +1,4 @@
-"""Accuracies and recalls with intervals, and the floors below which a method has learnt nothing. Numpy only."""
+"""Accuracies and recalls with intervals, and the floors that a method must exceed. Numpy only."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,19 +10,19 @@ from numpy.typing import ArrayLike, NDArray
 Cell = dict[str, float]  # value, standard_error, low, high, questions
 Accuracies = dict[str, dict[str, dict[str, Cell]]]  # by condition, group of devices, type of question
 
-Outcomes = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # by case: of which sample each row is, and what it says
+Outcomes = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # by case: sample index and values of each row
 
 INTERVAL = (2.5, 97.5)  # percentiles
-CHUNK = 100  # draws that are held at once
+CHUNK_DRAWS = 100  # bootstrap draws held in memory at once
 
-CAPTIONS = "captions"  # the rows of the captions' embeddings, beside those of the clips by case
-RECALLS = (1, 5, 10)
-RIGHT = "right"  # last column of a table of answers: by case, "r" right or "w" wrong by label, "." not asked
-SCORES = 30_000_000  # similarities that are held at once: 120 MB
-TIE = 1e-6  # similarities of unit vectors that differ by less are equal: float32 knows no better
+CAPTIONS = "captions"  # key of the captions' embeddings in outcomes; the other keys are cases with embeddings of clips
+RECALLS = (1, 5, 10)  # K of recall@K
+RIGHT = "right"  # last column of the answers table, one letter per case: "r" right, "w" wrong, "." not asked
+MAX_SCORES = 30_000_000  # similarities held in memory at once: 120 MB
+TIE = 1e-6  # tolerance for equal similarities of unit vectors, from float32 precision
 
 
-def accuracies(
+def compute_accuracies(
     correct: Mapping[str, ArrayLike],
     clips: Sequence[str],
     devices: Sequence[str],
@@ -32,46 +32,46 @@ def accuracies(
     seed: int = 0,
     worlds: Sequence[str] = (),
 ) -> Accuracies:
-    """Accuracies of N questions under every condition, with 95 % percentile intervals of a bootstrap in levels.
+    """Return accuracies of N questions by condition, with 95 % percentile intervals of a hierarchical bootstrap.
 
-    A draw takes the devices of each group with replacement, then the clips of each drawn device; the questions of a
-    clip stay together. Where every device has one clip, this is the bootstrap over clips. Of several worlds, which have
-    no device in common, a draw takes the worlds first. All cells share the draws, and so do calls on the same
-    questions: their differences are paired. A cell leaves out the draws without a question of it.
+    A draw resamples the devices of each group, then the clips of each drawn device; the questions of a clip stay
+    together. With one clip per device, this is the bootstrap over clips. With several worlds, which share no devices,
+    a draw resamples the worlds first. All cells share the draws, as do calls on the same questions, so that
+    differences are paired. A cell ignores draws without any of its questions.
 
     Args:
         correct: by condition, (N,) whether each answer was correct.
-        clips: (N) the clip that each question is about.
-        devices: (N) its device; the clip itself where there are no devices.
-        groups: (N) the group of that device, "" for none.
-        types: (N) the question's type, "" for none.
-        draws: of the bootstrap.
-        seed: of the draws.
-        worlds: (N) where each device comes from; empty where all come from one.
+        clips: (N) clip of each question.
+        devices: (N) device of each clip; the clip itself if there are no devices.
+        groups: (N) group of each device, "" for none.
+        types: (N) type of each question, "" for none.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
+        worlds: (N) world of each device; empty if there is only one.
 
     Returns:
-        condition -> group -> type -> value, standard_error (the draws' deviation), low, high, questions. Group "test"
-        and type "all" hold everything.
+        condition -> group -> type -> value, standard_error (deviation over the draws), low, high, questions. Group
+        "test" and type "all" hold all questions.
     """
-    asked = list(zip(worlds or [""] * len(clips), groups, devices, clips, strict=True))
-    places = {place: number for number, place in enumerate(sorted(set(asked)))}  # draws know no order of questions
-    clip_of = np.array([places[place] for place in asked])
+    origins = list(zip(worlds or [""] * len(clips), groups, devices, clips, strict=True))
+    places = {origin: i for i, origin in enumerate(sorted(set(origins)))}  # sorted: draws ignore the order of questions
+    clip_of = np.array([places[origin] for origin in origins])
     cells = {
-        (group, kind): _which(groups, group, "test") & _which(types, kind, "all")
+        (group, kind): _match_names(groups, group, "test") & _match_names(types, kind, "all")
         for group in ("test", *sorted(set(groups) - {""}))
         for kind in ("all", *sorted(set(types) - {""}))
     }
-    cells = {key: which for key, which in cells.items() if which.any()}
+    cells = {key: mask for key, mask in cells.items() if mask.any()}
 
-    def by_clip(amounts: ArrayLike) -> NDArray[np.float64]:  # (cells, clips)
+    def sum_by_clip(amounts: ArrayLike) -> NDArray[np.float64]:  # (cells, clips)
         amounts = np.asarray(amounts, np.float64)
-        return np.stack([np.bincount(clip_of, amounts * which, len(places)) for which in cells.values()])
+        return np.stack([np.bincount(clip_of, amounts * mask, len(places)) for mask in cells.values()])
 
-    questions = by_clip(np.ones(len(clips)))
-    right = np.stack([by_clip(values) for values in correct.values()])
-    chunks = _weights(list(places), draws, seed)
-    drawn = np.concatenate([_shares(right @ weights, questions @ weights) for weights in chunks], -1)
-    values = _shares(right.sum(-1), questions.sum(-1))
+    questions = sum_by_clip(np.ones(len(clips)))
+    right = np.stack([sum_by_clip(values) for values in correct.values()])
+    chunks = _draw_weights(list(places), draws, seed)
+    drawn = np.concatenate([_divide(right @ weights, questions @ weights) for weights in chunks], -1)
+    values = _divide(right.sum(-1), questions.sum(-1))
     low, high = np.nanpercentile(drawn, INTERVAL, axis=-1)
     errors = np.nanstd(drawn, axis=-1)
     result: Accuracies = {}
@@ -88,81 +88,83 @@ def accuracies(
     return result
 
 
-def ranks(
+def compute_ranks(
     videos: NDArray[np.float32], texts: NDArray[np.float32], owners: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where what belongs together stands, 1 at best, when clips (V, D) ask for captions (C, D) and the reverse.
+    """Return the ranks of matches, 1 is best, in both directions between clips (V, D) and captions (C, D).
 
-    Several captions belong to a clip: each asks for it on its own, and the clip finds any of them, so that the best
-    placed counts (the protocol of MSRVTT's and MSVD's full splits). Ties, and similarities that are no numbers, count
-    against us. Similarities are held in parts.
+    A clip can have several captions. Each of them is a query on its own, and a clip's query has the rank of its best
+    caption (the protocol of MSRVTT's and MSVD's full splits). Ties and NaN similarities count as worse ranks.
+    Similarities are computed in chunks.
 
     Args:
-        videos, texts: unit vectors.
-        owners: (C,) the clip of each caption, as its row in `videos`; every clip has one at least.
+        videos: (V, D) unit vectors.
+        texts: (C, D) unit vectors.
+        owners: (C,) clip of each caption, as a row of `videos`; every clip has at least one caption.
 
     Returns:
         Ranks of clips (V,) and of captions (C,).
     """
     by_text = np.empty(len(texts), np.int64)
-    step = max(1, SCORES // len(videos))
+    step = max(1, MAX_SCORES // len(videos))
     for start in range(0, len(texts), step):
         part = slice(start, start + step)
         scores = texts[part] @ videos.T  # (c, V)
-        own = np.take_along_axis(scores, owners[part, None], axis=1)
-        by_text[part] = (~(scores < own - TIE)).sum(1)  # all that are not worse, itself among them
+        matches = np.take_along_axis(scores, owners[part, None], axis=1)
+        by_text[part] = (~(scores < matches - TIE)).sum(1)  # clips not worse than the match, including itself
     by_video = np.empty(len(videos), np.int64)
     texts = texts[np.argsort(owners, kind="stable")]
     sizes = np.bincount(owners, minlength=len(videos))
     begins = np.cumsum(sizes) - sizes
-    step = max(1, SCORES // len(texts))
+    step = max(1, MAX_SCORES // len(texts))
     for start in range(0, len(videos), step):
         scores = videos[start : start + step] @ texts.T  # (v, C)
         for row, score in enumerate(scores, start):
-            mine = slice(begins[row], begins[row] + sizes[row])
-            others = ~(score < np.max(score[mine]) - TIE)
-            by_video[row] = 1 + others.sum() - others[mine].sum()
+            part = slice(begins[row], begins[row] + sizes[row])
+            better = ~(score < np.max(score[part]) - TIE)
+            by_video[row] = 1 + better.sum() - better[part].sum()
     return by_video, by_text
 
 
-def recalls(outcomes: Outcomes) -> dict[str, float]:
-    """VR@K, TR@K, median ranks and the mean of the recalls, `recall`, of the first case.
+def compute_recalls(outcomes: Outcomes) -> dict[str, float]:
+    """Return VR@K, TR@K, median ranks and `recall`, the mean of the recalls, of the first case.
 
-    As the paper has it: VR@K is video to text (a clip asks for its captions), TR@K text to video.
+    As in the paper, VR@K is video-to-text retrieval (a clip is the query) and TR@K is text-to-video.
 
     Args:
-        outcomes: by case, which sample each row is of, and its embedding; see `CAPTIONS`.
+        outcomes: by case, sample indices and embeddings of the rows; see `CAPTIONS`.
     """
     first = next(iter(outcomes))
-    videos, texts = ranked({case: outcomes[case] for case in (first, CAPTIONS)})[first]
-    found = {
-        f"{way}@{k}": float(np.mean(places <= k)) for way, places in (("VR", videos), ("TR", texts)) for k in RECALLS
+    videos, texts = rank_all({case: outcomes[case] for case in (first, CAPTIONS)})[first]
+    recalls = {
+        f"{way}@{k}": float(np.mean(ranks <= k)) for way, ranks in (("VR", videos), ("TR", texts)) for k in RECALLS
     }
-    return found | {
-        "recall": float(np.mean(list(found.values()))),
+    return recalls | {
+        "recall": float(np.mean(list(recalls.values()))),
         "VR_median_rank": float(np.median(videos)),
         "TR_median_rank": float(np.median(texts)),
     }
 
 
-def ranked(outcomes: Outcomes) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Ranks of clips and of captions by case; arguments as `recalls`', the rows in the samples' order."""
+def rank_all(outcomes: Outcomes) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the ranks of clips and captions by case; arguments as in `compute_recalls`, rows in sample order."""
     owners, texts = outcomes[CAPTIONS]
-    found = {}
+    ranks = {}
     for case, (clips, videos) in outcomes.items():
         if case != CAPTIONS:
-            found[case] = ranks(videos, texts, np.searchsorted(clips, owners))
-    return found
+            ranks[case] = compute_ranks(videos, texts, np.searchsorted(clips, owners))
+    return ranks
 
 
-def majorities(
+def guess_answers(
     train_answers: Sequence[str], train_types: Sequence[str], test_types: Sequence[str]
 ) -> dict[str, list[str]]:
-    """What answers without looking: the most frequent training answer, overall and per question type.
+    """Return answers that ignore the video: the most frequent training answer, overall and per question type.
 
     Args:
-        train_answers, train_types: of the training questions.
-        test_types: of the questions to answer; a type without training questions gets the overall answer.
+        train_answers: answers to the training questions.
+        train_types: types of the training questions.
+        test_types: types of the test questions; types without training questions get the overall answer.
     """
     by_type: dict[str, Counter[str]] = defaultdict(Counter)
     for answer, kind in zip(train_answers, train_types, strict=True):
@@ -175,42 +177,42 @@ def majorities(
     }
 
 
-def _which(names: Sequence[str], name: str, everything: str) -> NDArray[np.bool_]:
-    """(N,) whether a question has this name."""
-    return np.array([name in (own, everything) for own in names], bool)
+def _match_names(names: Sequence[str], name: str, everything: str) -> NDArray[np.bool_]:
+    """Return a mask (N,) of the names that equal `name`, or of all names if it is `everything`."""
+    return np.array([name in (other, everything) for other in names], bool)
 
 
-def _shares(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Part of the whole, NaN where that is nothing."""
+def _divide(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return part / whole, NaN where the whole is 0."""
     with np.errstate(invalid="ignore"):
         return part / whole
 
 
-def _weights(places: Sequence[tuple[str, str, str, str]], draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """(clips, at most CHUNK) how often each draw took each clip, for (world, group, device, clip) of all clips."""
+def _draw_weights(places: Sequence[tuple[str, str, str, str]], draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Yield (clips, draws) how often each draw took each clip, in chunks, for (world, group, device, clip) of clips."""
     generator = np.random.default_rng(seed)
     worlds: dict[str, dict[str, dict[str, list[int]]]] = {}
     for number, (world, group, device, _) in enumerate(places):
         worlds.setdefault(world, {}).setdefault(group, {}).setdefault(device, []).append(number)
-    for start in range(0, draws, CHUNK):
-        weights = np.empty((len(places), min(CHUNK, draws - start)))
+    for start in range(0, draws, CHUNK_DRAWS):
+        weights = np.empty((len(places), min(CHUNK_DRAWS, draws - start)))
         taken = np.ones((1, weights.shape[1]), np.int64)
         if len(worlds) > 1:
-            taken = generator.multinomial(len(worlds), _even(len(worlds)), weights.shape[1]).T
+            taken = generator.multinomial(len(worlds), _uniform(len(worlds)), weights.shape[1]).T
         for times_world, groups in zip(taken, worlds.values(), strict=True):
             for devices in groups.values():
-                times = generator.multinomial(times_world * len(devices), _even(len(devices)))
-                for own, drawn in zip(devices.values(), times.T, strict=True):
+                times = generator.multinomial(times_world * len(devices), _uniform(len(devices)))
+                for rows, drawn in zip(devices.values(), times.T, strict=True):
                     # A device drawn k times gives k independent samples of its clips.
-                    many = len(own) > 1
-                    weights[own] = generator.multinomial(drawn * len(own), _even(len(own))).T if many else drawn
+                    many = len(rows) > 1
+                    weights[rows] = generator.multinomial(drawn * len(rows), _uniform(len(rows))).T if many else drawn
         yield weights
 
 
-def _even(number: int) -> NDArray[np.float64]:
+def _uniform(number: int) -> NDArray[np.float64]:
     return np.full(number, 1 / number)
 
 
 def _most_frequent(counts: Counter[str]) -> str:
-    """The first by alphabet of those."""
+    """Return the most frequent answer, the alphabetically first on ties."""
     return min(counts, key=lambda answer: (-counts[answer], answer))

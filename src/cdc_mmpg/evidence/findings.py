@@ -1,41 +1,41 @@
-"""What the figures say, in sentences that are made from them: whichever way they turn out."""
+"""Findings: sentences generated from the figures, worded by their sign and significance."""
 
 from typing import NamedTuple
 
-from cdc_mmpg.catalogue import BASELINE, CONCATENATED, NAMES, PER_SAMPLE, SESSION, SESSIONS, STUDY
+from cdc_mmpg.catalogue import BASELINE, CONCATENATED, METHOD_LABELS, SAMPLE_METHODS, SESSION, SESSION_METHODS, STUDY
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, cite, escape_braces, join_texts
 from cdc_mmpg.evidence.pairing import Gain, Side
 
-EQUAL_POINTS = 0.2  # accuracies that lie no further apart count as equal where bytes are compared
+EQUAL_ACCURACY_POINTS = 0.2  # accuracies at most this far apart count as equal when bytes are compared
 
-# Controls of the adaptive methods: the case, what is given instead, and what it means where that costs nothing.
+# Controls of the adaptive methods: case, replacement input, conclusion if the replacement costs no accuracy.
 CONTROLS = (
-    ("shuffled", "another sample's anchor", "the adaptation is unused"),
-    ("shuffled_device", "another device's anchor", "it does not adapt to the device"),
-    ("shuffled_n16", "the mean of another device's anchors", "the adaptation is unused"),
-    ("mean_head", "the mean of all heads, for everyone,", "one head for all would do"),
+    ("shuffled", "another sample's anchor", "no sign that the adaptation is used"),
+    ("shuffled_device", "another device's anchor", "no sign that it adapts to the device"),
+    ("shuffled_n16", "the mean of another device's anchors", "no sign that the adaptation is used"),
+    ("mean_head", "one mean head for all inputs", "one shared head would be enough"),
 )
-# What a session is set beside, as a sentence says it.
+# Methods that sentences compare a session with.
 OPPONENTS = {
-    Side("mean_anchor_virtual"): "taking off the mean anchor",
-    Side("in_context_virtual"): "reading the anchors in context on the device",
-    Side("on_device", "t3a"): "prototypes that follow the device's features (T3A)",
-    Side("on_device", "lame"): "smoothing over neighbours (LAME)",
+    Side("mean_anchor_virtual"): "subtracting the mean anchor",
+    Side("in_context_virtual"): "an in-context transformer over the anchors on the device",
+    Side("on_device", "t3a"): "adjusting class prototypes to the device's features (T3A)",
+    Side("on_device", "lame"): "smoothing predictions over neighbours (LAME)",
     Side("on_device", "foa"): "shifting activations (FOA)",
-    Side("prompts"): "searching prompts by forward passes (FOA)",
-    Side(f"{SESSION}_feature"): "averaging features in place of what is recognised in them",
-    Side(f"{SESSION}_collected"): "a session without virtual devices in training",
-    Side(f"{SESSION}_jitters"): "a session whose virtual devices jitter colours as augmentation does",
-    Side("corrected_grey_world"): "rotating hues back by the mean chroma, which knows the kind of shift",
-    Side("corrected_hue_mode"): "rotating hues back by the most frequent hue, which knows the kind of shift",
-    Side("corrected_true_cast"): "rotating hues back by the true cast, a ceiling",
+    Side("prompts"): "searching prompts with forward passes alone (FOA)",
+    Side(f"{SESSION}_feature"): "averaging plain features instead of what is recognised in them",
+    Side(f"{SESSION}_collected"): "the same method trained without virtual devices",
+    Side(f"{SESSION}_jitters"): "the same method with virtual devices that use ordinary colour jitter",
+    Side("corrected_grey_world"): "rotating hues back by the mean chroma (given the kind of shift)",
+    Side("corrected_hue_mode"): "rotating hues back by the most frequent hue (given the kind of shift)",
+    Side("corrected_true_cast"): "rotating hues back by the true cast (an upper bound)",
 }
-OTHERS = {BASELINE: "fine-tuning", CONCATENATED: "concatenation, which generates nothing"}
+REFERENCES = {BASELINE: "fine-tuning", CONCATENATED: "concatenation, which generates no weights"}
 
 
 class Payload(NamedTuple):
-    """A way to send a head, once a session or for every sample: what it costs, and what it answers rightly."""
+    """A format in which a head is sent, once per session or for every sample: its size and its accuracy."""
 
     side: Side
     label: str
@@ -44,64 +44,64 @@ class Payload(NamedTuple):
 
 
 def compare_unless_guessing(evidence: Evidence, first: Side, second: Side) -> Gain | None:
-    """Return a difference that a sentence may be about.
+    """Return a difference that supports a sentence; None if there is none or the reference only guesses.
 
-    None, too, where the reference (of a control the method itself, else `second`) has learnt nothing: it answers no
-    more than the majority answer, and a difference to it, or none, says nothing about adaptation.
+    The reference is the method itself for a control, else `second`. If it is no better than the majority answer, it
+    has learned nothing, and no difference to it says anything about adaptation.
     """
     reference = first if first.name == second.name else second
     return evidence.compare(first, second) if evidence.beats_guessing(reference) else None
 
 
 def list_findings(evidence: Evidence) -> list[CitedText]:
-    """Return all sentences for which there are runs."""
+    """Return all sentences that the finished runs support."""
     return [*list_claims(evidence), *list_control_findings(evidence)]
 
 
 def list_claims(evidence: Evidence) -> list[CitedText]:
-    """Return sentences on what adaptation adds, what of it is needed, and what it takes."""
+    """Return sentences on the gain from adaptation, the parts that it needs, and its cost in bytes."""
     claims = [
-        *(_compare_with(evidence, method, Side(BASELINE)) for method in PER_SAMPLE if method.startswith("cdc")),
-        *(_compare_with(evidence, method, Side(BASELINE)) for method in SESSIONS),
+        *(_compare_with(evidence, method, Side(BASELINE)) for method in SAMPLE_METHODS if method.startswith("cdc")),
+        *(_compare_with(evidence, method, Side(BASELINE)) for method in SESSION_METHODS),
         _compare_with(evidence, SESSION, Side(CONCATENATED)),
         *_compare_with_opponents(evidence),
-        *_compare_with_training(evidence),
+        *_compare_with_device_training(evidence),
         _compare_payloads(evidence),
         _judge_reasoner(evidence, "cdc_mmpg"),
-        _judge_readings(evidence),
+        _judge_reasoner_study(evidence),
     ]
     return [claim for claim in claims if claim]
 
 
 def list_control_findings(evidence: Evidence) -> list[CitedText]:
-    """Return sentences on what it costs an adaptive method to be given what is another's."""
+    """Return sentences on the accuracy that adaptive methods lose when they are given another input."""
     findings = []
-    for method in (*PER_SAMPLE, *SESSIONS):
+    for method in (*SAMPLE_METHODS, *SESSION_METHODS):
         for case, given, meaning in CONTROLS:
             if gain := compare_unless_guessing(evidence, Side(method), Side(method, case)):
-                use = "that heads differ is of use" if case == "mean_head" else "its head depends on what was uploaded"
+                use = "individual heads help" if case == "mean_head" else "its head depends on what was uploaded"
                 verdict = {
                     1: f"costs {{}}: {use}",
-                    0: f"costs nothing that this test can tell ({{}}): {meaning}",
-                    -1: f"does better, by its own minus that {{}}: {meaning}, or harms",
+                    0: f"makes no significant difference ({{}}): {meaning}",
+                    -1: f"is better (own minus control: {{}}): {meaning}, and adapting may do harm",
                 }[gain.sign]
-                findings.append(join_texts(f"{NAMES[method]}: {given} {verdict}.", gain.format_points()))
+                findings.append(join_texts(f"{METHOD_LABELS[method]}: using {given} {verdict}.", gain.format_points()))
     return findings
 
 
 def _compare_with(evidence: Evidence, method: str, other: Side) -> CitedText:
-    """Return a sentence on what a method adds over another; empty without runs."""
+    """Return a sentence on a method's gain over another; empty without runs."""
     gain = compare_unless_guessing(evidence, Side(method), other)
     if gain is None or method == other.name:
         return NO_TEXT
-    what = "Per-sample adaptation" if method in PER_SAMPLE else "Adaptation to a session"
-    over = OTHERS[other.name]
+    unit = "Per-sample adaptation" if method in SAMPLE_METHODS else "Per-session adaptation"
+    reference = REFERENCES[other.name]
     verdict = {
-        1: f"adds to {over}",
-        -1: f"loses to {over}",
-        0: f"shows no difference to {over} that this test can tell",
+        1: f"improves on {reference}",
+        -1: f"is worse than {reference}",
+        0: f"does not differ significantly from {reference}",
     }[gain.sign]
-    return join_texts(f"{what} ({NAMES[method]}) {verdict}: {{}}.", gain.format_points())
+    return join_texts(f"{unit} ({METHOD_LABELS[method]}) {verdict}: {{}}.", gain.format_points())
 
 
 def _judge_reasoner(evidence: Evidence, method: str) -> CitedText:
@@ -109,14 +109,13 @@ def _judge_reasoner(evidence: Evidence, method: str) -> CitedText:
     gain = compare_unless_guessing(evidence, Side(method), Side(method, "bypassed"))
     if gain is None:
         return NO_TEXT
-    verdict = {1: "helps", -1: "harms", 0: "can be left out"}[gain.sign]
-    return join_texts(
-        f"The reasoner (ADR) {verdict} in {NAMES[method]}: with it minus without it {{}}.", gain.format_points()
-    )
+    verdict = {1: "helps", -1: "harms", 0: "makes no significant difference"}[gain.sign]
+    template = f"The reasoner (ADR) {verdict} in {METHOD_LABELS[method]}: its contribution is {{}}."
+    return join_texts(template, gain.format_points())
 
 
-def _judge_readings(evidence: Evidence) -> CitedText:
-    """Return a sentence on every reading of the reasoner that was trained; empty without runs."""
+def _judge_reasoner_study(evidence: Evidence) -> CitedText:
+    """Return a sentence on the trained interpretations of equation 16 (the reasoner); empty without runs."""
     names = [name for name in STUDY if name in evidence.runs and evidence.beats_guessing(Side(name))]
     gains = [gain for gain in evidence.compare_all([(Side(name), Side(name, "bypassed")) for name in names]) if gain]
     if not gains:
@@ -125,43 +124,43 @@ def _judge_readings(evidence: Evidence) -> CitedText:
     best = max(gains, key=lambda gain: gain.value.amount)
     if not helping:
         return join_texts(
-            "In none of the readings of equation 16 that were trained does the reasoner help; "
-            "the most that it adds is {}.", best.format_points()
+            "The reasoner helps in none of the trained interpretations of the paper's equation 16; "
+            "its largest gain is {}.", best.format_points()
         )  # fmt: skip
-    return join_texts(
-        "In some readings of equation 16 the reasoner helps; the most that it adds is {}.", best.format_points()
-    )
+    template = "The reasoner helps in some interpretations of the paper's equation 16; its largest gain is {}."
+    return join_texts(template, best.format_points())
 
 
 def _compare_with_opponents(evidence: Evidence) -> list[CitedText]:
-    """Return sentences on what else adapts without labels, against a session."""
+    """Return sentences that compare a session with other methods that need no labels of the device."""
     findings = []
-    for side, what in OPPONENTS.items():
+    for side, opponent in OPPONENTS.items():
         if gain := compare_unless_guessing(evidence, Side(SESSION), side):
-            verdict = {1: "is better than", -1: "is worse than", 0: "cannot be told from"}[gain.sign]
-            findings.append(join_texts(f"A session {verdict} {what}: {{}}.", gain.format_points()))
+            verdict = {1: "is better than", -1: "is worse than", 0: "does not differ significantly from"}[gain.sign]
+            findings.append(join_texts(f"The session method {verdict} {opponent}: {{}}.", gain.format_points()))
     return findings
 
 
-def _compare_with_training(evidence: Evidence) -> list[CitedText]:
-    """Return sentences on training on the device against the session's head."""
+def _compare_with_device_training(evidence: Evidence) -> list[CitedText]:
+    """Return sentences that compare a session's head with training on the device."""
     findings = []
-    for case, what in (
+    for case, training in (
         ("tent", "entropy minimisation"),
-        ("labels_2", "fine-tuning on 2 labels of the device"),
-        ("labels_5", "fine-tuning on 5 labels of the device"),
-        ("labels_15", "fine-tuning on 15 labels of the device"),
+        ("labels_2", "fine-tuning on 2 labels from the device"),
+        ("labels_5", "fine-tuning on 5 labels from the device"),
+        ("labels_15", "fine-tuning on 15 labels from the device"),
     ):
         if gain := compare_unless_guessing(evidence, Side(SESSION), Side("on_device", case)):
-            verdict = {1: "is better than", -1: "is worse than", 0: "cannot be told from"}[gain.sign]
-            findings.append(join_texts(f"A session {verdict} {what} by backpropagation: {{}}.", gain.format_points()))
+            verdict = {1: "is better than", -1: "is worse than", 0: "does not differ significantly from"}[gain.sign]
+            template = f"The session method {verdict} {training} by backpropagation: {{}}."
+            findings.append(join_texts(template, gain.format_points()))
     return findings
 
 
 def list_payloads(evidence: Evidence) -> list[Payload]:
-    """Return every way to send a head that was tested, of the paper's method and of sessions."""
+    """Return all tested payloads of the paper's method and of sessions."""
     payloads = []
-    for method in ("cdc_mmpg", *SESSIONS):
+    for method in ("cdc_mmpg", *SESSION_METHODS):
         for run in evidence.find_runs(method)[:1]:
             default = evidence.cite_value(run, "bytes", "down")
             named = [(case, evidence.cite_value(run, "payloads", case, "bytes")) for case in run.find("payloads") or {}]
@@ -169,25 +168,26 @@ def list_payloads(evidence: Evidence) -> list[Payload]:
                 case for case, size in named if size and default and size.value == default.value and run.find_case(case)
             ]
             for case, size in [*([] if repeated or not default else [(None, default)]), *named]:
-                accuracy = evidence.mean_accuracy(Side(method, case))
+                accuracy = evidence.cite_mean_accuracy(Side(method, case))
                 if size and accuracy:
-                    label = NAMES[method] + (f", {case}" if case else "")
+                    label = METHOD_LABELS[method] + (f", {case}" if case else "")
                     payloads.append(Payload(Side(method, case), label, size, accuracy))
     return payloads
 
 
 def find_equal_payloads(evidence: Evidence) -> tuple[Payload, Payload] | None:
-    """Return the smallest payload of a session that answers as well as the best, and the best.
+    """Return a session's smallest payload that is as accurate as its best one, and the best one.
 
-    None where there is none, or the best only guesses.
+    None if there is none, or if the best one only guesses.
     """
-    payloads = [payload for payload in list_payloads(evidence) if payload.side.name in SESSIONS]
+    payloads = [payload for payload in list_payloads(evidence) if payload.side.name in SESSION_METHODS]
     if not payloads:
         return None
     best = max(payloads, key=lambda payload: (payload.accuracy.amount, -payload.bytes.amount))
     if not evidence.beats_guessing(best.side):
         return None
-    enough = [payload for payload in payloads if payload.accuracy.amount >= best.accuracy.amount - EQUAL_POINTS]
+    least_accuracy = best.accuracy.amount - EQUAL_ACCURACY_POINTS
+    enough = [payload for payload in payloads if payload.accuracy.amount >= least_accuracy]
     return min(enough, key=lambda payload: (payload.bytes.amount, -payload.accuracy.amount)), best
 
 
@@ -200,11 +200,11 @@ def _compare_payloads(evidence: Evidence) -> CitedText:
     best_label, least_label = escape_braces(best.label), escape_braces(least.label)
     if least == best:
         return cite(
-            f"The best head of a session answers {{}} % in {{}} bytes ({best_label}); no smaller one comes "
-            "within two tenths of a point.", best.accuracy, best.bytes
+            f"The best payload of a session reaches {{}} % with {{}} bytes ({best_label}); no smaller payload comes "
+            "within 0.2 points.", best.accuracy, best.bytes
         )  # fmt: skip
     return cite(
-        f"{{}} bytes a session are enough ({least_label}): {{}} %, within two tenths of a point of the best, "
-        f"{{}} % in {{}} bytes ({best_label}).",
+        f"{{}} bytes per session are enough ({least_label}): {{}} %, within 0.2 points of the best payload, "
+        f"{{}} % with {{}} bytes ({best_label}).",
         least.bytes, least.accuracy, best.accuracy, best.bytes,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Paired answers: two runs side by side on the questions that both were asked, seed by seed."""
+"""Paired answers: two runs compared on the questions that both were asked, seed by seed."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, combinations
@@ -14,14 +14,14 @@ RunPair = tuple[Run, Run]  # of one seed
 
 
 class Side(NamedTuple):
-    """What is compared: a run's folder and a case of its test; None is the first, with which it was trained."""
+    """One side of a comparison: name of the runs and case of their test (None: the first, as in training)."""
 
     name: str
     case: str | None = None
 
 
 class Gain(NamedTuple):
-    """A paired difference of accuracies in points, with its 95 % interval."""
+    """A paired difference of accuracies in percentage points, with its 95 % interval."""
 
     value: Fact
     low: Fact
@@ -29,11 +29,11 @@ class Gain(NamedTuple):
     seeds: tuple[int, ...]
 
     def format(self, template: str = "{} [{}, {}]") -> CitedText:
-        """Return difference, low and high."""
+        """Return the difference with the ends of its interval."""
         return cite(template, self.value, self.low, self.high)
 
     def format_points(self) -> CitedText:
-        """Return the same in points, without signs where the whole interval is above zero."""
+        """Return the same with the unit, without plus signs if the whole interval is above zero."""
         ends = (self.value, self.low, self.high)
         if self.sign > 0:
             ends = tuple(end._replace(shown=end.shown.removeprefix("+")) for end in ends)  # type: ignore[assignment]
@@ -41,7 +41,7 @@ class Gain(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies on one side of zero, else 0."""
+        """1 if the interval lies above zero, -1 if it lies below, else 0."""
         low, high = self.low.amount, self.high.amount
         return (low > 0) - (high < 0)
 
@@ -50,19 +50,19 @@ class PairedAnswers(NamedTuple):
     """Two sides on the questions that both were asked, averaged over seeds."""
 
     questions: RunAnswers
-    differences: NDArray[np.float64]  # (questions,): how much more often the first is right, from -1 to 1
-    first_correct: NDArray[np.float64]  # (questions,): how often the first is right, from 0 to 1
+    differences: NDArray[np.float64]  # (questions,): correctness of the first minus the second, from -1 to 1
+    first_correct: NDArray[np.float64]  # (questions,): correctness of the first, from 0 to 1
 
-    def places_of(self, group: str) -> list[int]:
-        """Return the places of a group's questions."""
-        return [place for place, own in enumerate(self.questions.groups) if group in (own, ALL_GROUPS)]
+    def find_positions(self, group: str) -> list[int]:
+        """Return the positions of a group's questions."""
+        return [position for position, name in enumerate(self.questions.groups) if group in (name, ALL_GROUPS)]
 
 
 def pair_answers(pairs: Sequence[RunPair], first: Side, second: Side) -> PairedAnswers | None:
-    """Return the answers of both sides to the same questions; None where there are none.
+    """Return the answers of both sides to the same questions; None if they cannot be paired.
 
-    Seeds that were asked the same are averaged question by question; seeds with worlds of their own stand one behind
-    the other.
+    Seeds with the same questions are averaged question by question; seeds with entirely different questions (each with
+    its own world) are concatenated.
     """
     paired = [_pair_seed(a, b, first, second) for a, b in pairs]
     seeds = [seed for seed in paired if seed is not None]
@@ -84,30 +84,30 @@ def pair_answers(pairs: Sequence[RunPair], first: Side, second: Side) -> PairedA
 
 
 def _pair_seed(a: Run, b: Run, first: Side, second: Side) -> PairedAnswers | None:
-    """Return the answers of two runs to the same questions; None where there are none, or one was asked others."""
+    """Return the answers of two runs to the same questions; None if neither covers all questions of the other."""
     left, right = a.answers, b.answers
     assert left is not None
     assert right is not None
-    own, other = left.correct[a.find_case(first.case) or ""], right.correct[b.find_case(second.case) or ""]
-    right_places = {key: number for number, key in enumerate(right.keys) if not np.isnan(other[number])}
-    answered = np.flatnonzero(~np.isnan(own)).tolist()
+    correct_a, correct_b = left.correct[a.find_case(first.case) or ""], right.correct[b.find_case(second.case) or ""]
+    right_places = {key: number for number, key in enumerate(right.keys) if not np.isnan(correct_b[number])}
+    answered = np.flatnonzero(~np.isnan(correct_a)).tolist()
     both = [number for number in answered if left.keys[number] in right_places]
     if not both or len(both) < min(len(answered), len(right_places)):
         return None
-    own, other = own[both], other[[right_places[left.keys[number]] for number in both]]
-    return PairedAnswers(left.select(both, str(a.seed)), own - other, own)
+    correct_a, correct_b = correct_a[both], correct_b[[right_places[left.keys[number]] for number in both]]
+    return PairedAnswers(left.select(both, str(a.seed)), correct_a - correct_b, correct_a)
 
 
 def cite_pairs(
     pairs: Sequence[tuple[Run, ...]], first: Side, second: Side, group: str, **more: Any
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the sources of a comparison's first side, and the rest of its entry: those of the second, the group."""
+    """Return the sources of the first side, and the rest of the entry: the second side's sources and the group."""
     sources = tuple(run.locate_answers(first.case) for run, _ in pairs)
     return sources, {"minus": [run.locate_answers(second.case) for _, run in pairs], "group": group, **more}
 
 
 def cite_gain(pairs: Sequence[RunPair], first: Side, second: Side, group: str, difference: Mapping[str, float]) -> Gain:
-    """Return a difference of accuracies (`value`, `low`, `high`, as shares) with its sources, in points."""
+    """Return a difference of accuracies in points with its sources; `difference` has value, low and high as shares."""
     sources, more = cite_pairs(pairs, first, second, group, times=100)
     value, low, high = (
         Fact(100 * difference[key], format_difference(100 * difference[key]), how, sources, more)

@@ -1,35 +1,35 @@
-"""What the paper prints, by dataset: its tables 1 to 6, figures as printed, its errors included."""
+"""Figures of the paper by dataset: its tables 1 to 6 as printed, including its errors."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 TGIF_HYPER_PARAMETERS = 193 * 97 * 1541  # Linear(192, 97 x answers) with its bias
-CHOICE_BYTES = 4 * 193  # of the layer that multiple choice sends
+CHOICE_BYTES = 4 * 193  # size of the layer that multiple choice sends
 CHOICE_MILLISECONDS = 1000 * CHOICE_BYTES / (100 * 2**20)
 CHOICE_CHANCE = 100 / 5  # %
 
-_NOMINAL = "60000"  # ms: what the paper sets for a fine-tuning, not a measurement
+_NOMINAL_DELAY_MS = "60000"  # set by the paper for a fine-tuning, not measured
 
 
 def _tabulate_methods(
     table: int, accuracies: tuple[str, ...], device: str, cloud: tuple[str, str], delay: str
 ) -> dict[str, Any]:
-    """Return a table of F-linear, fine-tuning, F-hyper and CDC-MMPG."""
+    """Return a table with F-linear, fine-tuning, F-hyper and CDC-MMPG."""
     return {"table": table} | {
         method: {
             "accuracy": accuracy,
             "D-Param": device,
-            "C-Param": own,
-            "delay": delay if own != "/" else _NOMINAL,
+            "C-Param": cloud_size,
+            "delay": delay if cloud_size != "/" else _NOMINAL_DELAY_MS,
         }
-        for method, accuracy, own in zip(
+        for method, accuracy, cloud_size in zip(
             ("linear", "fine_tuning", "hyper", "cdc_mmpg"), accuracies, ("/", "/", *cloud), strict=True
         )
     }
 
 
 def _name_recalls(*printed: str) -> dict[str, str]:
-    """Return six recalls in the paper's order by their names."""
+    """Return six recalls, given in the paper's order, by name."""
     return dict(zip(("VR@1", "VR@5", "VR@10", "TR@1", "TR@5", "TR@10"), printed, strict=True))
 
 
@@ -76,30 +76,30 @@ PRINTED: dict[str, dict[str, Any]] = {
 
 
 class Erratum(NamedTuple):
-    """An error of the paper: what it says of figures in `PRINTED`, which stay as printed."""
+    """An error of the paper: a note on figures in `PRINTED`, which are quoted as printed."""
 
     places: tuple[str, ...]  # patterns of <dataset>/<keys>, see `fnmatch`
     text: str  # with a {} for each figure
-    figures: Mapping[str, float] = {}  # constants of this module by name
+    figures: Mapping[str, float] = {}  # constants of this module that `text` quotes, by name
 
 
 ERRATA = (
-    Erratum(("*/linear/delay", "*/fine_tuning/delay"), "nominal: set for a fine-tuning, not measured"),
+    Erratum(("*/linear/delay", "*/fine_tuning/delay"), "nominal: the paper sets it for a fine-tuning, not measured"),
     Erratum(
         ("tgif/hyper/C-Param", "tgif/cdc_mmpg/C-Param"),
-        "MSVD's figure: with TGIF's 1,541 answers F-hyper has {} parameters",
+        "same value as for MSVD; with TGIF's 1,541 answers, F-hyper has {} parameters",
         {"TGIF_HYPER_PARAMETERS": TGIF_HYPER_PARAMETERS},
     ),
     Erratum(
         ("tgif/*/accuracy",),
-        "the split that the paper describes is of TGIF's captions, but 1,541 answers are those of TGIF-QA's FrameQA",
+        "the paper describes the split of TGIF's captions, but its 1,541 answers are those of TGIF-QA's FrameQA",
     ),
     Erratum(
         ("msrvtt_choice/hyper/delay", "msrvtt_choice/cdc_mmpg/delay"),
-        "TGIF's figure: the {} bytes of this layer take {} ms",
+        "same value as for TGIF; the {} bytes of this layer take {} ms",
         {"CHOICE_BYTES": CHOICE_BYTES, "CHOICE_MILLISECONDS": CHOICE_MILLISECONDS},
     ),
     Erratum(("msrvtt_choice/linear/accuracy",), "below chance, which is {} %", {"CHOICE_CHANCE": CHOICE_CHANCE}),
-    Erratum(("msrvtt_retrieval/cdc_mmpg/TR@1",), "below fine-tuning's"),
+    Erratum(("msrvtt_retrieval/cdc_mmpg/TR@1",), "below the value of fine-tuning"),
     Erratum(("msrvtt_retrieval/*@5", "msrvtt_retrieval/*@10"), "K is 1, 2 and 5 in the paper's text, 1, 5 and 10 here"),
 )

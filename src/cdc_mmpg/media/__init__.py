@@ -1,1 +1,1 @@
-"""Frames, video and text: no torch, the same on the device."""
+"""Frames, video and text: the same code on a device, without torch."""

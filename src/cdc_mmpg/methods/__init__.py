@@ -1,1 +1,1 @@
-"""LightningModules: which parameters train, and where the weights of the device's last layer come from."""
+"""LightningModules that define which parameters train and where the weights of the device's last layer come from."""

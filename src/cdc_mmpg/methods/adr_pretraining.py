@@ -1,4 +1,4 @@
-"""Phase one of CDC-MMPG (paper section 3.3): the AnchorFrame Distribution Reasoner is trained alone."""
+"""Phase one of CDC-MMPG (paper section 3.3): training of the AnchorFrame Distribution Reasoner alone."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.methods.base import Batch, Method, ParameterCounts, Traffic, count
-from cdc_mmpg.models.adr import ADR, Preset, paper_preset
+from cdc_mmpg.models.adr import ADR, Preset, choose_paper_preset
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 
 
-def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
-    """Return the feature f (..., 192) of one frame of each clip, from the pass over all its frames (..., T, 192).
+def select_anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Tensor:
+    """Return the feature f (..., 192) of one frame per clip, from features of all its frames (..., T, 192).
 
     Deviation: the paper draws the frame when serving, too; there the middle one is taken, so that the same clip gets
     the same head.
@@ -32,13 +32,13 @@ def anchor_feature(encoder: AllInOne, frame_features: Tensor, draw: bool) -> Ten
 
 
 class ADRPretraining(Method):
-    """KL, reconstruction and generation losses (eq. 14-18) on a frozen encoder's anchor features.
+    """Training of the reasoner with the losses of eq. 14-18 on a frozen encoder's anchor features.
 
-    Its best epoch is the one with the least validation loss; the reasoner is left as `adr.safetensors`.
+    The best epoch is the one with the lowest validation loss; the reasoner is written to `adr.safetensors`.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Method`; of the head nothing trains in this phase.
-        preset: sizes of the reasoner, see `ADR`; None takes those of the paper's counts for the head's task.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head does not train in this phase.
+        preset: sizes of the reasoner, see `ADR`; None uses those that match the paper's counts for the task.
         axis, target: see `ADR`.
     """
 
@@ -57,7 +57,7 @@ class ADRPretraining(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder, head.requires_grad_(False), False, learning_rate, weight_decay, seed)
-        self.adr = ADR(preset or paper_preset(head.task), axis, target)
+        self.adr = ADR(preset or choose_paper_preset(head.task), axis, target)
         if axis == "batch":
             self.needs_whole_step = "the reasoner's statistics (axis: batch) are over all samples of a step"
 
@@ -65,7 +65,7 @@ class ADRPretraining(Method):
         frame_features = self.head.condition(self.encode(batch).frame_features).flatten(0, -3)
         training = split == "train"
         with self.float32():
-            anchor = anchor_feature(self.encoder, frame_features, draw=training)
+            anchor = select_anchor_feature(self.encoder, frame_features, draw=training)
             fused = self.encoder.pool(frame_features.mean(1))
             losses = self.adr.losses(anchor, fused, self.adr(anchor, sample=training))
         if not training:
@@ -76,13 +76,13 @@ class ADRPretraining(Method):
         return losses.total
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the encoder, the reasoner, and the reasoner again."""
+        """Return the counts of encoder (device) and reasoner (cloud and trained)."""
         return ParameterCounts(count(self.encoder), count(self.adr), count(self.adr))
 
     def traffic(self) -> Traffic:
-        """Return no bytes: there is nothing to install yet."""
+        """Return no bytes: there is no layer to send yet."""
         return Traffic(0, 0)
 
     def export(self, folder: Path) -> None:
-        """Write the reasoner, phase two's start."""
+        """Write the reasoner for phase two."""
         self.adr.save(folder / "adr.safetensors")

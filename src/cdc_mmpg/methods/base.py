@@ -1,4 +1,4 @@
-"""The base of all methods: the one step, the optimizer, the seeds."""
+"""Base class of all methods: training step, optimizer and seeding."""
 
 import hashlib
 from abc import abstractmethod
@@ -22,49 +22,49 @@ from cdc_mmpg.models.heads import Head
 from cdc_mmpg.wire.payloads import Precision
 
 Batch = VideoTextBatch | FeatureBatch | SessionBatch
-# The samples, those with a known answer, or what the method itself averages over the whole step.
+# What a step's loss is averaged over: all samples, those with a known answer, or "step": the method averages itself.
 Averages = Literal["samples", "known", "step"]
 
-ANCHOR_BYTES = 4 * FEATURE_DIM  # of the upload: 192 float32
+ANCHOR_BYTES = 4 * FEATURE_DIM  # size of an upload: 192 float32 values
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters by place, as the paper's tables count them; `trained` is those that this run changes."""
+    """Parameter counts by place, as in the paper's tables."""
 
     device: int  # D-Param: encoder, head, one last layer
-    cloud: int  # C-Param: what the cloud has beside them
-    trained: int
+    cloud: int  # C-Param: additional parameters in the cloud
+    trained: int  # parameters that this run changes
 
 
 class Traffic(NamedTuple):
-    """Bytes between device and cloud for one adaptation."""
+    """Bytes sent between device and cloud for one adaptation."""
 
     up: int
     down: int
 
 
 class Method(LightningModule):
-    """A training run: AdamW with polynomial decay to zero on whatever has a gradient.
+    """Training run with AdamW and polynomial decay to zero for all parameters that require a gradient.
 
-    Every random draw of a training step (dropout, latents, anchor frames) follows from seed, epoch, batch and process
-    alone, so that a run which goes on after an interruption does what an uninterrupted one does.
+    Every random draw of a training step (dropout, latents, anchor frames) depends on seed, epoch, batch and process
+    only, so that a resumed run matches an uninterrupted one.
 
     Args:
-        encoder: shared by cloud and device.
-        head: the task.
-        train_encoder: a frozen encoder stays in evaluation mode, and its features can be computed once.
-        learning_rate: at the start.
-        weight_decay: AdamW's.
-        seed: of the run.
+        encoder: encoder, shared by cloud and device.
+        head: head of the task.
+        train_encoder: whether the encoder trains; a frozen one stays in evaluation mode, and its features are cached.
+        learning_rate: initial learning rate.
+        weight_decay: weight decay of AdamW.
+        seed: seed of the run.
     """
 
-    reads: ClassVar[View] = "samples"  # which view of a dataset it trains on
-    trains_in_turn: ClassVar[bool] = False  # whether a step may leave some of the parameters that train out
-    averages: Averages = "samples"  # over what the loss of a step is the mean
-    virtual: int = 0  # virtual devices of each device that trains, see `FeatureDataModule`
-    jitters: bool = False  # whether these jitter colours
-    needs_whole_step: str = ""  # why a step's batches cannot be accumulated; "" where they can
-    monitor: str  # the best epoch is where this is best; the earlier one of two equals
+    reads: ClassVar[View] = "samples"  # view of the dataset that the method trains on
+    trains_in_turn: ClassVar[bool] = False  # whether a step may leave out some of the trained parameters
+    averages: Averages = "samples"  # what the loss of a step is averaged over
+    virtual: int = 0  # virtual devices per training device, see `FeatureDataModule`
+    jitters: bool = False  # whether virtual devices jitter colours
+    needs_whole_step: str = ""  # why batches cannot be accumulated; "" if they can
+    monitor: str  # metric that selects the best epoch; the earlier one of equals
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(
@@ -86,35 +86,35 @@ class Method(LightningModule):
         self.learning_rate, self.weight_decay, self.seed = learning_rate, weight_decay, seed
         self.encoder_learning_rate = learning_rate
 
-    def frozen(self) -> list[nn.Module]:
-        """Return the parts that never train: no gradients, always in evaluation mode."""
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the modules that never train: without gradients, always in evaluation mode."""
         return [] if self.train_encoder else [self.encoder]
 
     def train(self, mode: bool = True) -> "Method":
-        """Set training mode for all but the frozen parts."""
+        """Set the mode of all modules but the frozen ones."""
         super().train(mode)
-        for module in self.frozen():
+        for module in self.frozen_modules():
             module.eval()
         return self
 
     def encode(self, batch: Batch) -> Any:
-        """Return a batch as the encoder sees it, in float32: from the encoder, or as it was kept."""
+        """Return the encoder's features of a batch in float32; a batch of cached features is returned unchanged."""
         return self.head.encode(self.encoder, batch) if isinstance(batch, VideoTextBatch) else batch
 
     @abstractmethod
     def _step(self, batch: Batch, split: Split) -> Tensor:
         """Return the loss of a batch, a scalar; log metrics in validation and test.
 
-        The encoder alone computes in the precision of the run. What stands behind it is small, and rounding there
-        would change labels, statistics and answers: it computes in `float32`.
+        Only the encoder computes in the precision of the run. The modules after it are small, and rounding there would
+        change labels, statistics and answers: they compute in `float32`.
         """
 
     def float32(self) -> torch.autocast:
-        """Return a context in which nothing is rounded below float32, whatever the precision of the run."""
+        """Return a context that computes in float32 regardless of the precision of the run."""
         return torch.autocast(self.device.type, enabled=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the weighted loss of a batch: the mean over processes and accumulated batches is the step's."""
+        """Return the weighted loss of a batch, whose mean over processes and accumulated batches is the step's loss."""
         return self._step(batch, "train") * self.weigh(batch_idx)
 
     def weigh(self, batch_idx: int) -> float:
@@ -125,15 +125,15 @@ class Method(LightningModule):
         return data.weigh(batch_idx, known=self.averages == "known")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the check of the losses, where nothing that is one is there."""
+        """Add a `StepCheck` unless the trainer already has one."""
         present = any(isinstance(callback, StepCheck) for callback in self.trainer.callbacks)
         return [] if present else [StepCheck()]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Update what adaptors remember of the layers that they generated, once a step."""
+        """Update the running means of the adaptors, once per step."""
         for module in self.modules():
             if isinstance(module, Adaptor):
-                module.settle()
+                module.update_mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log metrics of a validation batch."""
@@ -144,16 +144,16 @@ class Method(LightningModule):
         self._step(batch, "test")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed the step."""
+        """Seed the random numbers of the step."""
         self.seed_step(batch_idx, self.global_rank)
 
     def seed_step(self, batch_idx: int, rank: int) -> None:
-        """Begin the random numbers of a training step as the process `rank` begins them."""
+        """Seed the random numbers of a training step as process `rank` does."""
         place = f"{self.seed} {self.current_epoch} {batch_idx} {rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW, its rates falling linearly to zero with every step (polynomial decay of power one).
+        """Return AdamW with learning rates that decay linearly to zero over the steps (polynomial of power 1).
 
         Deviation: the paper names optimizer, schedule and rates only. The power is 1, the betas are PyTorch's
         (0.9, 0.999), all parameters decay, those of norms and biases too, and there is no warm-up; the encoder's own
@@ -164,7 +164,7 @@ class Method(LightningModule):
             if parameter.requires_grad:
                 rate = self.encoder_learning_rate if name.startswith("encoder.") else self.learning_rate
                 groups.setdefault(rate, []).append(parameter)
-        # Fused: on a CPU six times as fast for the hypernetwork's millions of weights.
+        # Fused: six times as fast on a CPU for the hypernetwork's millions of weights.
         optimizer = AdamW(
             [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
             weight_decay=self.weight_decay,
@@ -178,38 +178,38 @@ class Method(LightningModule):
 
     @abstractmethod
     def parameter_counts(self) -> ParameterCounts:
-        """Return D-Param, C-Param and what trains."""
+        """Return the counts of device, cloud and trained parameters (D-Param, C-Param)."""
 
     @abstractmethod
     def traffic(self) -> Traffic:
-        """Return the bytes of one adaptation."""
+        """Return the bytes sent for one adaptation."""
 
     def payloads(self) -> dict[Precision, int]:
-        """Return bytes down for one adaptation by precision, where the test tries several: its cases by these names."""
+        """Return the download of one adaptation in bytes by precision, for methods that test several as cases."""
         return {}
 
     def export(self, folder: Path) -> None:
-        """Write what later runs build on into the run's folder."""
+        """Write the files that later runs build on into the folder of the run."""
 
 
 def check_rate(name: str, rate: float, remedy: str = "") -> None:
     """Refuse a learning rate that is not a positive number.
 
     Raises:
-        ConfigError: it is not; names the argument and says the remedy.
+        ConfigError: it is not; the message names the argument and ends with the remedy.
     """
     if not 0 < rate < float("inf"):
         raise ConfigError(f"{name} {rate} must be positive and finite{remedy}")
 
 
 def check_virtual(number: int) -> int:
-    """Return a number of virtual devices.
+    """Return a number of virtual devices, refusing negative ones.
 
     Raises:
-        ConfigError: it is negative.
+        ConfigError: the number is negative.
     """
     if number < 0:
-        raise ConfigError(f"virtual {number}: how many virtual devices each device becomes, 0 or more")
+        raise ConfigError(f"virtual {number}: the number of virtual devices per device must not be negative")
     return number
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.methods.adr_pretraining import anchor_feature
+from cdc_mmpg.methods.adr_pretraining import select_anchor_feature
 from cdc_mmpg.methods.answering import DeploymentParts, Generating
 from cdc_mmpg.methods.base import check_rate, check_virtual
 from cdc_mmpg.models.adr import ADR
@@ -18,21 +18,21 @@ from cdc_mmpg.models.heads import Head
 
 
 class CDCMMPG(Generating):
-    """The method, one adaptation a sample; the reasoner is phase one's and stays as it is.
+    """The paper's method with one adaptation per sample; the reasoner of phase one stays frozen.
 
     Deviation: eq. 1 adapts to a device, from its real-time samples. As in the paper's experiments every sample is
     adapted to by itself here; the devices' own distributions are what the session's methods read.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        adr: `adr.safetensors` of phase one.
-        recipe: "paper" trains the encoder on in this phase, as printed, which leaves the reasoner with features that
-            have moved since phase one; "frozen" keeps the encoder, which a fine-tuning run should have adapted first.
-        init: of the hypernetwork, see `FDA`. Deviation: not as printed by default, see there.
-        encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
-        project: put the MLP of eq. 11 before the hypernetwork. Deviation: left out by default, since the counts of the
-            paper's tables have no room for its 74,496 parameters.
-        virtual: virtual devices of each device that trains.
+        adr: path of phase one's `adr.safetensors`.
+        recipe: "paper" continues training the encoder in this phase, as printed, so that its features drift from those
+            the reasoner was trained on; "frozen" freezes the encoder, which should come from a fine-tuning run.
+        init: initialisation of the hypernetwork, see `FDA`. Deviation: not as printed by default, see there.
+        encoder_learning_rate: learning rate of the encoder; None uses `learning_rate`, as in the paper.
+        project: whether to put the MLP of eq. 11 before the hypernetwork. Deviation: left out by default, since the
+            counts of the paper's tables have no room for its 74,496 parameters.
+        virtual: number of virtual devices per training device.
     """
 
     def __init__(
@@ -50,49 +50,49 @@ class CDCMMPG(Generating):
         virtual: int = 0,
     ) -> None:
         if adr is None:
-            raise ConfigError("phase two builds on phase one: give model.init_args.adr, its adr.safetensors")
+            raise ConfigError("phase two needs phase one's reasoner: set model.init_args.adr to its adr.safetensors")
         fda = FDA(head.inputs, head.outputs, init, project)
         super().__init__(encoder, head, fda, recipe == "paper", learning_rate, weight_decay, seed)
         if encoder_learning_rate is not None:
             check_rate(
                 "encoder_learning_rate",
                 encoder_learning_rate,
-                "; to keep the encoder as it is, take METHOD=cdc_mmpg_frozen",
+                "; to freeze the encoder, use METHOD=cdc_mmpg_frozen",
             )
             self.encoder_learning_rate = encoder_learning_rate
         self.virtual = check_virtual(virtual)
         self.adr = ADR.load(Path(adr)).requires_grad_(False).eval()
 
-    def frozen(self) -> list[nn.Module]:
-        """Return the reasoner always, the encoder by recipe."""
-        return [self.adr, *super().frozen()]
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the reasoner, and with `recipe: frozen` the encoder."""
+        return [self.adr, *super().frozen_modules()]
 
     def upload(self, frame_features: Tensor) -> Tensor:
-        """Return the anchor feature f of one frame: drawn in training, the middle one when serving."""
-        return anchor_feature(self.encoder, frame_features, draw=self.training)
+        """Return the anchor feature f of one frame: a random one in training, the middle one when serving."""
+        return select_anchor_feature(self.encoder, frame_features, draw=self.training)
 
     def deployment_parts(self) -> DeploymentParts:
-        """Return reasoner and hypernetwork; offline, the mean of the layers that training generated."""
+        """Return reasoner and hypernetwork, and as offline layer the mean of the layers generated in training."""
         return DeploymentParts(Generator(self.adr, self.fda), super().deployment_parts().offline)
 
     def generator_input(self, frame_features: Tensor) -> Tensor:
-        """Return the generated feature g (eq. 16) of one frame's: drawn in training, the mean when serving."""
+        """Return the generated feature g (eq. 16) of one frame: sampled in training, the mean when serving."""
         anchor = self.upload(frame_features)
         return self.adr(anchor.flatten(0, -2), sample=self.training).generated.view_as(anchor)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """Add, in the test, the case without the reasoner, the hypernetwork reading the anchor feature itself."""
+        """Add a test case without the reasoner: the hypernetwork reads the anchor feature directly."""
         features = batch.frame_features
         cases = super().scores(batch, split)
         if split == "test":
-            anchor = anchor_feature(self.encoder, self.head.condition(features), draw=False)
+            anchor = select_anchor_feature(self.encoder, self.head.condition(features), draw=False)
             cases["bypassed"] = self.head(self.fuse(features), lambda hidden: self.fda(anchor, hidden))
         return cases
 
     def export(self, folder: Path) -> None:
-        """Write the reasoner beside the weights, so that the run can be read without phase one's."""
+        """Write the reasoner next to the weights, so that the run can be loaded without that of phase one."""
         self.adr.save(folder / "adr.safetensors")
 
     def cloud_modules(self) -> list[nn.Module]:
-        """Return the modules of reasoner and hypernetwork."""
+        """Return reasoner and hypernetwork."""
         return [self.adr, *super().cloud_modules()]

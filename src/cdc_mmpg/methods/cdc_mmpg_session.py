@@ -1,4 +1,4 @@
-"""CDC-MMPG for a session, our extension: one last layer for all questions, from several clips of a device."""
+"""CDC-MMPG for sessions, our extension: one last layer for all questions, from several clips of a device."""
 
 import logging
 from abc import abstractmethod
@@ -28,23 +28,23 @@ logger = logging.getLogger(__name__)
 
 Generated = Literal["full", "low_rank", "basis", "film", "bias"]
 Axes = int | Literal["found"] | None
-READING = "reading.safetensors"  # of a run
+READING_FILE = "reading.safetensors"  # file in the folder of a run
 
 
 class Session(Answering):
-    """What methods with a session share: a frozen encoder, and an answer for every case of the test.
+    """Base of methods with a session: a frozen encoder, and an answer for every test case.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        axes: how many of the axes in which devices differ are read of a session's mean (`DeviceAxes`), fitted before
-            training; "found" finds how many there are, None reads all of the mean, layer-normed.
-        reading: file of the `Reading` that a device makes of each anchor before it averages; None averages features.
-        virtual: virtual devices of each device that trains, see `FeatureDataModule`.
+        axes: number of device axes that a session's mean is projected onto (`DeviceAxes`), fitted before training;
+            "found" estimates it, None reads the complete mean, layer-normed.
+        reading: file of the `Reading` that a device applies to each anchor before averaging; None averages features.
+        virtual: number of virtual devices per training device, see `FeatureDataModule`.
     """
 
     reads: ClassVar[View] = "sessions"
-    reads_sets: ClassVar[bool] = False  # whether it reads the anchors themselves, not their mean
-    oracle: bool = False  # whether it is told the devices' true hue casts
+    reads_sets: ClassVar[bool] = False  # whether the method reads the individual anchors, not their mean
+    oracle: bool = False  # whether the method receives the true hue casts of the devices
 
     def __init__(
         self,
@@ -64,28 +64,28 @@ class Session(Answering):
         self.reading = Reading.load(Path(reading)) if reading else None
         self.virtual = check_virtual(virtual)
 
-    def frozen(self) -> list[nn.Module]:
+    def frozen_modules(self) -> list[nn.Module]:
         """Return encoder and reading."""
-        return [*super().frozen(), *([self.reading] if self.reading else [])]
+        return [*super().frozen_modules(), *([self.reading] if self.reading else [])]
 
     def upload(self, frame_features: Tensor) -> Tensor:
-        """Return what a clip adds to a session (..., 192) of features (..., T, 192): its reading, or its feature."""
+        """Return the contribution (..., 192) of clips with features (..., T, 192) to a session: reading or feature."""
         feature = super().upload(frame_features)
         return self.reading(feature) if self.reading else feature
 
     def setup(self, stage: str) -> None:
-        """Fit the axes on the devices that train."""
+        """Fit the axes on the training devices."""
         if stage == "fit" and isinstance(self.axes, DeviceAxes):
             number = self.axes.fit(*self.trainer.datamodule.history())
             logger.info("devices differ along %d axes", number)
 
     def export(self, folder: Path) -> None:
-        """Write the reading, with which the run opens again."""
+        """Write the reading, which reopening the run needs."""
         if self.reading:
-            self.reading.save(folder / READING)
+            self.reading.save(folder / READING_FILE)
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the reading on the device, too."""
+        """Count the reading as part of the device."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + (count(self.reading) if self.reading else 0))
 
@@ -94,38 +94,36 @@ class Session(Answering):
         """Return the head's outputs for clips with features (B, ..., T, 192).
 
         Args:
-            frame_features: of the samples.
-            upload: (B, 192) means of what the anchors upload; with `reads_sets` the anchors themselves, (B, n, 192).
-            anchors: (B,) of how many; where 0, nothing was uploaded.
+            frame_features: features of the samples.
+            upload: (B, 192) means over the anchors' uploads; with `reads_sets` the individual anchors, (B, n, 192).
+            anchors: (B,) number of anchors in `upload`; 0 means that nothing was uploaded.
         """
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """Return the case drawn in training; in the test, one for every number of anchors and for another device's."""
-        features, given = batch.samples.frame_features, batch.sets if self.reads_sets else batch.uploads
-        cases = list(SESSION_CASES)[: given.shape[1] if split == "test" else 1]
-        return {
-            case: self.answer(features, given[:, place], batch.anchors[:, place]) for place, case in enumerate(cases)
-        }
+        """Return the case drawn in training; in the test, one case per number of anchors and one for another device."""
+        features, sessions = batch.samples.frame_features, batch.sets if self.reads_sets else batch.uploads
+        cases = list(SESSION_CASES)[: sessions.shape[1] if split == "test" else 1]
+        return {case: self.answer(features, sessions[:, i], batch.anchors[:, i]) for i, case in enumerate(cases)}
 
 
 class CDCMMPGSession(Session):
-    """The device averages the anchor features of n clips; the cloud makes the layer for the whole session.
+    """Session method: the device averages n anchor features, and the cloud generates one layer for the session.
 
     Anchors are other clips of the device, one frame each, with a neutral prompt, so that one layer serves all
-    questions. Encoder and anchors are frozen, and the reasoner is left out: over a mean it has nothing to re-normalise.
-    Without anchors the device answers with the layer that all devices share, which a tenth of the training samples
-    keep able to.
+    questions. Encoder and anchors are frozen, and the reasoner is left out: a mean leaves it nothing to re-normalise.
+    Without anchors the device answers with the layer shared by all devices; a tenth of the training samples have no
+    anchors to train it.
 
     Args:
         encoder, head, axes, reading, virtual, learning_rate, weight_decay, seed: see `Session`.
-        generated: what the cloud makes: the "full" layer (see `FDA`), a "low_rank" residual on the shared one
-            (`LowRankFDA`), coefficients of a "basis" that the device keeps (`BasisFDA`), factors and offsets of the
+        generated: what the cloud generates: the "full" layer (see `FDA`), a "low_rank" residual on the shared one
+            (`LowRankFDA`), coefficients of a "basis" that the device stores (`BasisFDA`), factors and offsets of the
             hidden units ("film", `FiLMFDA`) or a "bias" (`BiasFDA`).
-        size: the rank, or how many layers the basis has; the others have none.
-        payload: the precision in which it is sent, and in which validation and test answer.
-        jitters: virtual devices jitter colours, as augmentation usually does, in place of rotating hues: a control that
-            knows less of the shift.
-        oracle: feed the hypernetwork the device's true hue cast in place of the anchors: a control, the ceiling.
+        size: the rank, or the number of basis layers; ignored for the other forms.
+        payload: precision in which the parts are sent, also used for answers in validation and test.
+        jitters: whether virtual devices jitter colours, as usual in augmentation, instead of rotating hues: a control
+            with less knowledge of the shift.
+        oracle: whether the hypernetwork reads the true hue cast instead of the anchors: a control, the upper bound.
     """
 
     def __init__(
@@ -161,74 +159,73 @@ class CDCMMPGSession(Session):
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
         """See `Session`."""
         precision: Precision = "float32" if self.training else self.payload
-        return self._answer(frame_features, self.axes(upload), anchors, precision)
+        return self._apply_layers(frame_features, self.axes(upload), anchors, precision)
 
-    def _answer(self, frame_features: Tensor, feature: Tensor, anchors: Tensor, precision: Precision) -> Tensor:
-        """Answer with layers that are made of (B, 192) and sent in that precision, or with the shared one.
+    def _apply_layers(self, frame_features: Tensor, feature: Tensor, anchors: Tensor, precision: Precision) -> Tensor:
+        """Answer with layers generated from features (B, 192) and sent in a precision; without upload, the shared one.
 
-        Where nothing was uploaded the layer is not used, and the mean of the layers that training makes does not hold
-        it.
+        Samples without an upload do not enter the running mean of the generated layers.
         """
         fused = self.fuse(frame_features)
-        several = [1] * (fused.dim() - 2)  # hidden vectors of a sample, which share its layer
-        feature, told = (part.unflatten(0, (-1, *several)) for part in (feature, anchors > 0))
+        ones = [1] * (fused.dim() - 2)  # the hidden vectors of a sample share its layer
+        feature, is_adapted = (part.unflatten(0, (-1, *ones)) for part in (feature, anchors > 0))
 
         def layer(hidden: Tensor) -> Tensor:
             if precision == "float32":
-                adapted = self.fda(feature, hidden, told)
+                adapted = self.fda(feature, hidden, is_adapted)
             else:
-                adapted = self.fda.apply_sent(feature, hidden, precision)
-            return torch.where(told.unsqueeze(-1), adapted, self.shared(hidden))
+                adapted = self.fda.apply_rounded(feature, hidden, precision)
+            return torch.where(is_adapted.unsqueeze(-1), adapted, self.shared(hidden))
 
         return self.head(fused, layer)
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """See `Session`; in the test, also one layer for everyone, and every precision. The oracle has one case."""
+        """See `Session`; add test cases with the mean layer and with every precision. The oracle has one case."""
         features = batch.samples.frame_features
         if self.oracle:
-            # Cosine and sine, as long as a layer-normed feature, and zeros.
+            # Cosine and sine, scaled to the norm of a layer-normed feature and padded with zeros.
             cast = F.pad(batch.casts * FEATURE_DIM**0.5, (0, FEATURE_DIM - batch.casts.shape[-1]))
-            return {"own": self._answer(features, cast, torch.ones_like(cast[:, 0]), "float32")}
+            return {"own": self._apply_layers(features, cast, torch.ones_like(cast[:, 0]), "float32")}
         cases = super().scores(batch, split)
         if split == "test":
             feature, anchors = self.axes(batch.uploads[:, 0]), batch.anchors[:, 0]
             cases["mean_head"] = self.head(self.fuse(features), self.fda.average)
-            cases |= {name: self._answer(features, feature, anchors, name) for name in PAYLOAD_PRECISIONS}
+            cases |= {name: self._apply_layers(features, feature, anchors, name) for name in PAYLOAD_PRECISIONS}
         return cases
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the layer without a session: the shared one."""
+        """Return the shared layer, used without a session."""
         return self.shared
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer without a session: the shared one, repeated."""
-        return self.shared.repeated(len(frame_features))
+        """Return the shared layer, used without a session, repeated for every clip."""
+        return self.shared.repeat(len(frame_features))
 
     def deployment_parts(self) -> DeploymentParts:
-        """Return axes and what generates; offline, the shared layer."""
+        """Return axes and hypernetwork, and as offline layer the shared one."""
         if self.oracle:
-            raise ConfigError("the oracle is told the camera's cast, which no device knows: it cannot be served")
+            raise ConfigError("the oracle reads the camera's true cast, which no device knows: it cannot be deployed")
         if isinstance(self.fda, ModulatingFDA):
             raise ConfigError(
-                f"{type(self.fda).__name__} is there to be compared, and no layout sends what it makes: take another "
-                "form (METHOD=cdc_mmpg_session)"
+                f"{type(self.fda).__name__} is a control without a layout for sending its layers: deploy another "
+                "method (METHOD=cdc_mmpg_session)"
             )
         layer = torch.cat([self.shared.weight, self.shared.bias.unsqueeze(-1)], dim=-1)
         return DeploymentParts(Generator(self.axes, self.fda), layer)
 
     def cloud_modules(self) -> list[nn.Module]:
-        """Return axes and what generates; the shared layer is the device's."""
+        """Return axes and hypernetwork; the shared layer is on the device."""
         return [self.axes, *self.fda.cloud_modules()]
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count a basis on the device, too."""
+        """Count the stored basis, if any, as part of the device."""
         counts = super().parameter_counts()
-        return counts._replace(device=counts.device + self.fda.stored())
+        return counts._replace(device=counts.device + self.fda.count_stored())
 
     def traffic(self) -> Traffic:
-        """Return the bytes of one mean feature up and the generated numbers down, once a session."""
+        """Return the bytes per session: one mean feature up, the generated numbers down."""
         return Traffic(ANCHOR_BYTES, self.payloads()[self.payload])
 
     def payloads(self) -> dict[Precision, int]:
-        """Return the bytes of the generated numbers, by precision."""
+        """Return the bytes of the generated numbers by precision."""
         return {name: count_matrix_bytes(self.fda.shapes, name) for name in PAYLOAD_PRECISIONS}

@@ -1,4 +1,4 @@
-"""Opponents by hand: F-linear on frames whose hues the device has rotated back by an estimate of its cast."""
+"""Hand-crafted baselines: F-linear on frames whose hues the device rotates back by its estimated cast."""
 
 from typing import Any, ClassVar
 
@@ -12,11 +12,11 @@ from cdc_mmpg.models.heads import Head
 
 
 class Corrected(Linear):
-    """Asks what adaptation is worth where the kind of shift is known: some lines on the device, and no byte.
+    """Baseline for a known kind of shift: a few lines of code on the device, and nothing is sent.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        correction: see `CorrectedDataModule`; with the true cast it is the ceiling of all that rotates back.
+        correction: see `CorrectedDataModule`; with the true cast it is the upper bound for hue corrections.
     """
 
     reads: ClassVar[View] = "sessions"
@@ -34,6 +34,6 @@ class Corrected(Linear):
         self.correction, self.oracle = correction, correction == "true_cast"
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
-        """Return the outputs of every case of features (B, C, T, 192): as many clips as it names."""
+        """Return the outputs by case; the features (B, C, T, 192) hold one correction per case."""
         cases = ["own"] if self.oracle else CORRECTION_CASES
         return {case: self(features) for case, features in zip(cases, batch.frame_features.unbind(1), strict=False)}

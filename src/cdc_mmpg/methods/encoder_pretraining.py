@@ -1,4 +1,4 @@
-"""Pretraining of a small encoder on captioned clips: masked words first, then questions about what is to be seen."""
+"""Pretraining of a small encoder on captioned clips: masked words first, then questions about the clips."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,45 +22,44 @@ from cdc_mmpg.models.weights import save_safetensors
 
 
 class Turn(NamedTuple):
-    """What a training step does, on all processes alike."""
+    """Plan of a training step, equal on all processes."""
 
-    captions: bool  # of captions or questions
-    frames: Tensor | None  # (B,) the only frame of each clip that is seen; None is all
-    counts: bool  # whether the batch has samples of its own, see `EpochBatches`
+    captions: bool  # whether the step trains on captions, not on questions
+    frames: Tensor | None  # (B,) the single frame used of each clip; None uses all frames
+    counts: bool  # whether the batch has samples that count, see `EpochBatches`
 
 
 class EncoderPretraining(Method):
-    """Captions for some epochs, then questions and captions in turn; leaves an encoder and what it reads of an anchor.
+    """Pretraining on captions for some epochs, then on questions and captions in turn; writes encoder and reading.
 
-    The paper's encoder comes from All-in-One's pretraining on millions of clips; this is for encoders that are small
-    enough to begin at random. Of a caption half of the words are masked, in a fifth of the captions all of them;
-    questions are answered in words, as many as the vocabulary has. Nearly all batches see a single frame of each clip,
-    which costs a third and teaches what a frame shows as well; the last epochs see all. Beside either, a quarter of the
-    batch is seen as anchors are (one frame, a neutral prompt), and the caption's words are told from the anchor
-    feature. The rate rises over `WARM_UP` steps.
+    The paper's encoder comes from All-in-One's pretraining on millions of clips; this method is for encoders small
+    enough to train from random weights. Half of the words of a caption are masked, and all words in a fifth of the
+    captions; the answers to questions are words of the full vocabulary. Nearly all batches use a single frame per clip,
+    which costs a third and teaches frame content equally well; the last epochs use all frames. In addition, a quarter
+    of each batch is encoded like anchors (one frame, a neutral prompt), and the words of the caption are predicted
+    from the anchor feature. The learning rate warms up over `WARM_UP_STEPS` steps.
 
     Args:
-        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head reads what the questions are answered
-            from.
-        caption_epochs: how many epochs see captions only.
-        question_share: of the batches after them.
-        whole_epochs: how many of the last epochs see all frames of every clip.
-        anchor_weight: of the loss of telling words from anchors, beside the other, which is a mean over all words of
-            which few are in a caption; 0 leaves it out.
+        encoder, head, learning_rate, weight_decay, seed: see `Method`; the head is that of the questions.
+        caption_epochs: number of initial epochs with captions only.
+        question_share: share of question batches after these epochs.
+        whole_epochs: number of final epochs that use all frames of every clip.
+        anchor_weight: weight of the loss of predicting words from anchors, which is a mean over the full vocabulary, of
+            which a caption has few words; 0 disables it.
     """
 
     reads: ClassVar[View] = "captions"
     trains_in_turn: ClassVar[bool] = True
     averages: Averages = "step"
-    needs_whole_step = "the words of a step are averaged over all that are masked in it"
+    needs_whole_step = "the loss is averaged over all masked words of a step"
     monitor = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
-    MASKED = 0.5
-    WHOLLY_MASKED = 0.2
-    SINGLE_FRAME = 0.95
-    ANCHORS = 0.25
-    WARM_UP = 100
+    MASKED_SHARE = 0.5  # share of masked words
+    FULLY_MASKED_SHARE = 0.2  # share of captions with all words masked
+    SINGLE_FRAME_RATE = 0.95  # share of batches with a single frame per clip
+    ANCHOR_SHARE = 0.25  # share of a batch that is also encoded like anchors
+    WARM_UP_STEPS = 100
     CLIPS_AT_ONCE = 64
 
     def __init__(
@@ -91,10 +90,10 @@ class EncoderPretraining(Method):
         self.word_bias = nn.Parameter(torch.zeros(encoder.text_embeddings.word_embeddings.num_embeddings))
 
     def mask_words(self, batch: CaptionBatch, training: bool) -> Tensor:
-        """Draw which words of the captions are masked, (B, L): half of them, or all; at least one.
+        """Draw which words of the captions are masked, (B, L): half of them or all, but at least one.
 
-        Outside training the draws of a caption follow from its place in the split, so that they are the same in every
-        epoch and whatever else is in the batch.
+        Outside training the draws depend only on the caption's place in the split, so that they are equal in every
+        epoch and batch.
         """
         rows, length = batch.caption_ids.shape
         device = batch.labels.device
@@ -103,7 +102,7 @@ class EncoderPretraining(Method):
         else:
             drawn = [np.random.default_rng((self.seed, i)).random(1 + length) for i in batch.indices.tolist()]
             captions, words = torch.from_numpy(np.stack(drawn)).to(device).split([1, length], dim=1)
-        masked = (words < self.MASKED) | (captions < self.WHOLLY_MASKED)
+        masked = (words < self.MASKED_SHARE) | (captions < self.FULLY_MASKED_SHARE)
         cls, sep = batch.neutral[0], batch.neutral[-1]
         is_word = (batch.caption_mask == 1) & (batch.caption_ids != cls) & (batch.caption_ids != sep)
         masked &= is_word
@@ -111,12 +110,12 @@ class EncoderPretraining(Method):
         return masked
 
     def captions_loss(self, batch: CaptionBatch, training: bool) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of the masked words, and how many of them are right; scalars.
+        """Return the cross-entropy of the masked words and the share predicted correctly, both scalars.
 
-        In training the means are over the words; else over the captions, so that they do not depend on the batches.
+        The means are over words in training, else over captions, so that they do not depend on the batches.
         """
         masked = self.mask_words(batch, training)
-        places = masked.flatten().nonzero().squeeze(1)  # waits for the device: how many decides all shapes
+        places = masked.flatten().nonzero().squeeze(1)  # synchronises with the GPU: all shapes depend on it
         ids = batch.caption_ids.masked_fill(masked, batch.neutral[1])
         words = self.encoder.encode_words(normalise(batch.frames), ids, batch.caption_mask)
         words = words.flatten(0, 1).index_select(0, places)
@@ -124,20 +123,20 @@ class EncoderPretraining(Method):
             scores = F.linear(
                 self.word_head(words), self.encoder.text_embeddings.word_embeddings.weight, self.word_bias
             )
-            wanted = batch.caption_ids.flatten()[places]
+            targets = batch.caption_ids.flatten()[places]
             if training:
-                loss = self._average(F.cross_entropy(scores, wanted), len(wanted))
-                return loss, (scores.argmax(-1) == wanted).float().mean()
-            found = torch.stack(
-                [F.cross_entropy(scores, wanted, reduction="none"), (scores.argmax(-1) == wanted).float()], dim=-1
+                loss = self._rescale(F.cross_entropy(scores, targets), len(targets))
+                return loss, (scores.argmax(-1) == targets).float().mean()
+            of_words = torch.stack(
+                [F.cross_entropy(scores, targets, reduction="none"), (scores.argmax(-1) == targets).float()], dim=-1
             )
-            of_captions = found.new_zeros(len(masked), 2).index_add(0, places // masked.shape[1], found)
+            of_captions = of_words.new_zeros(len(masked), 2).index_add(0, places // masked.shape[1], of_words)
             loss, right = (of_captions / masked.sum(1, keepdim=True).clamp(min=1)).mean(0)
             return loss, right
 
     def anchors_loss(self, batch: CaptionBatch) -> Tensor:
-        """Return the loss of telling the caption's words from the anchor feature of one frame, a scalar."""
-        part = slice(max(1, int(len(batch.labels) * self.ANCHORS)))
+        """Return the loss of predicting the words of a caption from the anchor feature of one frame, a scalar."""
+        part = slice(max(1, int(len(batch.labels) * self.ANCHOR_SHARE)))
         captions = batch.caption_ids[part]
         frame = int(torch.randint(batch.frames.shape[1], ()))
         prompt = batch.neutral.expand(len(captions), -1)
@@ -145,33 +144,33 @@ class EncoderPretraining(Method):
         encoded = self.encoder(video, prompt, None)
         with self.float32():
             scores = self.anchor_head(encoded.fused)
-        there = torch.zeros_like(scores).scatter_(1, captions, 1.0)
-        there[:, 0] = 0  # padding
-        return self._average(self.anchor_weight * F.binary_cross_entropy_with_logits(scores, there), len(captions))
+        targets = torch.zeros_like(scores).scatter_(1, captions, 1.0)
+        targets[:, 0] = 0  # padding
+        return self._rescale(self.anchor_weight * F.binary_cross_entropy_with_logits(scores, targets), len(captions))
 
     def questions_loss(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """Return the head's loss, and the share of right answers; scalars."""
+        """Return the head's loss and the share of correct answers, both scalars."""
         encoded = self.encoder(normalise(batch.frames), batch.text_ids, batch.text_mask)
         with self.float32():
             fused = encoded.fused
             scores = self.head(fused, self.layer)
             loss = self.head.loss(scores, FeatureBatch(fused, batch.labels, batch.indices))
             if self.training:
-                loss = self._average(loss, len(scores))
+                loss = self._rescale(loss, len(scores))
             return loss, (scores.argmax(-1) == batch.labels).float().mean()
 
-    def _average(self, mean: Tensor, number: int) -> Tensor:
-        """Return the mean over so many of this process as `average_over_processes` weighs it."""
+    def _rescale(self, mean: Tensor, number: int) -> Tensor:
+        """Rescale a mean over `number` items of this process, see `average_over_processes`."""
         return average_over_processes(mean, mean.new_full((), number * self._turn.counts))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw the step's turn with the first process's seed, then go on with this one's.
+        """Draw the plan of the step with the first process's seed, then seed this process.
 
-        Processes that drew turns of their own would wait for gradients of parameters that others leave out.
+        With different plans, processes would wait for gradients of parameters that others leave out.
         """
         self.seed_step(batch_idx, rank=0)
         frames = None
-        if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME:
+        if self.current_epoch < self.trainer.max_epochs - self.whole_epochs and torch.rand(()) < self.SINGLE_FRAME_RATE:
             frames = torch.randint(batch.frames.shape[1], batch.labels.shape, device=batch.labels.device)
         captions = self.current_epoch < self.caption_epochs or bool(torch.rand(()) >= self.question_share)
         data = getattr(self.trainer, "datamodule", None)
@@ -194,16 +193,16 @@ class EncoderPretraining(Method):
         return words + loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return `Method`'s, after a warm-up: attention that starts at random is easily broken by the first steps."""
+        """Add a warm-up to `Method`'s schedule: large first steps easily break randomly initialised attention."""
         configured = super().configure_optimizers()
         optimizer, decay = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-        steps = min(self.WARM_UP, decay.total_iters)
+        steps = min(self.WARM_UP_STEPS, decay.total_iters)
         warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / steps, total_iters=steps)
         configured["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.ChainedScheduler([warm_up, decay])
         return configured
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the encoder; the heads of the pretraining go nowhere."""
+        """Count the encoder; the pretraining heads are discarded."""
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return ParameterCounts(count(self.encoder), 0, trained)
 
@@ -212,7 +211,7 @@ class EncoderPretraining(Method):
         return Traffic(0, 0)
 
     def export(self, folder: Path) -> None:
-        """Write the encoder, where all methods begin, and what it reads of an anchor, which sessions may average."""
+        """Write the encoder, from which all methods start, and the reading, which sessions can average."""
         save_safetensors(self.encoder.state_dict(), folder / "encoder.safetensors")
         torch.manual_seed(self.seed)
         reading = Reading()
@@ -221,7 +220,7 @@ class EncoderPretraining(Method):
 
     @torch.no_grad()
     def _encode_captioned(self) -> tuple[Tensor, list[list[int]]]:
-        """Return anchor features (N, T, 192) of all frames of the captioned clips, and the words of the captions."""
+        """Return anchor features (N, T, 192) of all frames of the captioned clips, and the captions as word ids."""
         data, encoder = self.trainer.datamodule, self.encoder.eval()
         clips, features, words = data.captions.train, [], []
         for start in range(0, len(clips), self.CLIPS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Fine-tuning (paper section 4.4.1): everything trains, the last layer is one for all samples."""
+"""Fine-tuning (paper section 4.4.1): everything trains, and all samples share one last layer."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from cdc_mmpg.models.weights import save_safetensors
 
 
 class FineTuning(Linear):
-    """F-linear with the encoder trained, too; its encoder is where `recipe: frozen` begins.
+    """F-linear with a trained encoder, from which runs with `recipe: frozen` start.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed, virtual: see `Linear`.
-        encoder_learning_rate: the encoder's own; None, as the paper has it, is `learning_rate`.
+        encoder_learning_rate: learning rate of the encoder; None uses `learning_rate`, as in the paper.
     """
 
     trains_encoder = True
@@ -31,9 +31,7 @@ class FineTuning(Linear):
     ) -> None:
         super().__init__(encoder, head, learning_rate, weight_decay, seed, virtual)
         if encoder_learning_rate is not None:
-            check_rate(
-                "encoder_learning_rate", encoder_learning_rate, "; to keep the encoder as it is, take METHOD=linear"
-            )
+            check_rate("encoder_learning_rate", encoder_learning_rate, "; to freeze the encoder, use METHOD=linear")
             self.encoder_learning_rate = encoder_learning_rate
 
     def export(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""F-hyper (paper section 4.4.1): the encoder is frozen, a hypernetwork makes the last layer from the fused feature."""
+"""F-hyper (paper section 4.4.1): a hypernetwork generates the last layer from the frozen encoder's fused feature."""
 
 from cdc_mmpg.methods.answering import Generating
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -7,12 +7,12 @@ from cdc_mmpg.models.heads import Head
 
 
 class Hyper(Generating):
-    """The hypernetwork alone: no reasoner, no MLP before it; it reads the feature of all frames, m̄ (eq. 5).
+    """Hypernetwork without reasoner or MLP, which reads the feature of all frames, m̄ (eq. 5).
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        init: of the hypernetwork, see `FDA`. As printed, the paper's baseline is badly initialised, which is the likely
-            cause of its figures; "hyperfan_in" is the fair opponent.
+        init: initialisation of the hypernetwork, see `FDA`. As printed, the paper's baseline is badly initialised, the
+            likely cause of its results; "hyperfan_in" is the fair baseline.
     """
 
     def __init__(

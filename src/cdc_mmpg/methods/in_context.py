@@ -1,4 +1,4 @@
-"""An opponent without backpropagation: the device's anchors as tokens beside the clip's, in a small transformer."""
+"""Baseline without backpropagation: the device's anchors and the clip as tokens of a small transformer."""
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ from cdc_mmpg.models.heads import Head
 
 
 class InContext(OneLayer, Session):
-    """Reads unlabelled clips of the device in context; nothing travels, and every answer reads all of them.
+    """In-context reading of unlabelled clips of the device; nothing is sent, and every answer reads all clips.
 
-    Source: Gupta et al. 2023, "Context is Environment", attend to unlabelled samples of a domain beside the query; here
-    on features of a frozen encoder.
+    Source: Gupta et al. 2023, "Context is Environment", attends to unlabelled samples of a domain together with the
+    query; here on features of a frozen encoder.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed, virtual, reading: see `Session`.
-        layers: of the transformer.
+        layers: number of layers of the transformer.
     """
 
     reads_sets = True
@@ -46,7 +46,7 @@ class InContext(OneLayer, Session):
         self.clip, self.anchor = nn.Linear(FEATURE_DIM, FEATURE_DIM), nn.Linear(FEATURE_DIM, FEATURE_DIM)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
-        """See `Session`; here `upload` is the anchors themselves, (B, n, 192), of which the first `anchors` count."""
+        """See `Session`; here `upload` holds the anchors themselves, (B, n, 192), and the first `anchors` are valid."""
         fused = self.fuse(frame_features)
         tokens = torch.cat([self.clip(fused).unsqueeze(1), self.anchor(upload)], dim=1)
         absent = torch.arange(tokens.shape[1], device=anchors.device) > anchors.unsqueeze(1)
@@ -54,6 +54,6 @@ class InContext(OneLayer, Session):
         return self.head(fused + mixed, self.layer)
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the transformer on the device, too."""
+        """Count the transformer as part of the device."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + sum(map(count, (self.mix, self.clip, self.anchor))))

@@ -10,21 +10,21 @@ from cdc_mmpg.models.heads import Head, LastLayer
 
 
 class OneLayer(Answering):
-    """A method that answers with one static last layer; nothing travels.
+    """Base of methods that answer with one static last layer; nothing is sent.
 
     Attributes:
-        layer: that one.
+        layer: static last layer of all samples.
     """
 
     layer: StaticLayer
 
     def last_layer(self, frame_features: Tensor) -> LastLayer:
-        """Return the one layer."""
+        """Return the static layer."""
         return self.layer
 
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the one layer, repeated."""
-        return self.layer.repeated(len(frame_features))
+        """Return the static layer, repeated for every clip."""
+        return self.layer.repeat(len(frame_features))
 
     def traffic(self) -> Traffic:
         """Return no bytes: nothing is sent."""
@@ -32,12 +32,11 @@ class OneLayer(Answering):
 
 
 class Linear(OneLayer):
-    """One last layer for all samples; nothing travels.
+    """F-linear: one last layer for all samples; nothing is sent.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
-        virtual: virtual devices of each device that trains, which see each of its
-            samples as often as itself.
+        virtual: number of virtual devices per training device; each sees every sample of it as often as the device.
     """
 
     trains_encoder = False
@@ -54,5 +53,5 @@ class Linear(OneLayer):
         super().__init__(encoder, head, self.trains_encoder, learning_rate, weight_decay, seed)
         self.virtual = check_virtual(virtual)
         if not head.pooled:
-            encoder.pooler.requires_grad_(False)  # nothing here reads it
+            encoder.pooler.requires_grad_(False)  # this head does not use it
         self.layer = StaticLayer(head.inputs, head.outputs)

@@ -1,4 +1,4 @@
-"""An opponent without backpropagation: features minus the mean of the device's anchors, under a static head."""
+"""Baseline without backpropagation: features minus the mean of the device's anchors, with a static last layer."""
 
 from torch import Tensor
 
@@ -10,10 +10,10 @@ from cdc_mmpg.models.heads import Head
 
 
 class MeanAnchor(OneLayer, Session):
-    """Centres a device's features, as batch statistics of a domain do; nothing travels.
+    """Centering of a device's features, as with batch statistics of a domain; nothing is sent.
 
     Source: Sun and Saenko 2016, "Deep CORAL", and Li et al. 2018, "Adaptive Batch Normalization", align domains by
-    statistics of their features; of a few clips the mean alone is known well.
+    statistics of their features; a few clips only determine the mean reliably.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed, virtual: see `Session`.
@@ -32,6 +32,6 @@ class MeanAnchor(OneLayer, Session):
         self.layer = StaticLayer(head.inputs, head.outputs)
 
     def answer(self, frame_features: Tensor, upload: Tensor, anchors: Tensor) -> Tensor:
-        """See `Session`; nothing is subtracted where there are no anchors, whose mean is zero then."""
+        """See `Session`; without anchors the mean is zero and nothing is subtracted."""
         fused = self.fuse(frame_features)
         return self.head(fused - upload.unflatten(0, (-1, *[1] * (fused.dim() - 2))), self.layer)

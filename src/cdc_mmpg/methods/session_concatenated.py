@@ -1,4 +1,4 @@
-"""A control: the session's feature beside the clip's, under a static head; nothing is generated and nothing travels."""
+"""Control: session and clip features concatenated before a static last layer; nothing is generated or sent."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from cdc_mmpg.models.heads import Head
 
 
 class SessionConcatenated(OneLayer, Session):
-    """Asks what generating weights buys: the device could read its session's feature as a second input.
+    """Control for the gain from generated weights: the device reads its session's feature as a second input.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed: see `Method`.
@@ -44,11 +44,11 @@ class SessionConcatenated(OneLayer, Session):
         return self.head(self.mix(both), self.layer)
 
     def fuse(self, frame_features: Tensor) -> Tensor:
-        """Return the clip's feature beside zeros: without a session."""
+        """Return the mixed feature of a clip without a session: zeros take the place of the session's feature."""
         fused = super().fuse(frame_features)
         return self.mix(torch.cat([fused, torch.zeros_like(fused)], dim=-1))
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count axes and mixing layer on the device, too."""
+        """Count axes and mixing layer as part of the device."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + count(self.axes) + count(self.mix))

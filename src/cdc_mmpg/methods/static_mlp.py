@@ -1,4 +1,4 @@
-"""A control: F-linear with as many further parameters on the device as a session's generator has in the cloud."""
+"""Control: F-linear with as many additional parameters on the device as a session's generator has in the cloud."""
 
 from torch import Tensor, nn
 
@@ -10,11 +10,11 @@ from cdc_mmpg.models.heads import Head
 
 
 class StaticMLP(Linear):
-    """Asks whether capacity alone does it: an anchor of the clip itself holds nothing that the clip does not.
+    """Control for capacity alone: an anchor of the clip itself contains nothing that the clip does not.
 
     Args:
         encoder, head, learning_rate, weight_decay, seed, virtual: see `Linear`.
-        width: hidden units of the residual MLP; 424 have as many parameters as a rank-4 generator of 17 answers.
+        width: hidden units of the residual MLP; 424 give as many parameters as a rank-4 generator for 17 answers.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class StaticMLP(Linear):
         self.mlp = nn.Sequential(nn.Linear(FEATURE_DIM, width), nn.GELU(), nn.Linear(width, FEATURE_DIM))
 
     def fuse(self, frame_features: Tensor) -> Tensor:
-        """Return the feature (..., 192) and what the MLP adds to it."""
+        """Return the fused feature (..., 192) plus the MLP's residual."""
         fused = super().fuse(frame_features)
         return fused + self.mlp(fused)
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the MLP on the device, too."""
+        """Count the MLP as part of the device."""
         counts = super().parameter_counts()
         return counts._replace(device=counts.device + count(self.mlp))

@@ -1,7 +1,7 @@
-"""What is looked at after every optimizer step: whether the loss is finite, on all processes, and whether to stop.
+"""Check after every optimizer step, across all processes: is the loss finite, and should the run stop?
 
-A GPU computes a step while the next one is prepared: who asks for a loss at once waits for the GPU, and lets it wait
-afterwards. So the result of a step is read when the next one is under way, and always before anything is saved.
+A GPU computes a step while the CPU prepares the next one; reading a loss immediately would stall both. Therefore the
+result of a step is read during the next step, and always before anything is saved.
 """
 
 from math import isfinite
@@ -15,104 +15,104 @@ from cdc_mmpg.errors import DivergedError
 from cdc_mmpg.models.processes import gather_from_processes, is_distributed, sum_over_processes
 
 
-class Posted(NamedTuple):
-    """A step on its way to the host."""
+class PendingStep(NamedTuple):
+    """Result of a step that is being copied to the host."""
 
     epoch: int
     step: int
-    batches: list[tuple[Tensor, Tensor]]  # of this process: loss, and the samples' indices (B,)
-    values: Tensor  # (2,) sums over the processes: of the losses, and of the signals by which they were told to stop
-    copied: torch.cuda.Event | None  # when the values are on the host; None where they are now
+    batches: list[tuple[Tensor, Tensor]]  # of this process: loss and indices of the samples (B,)
+    values: Tensor  # (2,) sums over the processes of the losses and of the stop signals
+    copied: torch.cuda.Event | None  # recorded after the copy to the host; None if the values are there already
 
 
 class StepCheck(Callback):
-    """Ends a run whose loss is not finite, on all processes together; logs `train/loss`, a step late.
+    """Callback that ends a run with a non-finite loss on all processes; logs `train/loss` one step late.
 
     Attributes:
-        told: the signal by which this process was told to stop, 0 where it was not.
-        stops: whether any process was, as all of them know it: a step late where there are several.
+        stop_signal: number of the signal that asked this process to stop, 0 if none did.
+        should_stop: whether any process was asked to stop; equal on all processes, one step late if there are several.
     """
 
     def __init__(self) -> None:
-        self.told, self.stops = 0, False
+        self.stop_signal, self.should_stop = 0, False
         self._batches: list[tuple[Tensor, Tensor]] = []
-        self._posted: Posted | None = None
+        self._pending: PendingStep | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Send this step's result to the host, and look at that of the step before.
+        """Start copying the result of this step to the host, and check that of the previous step.
 
         Raises:
-            DivergedError: a loss of the step before is not finite; names its samples.
+            DivergedError: a loss of the previous step is not finite; the message names its samples.
         """
         self._batches.append((outputs["loss"].detach(), batch.indices))
-        if not ends_step(trainer, batch_idx):
+        if not is_step_end(trainer, batch_idx):
             return
-        before, self._posted = self._posted, self._post(trainer)
+        previous, self._pending = self._pending, self._start_copy(trainer)
         if not is_distributed():
-            self.stops = bool(self.told)
-        if before is not None:
-            loss = self._examine(before, trainer)
+            self.should_stop = bool(self.stop_signal)
+        if previous is not None:
+            loss = self._check_loss(previous, trainer)
             pl_module.log("train/loss", torch.tensor(loss), prog_bar=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step of the epoch."""
-        self.finish(trainer)
+        """Check the last step of the epoch."""
+        self.check_pending(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at the last step before its weights are saved."""
-        self.finish(trainer)
+        """Check the last step before its weights are saved."""
+        self.check_pending(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step."""
-        self.finish(trainer)
+        """Check the last step."""
+        self.check_pending(trainer)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Look at the step whose result nobody has read yet.
+    def check_pending(self, trainer: Trainer) -> None:
+        """Check the step whose result has not been read yet, if any.
 
         Raises:
             DivergedError: see `on_train_batch_end`.
         """
-        if self._posted is not None:
-            posted, self._posted = self._posted, None
-            self._examine(posted, trainer)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._check_loss(pending, trainer)
 
-    def _post(self, trainer: Trainer) -> Posted:
-        """Add up the step's losses over the processes, and begin to copy the sum to the host."""
+    def _start_copy(self, trainer: Trainer) -> PendingStep:
+        """Sum the losses of the step over the processes and start copying the sum to the host."""
         batches, self._batches = self._batches, []
         loss = torch.stack([loss for loss, _ in batches]).sum().float()
-        values = sum_over_processes(torch.stack([loss, torch.full_like(loss, float(self.told))]))
+        values = sum_over_processes(torch.stack([loss, torch.full_like(loss, float(self.stop_signal))]))
         copied = None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        return Posted(trainer.current_epoch, trainer.global_step - 1, batches, values, copied)
+        return PendingStep(trainer.current_epoch, trainer.global_step - 1, batches, values, copied)
 
-    def _examine(self, posted: Posted, trainer: Trainer) -> float:
+    def _check_loss(self, pending: PendingStep, trainer: Trainer) -> float:
         """Return the mean loss of a step.
 
         Raises:
-            DivergedError: it is not finite.
+            DivergedError: the loss is not finite.
         """
-        if posted.copied is not None:
-            posted.copied.synchronize()
-        total, told = posted.values.tolist()
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        total, signals = pending.values.tolist()
         if is_distributed():
-            self.stops = told > 0
+            self.should_stop = signals > 0
         if not isfinite(total):
-            batches = [(loss.item(), indices.tolist()) for loss, indices in posted.batches]
-            gathered = [batch for own in gather_from_processes(batches) for batch in own]
+            batches = [(loss.item(), indices.tolist()) for loss, indices in pending.batches]
+            gathered = [batch for part in gather_from_processes(batches) for batch in part]
             loss, samples = next((batch for batch in gathered if not isfinite(batch[0])), gathered[0])
             rate = getattr(trainer.lightning_module, "learning_rate", None)
             raise DivergedError(
-                f"the loss is {loss} at epoch {posted.epoch}, step {posted.step}, on the training samples {samples}: "
-                f"look at them, or lower the learning rate ({rate})"
+                f"the loss is {loss} at epoch {pending.epoch}, step {pending.step}, on the training samples {samples}: "
+                f"inspect them, or lower the learning rate ({rate})"
             )
-        return float(total) / trainer.world_size  # Lightning has divided by the number of accumulated batches
+        return float(total) / trainer.world_size  # Lightning has already divided by the number of accumulated batches
 
 
-def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+def is_step_end(trainer: Trainer, batch_idx: int) -> bool:
     """Return whether an optimizer step ends with this training batch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 >= trainer.num_training_batches

@@ -1,1 +1,1 @@
-"""The networks of the method as plain modules: nothing here knows Lightning, a logger or a dataset."""
+"""Networks of the method as plain modules, independent of Lightning, loggers and datasets."""

@@ -9,36 +9,36 @@ from torch import Tensor, nn
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.models.processes import is_distributed, moments_over_processes
+from cdc_mmpg.models.processes import compute_moments_over_processes, is_distributed
 from cdc_mmpg.models.weights import read_metadata, read_state_dict, save_safetensors
 
-if TYPE_CHECKING:  # it imports Lightning, which the cloud's service has not
+if TYPE_CHECKING:  # imports Lightning, which the cloud service does not install
     from cdc_mmpg.data.batch import Task
 
 Preset = Literal["small", "paper_qa", "paper_mc"]
 
-# Hidden sizes of the encoder (the decoder's are the reverse) and size of the latent. `paper_qa` has 27,802,816
-# parameters, `paper_mc` 20,213,984, `small` 554,880: enough for the embedded dataset.
+# Hidden sizes of the encoder (the decoder mirrors them) and size of the latent. `paper_qa` has 27,802,816 parameters,
+# `paper_mc` 20,213,984, and `small`, which suffices for the embedded dataset, 554,880.
 PRESETS: dict[str, tuple[tuple[int, int], int]] = {
     "small": ((384, 384), 96),
-    "default": ((384, 384), 96),  # the name of `small` in files of earlier versions
+    "default": ((384, 384), 96),  # former name of `small`, in saved files
     "paper_qa": ((4096, 2048), 1536),
     "paper_mc": ((3072, 3072), 16),
 }
 
 
-def paper_preset(task: "Task") -> Preset:
-    """Return the sizes that fit the paper's counts for a task.
+def choose_paper_preset(task: "Task") -> Preset:
+    """Return the preset that matches the paper's parameter counts for a task.
 
-    TGIF's action and transition, of which the paper prints nothing, are multiple choice. For retrieval it prints no
-    count: a generated projection has 49,408 values, nearer to question answering's 97,097 than to the 193 of multiple
+    The paper prints no counts for TGIF's action and transition, which are multiple choice, nor for retrieval: its
+    generated projection has 49,408 values, closer to the 97,097 of question answering than to the 193 of multiple
     choice.
     """
     return "paper_mc" if task == "multiple_choice" else "paper_qa"
 
 
 class Reasoned(NamedTuple):
-    """What the reasoner makes of a batch of anchor features."""
+    """Outputs of the reasoner for a batch of anchor features."""
 
     generated: Tensor  # (B, 192) g, eq. 16
     decoded: Tensor  # (B, 192) f̃, eq. 13
@@ -47,7 +47,7 @@ class Reasoned(NamedTuple):
 
 
 class ReasonerLosses(NamedTuple):
-    """The terms of eq. 14, 15 and 17, scalars."""
+    """Losses of eq. 14, 15 and 17, scalars."""
 
     kl: Tensor
     reconstruction: Tensor
@@ -55,12 +55,12 @@ class ReasonerLosses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Eq. 18."""
+        """Sum of the losses, eq. 18."""
         return self.kl + self.reconstruction + self.generation
 
 
 class ADR(nn.Module):
-    """Anchor feature f -> latent distribution -> decoded f̃ -> f re-normalised to the statistics of f̃: g.
+    """VAE over anchor features: f -> latent distribution -> decoded f̃ -> f re-normalised to the statistics of f̃, g.
 
     Source: eq. 8-10 and 12-18.
 
@@ -69,7 +69,7 @@ class ADR(nn.Module):
     "batch" takes each channel's statistics over the batch, of all processes together, and running ones when evaluating
     and for a batch of one, which has no deviation.
 
-    Everything is computed in float32, whatever the precision of the run.
+    Everything is computed in float32, regardless of the run's precision.
 
     Deviation: the sizes. The paper prints none, only totals of the cloud's parameters, which leave 27.75-27.81M for the
     reasoner in question answering and 20.21-20.31M in multiple choice. `paper_qa` and `paper_mc` are sizes that fit
@@ -79,16 +79,16 @@ class ADR(nn.Module):
 
     Args:
         preset: sizes, see `PRESETS`.
-        axis: over what eq. 16's mean and deviation are taken: "feature", "group:G" with G a divisor of 192, "batch".
-        target: what f̃ and g are drawn to: the "anchor" feature (eq. 15, 17) or the "global" feature of all frames.
+        axis: axis of eq. 16's mean and deviation: "feature", "group:G" with G a divisor of 192, or "batch".
+        target: what f̃ and g approximate: the "anchor" feature (eq. 15, 17) or the "global" feature of all frames.
 
     Raises:
-        ConfigError: an unknown axis.
+        ConfigError: the axis is unknown.
     """
 
     EPSILON = 1e-5
-    LAMBDA = 0.1  # of eq. 17
-    MOMENTUM = 0.1  # of the running statistics
+    LAMBDA = 0.1  # weight in eq. 17
+    MOMENTUM = 0.1  # update rate of the running statistics
 
     running_mean: Tensor
     running_std: Tensor
@@ -106,9 +106,9 @@ class ADR(nn.Module):
             raise ConfigError(f"axis {axis!r}: use 'feature', 'batch', or 'group:G' with G a divisor of {FEATURE_DIM}")
         self.preset, self.axis, self.target = preset, axis, target
         (first, second), latent = PRESETS[preset]
-        self.encoder = _mlp(FEATURE_DIM, first, second, 2 * latent)
-        self.decoder = _mlp(latent, second, first, FEATURE_DIM)
-        if axis == "batch":  # of f in row 0 and of f̃ in row 1
+        self.encoder = _build_mlp(FEATURE_DIM, first, second, 2 * latent)
+        self.decoder = _build_mlp(latent, second, first, FEATURE_DIM)
+        if axis == "batch":  # statistics of f in row 0, of f̃ in row 1
             self.register_buffer("running_mean", torch.zeros(2, FEATURE_DIM))
             self.register_buffer("running_std", torch.ones(2, FEATURE_DIM))
 
@@ -116,9 +116,9 @@ class ADR(nn.Module):
         """Reason about anchor features (B, 192).
 
         Args:
-            anchor: f, the pooled features of one frame each.
-            sample: draw z from its distribution (training) instead of taking the mean (serving, where the same
-                upload must give the same head).
+            anchor: f, the pooled feature of one frame per clip.
+            sample: whether to draw z from its distribution (training) or to take the mean (serving, where the same
+                upload must give the same layer).
         """
         with torch.autocast(anchor.device.type, enabled=False):
             anchor = anchor.float()
@@ -128,7 +128,7 @@ class ADR(nn.Module):
             return Reasoned(self._renormalise(anchor, decoded), decoded, mean, log_variance)
 
     def _renormalise(self, anchor: Tensor, decoded: Tensor) -> Tensor:
-        """Return the anchor with the mean and deviation of the decoded feature (eq. 16), (B, 192) all."""
+        """Shift and scale the anchor to the mean and deviation of the decoded feature (eq. 16); all are (B, 192)."""
         if self.axis != "batch":
             parts = anchor.unflatten(-1, (self.groups, -1)), decoded.unflatten(-1, (self.groups, -1))
             (std, mean), (new_std, new_mean) = (
@@ -138,7 +138,7 @@ class ADR(nn.Module):
         if self.training and (len(anchor) > 1 or is_distributed()):
             both = torch.stack([anchor, decoded])  # (2, B, 192)
             if is_distributed():
-                mean, std = moments_over_processes(both)
+                mean, std = compute_moments_over_processes(both)
             else:
                 std, mean = torch.std_mean(both, dim=1, correction=0)  # (2, 192) each
             self.running_mean.lerp_(mean.detach(), self.MOMENTUM)
@@ -148,7 +148,7 @@ class ADR(nn.Module):
         return std[1] * (anchor - mean[0]) / (std[0] + self.EPSILON) + mean[1]
 
     def losses(self, anchor: Tensor, global_feature: Tensor, reasoned: Reasoned) -> ReasonerLosses:
-        """Return eq. 14, 15 and 17 for anchors f and the global features m̄ of their clips, (B, 192) both.
+        """Return the losses of eq. 14, 15 and 17 for anchors f and global features m̄ of their clips, both (B, 192).
 
         Deviation: the KL divergence is the mean over the latent's dimensions, where the evidence lower bound sums:
         the other terms are means over dimensions, too.
@@ -163,15 +163,15 @@ class ADR(nn.Module):
         return ReasonerLosses(kl, F.mse_loss(reasoned.decoded, target), generation)
 
     def save(self, path: Path) -> None:
-        """Write the weights as safetensors, with the arguments that `load` needs."""
+        """Write the weights as safetensors, with the settings that `load` needs."""
         save_safetensors(self.state_dict(), path, {"preset": self.preset, "axis": self.axis, "target": self.target})
 
     @classmethod
     def load(cls, path: Path) -> "ADR":
-        """Load a reasoner as `save` left it.
+        """Load a reasoner written by `save`.
 
         Raises:
-            CheckpointError: absent, unreadable, or not a reasoner.
+            CheckpointError: the file is missing, unreadable, or not a reasoner.
         """
         state = read_state_dict(path)
         settings = read_metadata(path)
@@ -186,7 +186,7 @@ class ADR(nn.Module):
         return adr
 
 
-def _mlp(inputs: int, first: int, second: int, outputs: int) -> nn.Sequential:
+def _build_mlp(inputs: int, first: int, second: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, first), nn.GELU(), nn.Linear(first, second), nn.GELU(), nn.Linear(second, outputs)
     )

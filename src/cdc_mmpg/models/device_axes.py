@@ -1,4 +1,4 @@
-"""What a session's mean feature says about its device: the directions in which devices differ."""
+"""Projection of a session's mean feature onto the axes along which devices differ."""
 
 from collections.abc import Sequence
 
@@ -11,80 +11,80 @@ from cdc_mmpg.errors import ConfigError, DataError
 
 
 class DeviceAxes(nn.Module):
-    """Mean anchor feature (..., 192) -> its direction along the axes in which devices differ more than clips do.
+    """Projection of mean anchor features (..., 192) onto the axes along which devices differ more than clips do.
 
-    Source: ours; the axes are Fisher's linear discriminant, devices as the classes: of the generalised eigenvectors of
-    the covariance between devices and that within them, those with the largest eigenvalues. They need to know which
-    clips of the history are of one device, and nothing about the device. Clips differ in content, and a generator that
-    reads all 192 values learns the content of the few devices there are by heart.
+    Source: ours. The axes are those of Fisher's linear discriminant with devices as classes: the generalised
+    eigenvectors of between-device and within-device covariance with the largest eigenvalues. Fitting only needs to
+    know which clips of the history share a device. Clips differ in content, and a generator that reads all 192 values
+    memorises the content of the few training devices.
 
-    How many axes there are is found (parallel analysis, Horn 1965): those whose eigenvalue is above the largest one of
-    any of `PERMUTATIONS` random reassignments of the clips to devices.
+    The number of axes can be estimated by parallel analysis (Horn 1965): axes are kept whose eigenvalue exceeds the
+    largest one of any of `PERMUTATIONS` random reassignments of the clips to devices.
 
-    The result is as long as a layer-normed feature, its first values along the axes, zeros behind them.
+    The output has the norm of a layer-normed feature: the values along the axes first, then zeros.
 
     Args:
-        number: of axes; None finds it, up to `MOST`.
+        number: number of axes; None estimates it, up to `MAX_AXES`.
     """
 
-    RIDGE = 0.1  # of the mean variance within devices, added to it
+    RIDGE = 0.1  # share of the mean within-device variance that is added to the diagonal
     PERMUTATIONS = 20
-    MOST = 16
+    MAX_AXES = 16
 
     def __init__(self, number: int | None) -> None:
         super().__init__()
         if number is not None and not 1 <= number < FEATURE_DIM:
-            raise ConfigError(f"axes {number}: from 1 to {FEATURE_DIM - 1}, found, or null for all values as they are")
+            raise ConfigError(f"axes {number}: use a number from 1 to {FEATURE_DIM - 1}, found, or null for all values")
         self.number = number
-        # Fitted, not trained; parameters, so that they count. Axes that are not there are zeros.
+        # Fitted, not trained; parameters, so that they are counted. Unused axes are zeros.
         self.mean = nn.Parameter(torch.zeros(FEATURE_DIM), requires_grad=False)
-        self.axes = nn.Parameter(torch.eye(FEATURE_DIM)[:, : number or self.MOST].clone(), requires_grad=False)
+        self.axes = nn.Parameter(torch.eye(FEATURE_DIM)[:, : number or self.MAX_AXES].clone(), requires_grad=False)
 
     def fit(self, anchors: Tensor, devices: Sequence[Sequence[int]]) -> int:
-        """Find the axes in the anchor features (A, 192) of devices, each given by its rows; return how many.
+        """Fit the axes to anchor features (A, 192), with the rows of each device; return the number of axes.
 
         Raises:
-            DataError: no more devices than axes have two clips.
+            DataError: the number of devices with two clips is not larger than the number of axes.
         """
-        rows = [list(own) for own in devices if len(own) > 1]
+        rows = [list(clips) for clips in devices if len(clips) > 1]
         most = self.axes.shape[1]
         if len(rows) <= (self.number or 1):
             raise DataError(
-                f"{len(rows)} devices have two unlabelled clips: {self.number or 1} axes in which they differ need "
-                f"more than {self.number or 1} (--model.init_args.axes)"
+                f"{len(rows)} devices have two unlabelled clips: fitting {self.number or 1} axes needs more than "
+                f"{self.number or 1} such devices (--model.init_args.axes)"
             )
-        values = anchors[[row for own in rows for row in own]].double()
-        sizes = [len(own) for own in rows]
-        eigenvalues, axes = discriminate(values.split(sizes), self.RIDGE)
+        values = anchors[[clip for clips in rows for clip in clips]].double()
+        sizes = [len(clips) for clips in rows]
+        eigenvalues, axes = compute_discriminants(values.split(sizes), self.RIDGE)
         number = most
         if self.number is None:
             generator = torch.Generator().manual_seed(0)
             shuffled = (values[torch.randperm(len(values), generator=generator)] for _ in range(self.PERMUTATIONS))
-            chance = max(float(discriminate(own.split(sizes), self.RIDGE)[0][0]) for own in shuffled)
+            chance = max(float(compute_discriminants(clips.split(sizes), self.RIDGE)[0][0]) for clips in shuffled)
             number = int((eigenvalues[:most] > chance).sum().clamp(min=1))
-        self.mean.data.copy_(torch.stack([own.mean(0) for own in values.split(sizes)]).mean(0))
+        self.mean.data.copy_(torch.stack([clips.mean(0) for clips in values.split(sizes)]).mean(0))
         self.axes.data.copy_(F.pad(axes[:, :number], (0, most - number)))
         return number
 
     def forward(self, uploads: Tensor) -> Tensor:
-        """Return the directions of uploads, (..., 192) both, in float32 whatever the precision of the run."""
+        """Project uploads (..., 192) onto the axes: (..., 192), in float32 regardless of the run's precision."""
         with torch.autocast(uploads.device.type, enabled=False):
             along = F.normalize((uploads.float() - self.mean) @ self.axes, dim=-1) * FEATURE_DIM**0.5
         return F.pad(along, (0, FEATURE_DIM - along.shape[-1]))
 
 
-def discriminate(groups: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
-    """Return Fisher's eigenvalues (192,), falling, and their axes (192, 192) of groups (., 192) in float64.
+def compute_discriminants(groups: Sequence[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+    """Return Fisher's eigenvalues (192,), in descending order, and their axes (192, 192), all in float64.
 
     Args:
-        groups: values of each device.
-        ridge: of the mean variance within devices, added to it.
+        groups: features (clips, 192) of each device, in float64.
+        ridge: share of the mean within-device variance that is added to the diagonal.
     """
     means = torch.stack([group.mean(0) for group in groups])
-    apart = torch.cat([group - group.mean(0) for group in groups])
-    within = apart.T @ apart / (len(apart) - len(groups))
+    deviations = torch.cat([group - group.mean(0) for group in groups])
+    within = deviations.T @ deviations / (len(deviations) - len(groups))
     centred = means - means.mean(0)
-    # The means of few clips differ by chance, too.
+    # Means over few clips also differ by chance: subtract the expected sampling noise.
     chance = sum(1 / len(group) for group in groups) / len(groups)
     between = centred.T @ centred / (len(groups) - 1) - chance * within
     within += ridge * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)

@@ -1,17 +1,17 @@
-"""Hypernetworks that modulate a shared last layer: what less than a residual on it does."""
+"""Hypernetworks that modulate a shared last layer: smaller adaptations than a residual on it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_mmpg.dimensions import FEATURE_DIM
-from cdc_mmpg.models.fda import Adaptor, Parts, StaticLayer, projection
+from cdc_mmpg.models.fda import Adaptor, Parts, StaticLayer, build_projection
 
 
 class ModulatingFDA(Adaptor):
-    """Feature (B, 192) -> vectors that modulate a shared last layer: what less than a residual does.
+    """Hypernetwork from features (B, 192) to vectors that modulate a shared last layer.
 
-    Subclasses say what the vectors are; they start at zero, which is the shared layer.
+    Subclasses define the vectors. They start at zero, which leaves the shared layer unchanged.
 
     Args:
         inputs, outputs, shapes: see `Adaptor`.
@@ -23,20 +23,20 @@ class ModulatingFDA(Adaptor):
         super().__init__(inputs, outputs, shapes)
         self.register_buffer("mean_vectors", torch.zeros(shapes[0]))
         self.shared = StaticLayer(inputs, outputs)
-        self.mlp = projection()
+        self.mlp = build_projection()
         self.hyper = nn.Linear(FEATURE_DIM, self.numbers)
         nn.init.zeros_(self.hyper.weight)
         nn.init.zeros_(self.hyper.bias)
 
     @property
     def mean(self) -> Tensor:
-        """Of the vectors."""
+        """Running mean of the vectors."""
         return self.mean_vectors
 
     def parts(self, feature: Tensor, counted: Tensor | None = None) -> Parts:
         """Return the vectors, (..., number, length)."""
         vectors = self.hyper(self.mlp(feature))
-        self.remember(vectors, counted)
+        self.record(vectors, counted)
         return (vectors.unflatten(-1, self.shapes[0]),)
 
     def apply_mean(self, hidden: Tensor) -> Tensor:
@@ -44,15 +44,15 @@ class ModulatingFDA(Adaptor):
         return self.apply_parts((self.mean_vectors,), hidden)
 
     def cloud_modules(self) -> list[nn.Module]:
-        """Return MLP and H; the shared layer is the device's."""
+        """Return MLP and H; the shared layer is on the device."""
         return [self.mlp, self.hyper]
 
 
 class BiasFDA(ModulatingFDA):
-    """Feature (B, 192) -> a bias (L) that is added to a shared layer's.
+    """Hypernetwork from features (B, 192) to a bias (L) that is added to the shared layer's bias.
 
-    Source: bias alone is the least that adapts (Ben Zaken et al. 2022, "BitFit", trains no more of a model), here
-    generated.
+    Source: adapting biases alone is the smallest change (Ben Zaken et al. 2022, "BitFit", trains only biases); here
+    the bias is generated.
 
     Args:
         inputs, outputs: see `Adaptor`.
@@ -72,7 +72,7 @@ class BiasFDA(ModulatingFDA):
 
 
 class FiLMFDA(ModulatingFDA):
-    """Feature (B, 192) -> factors and offsets (2, D) of the hidden units that a shared layer reads.
+    """Hypernetwork from features (B, 192) to scales and offsets (2, D) of the inputs of a shared layer.
 
     Source: Perez et al. 2018, "FiLM: Visual Reasoning with a General Conditioning Layer": a unit h becomes
     (1 + gamma) h + beta.

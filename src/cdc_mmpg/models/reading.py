@@ -1,4 +1,4 @@
-"""Recognition before averaging: what a device reads of one clip, learned from captions alone."""
+"""Recognition before averaging: word pairs that a device recognises in one clip, learned from captions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,21 +17,20 @@ Pair = tuple[int, int]
 
 
 class Reading(nn.Module):
-    """Anchor feature (..., 192) -> how likely each of 192 pairs of words is in a caption of the clip, from 0 to 1.
+    """Classifier from anchor features (..., 192) to the probabilities of 192 word pairs in a caption of the clip.
 
-    Which thing has which look is a product, and the mean of features over clips loses it: the mean of what is
-    recognised in each clip does not. A pair is two neighbouring words of a caption ("green pole"), whatever the words
-    are: the most frequent pairs that tell captions apart are taken, and no list of things or looks is needed. Where
-    captions have fewer pairs, the rest is 0.
+    Averaging features over clips loses which object has which look; averaging recognised pairs keeps it. A pair is
+    any two neighbouring words of a caption ("green pole"). The most informative frequent pairs are selected, so no
+    list of objects or looks is needed. If the captions have fewer than 192 pairs, the remaining outputs are 0.
 
-    Source: ours. The network is three linears with GELUs between them, trained with binary cross-entropy on frozen
-    features, of which a tenth is dropped. Depth, rates and epochs were picked on held-out captions.
+    Source: ours. Three linear layers with GELUs between them, trained with binary cross-entropy on frozen features
+    with dropout of a tenth. Depth, rates and epochs were selected on held-out captions.
     """
 
     HIDDEN = 384
-    RAREST = 0.004  # share of the captions that a pair is in at least
-    EPOCHS, BATCH, RATE, WEIGHT_DECAY, DROPPED = 30, 128, 4e-3, 0.3, 0.1
-    NEVER = -30.0  # logit of what is no pair
+    MIN_PAIR_SHARE = 0.004  # smallest share of the captions that contain a pair
+    EPOCHS, BATCH, RATE, WEIGHT_DECAY, DROPOUT = 30, 128, 4e-3, 0.3, 0.1
+    ABSENT_LOGIT = -30.0  # logit of unused outputs
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class Reading(nn.Module):
         self.last = nn.Linear(self.HIDDEN, FEATURE_DIM)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the likelihoods, (..., 192), in float32 whatever the precision of the run."""
+        """Return the probabilities (..., 192), computed in float32 regardless of the run's precision."""
         with torch.autocast(features.device.type, enabled=False):
             return torch.sigmoid(self._score(features.float()))
 
@@ -50,21 +49,21 @@ class Reading(nn.Module):
         return self.last(F.gelu(self.second(hidden)))
 
     def fit(self, features: Tensor, captions: Sequence[Sequence[int]], seed: int) -> None:
-        """Train on clips with captions.
+        """Train on captioned clips.
 
         Args:
             features: (N, V, 192) anchor features of V frames of each clip.
-            captions: (N) the words of each, without special tokens.
-            seed: of initialisation and order.
+            captions: (N) WordPiece ids of each caption, without special tokens.
+            seed: seed of the order, frames and dropout.
 
         Raises:
-            DataError: captions have no pair in common.
+            DataError: no word pair occurs often enough and in only a part of the captions.
         """
-        pairs = frequent_pairs(captions, self.RAREST)
+        pairs = select_pairs(captions, self.MIN_PAIR_SHARE)
         if not pairs:
-            raise DataError(f"{len(captions)} captions have no pair of words that some have and others have not")
-        wanted = torch.tensor([[pair in there for pair in pairs] for there in map(set_of_pairs, captions)]).float()
-        wanted = F.pad(wanted, (0, FEATURE_DIM - len(pairs)))
+            raise DataError(f"{len(captions)} captions have no pair of words that only a part of them contains")
+        targets = torch.tensor([[pair in words for pair in pairs] for words in map(collect_pairs, captions)]).float()
+        targets = F.pad(targets, (0, FEATURE_DIM - len(pairs)))
         generator = torch.Generator().manual_seed(seed)
         steps = self.EPOCHS * (1 + (len(features) - 1) // self.BATCH)
         optimizer = torch.optim.AdamW(self.parameters(), self.RATE, weight_decay=self.WEIGHT_DECAY)
@@ -73,17 +72,17 @@ class Reading(nn.Module):
             for _ in range(self.EPOCHS):
                 for rows in torch.randperm(len(features), generator=generator).split(self.BATCH):
                     frames = torch.randint(features.shape[1], rows.shape, generator=generator)
-                    seen = features[rows, frames]
-                    there = torch.rand(seen.shape, generator=generator) >= self.DROPPED
-                    scores = self._score(seen * there / (1 - self.DROPPED))
-                    loss = F.binary_cross_entropy_with_logits(scores[:, : len(pairs)], wanted[rows, : len(pairs)])
+                    inputs = features[rows, frames]
+                    kept = torch.rand(inputs.shape, generator=generator) >= self.DROPOUT
+                    scores = self._score(inputs * kept / (1 - self.DROPOUT))
+                    loss = F.binary_cross_entropy_with_logits(scores[:, : len(pairs)], targets[rows, : len(pairs)])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     decay.step()
         with torch.no_grad():
             self.last.weight[len(pairs) :] = 0
-            self.last.bias[len(pairs) :] = self.NEVER
+            self.last.bias[len(pairs) :] = self.ABSENT_LOGIT
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
@@ -91,27 +90,27 @@ class Reading(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "Reading":
-        """Load a reading as `save` left it, frozen.
+        """Load a reading written by `save`, with its weights frozen.
 
         Raises:
-            CheckpointError: absent, unreadable, or not a reading.
+            CheckpointError: the file is missing, unreadable, or not a reading.
         """
         reading, state = cls(), read_state_dict(path)
         try:
             reading.load_state_dict(state)
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: not a reading, which encoder_pretraining writes") from error
+            raise CheckpointError(f"{path}: not a reading: give reading.safetensors of encoder_pretraining") from error
         return reading.requires_grad_(False)
 
 
-def set_of_pairs(words: Sequence[int]) -> set[Pair]:
+def collect_pairs(words: Sequence[int]) -> set[Pair]:
     """Return the pairs of neighbouring words of a caption."""
     return set(pairwise(words))
 
 
-def frequent_pairs(captions: Sequence[Sequence[int]], rarest: float) -> list[Pair]:
-    """Return at most 192 pairs that captions have, the most telling first: those of which half of them have one."""
-    counts = Counter(pair for words in captions for pair in set_of_pairs(words))
-    known = {pair: count / len(captions) for pair, count in counts.items() if count >= rarest * len(captions)}
-    telling = {pair: share * (1 - share) for pair, share in known.items() if share < 1}
-    return sorted(telling, key=lambda pair: (-telling[pair], pair))[:FEATURE_DIM]
+def select_pairs(captions: Sequence[Sequence[int]], rarest: float) -> list[Pair]:
+    """Return at most 192 word pairs, most informative first: those whose share of captions is nearest to one half."""
+    counts = Counter(pair for words in captions for pair in collect_pairs(words))
+    shares = {pair: count / len(captions) for pair, count in counts.items() if count >= rarest * len(captions)}
+    variances = {pair: share * (1 - share) for pair, share in shares.items() if share < 1}
+    return sorted(variances, key=lambda pair: (-variances[pair], pair))[:FEATURE_DIM]

@@ -1,4 +1,4 @@
-"""Accuracy against the number of anchors: curves of the session, lines of other methods; for the page and as PNG."""
+"""Accuracy against the number of anchors: curves of sessions, lines of other methods; for the page and as PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +24,9 @@ from cdc_mmpg.report.canvas import (
 )
 from cdc_mmpg.report.plots import Series, draw_curves, make_point
 
-ANCHORS_LABEL = "n, anchors of the device's other clips"
+ANCHORS_LABEL = "n, number of anchors (other clips of the device)"
 
-# Lines beside the session's: method, condition (none: the run's first), label, color.
+# Reference lines: method, condition (None: the run's first), label, color.
 REFERENCES = (
     (BASELINE, None, "Fine-tuning", color_of(BASELINE)),
     ("cdc_mmpg", None, "CDC-MMPG per sample", color_of("cdc_mmpg")),
@@ -39,14 +39,14 @@ CURVES = (("all", "session, all questions", color_of(SESSION)), ("color", "sessi
 
 
 class AnchorCurve(NamedTuple):
-    """Accuracies by number of anchors; of another method one accuracy, which has no number."""
+    """Accuracies by number of anchors; a reference method has one accuracy, with None for the number."""
 
     label: str
     color: str
     accuracies: Sequence[tuple[int | None, CitedText]]
 
     def to_series(self, counts: Sequence[int]) -> Series:
-        """Return the points at the places of their numbers among `counts`."""
+        """Convert to points, each at the position of its number in `counts`."""
         points = []
         for count, accuracy in self.accuracies:
             title = f"{self.label}: {accuracy.text} %" if count is None else (
@@ -57,13 +57,13 @@ class AnchorCurve(NamedTuple):
 
 
 def find_anchor_counts(evidence: Evidence) -> list[int]:
-    """Return the numbers of anchors with which sessions were tested."""
+    """Return the numbers of anchors that sessions were tested with, sorted."""
     cases = (case for run in evidence.find_runs(SESSION) for case in run.results["accuracy"])
     return sorted({int(case[1:]) for case in cases if case[:1] == "n" and case[1:].isdecimal()})
 
 
 def collect_anchor_curves(evidence: Evidence) -> list[AnchorCurve]:
-    """Return the curves of the session, then the lines of other methods."""
+    """Return the curves of sessions, then the lines of the reference methods."""
     curves = []
     for kind, label, color in CURVES:
         accuracies = [
@@ -80,10 +80,10 @@ def collect_anchor_curves(evidence: Evidence) -> list[AnchorCurve]:
 
 
 def draw_anchors(folder: Path) -> bytes:
-    """Return accuracy on unseen devices against the number of anchors, as PNG.
+    """Draw accuracy on unseen devices against the number of anchors, as PNG.
 
     Raises:
-        ConfigError: no finished run has these figures.
+        ConfigError: no finished run has these accuracies.
     """
     evidence = Evidence(folder)
     counts = find_anchor_counts(evidence)
@@ -113,7 +113,7 @@ def draw_anchors(folder: Path) -> bytes:
 
 
 def _write_caption(runs: Sequence[Run], has_references: bool) -> str:
-    """Return what the band is, and what it was counted on."""
+    """Return the number of test questions and the meaning of the bands."""
     cells = [run.find("accuracy", "n0", "unseen", "all") or {} for run in runs]
     counts = dict.fromkeys(f"{cell['questions']:,}" for cell in cells if "questions" in cell)
     parts = [f"{' / '.join(counts)} test questions"] if counts else []

@@ -1,4 +1,4 @@
-"""What all drawings share: colors, a canvas that is the same everywhere, PNG and SVG of it, labels that keep apart."""
+"""Drawing tools that all figures share: colors, a reproducible canvas, PNG and SVG encoders, spaced labels."""
 
 import re
 import warnings
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, AXIS = "#1f2328", "#59636e", "#e6eaef", "#afb8c1"
 PNG_DPI = 100
-SVG_DPI = 72  # a point is a unit of the picture
-TEXT, SMALL, HEAD = 11.5, 10.5, 13.0  # points, in PNGs
+SVG_DPI = 72  # one point is one unit of the picture
+TEXT, SMALL, HEAD = 11.5, 10.5, 13.0  # font sizes in PNGs, points
 
-TOOLTIP = "tooltip:"  # begins the ids of artists that have one
+TOOLTIP_PREFIX = "tooltip:"  # of the ids of artists with a tooltip
 SVG_TAG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -30,7 +30,7 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 class EndLabel(NamedTuple):
     """A label at the right end of a line."""
 
-    value: float  # of the line there
+    value: float  # y of the line at its end
     text: str
     color: str
     weight: str = "normal"
@@ -38,13 +38,13 @@ class EndLabel(NamedTuple):
 
 @contextmanager
 def open_canvas(width: int, height: int, dpi: int = PNG_DPI) -> "Iterator[Figure]":
-    """Open a white figure of so many pixels, without the user's matplotlib settings.
+    """Open a white figure of width x height pixels, without the user's matplotlib settings.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
     try:
-        import matplotlib  # noqa: PLC0415  slow, and only for figures
+        import matplotlib  # noqa: PLC0415  slow to import, only for figures
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
@@ -76,7 +76,7 @@ def draw_image(axes: "Axes", picture: Frames, left: float, bottom: float, side: 
 
 
 def encode_png(figure: "Figure") -> bytes:
-    """Return a figure as PNG in 256 colors, because noise does not compress; the same bytes for the same figure."""
+    """Encode a figure as PNG with 256 colors, since noise does not compress; equal figures give equal bytes."""
     from PIL import Image  # noqa: PLC0415
 
     file, drawn = BytesIO(), BytesIO()
@@ -88,15 +88,15 @@ def encode_png(figure: "Figure") -> bytes:
 
 
 def set_tooltip(artist: "Artist", text: str) -> None:
-    """Give an artist a text that shows where a pointer rests on it."""
-    artist.set_gid(TOOLTIP + escape_controls(text))
+    """Give an artist a tooltip."""
+    artist.set_gid(TOOLTIP_PREFIX + escape_controls(text))
 
 
 def encode_svg(figure: "Figure", title: str) -> str:
-    """Return a figure as an element of a page: no ids, no addresses, fonts of the page, tooltips as titles."""
+    """Encode a figure as an SVG element of a page: no ids, no URLs, the page's fonts, tooltips as titles."""
     drawn = StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that a font here lacks: the page has fonts of its own
+        warnings.simplefilter("ignore")  # characters missing in the local font: the page uses other fonts
         figure.savefig(drawn, format="svg", dpi=SVG_DPI, metadata={"Date": None})
     root = ElementTree.fromstring(drawn.getvalue().encode())
     paths = [path for defs in root.iter(f"{SVG_TAG}defs") for path in defs.iter(f"{SVG_TAG}path")]
@@ -113,13 +113,13 @@ def encode_svg(figure: "Figure", title: str) -> str:
 def _copy_shapes(
     element: ElementTree.Element, target: ElementTree.Element, markers: dict[str, ElementTree.Element]
 ) -> None:
-    """Copy paths and texts of matplotlib's SVG below `target`; a marker becomes a path where it is used."""
+    """Copy the paths and texts of matplotlib's SVG below `target`; each use of a marker becomes a path."""
     kind = element.tag.removeprefix(SVG_TAG)
     if kind == "g":
         identity = element.get("id", "")
-        if identity.startswith(TOOLTIP):
+        if identity.startswith(TOOLTIP_PREFIX):
             target = ElementTree.SubElement(target, "g")
-            ElementTree.SubElement(target, "title").text = identity.removeprefix(TOOLTIP)
+            ElementTree.SubElement(target, "title").text = identity.removeprefix(TOOLTIP_PREFIX)
         for child in element:
             _copy_shapes(child, target, markers)
     elif kind == "path":
@@ -139,13 +139,13 @@ def _copy_shapes(
         ElementTree.SubElement(target, "text", {"style": style, **place}).text = element.text
 
 
-def _round(numbers: str) -> str:
-    """Return a text with its numbers at two digits, on one line."""
-    return re.sub(r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), 2):g}", " ".join(numbers.split()))
+def _round(text: str) -> str:
+    """Round all decimal numbers of a text to two digits and put it on one line."""
+    return re.sub(r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), 2):g}", " ".join(text.split()))
 
 
 def style_axes(axes: "Axes", x_label: str, y_label: str, text: float, small: float) -> None:
-    """Give axes horizontal lines, labels in so many points, and no frame."""
+    """Give axes a horizontal grid, labels with font sizes `text` and `small` in points, and no frame."""
     axes.tick_params(length=0, pad=7, labelsize=small, colors=MUTED)
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
@@ -156,8 +156,8 @@ def style_axes(axes: "Axes", x_label: str, y_label: str, text: float, small: flo
 
 
 def label_ends(axes: "Axes", labels: Sequence[EndLabel], size: float, gap: float) -> None:
-    """Write labels of lines to the right of their ends, apart from each other by `gap` pixels at least."""
-    labels = sorted(labels, key=lambda label: -label.value)[::-1]  # of equal ones the first is above
+    """Write the labels of lines to the right of their ends, at least `gap` pixels apart."""
+    labels = sorted(labels, key=lambda label: -label.value)[::-1]  # the first of equal values goes on top
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.bbox.height
     places = spread_apart([label.value for label in labels], (high - low) * gap / height, low, high)
@@ -169,8 +169,8 @@ def label_ends(axes: "Axes", labels: Sequence[EndLabel], size: float, gap: float
 
 
 def spread_apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return the places nearest to ascending ones that lie `gap` apart and, if there is room, from `low` to `high`."""
-    blocks: list[tuple[float, int]] = []  # isotonic regression of what is left without the gaps: mean, number
+    """Move ascending places as little as possible, to be `gap` apart and, if there is room, in `low` to `high`."""
+    blocks: list[tuple[float, int]] = []  # isotonic regression after subtracting the gaps: mean, size
     for number, place in enumerate(places):
         value, size = place - number * gap, 1
         while blocks and blocks[-1][0] > value:

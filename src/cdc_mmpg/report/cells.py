@@ -1,23 +1,23 @@
-"""Cells that several tables have: the paper's figures, differences to fine-tuning, counts of seeds."""
+"""Cells that several tables share: the paper's figures, differences to fine-tuning, numbers of seeds."""
 
 from cdc_mmpg.catalogue import BASELINE
 from cdc_mmpg.evidence.comparisons import Evidence
-from cdc_mmpg.evidence.facts import NO_TEXT, NOTHING_BYTES, CitedText, Fact, cite, cite_constant
+from cdc_mmpg.evidence.facts import NO_TEXT, ZERO_BYTES, CitedText, Fact, cite, cite_constant
 from cdc_mmpg.evidence.pairing import Gain, Side
 from cdc_mmpg.evidence.paper import Erratum
 from cdc_mmpg.evidence.runs import Run
 
 GAIN_HEADER = "vs fine-tuning"
-NO_BYTES = cite_constant(NOTHING_BYTES, "NOTHING_BYTES")
-MEDIAN_HEADERS = {"VR": "VR median", "TR": "TR median"}  # columns of median ranks, by direction
+NO_BYTES = cite_constant(ZERO_BYTES, "ZERO_BYTES")
+MEDIAN_HEADERS = {"VR": "VR median", "TR": "TR median"}  # headers of median ranks, by direction
 FOOTNOTE_SIGNS = "†‡§¶"  # of footnotes, in this order
 
 
 class PaperQuotes:
-    """Figures of the paper in a table, and a footnote to each of its errors that stands there.
+    """Figures of the paper quoted in a table, with a footnote for each error of the paper among them.
 
     Args:
-        evidence: of the dataset.
+        evidence: evidence of the dataset.
     """
 
     def __init__(self, evidence: Evidence) -> None:
@@ -25,7 +25,7 @@ class PaperQuotes:
         self.errata: list[Erratum] = []  # in the order of their signs
 
     def cite(self, *keys: str) -> CitedText:
-        """Return a printed figure with the signs of its footnotes; empty where the paper has none."""
+        """Return a figure of the paper with its footnote signs; empty if the paper has no such figure."""
         fact = self.evidence.cite_paper(*keys)
         if fact is None:
             return NO_TEXT
@@ -35,7 +35,7 @@ class PaperQuotes:
         return cite(f"{{}} {signs}".rstrip(), fact)
 
     def write_notes(self) -> list[CitedText]:
-        """Return the footnotes."""
+        """Return the footnotes to all figures cited so far."""
         return [
             cite(
                 f"{sign} {erratum.text}.",
@@ -52,18 +52,18 @@ def compare_with_fine_tuning(evidence: Evidence, sides: list[Side]) -> list[Gain
 
 
 def cite_recall(evidence: Evidence, side: Side, kind: str) -> CitedText:
-    """Return a recall, of one seed without its interval: six of them would make the table twice as wide."""
+    """Return a recall; for one seed without the interval, because six intervals would double the table's width."""
     several = len(evidence.find_runs(*side)) > 1
     return evidence.cite_accuracy(side, kind=kind, interval=several)
 
 
 def count_seeds(runs: list[Run]) -> CitedText:
-    """Return the number of seeds."""
+    """Return a cell with the number of seeds."""
     return cite("{}", Fact(len(runs), str(len(runs)), "count", tuple(run.locate("seed") for run in runs)))
 
 
 def cite_result(evidence: Evidence, run: Run, *keys: str) -> CitedText:
-    """Return a value of a run's results as a cell; empty where there is none."""
+    """Return a value of a run's results as a cell; empty if it is missing."""
     return cite_or_empty(evidence.cite_value(run, *keys))
 
 

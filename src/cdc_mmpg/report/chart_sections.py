@@ -1,10 +1,20 @@
-"""The sections of the page that have charts: accuracy against bytes, anchors, frames, devices; training and time."""
+"""Sections of the page with charts: accuracy against bytes, anchors, frames, devices; training and time."""
 
 import csv
 from math import isfinite
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, DEVICES, FRAMES, NAMES, PER_SAMPLE, SESSIONS, VARIANTS, color_of, with_frames
+from cdc_mmpg.catalogue import (
+    BASELINE,
+    DEVICE_COUNTS,
+    FRAME_COUNTS,
+    METHOD_LABELS,
+    SAMPLE_METHODS,
+    SESSION_METHODS,
+    VARIANTS,
+    color_of,
+    with_frames,
+)
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
 from cdc_mmpg.evidence.findings import list_payloads
@@ -30,12 +40,12 @@ BETTER, WORSE = "#0b5cad", "#cf3f2e"  # colors of bars above and below zero
 
 
 def add_bytes(page: Page, evidence: Evidence) -> None:
-    """Add accuracy against the bytes of a download."""
+    """Add the chart of accuracy against download size."""
     page.begin("bytes", "Accuracy and bytes")
     series = []
     for row in evidence.rows:
         method, label = row.method, row.label
-        if method in (*SESSIONS, "cdc_mmpg") or evidence.is_retrieval:  # their payloads follow
+        if method in (*SESSION_METHODS, "cdc_mmpg") or evidence.is_retrieval:  # drawn below, one mark per payload
             continue
         if label.startswith("·") or (row.condition and method != "on_device"):
             continue
@@ -43,37 +53,37 @@ def add_bytes(page: Page, evidence: Evidence) -> None:
         accuracy = evidence.cite_accuracy(Side(method, row.condition))
         down = evidence.cite_value(runs[0], "bytes", "down") if runs else None
         if down and accuracy:
-            point = _mark_point(page, f"plots/bytes/{label}", down, accuracy, label, "a question")
-            series.append(Series(label, color_of(method), [point], square=method in PER_SAMPLE))
+            point = _mark_point(page, f"plots/bytes/{label}", down, accuracy, label, "per question")
+            series.append(Series(label, color_of(method), [point], square=method in SAMPLE_METHODS))
     for payload in list_payloads(evidence):
         method, label = payload.side.name, payload.label
-        per_sample = method in PER_SAMPLE
-        accuracy, unit = evidence.cite_accuracy(payload.side), "a question" if per_sample else "a session"
+        per_sample = method in SAMPLE_METHODS
+        accuracy, unit = evidence.cite_accuracy(payload.side), "per question" if per_sample else "per session"
         point = _mark_point(page, f"plots/bytes/{label}", payload.bytes, accuracy, label, unit)
         series.append(Series(label, color_of(method), [point], square=per_sample))
     if not series:
-        page.add_paragraph("No run has both.")
+        page.add_paragraph("No run has both an accuracy and a download size.")
         return
     page.add_chart(
-        chart_scatter(f"Accuracy, {describe_group(evidence)}, against bytes down", series, "bytes down", "% right"),
-        f"Accuracy, {describe_group(evidence)}, against the bytes of a download: squares, one for every question; "
-        "dots, one for a session, or none. Bars: 95 % interval of one seed, or standard deviation.",
+        chart_scatter(f"Accuracy, {describe_group(evidence)}, against bytes down", series, "bytes down", "accuracy, %"),
+        f"Accuracy ({describe_group(evidence)}) against download size. Squares: one download per question; dots: one "
+        "per session, or none. Bars: 95 % interval (one seed) or ± standard deviation (several seeds).",
     )
 
 
 def _mark_point(page: Page, name: str, x: Fact, accuracy: CitedText, label: str, unit: str) -> Point:
-    """Return a mark whose figures the page keeps."""
+    """Return a mark and record its figures in the page."""
     page.keep(f"{name}/bytes", x)
     page.keep_all(f"{name}/accuracy", accuracy)
     return make_point(x.amount, accuracy, f"{label}: {accuracy.text} %, {x.shown} bytes {unit}")
 
 
 def add_anchors(page: Page, evidence: Evidence) -> None:
-    """Add accuracy against the size of a session; the lines are those of anchors.png."""
+    """Add the chart of accuracy against session size, with the lines of anchors.png."""
     counts = find_anchor_counts(evidence)
     if len(counts) < 2:
         return
-    page.begin("session", "Accuracy and the size of a session")
+    page.begin("session", "Accuracy and session size")
     curves = collect_anchor_curves(evidence)
     for curve in curves:
         for count, accuracy in curve.accuracies:
@@ -81,67 +91,68 @@ def add_anchors(page: Page, evidence: Evidence) -> None:
     series = [curve.to_series(counts) for curve in curves]
     ticks = [(float(place), str(count)) for place, count in enumerate(counts)]
     page.add_chart(
-        chart_lines("Accuracy against the number of anchors", series, ANCHORS_LABEL, "% right", ticks),
-        f"Accuracy, {describe_group(evidence)}, against the number of other, unlabelled clips whose mean is uploaded. "
-        "Band: 95 % interval of one seed, or standard deviation. Dashed: all questions.",
+        chart_lines("Accuracy against the number of anchors", series, ANCHORS_LABEL, "accuracy, %", ticks),
+        f"Accuracy ({describe_group(evidence)}) against the number of unlabelled clips whose mean anchor is uploaded. "
+        "Band: 95 % interval (one seed) or ± standard deviation (several). Dashed: other methods, all questions.",
     )
 
 
 def add_frames(page: Page, evidence: Evidence) -> None:
-    """Add accuracy against frames, where other numbers of them were tried."""
+    """Add the chart of accuracy against frames per clip, if several numbers of frames were trained."""
     series = []
     for method in ("cdc_mmpg", BASELINE):
         points = []
-        for number in FRAMES:
+        for number in FRAME_COUNTS:
             seeds = find_frame_seeds(evidence, method)
             if accuracy := evidence.cite_accuracy(Side(with_frames(method, number)), seeds=seeds):
-                page.keep_all(f"plots/frames/{NAMES[method]}/{number}", accuracy)
-                title = f"{NAMES[method]}, {number} frames: {accuracy.text} %"
+                page.keep_all(f"plots/frames/{METHOD_LABELS[method]}/{number}", accuracy)
+                title = f"{METHOD_LABELS[method]}, {number} frames: {accuracy.text} %"
                 points.append(make_point(number, accuracy, title))
         if len(points) > 1:
-            series.append(Series(NAMES[method], color_of(method), points))
+            series.append(Series(METHOD_LABELS[method], color_of(method), points))
     if series:
         page.begin("frames", "Accuracy and frames")
         page.add_chart(
-            chart_lines("Accuracy against frames", series, "frames of a clip", "% right", [(n, str(n)) for n in FRAMES],
-                  bands=False),
-            f"Accuracy, {describe_group(evidence)}, against the frames that are taken of a clip; "
-            "intervals are in the table.",
+            chart_lines("Accuracy against frames", series, "frames per clip", "accuracy, %",
+                        [(n, str(n)) for n in FRAME_COUNTS], bands=False),
+            f"Accuracy ({describe_group(evidence)}) against the number of frames per clip; "
+            "the intervals are in the table of frames.",
         )  # fmt: skip
 
 
 def add_history(page: Page, evidence: Evidence) -> None:
-    """Add accuracy against how many devices train, where fewer were tried."""
+    """Add the chart of accuracy against the number of training devices, if several were trained."""
     series, most = [], 0
-    for method in VARIANTS[f"devices{DEVICES[0]}"].methods:
-        whole = evidence.find_runs(method)
-        trained = {row[1] for run in whole[:1] for row in _read_groups(run) if row[0] == "seen"}
-        numbers = {f"{method}.devices{number}": number for number in DEVICES} | {method: len(trained)}
+    for method in VARIANTS[f"devices{DEVICE_COUNTS[0]}"].methods:
+        full_runs = evidence.find_runs(method)
+        trained = {row[1] for run in full_runs[:1] for row in _read_groups(run) if row[0] == "seen"}
+        numbers = {f"{method}.devices{number}": number for number in DEVICE_COUNTS} | {method: len(trained)}
         points = []
         for name, number in numbers.items():
             if number and (accuracy := evidence.cite_accuracy(Side(name))):
-                page.keep_all(f"plots/history/{NAMES[method]}/{number}", accuracy)
-                points.append(make_point(number, accuracy, f"{NAMES[method]}, {number} devices: {accuracy.text} %"))
+                page.keep_all(f"plots/history/{METHOD_LABELS[method]}/{number}", accuracy)
+                title = f"{METHOD_LABELS[method]}, {number} devices: {accuracy.text} %"
+                points.append(make_point(number, accuracy, title))
         if len(points) > 1:
-            series.append(Series(NAMES[method], color_of(method), points))
+            series.append(Series(METHOD_LABELS[method], color_of(method), points))
             most = max(most, len(trained))
     if series:
-        page.begin("history", "Accuracy and the devices that train")
+        page.begin("history", "Accuracy and number of training devices")
         page.add_chart(
-            chart_lines("Accuracy against devices that train", series, "devices that train", "% right",
-                        [(n, str(n)) for n in (*DEVICES, most)]),
-            f"Accuracy, {describe_group(evidence)}, against how many devices' questions train. Band: 95 % interval of "
-            "one seed, or standard deviation.",
+            chart_lines("Accuracy against number of training devices", series, "training devices", "accuracy, %",
+                        [(n, str(n)) for n in (*DEVICE_COUNTS, most)]),
+            f"Accuracy ({describe_group(evidence)}) against the number of devices in training. "
+            "Band: 95 % interval (one seed) or ± standard deviation (several seeds).",
         )  # fmt: skip
 
 
 def _read_groups(run: Run) -> list[tuple[str, str]]:
-    """Return group and device of every question of a run's test."""
+    """Return the group and device of every question in a run's test; empty without answers."""
     return list(zip(run.answers.groups, run.answers.devices, strict=True)) if run.answers else []
 
 
 def add_devices(page: Page, evidence: Evidence) -> None:
-    """Add the static and the adaptive method, group by group and device by device."""
+    """Add the comparison of the static and the adaptive method by group and by device."""
     first, second = find_adaptive_side(evidence), find_static_side(evidence)
     if not first or not second or evidence.group == ALL_GROUPS:
         return
@@ -155,13 +166,14 @@ def add_devices(page: Page, evidence: Evidence) -> None:
         gain = evidence.compare(first, second, group)
         both = [evidence.cite_accuracy(second, group), evidence.cite_accuracy(first, group)]
         rows.append((group, [*both, gain.format() if gain else NO_TEXT]))
-    header = ["devices", f"{NAMES[second.name]} %", f"{NAMES[first.name]} %", "difference"]
-    page.add_table(Table("groups", "Static against adapted", header, rows))
+    adapted, static = METHOD_LABELS[first.name], METHOD_LABELS[second.name]
+    header = ["devices", f"{static} %", f"{adapted} %", "difference"]
+    page.add_table(Table("groups", "Static and adapted", header, rows))
     in_group = {device: row for device, row in compared.items() if row[0] == evidence.group}
     order = sorted(in_group, key=lambda device: (-in_group[device][2].amount, device))
     for device in order:
-        page.keep(f"devices/{device}/{NAMES[second.name]}", others[device])
-        page.keep(f"devices/{device}/{NAMES[first.name]}", in_group[device][1])
+        page.keep(f"devices/{device}/{static}", others[device])
+        page.keep(f"devices/{device}/{adapted}", in_group[device][1])
         page.keep(f"devices/{device}/difference", in_group[device][2])
     better = sum(in_group[device][2].amount > 0 for device in order)
     sources = tuple(source for device in order[:1] for source in in_group[device][2].sources)
@@ -169,25 +181,25 @@ def add_devices(page: Page, evidence: Evidence) -> None:
     count = page.keep("devices/better", Fact(better, str(better), "devices better", sources, more))
     page.add_chart(
         chart_bars(
-            f"Difference of {NAMES[first.name]} to {NAMES[second.name]} by device",
+            f"{adapted} minus {static} by device",
             [Point(0, in_group[device][2].amount, f"{device}: {in_group[device][2].shown} points") for device in order],
             f"{evidence.group} devices, sorted", "points", (BETTER, WORSE),
         ),
-        f"What {NAMES[first.name]} adds to {NAMES[second.name]} on each of {len(order)} {evidence.group} devices, in "
-        f"points: more than nothing on {count.shown}. A device has few questions, so single bars are noisy.",
+        f"Accuracy of {adapted} minus accuracy of {static} on each of {len(order)} {evidence.group} devices, in "
+        f"percentage points; positive on {count.shown}. A device has few questions, so single bars are noisy.",
     )  # fmt: skip
     page.add_chart(
         chart_pairs(
-            f"Accuracy of {NAMES[second.name]} and {NAMES[first.name]} by device",
+            f"Accuracy of {static} and {adapted} by device",
             [
-                (Point(0, others[device].amount, f"{device}, {NAMES[second.name]}: {others[device].shown} %"),
-                 Point(0, in_group[device][1].amount, f"{device}, {NAMES[first.name]}: {in_group[device][1].shown} %"))
+                (Point(0, others[device].amount, f"{device}, {static}: {others[device].shown} %"),
+                 Point(0, in_group[device][1].amount, f"{device}, {adapted}: {in_group[device][1].shown} %"))
                 for device in order
             ],
-            f"{evidence.group} devices, in the same order", "% right",
-            (NAMES[second.name], NAMES[first.name]), (color_of(second.name), color_of(first.name)),
+            f"{evidence.group} devices, in the same order", "accuracy, %",
+            (static, adapted), (color_of(second.name), color_of(first.name)),
         ),
-        "The same devices: what both answer rightly, in %.",
+        "The same devices in the same order: accuracy of both methods, in %.",
     )  # fmt: skip
     if len(order) <= 48:
         rows = [
@@ -195,11 +207,11 @@ def add_devices(page: Page, evidence: Evidence) -> None:
             for device in order
         ]
         by_device = Table("devices", f"By device, {evidence.group}", ["device", *header[1:]], rows)
-        page.add_table(by_device, summary="The figures of every device")
+        page.add_table(by_device, summary="Figures of every device")
 
 
 def add_curves(page: Page, evidence: Evidence) -> None:
-    """Add validation accuracy by epoch, of the first seed of every run."""
+    """Add the chart of validation accuracy by epoch, for the first seed of every run."""
     series = []
     for name, runs in evidence.runs.items():
         run = runs[0]
@@ -209,7 +221,7 @@ def add_curves(page: Page, evidence: Evidence) -> None:
         values, sources = _read_curve(evidence.folder, run, monitor)
         if len(values) < 2:
             continue
-        label = NAMES.get(name, name.replace("_", " "))
+        label = METHOD_LABELS.get(name, name.replace("_", " "))
         shown = [100 * value for value in values.values()]
         page.keep(f"plots/curves/{name}", Fact(shown, "", "column", sources, {"times": 100, "epochs": list(values)}))
         points = [Point(epoch + 1, y, f"{label}, epoch {epoch + 1}: {y:.1f} %")
@@ -218,13 +230,13 @@ def add_curves(page: Page, evidence: Evidence) -> None:
     if series:
         page.begin("training", "Training")
         page.add_chart(
-            chart_lines("Validation accuracy by epoch", series, "epoch", "validation, % right"),
-            "Validation accuracy after every epoch, of the first seed of every run; the best epoch was tested, once.",
+            chart_lines("Validation accuracy by epoch", series, "epoch", "validation accuracy, %"),
+            "Validation accuracy after every epoch, for the first seed of a run; only the best epoch was tested, once.",
         )
 
 
 def _read_curve(folder: Path, run: Run, column: str) -> tuple[dict[int, float], tuple[str, ...]]:
-    """Return a column of a run's logs by epoch, and its sources; of a resumed run, what came last."""
+    """Read a column of a run's logs by epoch, with its sources; later logs of a resumed run take precedence."""
     values: dict[int, float] = {}
     sources = []
     logs = sorted(run.path.glob("logs/**/metrics.csv"), key=lambda path: (len(str(path)), path))
@@ -240,7 +252,7 @@ def _read_curve(folder: Path, run: Run, column: str) -> tuple[dict[int, float], 
 
 
 def add_time(page: Page, evidence: Evidence) -> None:
-    """Add seconds by run, mean over its seeds."""
+    """Add the seconds of training and test by run, averaged over its seeds."""
     rows, parts = [], []
     for name, runs in evidence.runs.items():
         timed = [run for run in runs if run.find("seconds", "train") is not None]
@@ -259,5 +271,5 @@ def add_time(page: Page, evidence: Evidence) -> None:
     parts.sort(key=lambda row: -sum(part.x for part in row[1]))
     page.begin("time", "Where the time goes")
     page.add_chart(chart_stacked("Seconds by run", parts, ("training", "test"), (BETTER, "#9db9d6")),
-              "Seconds of training and test, a bar a run, mean over its seeds.")  # fmt: skip
+              "Seconds of training and test, one bar per run, averaged over its seeds.")  # fmt: skip
     page.add_table(Table("time", "Seconds", ["run", "training", "test", "seeds"], rows))

@@ -1,4 +1,4 @@
-"""The figure of the embedded dataset: clips of a few unseen devices."""
+"""Figure of the embedded dataset: clips of a few unseen devices."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.report.canvas import INK, MUTED, SMALL, TEXT, add_pixel_axes, draw_image, encode_png, open_canvas
 
-DEVICES, HISTORY = 4, 6  # rows, and clips without questions in each
-FRAME_PIXELS = 92  # side of a frame
+DEVICES, HISTORY = 4, 6  # number of rows, and of clips without questions in each row
+FRAME_PIXELS = 92  # width and height of a frame
 
 
 class DeviceRow(NamedTuple):
-    """An unseen device: the names of clips, and what is asked about the last."""
+    """A row of the figure: an unseen device, names of its clips, and the question about the test clip."""
 
     device: str
     cast: float
@@ -25,7 +25,7 @@ class DeviceRow(NamedTuple):
 
 
 def draw_dataset(root: Path) -> bytes:
-    """Return clips of a few unseen devices, as PNG.
+    """Draw clips of a few unseen devices, as PNG.
 
     Raises:
         DataError: a file is absent or damaged, or no unseen device has enough clips.
@@ -42,9 +42,9 @@ def draw_dataset(root: Path) -> bytes:
             (test, test + side, "a test clip"),
             (aside, aside + 245, "question → answer"),
         ):
-            centred = start != aside
-            axes.text((start + end) / 2 if centred else start, height - 24, title, fontsize=TEXT, color=INK,
-                      weight="bold", ha="center" if centred else "left", va="center")  # fmt: skip
+            is_centred = start != aside
+            axes.text((start + end) / 2 if is_centred else start, height - 24, title, fontsize=TEXT, color=INK,
+                      weight="bold", ha="center" if is_centred else "left", va="center")  # fmt: skip
             axes.plot([start, end], [height - 41] * 2, color="#d1d9e0", linewidth=1)
         for number, row in enumerate(rows):
             bottom = height - top - number * (side + gap + 3) - side
@@ -62,7 +62,7 @@ def draw_dataset(root: Path) -> bytes:
 
 
 def choose_devices(root: Path) -> list[DeviceRow]:
-    """Return up to four unseen devices, their casts as evenly spaced around the hue circle as they come, 0° first."""
+    """Choose up to four unseen devices whose casts are spread most evenly over the hue circle, near 0° first."""
     names = {}
     for number, line in enumerate(_read_text(root / "youtube_mapping.txt").splitlines(), start=1):
         name, _, vid = line.rpartition(" vid")
@@ -73,10 +73,10 @@ def choose_devices(root: Path) -> list[DeviceRow]:
     clips: dict[str, dict[str, list[str]]] = {}
     casts = {}
     try:
-        for asked in json.loads(_read_text(root / "test_unseen_qa.json")):
-            known = questions.setdefault(names[asked["video_id"]], asked)
-            if asked["type"] == "color" != known["type"]:
-                questions[names[asked["video_id"]]] = asked
+        for entry in json.loads(_read_text(root / "test_unseen_qa.json")):
+            known = questions.setdefault(names[entry["video_id"]], entry)
+            if entry["type"] == "color" != known["type"]:
+                questions[names[entry["video_id"]]] = entry
         for name, clip in sorted(json.loads(_read_text(root / "devices.json")).items()):
             if clip["device"].startswith("unseen"):
                 casts[clip["device"]] = float(clip["cast"])
@@ -91,7 +91,7 @@ def choose_devices(root: Path) -> list[DeviceRow]:
                 rows.append(DeviceRow(device, casts[device], history, test, question, answer))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{root}: devices.json and test_unseen_qa.json do not hold what the figure needs "
+            f"{root}: devices.json and test_unseen_qa.json lack data that the figure needs "
             f"({type(error).__name__}: {error}); make the dataset again"
         ) from error
     if not rows:
@@ -108,17 +108,17 @@ def choose_devices(root: Path) -> list[DeviceRow]:
 
 
 def _read_frame(root: Path, clip: str) -> Frames:
-    """Return the middle frame of a clip."""
+    """Read the middle frame of a clip."""
     return read_frames(
         root / "YouTubeClips" / f"{clip}.mp4", lambda count: [count // 2], FRAME_PIXELS, side=FRAME_PIXELS
     )[0]
 
 
 def _read_text(path: Path) -> str:
-    """Return a file of the dataset.
+    """Read a file of the dataset.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")

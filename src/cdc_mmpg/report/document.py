@@ -1,4 +1,4 @@
-"""The page as data: sections of blocks, which the template makes HTML, and every figure on the page by its name."""
+"""The page as data: sections of blocks, which the template renders as HTML, and all figures of the page by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from cdc_mmpg.report.plots import Chart, LegendEntry
 
 
 class Piece(NamedTuple):
-    """A part of a text: words, or a figure."""
+    """A part of a text: either words or a figure."""
 
     text: str = ""
     fact: Fact | None = None
 
 
 class MarkedText(NamedTuple):
-    """A text whose figures are on the page: what is shown large, and an interval that is shown small."""
+    """A text whose figures the page records: the main part, and an interval in small print."""
 
     main: list[Piece]
     interval: list[Piece]
 
 
-# Blocks of a section. `kind` is the macro of the template that makes a block HTML.
+# Blocks of a section. `kind` names the template macro that renders a block as HTML.
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph; a note is smaller."""
+    """A paragraph; a note has a smaller font."""
 
     text: MarkedText
     is_note: bool = False
@@ -55,7 +55,7 @@ class Bullets:
 
 
 class Card(NamedTuple):
-    """One figure, large, with its name and a detail."""
+    """One large figure with its name and a detail."""
 
     name: str
     figure: MarkedText
@@ -64,7 +64,7 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True)
 class Cards:
-    """The figures that a reader takes away."""
+    """The key figures of the page."""
 
     cards: list[Card]
     kind: ClassVar = "cards"
@@ -72,7 +72,7 @@ class Cards:
 
 @dataclass(frozen=True)
 class TableBlock:
-    """A table; one with a summary is closed until a reader opens it."""
+    """A table; with a summary it is collapsed until a reader opens it."""
 
     title: str
     header: list[str]
@@ -94,7 +94,7 @@ class ChartBlock:
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """Lines for the shell."""
+    """Shell commands."""
 
     lines: Sequence[str]
     kind: ClassVar = "code"
@@ -109,10 +109,10 @@ class Section(NamedTuple):
 
 
 class Page:
-    """Sections of the page so far, and the figures in it by name."""
+    """Builder of the page: its sections so far, and its figures by name."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, dict[str, Any]] = {}  # report.json
+        self.entries: dict[str, dict[str, Any]] = {}  # content of report.json
         self.sections: list[Section] = []
 
     def begin(self, name: str, title: str) -> None:
@@ -120,25 +120,25 @@ class Page:
         self.sections.append(Section(name, title, []))
 
     def add(self, block: Any) -> None:
-        """Add a block to the section that was begun last."""
+        """Add a block to the current section."""
         self.sections[-1].blocks.append(block)
 
     def keep(self, name: str, fact: Fact) -> Fact:
-        """Keep a figure of the page under a name of its own; return it."""
-        entry, free, number = fact.entry(), name, 1
-        while self.entries.get(free, entry) != entry:
+        """Record a figure of the page under `name`, numbered if another figure has that name; return the figure."""
+        entry, free_name, number = fact.to_entry(), name, 1
+        while self.entries.get(free_name, entry) != entry:
             number += 1
-            free = f"{name} ({number})"
-        self.entries[free] = entry
+            free_name = f"{name} ({number})"
+        self.entries[free_name] = entry
         return fact
 
     def keep_all(self, name: str, text: CitedText) -> None:
-        """Keep the figures of a text that a chart shows, by their numbers."""
+        """Record the figures of a text that a chart shows, numbered from 0."""
         for number, fact in enumerate(text.facts):
             self.keep(f"{name}/{number}", fact)
 
     def mark(self, name: str, text: CitedText, splits_interval: bool = False) -> MarkedText:
-        """Keep the figures of a text; return it in pieces, what follows a bracket apart where asked."""
+        """Record the figures of a text and return it in pieces, optionally with the bracketed interval separate."""
         names = iter(f"{name}/{number}" if len(text.facts) > 1 else name for number in range(len(text.facts)))
         facts = iter(text.facts)
         marked = MarkedText([], [])
@@ -158,14 +158,14 @@ class Page:
         self.add(Paragraph(MarkedText([Piece(text)], []), is_note))
 
     def add_sentences(self, name: str, sentences: Sequence[CitedText], otherwise: str) -> None:
-        """Add sentences as a list; `otherwise` where there are none."""
+        """Add sentences as a list, or the paragraph `otherwise` if there are none."""
         if sentences:
             self.add(Bullets([self.mark(f"{name}/{number}", text) for number, text in enumerate(sentences)]))
         else:
             self.add_paragraph(otherwise)
 
     def add_table(self, table: Table, summary: str = "") -> None:
-        """Add a table; with a summary, closed until a reader opens it."""
+        """Add a table; with a summary it is collapsed until a reader opens it."""
         rows = []
         for label, cells in table.rows:
             columns = zip(table.header[1:], cells, strict=True)
@@ -174,11 +174,11 @@ class Page:
         self.add(TableBlock(table.title, table.header, rows, notes, summary))
 
     def add_chart(self, chart: Chart, caption: str) -> None:
-        """Add a chart with what it shows."""
+        """Add a chart with its caption."""
         self.add(ChartBlock(Markup(chart.svg), chart.legend, caption))
 
     def render(self, title: str, lead: str) -> str:
-        """Return the document as HTML."""
+        """Render the page as HTML."""
         environment = Environment(
             loader=PackageLoader("cdc_mmpg.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             keep_trailing_newline=True, undefined=StrictUndefined,

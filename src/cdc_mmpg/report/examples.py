@@ -1,4 +1,4 @@
-"""The section of examples: clips with a question that the static or the adaptive method alone answers rightly."""
+"""Section of examples: clips with a question that only the static or only the adaptive method answers correctly."""
 
 import csv
 import os
@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from cdc_mmpg.catalogue import NAMES
+from cdc_mmpg.catalogue import METHOD_LABELS
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import cite
@@ -22,13 +22,13 @@ from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.report.document import Page, Paragraph
 
 CLIP_SUFFIXES = (".mp4", ".avi", ".gif", ".webm", ".mkv", ".mov")
-EXAMPLES_OF_A_KIND = 4
-STRIP_FRAMES = 3  # of a clip that are shown
-FRAME_PIXELS = 88  # side of a frame
+EXAMPLES_PER_KIND = 4
+STRIP_FRAMES = 3  # number of frames shown of each clip
+FRAME_PIXELS = 88  # width and height of a frame
 
 
 class ClipExample(NamedTuple):
-    """A question that one answers rightly and the other does not."""
+    """A question that only one of the two methods answers correctly, with both answers."""
 
     clip: str
     device: str
@@ -39,7 +39,7 @@ class ClipExample(NamedTuple):
 
 
 class ShownClip(NamedTuple):
-    """An example with frames of its clip, as JPEG in base64; empty where there are none."""
+    """An example with frames of its clip, as JPEG in base64; empty without the clip."""
 
     example: ClipExample
     jpeg: str
@@ -49,7 +49,7 @@ class ShownClip(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipsBlock:
-    """Examples of a kind; see the blocks of `document`."""
+    """Examples of one kind; see the blocks of `document`."""
 
     title: str
     clips: list[ShownClip]
@@ -62,14 +62,16 @@ class ClipsBlock:
 def choose_examples(
     first: Run, case: str, second: Run, other: str, group: str
 ) -> tuple[list[ClipExample], list[ClipExample]]:
-    """Return questions of a group where adaptation helps, and where it hurts: the first of every device in file order.
+    """Return questions where adaptation helps, and where it hurts: the first of every device in file order.
 
     Right and wrong are by label, as in the results: two candidates of a choice may have the same words.
 
     Args:
-        first, case: what adapts.
-        second, other: what does not.
-        group: of devices, or everything.
+        first: run of the adaptive method.
+        case: its case.
+        second: run of the static method.
+        other: its case.
+        group: group of devices, or `ALL_GROUPS`.
     """
 
     def read_words(run: Run, case: str) -> Iterator[tuple[tuple[str, ...], tuple[str, bool]]]:
@@ -81,26 +83,26 @@ def choose_examples(
             if group in (row[2], ALL_GROUPS) and not isnan(right):
                 yield key, (row[place], bool(right))
 
-    before = dict(read_words(second, other))
+    static_words = dict(read_words(second, other))
     chosen: tuple[list[ClipExample], list[ClipExample]] = ([], [])
     used: tuple[set[str], set[str]] = (set(), set())
     for key, (answered, right) in read_words(first, case):
         clip, device, _, question, answer, _ = key
-        way = 0 if right else 1
-        was, was_right = before.get(key, ("", right))
-        if right != was_right and device not in used[way] and len(chosen[way]) < EXAMPLES_OF_A_KIND:
-            used[way].add(device)
-            chosen[way].append(ClipExample(clip, device, question, answer, was, answered))
+        kind = 0 if right else 1
+        static, static_right = static_words.get(key, ("", right))
+        if right != static_right and device not in used[kind] and len(chosen[kind]) < EXAMPLES_PER_KIND:
+            used[kind].add(device)
+            chosen[kind].append(ClipExample(clip, device, question, answer, static, answered))
     return chosen
 
 
 def add_examples(page: Page, evidence: Evidence, data: Path | None) -> None:
-    """Add clips whose question adaptation gets right, and as many that it gets wrong.
+    """Add clips with a question where adaptation helps, and clips where it hurts.
 
     Args:
-        page: to which the section is added.
-        evidence: of the dataset.
-        data: the dataset's folder, with the clips; without it no frames are shown.
+        page: page to which the section is added.
+        evidence: evidence of the dataset.
+        data: folder of the dataset with the clips; without it no frames are shown.
     """
     first, second = find_adaptive_side(evidence), find_static_side(evidence)
     pairs = evidence.pair_runs(first, second) if first and second and not evidence.is_retrieval else []
@@ -109,28 +111,28 @@ def add_examples(page: Page, evidence: Evidence, data: Path | None) -> None:
     a, b = pairs[0]
     case, other = a.find_case(first.case) or "", b.find_case(second.case) or ""
     helped, hurt = choose_examples(a, case, b, other, evidence.group)
-    counts = evidence.count_right_alone(first, second)
+    counts = evidence.count_only_one_right(first, second)
     page.begin("examples", "Examples")
     if counts:
         text = cite(
-            f"Of seed {a.seed}, {describe_group(evidence)}: {NAMES[first.name]} alone is right on {{}} questions, "
-            f"{NAMES[second.name]} alone on {{}}. Below, of both kinds, the first question of each of the first "
-            "devices in the file's order: no other choice was made.", *counts[0],
+            f"Seed {a.seed}, {describe_group(evidence)}: {{}} questions that only {METHOD_LABELS[first.name]} answers "
+            f"correctly, {{}} that only {METHOD_LABELS[second.name]} does. Shown for both kinds: the first question "
+            "of each of the first devices, in the order of the file, without further selection.", *counts[0],
         )  # fmt: skip
         page.add(Paragraph(page.mark("examples/numbers", text)))
     files = _find_clips(data, {example.clip for example in (*helped, *hurt)}) if data else {}
     if not files:
-        page.add_paragraph("Without the clips: give their folder as --data.", is_note=True)
+        page.add_paragraph("Clips are not shown: pass the dataset's folder with --data.", is_note=True)
     for title, examples, adapted_is_right in (("Adaptation helps", helped, True), ("Adaptation hurts", hurt, False)):
         clips = [
             ShownClip(example, _encode_strip(files[example.clip]) if example.clip in files else "")
             for example in examples
         ]
-        page.add(ClipsBlock(title, clips, NAMES[second.name], NAMES[first.name], adapted_is_right))
+        page.add(ClipsBlock(title, clips, METHOD_LABELS[second.name], METHOD_LABELS[first.name], adapted_is_right))
 
 
 def _find_clips(root: Path, names: set[str]) -> dict[str, Path]:
-    """Return the files of clips by name, wherever they lie below a dataset's folder."""
+    """Find the files of clips by name, anywhere below a dataset's folder."""
     paths: dict[str, Path] = {}
     for folder, folders, files in os.walk(root):
         folders.sort()
@@ -143,14 +145,14 @@ def _find_clips(root: Path, names: set[str]) -> dict[str, Path]:
 
 
 def _encode_strip(path: Path) -> str:
-    """Return some frames of a clip side by side, as JPEG in base64; empty for a clip that cannot be decoded."""
+    """Encode frames of a clip side by side as JPEG in base64; empty for a clip that cannot be decoded."""
     from PIL import Image  # noqa: PLC0415  only for pictures
 
-    def middle_places(count: int) -> list[int]:
+    def choose_places(count: int) -> list[int]:
         return [int((k + 0.5) * count / STRIP_FRAMES) for k in range(STRIP_FRAMES)]
 
     try:
-        shown = [np.asarray(frame) for frame in read_frames(path, middle_places, FRAME_PIXELS, side=FRAME_PIXELS)]
+        shown = [np.asarray(frame) for frame in read_frames(path, choose_places, FRAME_PIXELS, side=FRAME_PIXELS)]
     except DataError:
         return ""
     side = FRAME_PIXELS

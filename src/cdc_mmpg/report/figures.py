@@ -1,4 +1,4 @@
-"""The figures: the method, the embedded dataset, and accuracy on unseen devices against the number of anchors.
+"""Figures as PNG: the method, the embedded dataset, and accuracy on unseen devices against the number of anchors.
 
 `cdc-mmpg figures checkpoints/<dataset> [--data <dataset root>]`
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.program import exit_code, log_to_terminal
+from cdc_mmpg.program import log_to_terminal, run_to_exit_code
 from cdc_mmpg.report.anchor_chart import draw_anchors
 from cdc_mmpg.report.dataset_figure import draw_dataset
 from cdc_mmpg.report.method_figure import draw_method
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the figures below the runs and print where; return the exit code."""
+    """Write the figures to a folder beside the runs and print their paths; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
     parser.add_argument("--data", type=Path, help="the embedded dataset's folder, for data.png")
@@ -40,4 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write("anchors.png", draw_anchors(options.folder))
 
     log_to_terminal()
-    return exit_code(draw_all)
+    return run_to_exit_code(draw_all)

@@ -1,4 +1,4 @@
-"""The figure of the method: what runs on the device and in the cloud, and what travels between them."""
+"""Figure of the method: the parts on the device and in the cloud, and the messages between them."""
 
 from typing import TYPE_CHECKING
 
@@ -9,22 +9,22 @@ from cdc_mmpg.report.canvas import HEAD, INK, MUTED, SMALL, TEXT, add_pixel_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DEVICE, CLOUD, BOTH = ("#eaf3fc", "#0b5cad"), ("#fdf1e3", "#b45309"), ("#f6f8fa", "#59636e")  # face and edge
+DEVICE, CLOUD, BOTH = ("#eaf3fc", "#0b5cad"), ("#fdf1e3", "#b45309"), ("#f6f8fa", "#59636e")  # face and edge colors
 
 
 def draw_method() -> bytes:
-    """Return what runs where and what travels, as PNG."""
+    """Draw the parts of the method and the messages between them, as PNG."""
     with open_canvas(1040, 540) as figure:
         axes = add_pixel_axes(figure)
         for left, width, name, colors in ((20, 480, "device", DEVICE), (740, 280, "cloud", CLOUD)):
             _draw_box(axes, left, 130, width, 390, colors)
             axes.text(left + 18, 488, name, color=colors[1], fontsize=HEAD, weight="bold", va="baseline")
-        # The device: in and out at the left, the model downwards at the right.
+        # The device: input and output on the left, the model on the right from top to bottom.
         for number in range(3):
             _draw_picture(axes, 46 + 30 * number, 404 - 9 * number, 58, number / 2)
         axes.text(130, 372, "3 frames + question", fontsize=TEXT, color=INK, ha="center", va="top")
         axes.text(130, 350, "“what color is the disk?”", fontsize=SMALL, color=MUTED, ha="center", va="top")
-        boxes = ((385, 72, "All-in-One-Ti\nencoder"), (283, 54, "φ"), (163, 72, "last layer\nW, b"))
+        boxes = ((385, 72, "All-in-One-Ti\nencoder"), (283, 54, "head φ"), (163, 72, "last layer\nW, b"))
         for bottom, height, name in boxes:
             _draw_box(axes, 290, bottom, 180, height, ("white", DEVICE[1]), name)
         axes.text(130, 209, "answer", fontsize=TEXT, color=INK, ha="center", va="center")
@@ -37,7 +37,7 @@ def draw_method() -> bytes:
         _draw_box(axes, 770, 385, 220, 72, ("white", CLOUD[1]), "ADR: VAE,\nre-normalisation")
         _draw_box(axes, 770, 163, 220, 72, ("white", CLOUD[1]), "FDA:\nhypernetwork")
         _draw_arrow(axes, (880, 385), (880, 235), CLOUD[1])
-        # What travels.
+        # The messages.
         _draw_arrow(axes, (470, 421), (770, 421), INK, 2.2)
         axes.text(620, 433, "anchor feature\nof one frame", fontsize=TEXT, color=INK, ha="center", va="bottom")
         axes.text(620, 409, "192 floats, 768 bytes", fontsize=SMALL, color=MUTED, ha="center", va="top")
@@ -45,10 +45,15 @@ def draw_method() -> bytes:
         axes.text(620, 211, "weights of\nthe last layer", fontsize=TEXT, color=INK, ha="center", va="bottom")
         # The session.
         _draw_box(axes, 20, 20, 1000, 86, BOTH)
-        axes.text(38, 63, "session", color=INK, fontsize=HEAD, weight="bold", va="center_baseline")
-        _draw_box(axes, 150, 37, 450, 52, ("white", BOTH[1]), "mean of n anchors from other, unlabelled clips")
-        _draw_box(axes, 680, 37, 320, 52, ("white", BOTH[1]), "rank-4 residual on a shared head")
-        _draw_arrow(axes, (600, 63), (680, 63), BOTH[1])
+        axes.text(38, 63, "session\n(ours)", color=INK, fontsize=HEAD, weight="bold", va="center", linespacing=1.3)
+        for left, width, text in (
+            (140, 260, "readings of n other,\nunlabelled clips"),
+            (450, 220, "their mean:\n192 floats, 768 bytes"),
+            (720, 280, "change of the shared layer,\nfor all questions"),
+        ):
+            _draw_box(axes, left, 33, width, 60, ("white", BOTH[1]), text)
+        _draw_arrow(axes, (400, 63), (450, 63), BOTH[1])
+        _draw_arrow(axes, (670, 63), (720, 63), BOTH[1])
         return encode_png(figure)
 
 
@@ -75,7 +80,7 @@ def _draw_arrow(
 
 
 def _draw_picture(axes: "Axes", left: float, bottom: float, side: int, time: float) -> None:
-    """Draw a frame of an imagined clip: a disk that moves."""
+    """Draw a frame of a synthetic clip of a moving disk, at `time` from 0 to 1."""
     y, x = np.mgrid[:side, :side] / side
     picture = np.empty((side, side, 3), np.uint8)
     picture[:] = (214, 226, 238)

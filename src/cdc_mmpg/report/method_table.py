@@ -1,4 +1,4 @@
-"""The table of methods: accuracies, differences to fine-tuning and costs of all methods side by side."""
+"""Table of methods: accuracies, differences to fine-tuning and costs of all methods."""
 
 from cdc_mmpg.catalogue import Row, knowledge_of
 from cdc_mmpg.evaluation.metrics import RECALLS
@@ -6,7 +6,7 @@ from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Table, cite, join_texts
 from cdc_mmpg.evidence.pairing import Gain, Side
 from cdc_mmpg.evidence.runs import ALL_GROUPS, ALL_TYPES, Run
-from cdc_mmpg.evidence.selection import find_method_runs, find_question_types, is_on_published
+from cdc_mmpg.evidence.selection import find_method_runs, find_question_types, is_on_published_splits
 from cdc_mmpg.report.cells import (
     GAIN_HEADER,
     MEDIAN_HEADERS,
@@ -23,43 +23,43 @@ FLOOR_LABELS = {
     "majority_per_type": "Majority answer per type",
     "chance": "Chance",
 }
-NO_ANCHORS_CASE = "n0"  # the condition in which nothing is sent
+NO_ANCHORS_CASE = "n0"  # condition in which nothing is sent
 KNOWLEDGE_HEADER = "knows"
 COST_HEADERS = ["D-Param", "C-Param", "up, B", "down, B", "epoch", "train s", "seeds"]
 
 
 def build_method_table(evidence: Evidence) -> Table:
-    """Return a row for every method and condition with finished runs, of which there must be one."""
+    """Build the table with a row for every method and condition with finished runs, at least one."""
     quotes = PaperQuotes(evidence)
     types = find_question_types(evidence)
     listed = [row for row in evidence.rows if evidence.find_runs(row.method, row.condition)]
     knows = [KNOWLEDGE_HEADER] if any(map(knowledge_of, listed)) else []
-    header = ["method", *_accuracy_header(evidence, types), *knows, "val %", *COST_HEADERS]
+    header = ["method", *_build_accuracy_header(evidence, types), *knows, "val %", *COST_HEADERS]
     runs = find_method_runs(evidence)
     rows: list[tuple[str, list[CitedText]]] = [
-        (label, [*_floor_cells(evidence, runs[0], name, types), *[NO_TEXT] * (len(knows) + 1 + len(COST_HEADERS))])
+        (label, [*_cite_floors(evidence, runs[0], name, types), *[NO_TEXT] * (len(knows) + 1 + len(COST_HEADERS))])
         for name, label in FLOOR_LABELS.items()
         if runs[0].find("floors", name)
     ]
     gains = compare_with_fine_tuning(evidence, [Side(row.method, row.condition) for row in listed])
     for row, gain in zip(listed, gains, strict=True):
         seeds = evidence.find_runs(row.method, row.condition)
-        accuracies = _accuracy_cells(evidence, row, seeds, gain, types, quotes)
+        accuracies = _build_accuracy_cells(evidence, row, seeds, gain, types, quotes)
         letters = [cite(knowledge_of(row))] if knows else []
-        rows.append((row.label, [*accuracies, *letters, *_cost_cells(evidence, row, seeds)]))
+        rows.append((row.label, [*accuracies, *letters, *_build_cost_cells(evidence, row, seeds)]))
     return Table("methods", "Methods side by side", header, rows, quotes.write_notes())
 
 
-def _accuracy_header(evidence: Evidence, types: list[str]) -> list[str]:
-    """Return the headers of `_accuracy_cells`."""
+def _build_accuracy_header(evidence: Evidence, types: list[str]) -> list[str]:
+    """Return the headers of `_build_accuracy_cells`."""
     if evidence.is_retrieval:
         return [*types, GAIN_HEADER, "paper VR", "paper TR", *MEDIAN_HEADERS.values()]
     printed = ["paper %"] if evidence.groups == [ALL_GROUPS] else []
     return [*(f"{group} %" for group in evidence.groups), *printed, GAIN_HEADER, *types]
 
 
-def _floor_cells(evidence: Evidence, run: Run, name: str, types: list[str]) -> list[CitedText]:
-    """Return the accuracies of what answers without looking; the same in every run."""
+def _cite_floors(evidence: Evidence, run: Run, name: str, types: list[str]) -> list[CitedText]:
+    """Return the accuracies of answers that ignore the clip; they are the same in every run."""
 
     def cite_floor(group: str, kind: str, interval: bool) -> CitedText:
         if not run.find("floors", name, group, kind):
@@ -75,12 +75,12 @@ def _floor_cells(evidence: Evidence, run: Run, name: str, types: list[str]) -> l
     return [*(cite_floor(group, ALL_TYPES, True) for group in evidence.groups), *printed, NO_TEXT, *by_type]
 
 
-def _accuracy_cells(
+def _build_accuracy_cells(
     evidence: Evidence, row: Row, runs: list[Run], gain: Gain | None, types: list[str], quotes: PaperQuotes
 ) -> list[CitedText]:
-    """Return accuracies by group, the paper's where there are no devices, the gain over fine-tuning, then by type."""
+    """Return accuracies by group, the paper's (without devices), the difference to fine-tuning, and by type."""
     side = Side(row.method, row.condition)
-    published = row.condition is None and is_on_published(runs)
+    published = row.condition is None and is_on_published_splits(runs)
     difference = gain.format() if gain else NO_TEXT
     if evidence.is_retrieval:
         recalls = [cite_recall(evidence, side, kind) for kind in types]
@@ -107,11 +107,11 @@ def _accuracy_cells(
     ]
 
 
-def _cost_cells(evidence: Evidence, row: Row, runs: list[Run]) -> list[CitedText]:
-    """Return a row's validation accuracy and costs; those of a condition without what only the method itself has."""
-    is_method, control = row.condition is None, row.label.startswith("·")
+def _build_cost_cells(evidence: Evidence, row: Row, runs: list[Run]) -> list[CitedText]:
+    """Return a row's validation accuracy and costs; a condition has only those that differ from its method's."""
+    is_method, is_control = row.condition is None, row.label.startswith("·")
     size = traffic = [NO_TEXT, NO_TEXT]
-    if not control:
+    if not is_control:
         size = [cite_result(evidence, runs[0], "parameters", key) for key in ("device", "cloud")]
         traffic = [cite_result(evidence, runs[0], "bytes", key) for key in ("up", "down")]
     if row.condition == NO_ANCHORS_CASE:
@@ -129,14 +129,14 @@ def _cost_cells(evidence: Evidence, row: Row, runs: list[Run]) -> list[CitedText
         validation,
         *size,
         *traffic,
-        _epoch_cell(evidence, runs),
+        _build_epoch_cell(evidence, runs),
         cite("{}", evidence.aggregate(timed, ("seconds", "train"))) if timed else NO_TEXT,
         count_seeds(runs),
     ]
 
 
-def _epoch_cell(evidence: Evidence, runs: list[Run]) -> CitedText:
-    """Return the best epoch, from 1 on, and the number of epochs."""
+def _build_epoch_cell(evidence: Evidence, runs: list[Run]) -> CitedText:
+    """Return the best epoch, counted from 1, and the number of epochs."""
     runs = [run for run in runs if run.find("best_epoch") is not None and run.find("epochs") is not None]
     if not runs:
         return NO_TEXT

@@ -1,4 +1,4 @@
-"""What a dataset's tables lack, with the commands that make it."""
+"""Missing runs of a dataset's tables, with the commands that train them."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from pathlib import Path
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
-    CHANGED,
     EMBEDDED,
-    FRAMES,
-    PAPERS,
+    FRAME_COUNTS,
+    PAPER_METHODS,
     PRETRAINING,
     RECIPE_FRAMES,
     STUDY,
     STUDY_SEEDS,
+    VARIANT_RUNS,
     WORLDS,
-    runs_of_all,
+    list_methods,
     with_frames,
 )
 from cdc_mmpg.evidence.comparisons import Evidence
@@ -24,62 +24,62 @@ from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS
 from cdc_mmpg.evidence.selection import find_method_runs
 from cdc_mmpg.report.paper_tables import build_frames_table
 
-FURTHER_WORLDS = WORLDS.keys() - {EMBEDDED}  # which are not asked what the paper's reasoner does
+FURTHER_WORLDS = WORLDS.keys() - {EMBEDDED}  # worlds in which the paper's reasoner is not studied
 
 
 def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
-    """Return for every table the commands that make what it lacks.
+    """Return for every table the commands that train its missing runs.
 
-    A study's seeds are those that any of its own runs has: three of the main rows say nothing about the others.
+    The seeds of a study are those that any of its runs has, independent of the number of seeds in the main rows.
     """
-    devices = evidence.groups != [ALL_GROUPS]
-    trained = [BY_NAME[name] for name in runs_of_all(embedded=devices) if BY_NAME[name].label]
-    main = [method.name for method in trained if method.several_seeds or not devices]
-    once = [method.name for method in trained if method.name not in main]  # `make tables` takes one seed
+    has_devices = evidence.groups != [ALL_GROUPS]
+    trained = [BY_NAME[name] for name in list_methods(embedded=has_devices) if BY_NAME[name].label]
+    main = [method.name for method in trained if method.several_seeds or not has_devices]
+    once = [method.name for method in trained if method.name not in main]  # `make tables` trains one seed
     sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
-    other_frames = [with_frames(BASELINE, number) for number in FRAMES if number != RECIPE_FRAMES]
+    other_frames = [with_frames(BASELINE, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
     listed_frames = other_frames if build_frames_table(evidence) else []
-    variants = list(CHANGED) if devices else []
-    has_study = devices and evidence.dataset not in FURTHER_WORLDS
+    variants = list(VARIANT_RUNS) if has_devices else []
+    has_study = has_devices and evidence.dataset not in FURTHER_WORLDS
     seeds = evidence.find_seeds(main) or [0]
     seeds_of_once = evidence.find_seeds(once) or seeds[:1]
     by_table: list[tuple[str, Sequence[str], Sequence[int]]] = [
-        ("the paper's methods", PAPERS, seeds),
-        ("controls", [name for name in main if name not in PAPERS + tuple(sessions)], seeds),
+        ("the paper's methods", PAPER_METHODS, seeds),
+        ("controls", [name for name in main if name not in PAPER_METHODS + tuple(sessions)], seeds),
         ("sessions", sessions, seeds),
-        ("opponents on the device", ["on_device", "prompts"] if devices else [], seeds_of_once),
+        ("competing methods on the device", ["on_device", "prompts"] if has_devices else [], seeds_of_once),
         ("frames (table 4)", listed_frames, evidence.find_seeds(other_frames) or seeds[:1]),
-        ("what is changed in training", variants, evidence.find_seeds(variants) or seeds[:1]),
-        ("the study of the reasoner", list(STUDY) if has_study else [], STUDY_SEEDS),
-        ("privacy", ["privacy"] if devices else [], evidence.find_seeds(["privacy"]) or seeds[:1]),
+        ("training variants", variants, evidence.find_seeds(variants) or seeds[:1]),
+        ("study of the reasoner", list(STUDY) if has_study else [], STUDY_SEEDS),
+        ("privacy", ["privacy"] if has_devices else [], evidence.find_seeds(["privacy"]) or seeds[:1]),
     ]
     missing = []
-    for what, names, wanted in by_table:
+    for table, names, wanted in by_table:
         commands = []
         for name in names:
             trained_seeds = evidence.find_seeds([name])
             if lacking := [seed for seed in (seeds_of_once if name in once else wanted) if seed not in trained_seeds]:
                 commands.append(format_command(evidence, name, lacking))
         if commands:
-            missing.append((what, commands))
+            missing.append((table, commands))
     without_answers = [
         f"delete {run.path} and train anew: it has no {PREDICTIONS}"
         for run in find_method_runs(evidence) if run.answers is None
     ]  # fmt: skip
     if without_answers:
-        missing.append(("answers by question, for the differences", without_answers))
+        missing.append(("answers by question, needed for the differences", without_answers))
     return missing
 
 
 def format_command(evidence: Evidence, name: str, seeds: Sequence[int]) -> str:
-    """Return the command that makes a run, a method or a variant of one, with one seed or several."""
+    """Return the shell command that trains a method, or a variant of one, with one seed or several."""
     words = ["make", "train", f"DATASET={evidence.dataset}", f"METHOD={name}"]
     if len(seeds) == 1:
         words.append(f"SEED={seeds[0]}")
     else:
         words.append(f"SEEDS={len(seeds)}" if list(seeds) == list(range(len(seeds))) else "SEED=$seed")
     if name in STUDY:
-        words.append("ENCODER_SEED=0")  # one encoder for all
+        words.append("ENCODER_SEED=0")  # one encoder for all seeds
     out = evidence.folder.parent
     if out.absolute() != Path("checkpoints").absolute():
         words.append(f"OUT={shlex.quote(str(out))}")

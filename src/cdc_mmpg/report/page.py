@@ -1,8 +1,8 @@
-"""The report: all that a dataset's runs show, as one page that opens from a disk, and where every figure comes from.
+"""The report: all results of a dataset's runs on one self-contained page, with the sources of every figure.
 
 `cdc-mmpg report checkpoints/<dataset> [--data <dataset root>]` writes `report.html` and `report.json` there. The page
-fetches nothing. report.json has every figure on the page under a name: its value, as it is printed, how it was made
-and of what (see `evidence.facts`).
+loads nothing from the network. report.json lists every figure of the page by name: its value, its printed form, how it
+was computed, and its sources (see `evidence.facts`).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
+from cdc_mmpg.program import escape_controls, log_to_terminal, run_to_exit_code
 from cdc_mmpg.report.chart_sections import (
     add_anchors,
     add_bytes,
@@ -25,17 +25,18 @@ from cdc_mmpg.report.chart_sections import (
 )
 from cdc_mmpg.report.document import Page
 from cdc_mmpg.report.examples import add_examples
-from cdc_mmpg.report.sections import add_controls, add_findings, add_provenance, add_tables
+from cdc_mmpg.report.sections import add_controls, add_findings, add_provenance, add_tables, add_worlds
 from cdc_mmpg.results import write_json
 
 
 def build_page(folder: Path, data: Path | None = None) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return the page as HTML, and the figures on it by name.
+    """Build the page as HTML, and its figures by name.
 
     Raises:
         ConfigError: see `selection.load_comparable`.
     """
     evidence, page = load_comparable(folder), Page()
+    add_worlds(page, evidence)
     for add_section in (add_findings, add_anchors, add_bytes, add_frames, add_history, add_devices):
         add_section(page, evidence)
     add_examples(page, evidence, data)
@@ -44,30 +45,30 @@ def build_page(folder: Path, data: Path | None = None) -> tuple[str, dict[str, d
     finished = sorted(str(run.find("finished") or "") for runs in evidence.runs.values() for run in runs)
     lead = (
         "A model that answers questions about videos runs on a device; the cloud adapts its last layer to what the "
-        "device sees, without labels and without backpropagation. What that is worth, from finished runs alone"
-        + (f", the last of {finished[-1][:10]}." if finished[-1] else ".")
+        "device sees, without labels and without backpropagation. This page shows the gain, measured in finished runs"
+        + (f" (the last on {finished[-1][:10]})." if finished[-1] else ".")
     )
     return page.render(f"CDC-MMPG on {evidence.dataset}", lead), page.entries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and where its figures come from; return the exit code."""
+    """Write the page and the sources of its figures; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
     parser.add_argument("--data", type=Path, help="the dataset's folder, for the clips of the examples")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    return exit_code(lambda: write_page(options.folder, options.data))
+    return run_to_exit_code(lambda: write_page(options.folder, options.data))
 
 
 def write_page(folder: Path, root: Path | None) -> None:
-    """Write page and sources below a dataset's runs, with clips from the dataset's folder; the page to W&B, too."""
+    """Write report.html and report.json beside a dataset's runs, with clips from `root`; publish the page to W&B."""
     html, entries = build_page(folder, root)
     with atomic_write(folder / "report.html") as file:
         file.write(escape_controls(html).encode())
     write_json(entries, folder / "report.json")
     if os.environ.get("WANDB_MODE") != "disabled":
-        from cdc_mmpg.training.loggers import publish  # noqa: PLC0415  imports Lightning: 10 s
+        from cdc_mmpg.training.loggers import publish  # noqa: PLC0415  imports Lightning, which takes 10 s
 
         numbers = {name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)}
         publish(folder, html, numbers)

@@ -1,4 +1,4 @@
-"""Charts as SVG for the page: readable on a telephone, a tooltip on every mark, a legend that is text below."""
+"""Charts as SVG for the page: readable on a phone, with a tooltip on every mark and the legend as text below."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 460, 320  # units of a chart; the page scales it to 360 to 600 pixels
-TEXT_SIZE = 12  # units
-LABEL_GAP = 13  # units from a label to the next
-LETTER = 7.5  # width of a digit, rather too much
-MAX_DOTS = 12  # points of a curve that are dots, too
+WIDTH, HEIGHT = 460, 320  # size of a chart in units; the page scales its width to 360 to 600 pixels
+TEXT_SIZE = 12  # font size, units
+LABEL_GAP = 13  # distance between labels, units
+DIGIT_WIDTH = 7.5  # upper bound, units
+MAX_DOTS = 12  # curves with at most this many points have dots
 
 
 class Point(NamedTuple):
-    """A mark: where, what it says, and its interval."""
+    """A mark: its position, tooltip and interval."""
 
     x: float
     y: float
@@ -49,28 +49,28 @@ class Series(NamedTuple):
     label: str
     color: str
     points: Sequence[Point]
-    dashed: bool = False  # a line over the whole width at the first point's height
+    dashed: bool = False  # a line over the full width at the first point's height
     square: bool = False
 
 
 class LegendEntry(NamedTuple):
-    """A line of the legend: how it looks in the chart, and what it is."""
+    """An entry of the legend: mark and color in the chart, and label."""
 
     mark: Literal["line", "dashed", "dot", "square"]
     color: str
     label: str
-    number: str = ""  # that stands in the chart, too
+    number: str = ""  # that also marks it in the chart
 
 
 class Chart(NamedTuple):
-    """A picture and its legend."""
+    """A chart as SVG with its legend."""
 
     svg: str
     legend: Sequence[LegendEntry] = ()
 
 
 def make_point(x: float, accuracy: CitedText, title: str) -> Point:
-    """Return the mark of an accuracy with its interval, or with mean and deviation."""
+    """Return the mark of an accuracy with its interval, or with mean ± standard deviation."""
     value, *rest = (fact.amount for fact in accuracy.facts)
     if len(rest) == 2:
         return Point(x, value, title, rest[0], rest[1])
@@ -78,14 +78,14 @@ def make_point(x: float, accuracy: CitedText, title: str) -> Point:
 
 
 def draw_curves(axes: "Axes", series: Sequence[Series], bands: bool = True) -> None:
-    """Draw curves of percentages with their intervals as bands, and dashed lines over the whole width.
+    """Draw curves of percentages with their intervals as bands, and dashed lines over the full width.
 
     Args:
-        axes: limits of x are set.
-        series: at least one.
-        bands: draw intervals.
+        axes: axes to draw in, with the limits of x set.
+        series: curves to draw, at least one.
+        bands: whether to draw intervals.
     """
-    ends = [end for curve in series for point in curve.points for end in _ends(point, bands and not curve.dashed)]
+    ends = [end for curve in series for point in curve.points for end in _list_ends(point, bands and not curve.dashed)]
     low, high = min(ends), max(ends)
     margin = 0.06 * max(high - low, 1)
     axes.set_ylim(max(low - margin, 0), min(high + margin, 100))
@@ -110,7 +110,7 @@ def chart_lines(
     title: str, series: Sequence[Series], x_label: str, y_label: str, ticks: Sequence[tuple[float, str]] = (),
     bands: bool = True,
 ) -> Chart:  # fmt: skip
-    """Return curves with numbers at their right ends; `ticks` are the places on the x axis and their names."""
+    """Draw curves with numbers at their right ends; `ticks` are positions on the x axis with their labels."""
     with open_canvas(WIDTH, max(HEIGHT, LABEL_GAP * len(series) + 80), SVG_DPI) as figure:
         from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
@@ -136,7 +136,7 @@ def chart_lines(
 
 
 def chart_scatter(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Chart:
-    """Return numbered marks over a logarithmic x axis, at whose left end stands 0."""
+    """Draw numbered marks over a logarithmic x axis with 0 at its left end."""
     marks = [(point, group) for group in series for point in group.points]
     positive = [point.x for point, _ in marks if point.x > 0]
     begin, end = (floor(log10(min(positive))), ceil(log10(max(positive)) + 0.15)) if positive else (0, 1)
@@ -144,7 +144,7 @@ def chart_scatter(title: str, series: Sequence[Series], x_label: str, y_label: s
     with open_canvas(WIDTH, HEIGHT, SVG_DPI) as figure:
         axes = _add_axes(figure, x_label, y_label, right=34)
         axes.set_xlim(zero - 0.25, end)
-        axes.set_ylim(*_widen([end for point, _ in marks for end in _ends(point, True)]))
+        axes.set_ylim(*_add_margin([end for point, _ in marks for end in _list_ends(point, True)]))
         ticks = {zero: "0"} | {float(power): f"{10**power:,}" for power in range(begin, end + 1)}
         axes.set_xticks(list(ticks), list(ticks.values()))
         placed = [(point._replace(x=log10(point.x) if point.x > 0 else zero), group) for point, group in marks]
@@ -161,11 +161,11 @@ def chart_scatter(title: str, series: Sequence[Series], x_label: str, y_label: s
 
 
 def chart_bars(title: str, points: Sequence[Point], x_label: str, y_label: str, colors: tuple[str, str]) -> Chart:
-    """Return bars from zero, of one color above and another below."""
+    """Draw bars from zero, with one color above zero and another below."""
     with open_canvas(WIDTH, HEIGHT, SVG_DPI) as figure:
         axes = _add_axes(figure, x_label, y_label)
         axes.set_xlim(-0.5, len(points) - 0.5)
-        low, high = _widen([0, *(point.y for point in points)])
+        low, high = _add_margin([0, *(point.y for point in points)])
         axes.set_ylim(0 if all(point.y >= 0 for point in points) else low, high)
         axes.set_xticks([])
         for place, point in enumerate(points):
@@ -180,11 +180,11 @@ def chart_pairs(
     title: str, points: Sequence[tuple[Point, Point]], x_label: str, y_label: str, names: tuple[str, str],
     colors: tuple[str, str],
 ) -> Chart:  # fmt: skip
-    """Return two dots of each pair, joined: before and after."""
+    """Draw each pair as two connected dots, before and after."""
     with open_canvas(WIDTH, HEIGHT, SVG_DPI) as figure:
         axes = _add_axes(figure, x_label, y_label)
         axes.set_xlim(-0.7, len(points) - 0.3)
-        axes.set_ylim(*_widen([point.y for pair in points for point in pair]))
+        axes.set_ylim(*_add_margin([point.y for pair in points for point in pair]))
         axes.set_xticks([])
         for place, pair in enumerate(points):
             axes.plot([place] * 2, [point.y for point in pair], color=AXIS, linewidth=1.5)
@@ -197,7 +197,7 @@ def chart_pairs(
 def chart_stacked(
     title: str, rows: Sequence[tuple[str, Sequence[Point]]], names: Sequence[str], colors: Sequence[str]
 ) -> Chart:
-    """Return horizontal bars of parts, each below its name; the points' x are their lengths in seconds."""
+    """Draw stacked horizontal bars, each below its name; the x of a point is the length of a part in seconds."""
     longest = max(sum(part.x for part in parts) for _, parts in rows) or 1
     step, text_height, thick = 42, 17, 13
     with open_canvas(WIDTH, step * len(rows) + 6, SVG_DPI) as figure:
@@ -218,7 +218,7 @@ def chart_stacked(
 
 
 def _add_axes(figure: "Figure", x_label: str, y_label: str, right: float = 14) -> "Axes":
-    """Add the axes of a chart with room for its labels, and for `right` units at the right."""
+    """Add the axes of a chart, with room for its labels and `right` units of space at the right."""
     left, top, bottom, height = 54, 12, 46, figure.bbox.height
     width = WIDTH - left - right
     axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height))
@@ -233,12 +233,12 @@ def _draw_dot(axes: "Axes", point: Point, color: str, size: float, marker: str) 
 
 
 def _number_marks(axes: "Axes", marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write a number, from 1 on, beside each mark (x, y, color) where it covers neither a mark nor a number."""
+    """Number the marks (x, y, color) from 1, each number where it covers neither a mark nor another number."""
     pixels = [tuple(map(float, axes.transData.transform((x, y)))) for x, y, _ in marks]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
     area = axes.bbox.expanded(1.02, 1.02)
     for number, ((x, y), (_, _, color)) in enumerate(zip(pixels, marks, strict=True), 1):
-        half = LETTER * len(str(number)) / 2
+        half = DIGIT_WIDTH * len(str(number)) / 2
         for radius, turn in product((12, 17, 24, 32, 42, 54, 68), range(16)):
             a, b = x + radius * cos(turn * pi / 8), y + radius * sin(turn * pi / 8)
             box = (a - half, b - 6, a + half, b + 6)
@@ -266,14 +266,14 @@ def _number_marks(axes: "Axes", marks: Sequence[tuple[float, float, str]]) -> No
         )
 
 
-def _ends(point: Point, interval: bool) -> list[float]:
-    """Return a point's height and, where asked, the ends of its interval."""
+def _list_ends(point: Point, interval: bool) -> list[float]:
+    """Return a point's height and, if `interval`, the ends of its interval."""
     ends = (point.y, point.low, point.high) if interval else (point.y,)
     return [end for end in ends if end is not None]
 
 
-def _widen(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range of values with a margin."""
+def _add_margin(values: Sequence[float]) -> tuple[float, float]:
+    """Return the range of values, extended by a margin."""
     low, high = min(values), max(values)
     margin = 0.07 * (high - low) or 1
     return low - margin, high + margin

@@ -1,6 +1,6 @@
-"""The sections of the page that have no charts: findings, controls, tables, how everything was made."""
+"""Sections of the page without charts: findings, controls, tables, provenance of the runs."""
 
-from cdc_mmpg.catalogue import BASELINE, NAMES, SESSION
+from cdc_mmpg.catalogue import BASELINE, METHOD_LABELS, SESSION, WORLDS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import CitedText, Table, cite
 from cdc_mmpg.evidence.findings import (
@@ -17,11 +17,20 @@ from cdc_mmpg.report.cells import cite_or_empty
 from cdc_mmpg.report.document import Card, Cards, CodeBlock, Heading, Page, Paragraph
 from cdc_mmpg.report.missing import find_missing, format_command
 from cdc_mmpg.report.tables import build_all_tables
+from cdc_mmpg.report.worlds import build_worlds_table, load_worlds, write_worlds_caption
+
+
+def add_worlds(page: Page, evidence: Evidence) -> None:
+    """Add the README's table, if the page is about a world of the embedded dataset."""
+    if evidence.dataset in WORLDS and (worlds := load_worlds(evidence.folder.parent, evidence.folder)):
+        page.begin("worlds", "What adaptation is worth")
+        page.add_table(build_worlds_table(worlds))
+        page.add_paragraph(write_worlds_caption(worlds), is_note=True)
 
 
 def add_findings(page: Page, evidence: Evidence) -> None:
-    """Add the few figures that a reader takes away, and every sentence."""
-    page.begin("findings", "What the figures say")
+    """Add the key figures and all finding sentences."""
+    page.begin("findings", "Findings")
     session, baseline = Side(SESSION), Side(BASELINE)
     gain = compare_unless_guessing(evidence, session, baseline)
     if gain:
@@ -49,19 +58,19 @@ def add_findings(page: Page, evidence: Evidence) -> None:
     cards = [
         (name, cite("{}", shown.value), cite("points, 95 % interval {} to {}", shown.low, shown.high))
         for name, shown in (
-            ("A session of 16 clips over fine-tuning", gain),
-            ("One sample over fine-tuning", compare_unless_guessing(evidence, Side("cdc_mmpg"), baseline)),
+            ("Session of 16 clips vs fine-tuning", gain),
+            ("Per-sample adaptation vs fine-tuning", compare_unless_guessing(evidence, Side("cdc_mmpg"), baseline)),
         )
         if shown
     ]
     if equal:
         least, best = equal
-        cards.append(("Enough for a session's head", cite("{} B", least.bytes),
-                      cite("{} % right, the best head {} %", least.accuracy, best.accuracy)))  # fmt: skip
+        cards.append(("Smallest sufficient head of a session", cite("{} B", least.bytes),
+                      cite("{} % accuracy, best head {} %", least.accuracy, best.accuracy)))  # fmt: skip
     static = find_static_side(evidence) or session
     if accuracy := evidence.cite_accuracy(static):
-        name = f"{NAMES[static.name]}, {describe_group(evidence)}"
-        cards.append((name, cite("{} %", accuracy.facts[0]), CitedText("of the questions right")))
+        name = f"{METHOD_LABELS[static.name]}, {describe_group(evidence)}"
+        cards.append((name, cite("{} %", accuracy.facts[0]), CitedText("of the questions answered correctly")))
     marked = [
         Card(name, page.mark(f"cards/{name}", large), page.mark(f"cards/{name}/more", small))
         for name, large, small in cards
@@ -71,20 +80,20 @@ def add_findings(page: Page, evidence: Evidence) -> None:
 
 
 def add_controls(page: Page, evidence: Evidence) -> None:
-    """Add whether the adaptive methods use what they adapt to."""
+    """Add the sentences on whether the adaptive methods use what they adapt to."""
     page.begin("controls", "Controls: is the adaptation used?")
-    page.add_paragraph("Own answers against those with a head that was made for somebody else, in points, paired.")
+    page.add_paragraph("Accuracy of a method minus that of its control, in points, paired by question; 95 % interval.")
     page.add_sentences("controls", list_control_findings(evidence), "No adaptive method was run.")
 
 
 def add_tables(page: Page, evidence: Evidence) -> None:
-    """Add all tables that there are, those of the paper first."""
-    resampled = "clips" if evidence.group == ALL_GROUPS else "devices and then their clips"
+    """Add all tables that have data, those of the paper first."""
+    resampled = "clips" if evidence.group == ALL_GROUPS else "devices, then their clips"
     page.begin("tables", "Tables")
     page.add_paragraph(
-        f"In %. One seed: 95 % interval in brackets, {resampled} resampled. Several: mean ± standard "
-        "deviation. “vs fine-tuning”: the difference in points and its 95 % interval, paired by question and "
-        "averaged over the seeds that both have. Rows with a dot are controls of the method above.",
+        f"Accuracies in %. One seed: 95 % bootstrap interval in brackets (resampling {resampled}). Several: mean ± "
+        "standard deviation. “vs fine-tuning”: difference in percentage points with its 95 % interval, paired by "
+        "question and averaged over the seeds of both. Rows with a dot are controls of the method above.",
         is_note=True,
     )
     for table in build_all_tables(evidence):
@@ -92,8 +101,8 @@ def add_tables(page: Page, evidence: Evidence) -> None:
 
 
 def add_provenance(page: Page, evidence: Evidence) -> None:
-    """Add commits, machines, seeds, versions and commands, and what is missing."""
-    page.begin("made", "How it was made")
+    """Add commits, machines, seeds, versions and commands of the runs, and the missing runs."""
+    page.begin("made", "How the results were produced")
     runs = [run for seeds in evidence.runs.values() for run in seeds]
     rows = []
     for run in runs:
@@ -101,34 +110,34 @@ def add_provenance(page: Page, evidence: Evidence) -> None:
         if commit := facts[-1]:
             facts[-1] = commit._replace(shown=shorten_commit(commit.shown))
         rows.append((f"{run.name}/{run.path.name}", [cite_or_empty(fact) for fact in facts]))
-    page.add_table(Table("made", "Runs", ["run", "seed", "finished", "machine", "on", "commit"], rows))
-    main = [run for name in evidence.names for run in evidence.find_runs(name)]  # pretraining has clips of its own
+    page.add_table(Table("made", "Runs", ["run", "seed", "finished", "machine", "processors", "commit"], rows))
+    main = [run for name in evidence.names for run in evidence.find_runs(name)]  # pretraining uses other clips
     counted = next((run for run in main if run.find("questions", "test") is not None), None)
     if counted:
         facts = [evidence.cite_value(counted, "questions", split) for split in ("train", "val", "test")]
         counted_facts = [fact for fact in facts if fact]
         if len(counted_facts) == len(facts):
-            counts = cite("Questions: {} for training, {} for validation, {} in the test.", *counted_facts)
+            counts = cite("Questions: {} for training, {} for validation, {} for testing.", *counted_facts)
             page.add(Paragraph(page.mark("made/questions", counts)))
     versions: dict[str, list[Run]] = {}
     for run in runs:
         known = run.find("versions") or {}
         versions.setdefault(", ".join(f"{name} {number}" for name, number in known.items()), []).append(run)
-    for text, those in versions.items():
-        which = "" if len(versions) == 1 else f" ({len(those)} runs)"
+    for text, group in versions.items():
+        count = "" if len(versions) == 1 else f" ({len(group)} runs)"
         if text:
-            page.add_paragraph(f"Versions{which}: {text}.")
+            page.add_paragraph(f"Versions{count}: {text}.")
     page.add(Heading("Commands"))
-    page.add_paragraph("One makes one run, and what it builds on.")
+    page.add_paragraph("Each command trains a method, and first the runs that it depends on.")
     page.add(CodeBlock([
         format_command(evidence, name, [run.seed for run in seeds]) for name, seeds in evidence.runs.items()
     ]))  # fmt: skip
     page.add_paragraph(
-        "Every figure on this page stands in report.json, with the places in the runs' files that it was read from "
-        "and how it was made of them."
+        "report.json lists every figure on this page, with its sources in the runs' files and how it was computed "
+        "from them."
     )
     if missing := find_missing(evidence):
         page.begin("missing", "What is missing")
-        for what, commands in missing:
-            page.add(Heading(what[0].upper() + what[1:]))
+        for table, commands in missing:
+            page.add(Heading(table[0].upper() + table[1:]))
             page.add(CodeBlock(commands))

@@ -1,8 +1,8 @@
-"""Tables that the paper does not have: payloads, readings of the reasoner, what the upload gives away."""
+"""Tables that the paper does not have: payloads, spread, training variants, reasoner study, privacy of the upload."""
 
 from typing import Any
 
-from cdc_mmpg.catalogue import ARC, NAMES, SESSIONS, STUDY, VARIANTS
+from cdc_mmpg.catalogue import ARC, METHOD_LABELS, SESSION_METHODS, STUDY, VARIANTS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, add_framing, cite
 from cdc_mmpg.evidence.findings import list_payloads
@@ -12,25 +12,25 @@ from cdc_mmpg.report.cells import GAIN_HEADER, cite_or_empty, compare_with_fine_
 
 
 def build_payload_table(evidence: Evidence) -> Table | None:
-    """Return heads by the way in which they are sent; None where no run has them."""
+    """Build the table of payloads: sizes and accuracies of heads by format; None without such runs."""
     payloads = list_payloads(evidence)
     if not payloads:
         return None
     gains = compare_with_fine_tuning(evidence, [payload.side for payload in payloads])
     rows = []
     for payload, gain in zip(payloads, gains, strict=True):
-        unit = CitedText("a session" if payload.side.name in SESSIONS else "a sample")
+        unit = CitedText("session" if payload.side.name in SESSION_METHODS else "sample")
         sizes = [cite("{}", payload.bytes), cite("{}", add_framing(payload.bytes))]
         cells = [unit, *sizes, evidence.cite_accuracy(payload.side), gain.format() if gain else NO_TEXT]
         rows.append((payload.label, cells))
-    header = ["head", "sent once", "payload B", "on the wire B", f"{evidence.group} %", GAIN_HEADER]
-    return Table("payloads", "What is sent, and what it answers", header, rows)
+    header = ["head", "sent once per", "payload B", "on the wire B", f"{evidence.group} %", GAIN_HEADER]
+    return Table("payloads", "Payloads: size and accuracy", header, rows)
 
 
 def build_spread_table(evidence: Evidence) -> Table | None:
-    """Return how evenly each method serves the devices, and whether its answers know how sure they are; None without.
+    """Build the table of spread over devices and of calibration by method; None if no run has these values.
 
-    The tenth percentile of devices is the mean over the seeds of what a tenth of them do not reach; the expected
+    The accuracy that a tenth of the devices does not reach (tenth percentile) is averaged over seeds; the expected
     calibration error is `evaluate.measure_calibration`.
     """
     rows = []
@@ -44,32 +44,32 @@ def build_spread_table(evidence: Evidence) -> Table | None:
             cells.append(cite("{}", evidence.aggregate(known, keys, times=100)) if known else NO_TEXT)
         if any(cells[1:]) and not row.label.startswith("·"):
             rows.append((row.label, cells))
-    header = ["method", f"{evidence.group} %", "a tenth of the devices has less than %", "calibration error %"]
-    return Table("spread", "How evenly, and how surely", header, rows) if rows else None
+    header = ["method", f"{evidence.group} %", "tenth percentile of devices %", "calibration error %"]
+    return Table("spread", "Spread over devices, and calibration", header, rows) if rows else None
 
 
 def build_variants_table(evidence: Evidence) -> Table | None:
-    """Return what changes to training cost a method; None where no variant was trained."""
+    """Build the table of training variants against the unchanged method; None if no variant was trained."""
     rows = []
     for name, variant in VARIANTS.items():
         for method in variant.methods:
             if runs := evidence.find_runs(f"{method}.{name}"):
                 side = Side(f"{method}.{name}")
                 gain = evidence.compare(side, Side(method))
-                arc = evidence.cite_accuracy(side, ARC) if any(_was_tested_on(run, ARC) for run in runs) else NO_TEXT
+                arc = evidence.cite_accuracy(side, ARC) if any(_has_group(run, ARC) for run in runs) else NO_TEXT
                 cells = [evidence.cite_accuracy(side), arc, gain.format() if gain else NO_TEXT, count_seeds(runs)]
-                rows.append((f"{NAMES.get(method, method)}: {variant.label}", cells))
-    header = ["method: change", f"{evidence.group} %", "in the held-out arc %", "against unchanged", "seeds"]
-    return Table("variants", "What was changed in training", header, rows) if rows else None
+                rows.append((f"{METHOD_LABELS.get(method, method)}: {variant.label}", cells))
+    header = ["method: change", f"{evidence.group} %", "held-out casts %", "vs unchanged", "seeds"]
+    return Table("variants", "Training variants", header, rows) if rows else None
 
 
-def _was_tested_on(run: Run, group: str) -> bool:
-    """Return whether a run's test has devices of a group."""
+def _has_group(run: Run, group: str) -> bool:
+    """Return whether a run was tested on devices of a group."""
     return bool(run.find("accuracy", run.find_case(None) or "", group))
 
 
 def build_reasoner_table(evidence: Evidence) -> Table | None:
-    """Return the readings of equation 16, each with the reasoner and without it; None where none was trained."""
+    """Build the table of interpretations of equation 16, with and without the reasoner; None if none was trained."""
     trained = {label: name for name, label in STUDY.items() if evidence.find_runs(name)}
     if not trained:
         return None
@@ -78,12 +78,12 @@ def build_reasoner_table(evidence: Evidence) -> Table | None:
     for (label, name), gain in zip(trained.items(), gains, strict=True):
         both = [evidence.cite_accuracy(Side(name)), evidence.cite_accuracy(Side(name, "bypassed"))]
         rows.append((label, [*both, gain.format() if gain else NO_TEXT, count_seeds(evidence.find_runs(name))]))
-    header = ["statistics over, target", f"{evidence.group} %", "bypassed %", "difference", "seeds"]
-    return Table("reasoner", "Does the reasoner do anything?", header, rows)
+    header = ["equation 16: statistics over, target", f"{evidence.group} %", "ADR bypassed %", "difference", "seeds"]
+    return Table("reasoner", "Does the reasoner (ADR) help?", header, rows)
 
 
 def build_privacy_table(evidence: Evidence) -> Table | None:
-    """Return what can be read out of what is uploaded; None where no probe was trained."""
+    """Build the table of what probes read from uploads; None if no probe was trained."""
     rows: list[tuple[str, list[CitedText]]] = []
     runs = evidence.runs.get("privacy", [])
     for run in runs:
@@ -93,12 +93,12 @@ def build_privacy_table(evidence: Evidence) -> Table | None:
             rows.append((label, _probe_cells(run, place, probe)))
     if not rows:
         return None
-    header = ["what is guessed", "by a probe", "unit", "chance", "always the same guess", "on"]
-    return Table("privacy", "What the upload gives away", header, rows)
+    header = ["target of the probe", "probe", "unit", "chance", "constant guess", "test samples"]
+    return Table("privacy", "Privacy: what a probe reads from the upload", header, rows)
 
 
 def _probe_cells(run: Run, place: int, probe: dict[str, Any]) -> list[CitedText]:
-    """Return a probe's result, its unit, what guessing gets, and the number of its questions."""
+    """Return a probe's result, its unit, the results of guessing, and the number of test samples."""
     is_accuracy = "accuracy" in probe
     times = 100 if is_accuracy else 1
 

@@ -1,4 +1,4 @@
-"""The worlds of the embedded dataset side by side: what each kind of adaptation is worth in each, in one table.
+"""Table of the worlds of the embedded dataset: accuracy of each kind of adaptation in each world.
 
 `cdc-mmpg worlds checkpoints` prints it and writes `worlds.md`; `make train` and `make tables` end with it.
 """
@@ -14,7 +14,7 @@ from cdc_mmpg.evidence.facts import NO_TEXT, Table, cite, join_texts
 from cdc_mmpg.evidence.pairing import Side
 from cdc_mmpg.evidence.selection import load_comparable
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.program import escape_controls, exit_code, log_to_terminal
+from cdc_mmpg.program import escape_controls, log_to_terminal, run_to_exit_code
 from cdc_mmpg.report.caption import shorten_commit
 from cdc_mmpg.report.cells import cite_result
 from cdc_mmpg.report.rendering import print_table, render_markdown
@@ -33,7 +33,7 @@ SIDES = (
 
 
 def build_worlds_table(worlds: Sequence[Evidence]) -> Table:
-    """Return a row for each of `SIDES` that some world has runs of; each world has a column of accuracies."""
+    """Build a table with a row for each of `SIDES` with runs in any world, and a column of accuracies per world."""
     labels = {Side(row.method, row.condition): row.label for row in ROWS}
     names = [WORLDS[world.dataset] for world in worlds]
     rows = []
@@ -41,10 +41,9 @@ def build_worlds_table(worlds: Sequence[Evidence]) -> Table:
         runs = [world.find_runs(*side) for world in worlds]
         if not any(runs):
             continue
-        first = next(number for number, own in enumerate(runs) if own)
+        first = next(number for number, seeds in enumerate(runs) if seeds)
         gains = [world.compare(Side(SESSION), side) if side.name != SESSION else None for world in worlds]
-        missing = cite("–")
-        over = [gain.format() if gain else missing for gain in gains]
+        over = [gain.format() if gain else cite("–") for gain in gains]
         rows.append((labels[side], [
             cite(knowledge_of(Row("", *side))),
             cite_result(worlds[first], runs[first][0], "bytes", "down"),
@@ -52,32 +51,58 @@ def build_worlds_table(worlds: Sequence[Evidence]) -> Table:
             join_texts(" / ".join("{}" for _ in over), *over) if any(gains) else NO_TEXT,
         ]))  # fmt: skip
     header = ["method", "knows", "down, B", *(f"{name}: unseen %" for name in names),
-              f"session minus it, points: {' / '.join(names)}"]  # fmt: skip
-    return Table("worlds", "Worlds side by side", header, rows)
+              f"session minus this, points: {' / '.join(names)}"]  # fmt: skip
+    return Table("worlds", "Comparison of the worlds", header, rows)
 
 
 def write_worlds_caption(worlds: Sequence[Evidence]) -> str:
-    """Return how to read the table, and by which commits its runs are."""
+    """Return the caption: how to read the table, and the commits of its runs."""
     runs = [run for world in worlds for side in SIDES for run in world.find_runs(*side)]
     seeds = max(len(world.find_runs(BASELINE)) for world in worlds)
     commits = dict.fromkeys(shorten_commit(commit) for run in runs if (commit := run.find("commit")))
     spread = (
-        f"±: standard deviation over {seeds} pairs of world and pretraining; in brackets: 95 % interval, pairs, then "
-        "devices, then clips resampled."
+        f"±: standard deviation over {seeds} seeds, each with its own world and pretraining; in brackets: 95 % "
+        "interval (resampling seeds, then devices, then clips)."
         if seeds > 1
-        else "One world of each kind and one pretraining; in brackets: 95 % interval, devices, then clips resampled."
+        else "One world of each kind and one pretraining; in brackets: 95 % interval (resampling devices, then clips)."
     )
     known = {letter for side in SIDES for letter in knowledge_of(Row("", *side))}
-    knows = "; ".join(f"{letter} {meaning}" for letter, meaning in KNOWLEDGE.items() if letter in known)
-    return f"Accuracy on devices that nothing was trained on. {spread} Knows: {knows}. Commit {', '.join(commits)}."
+    knows = "; ".join(f"{letter} = {meaning}" for letter, meaning in KNOWLEDGE.items() if letter in known)
+    knows = f"Knows (beyond the training questions and answers): {knows}."
+    headroom = describe_headroom(worlds)
+    sentences = ("Accuracy on devices unseen in training.", spread, knows, headroom, f"Commit {', '.join(commits)}.")
+    return " ".join(filter(None, sentences))
+
+
+def describe_headroom(worlds: Sequence[Evidence]) -> str:
+    """Return a sentence on how much of the ceiling's gain over the baseline the session reaches; "" without runs."""
+    shares = []
+    for world in worlds:
+        baseline, session, ceiling = (
+            world.cite_mean_accuracy(side) for side in (Side(BASELINE), Side(SESSION), Side("corrected_true_cast"))
+        )
+        if baseline and session and ceiling and ceiling.amount > baseline.amount:
+            share = (session.amount - baseline.amount) / (ceiling.amount - baseline.amount)
+            shares.append(f"{WORLDS[world.dataset]} {100 * share:.0f} %")
+    return f"Share of the ceiling's gain over fine-tuning that the session reaches: {', '.join(shares)}." * bool(shares)
+
+
+def load_worlds(folder: Path, quoted_from: Path | None = None) -> list[Evidence]:
+    """Load the worlds that have runs of the table.
+
+    Args:
+        folder: folder of the datasets, `checkpoints`.
+        quoted_from: folder that sources are relative to; default: each world's own.
+    """
+    worlds = [load_comparable(folder / name, may_be_empty=True, quoted_from=quoted_from) for name in WORLDS]
+    return [world for world in worlds if any(world.find_runs(*side) for side in SIDES)]
 
 
 def show_worlds(folder: Path) -> None:
-    """Print the table of the worlds that have runs below a folder, and write it to worlds.md."""
-    worlds: list[Evidence] = [load_comparable(folder / name, may_be_empty=True) for name in WORLDS]
-    worlds = [world for world in worlds if any(world.find_runs(*side) for side in SIDES)]
+    """Print the table of all worlds with runs below a folder, and write it to worlds.md."""
+    worlds = load_worlds(folder)
     if not worlds:
-        print(f"{folder}: no finished run of the embedded dataset to set side by side")
+        print(f"{folder}: no finished run of the embedded dataset to compare")
         return
     table, caption = build_worlds_table(worlds), write_worlds_caption(worlds)
     path = folder / "worlds.md"
@@ -88,9 +113,9 @@ def show_worlds(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and write it beside the datasets; return the exit code."""
+    """Print the table and write it to the folder of the datasets; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="checkpoints")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    return exit_code(partial(show_worlds, options.folder))
+    return run_to_exit_code(partial(show_worlds, options.folder))

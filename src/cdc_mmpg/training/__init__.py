@@ -1,1 +1,1 @@
-"""How a run trains: command line, experiment, views of a dataset, checkpoints, loggers, processes."""
+"""Training of a run: command line, experiment, views of a dataset, checkpoints, loggers, processes."""

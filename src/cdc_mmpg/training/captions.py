@@ -1,4 +1,4 @@
-"""A dataset's captioned clips as encoder pretraining reads them."""
+"""View of a dataset for encoder pretraining: its captioned clips."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from cdc_mmpg.data.sampling import EpochDataModule
 
 
 class CaptionDataModule(EpochDataModule):
-    """Captions and questions for training, and held-out ones for validation, which serve as the test, too.
+    """Captions and questions for training, and held-out ones for validation and test.
 
     Args:
-        data: the dataset.
+        data: dataset with captioned clips.
     """
 
     def __init__(self, data: VideoTextData) -> None:
@@ -37,7 +37,7 @@ class CaptionDataModule(EpochDataModule):
         return self.batches(dataset, shuffle=training, num_workers=self.data.num_workers)
 
     def train_dataloader(self) -> DataLoader[CaptionBatch]:
-        """Return training batches: augmented, in a new order every epoch."""
+        """Return augmented training batches, in a new order every epoch."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[CaptionBatch]:
@@ -49,12 +49,12 @@ class CaptionDataModule(EpochDataModule):
         return self._loader("val")
 
     def labels(self, split: Split) -> Tensor:
-        """Return the label of every sample of a split, (N,): a word."""
+        """Return a placeholder label for every sample of a split, (N,): the samples have none."""
         captions = self.captions.train if split == "train" else self.captions.val
-        return torch.zeros(len(captions), dtype=torch.long)  # type: ignore[arg-type]  # all known: any does
+        return torch.zeros(len(captions), dtype=torch.long)  # type: ignore[arg-type]  # 0 counts as known
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch as the dataset does."""
+        """Move a batch to the device as the dataset does."""
         return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def fingerprint(self, split: Split, frames: bool) -> str:
@@ -62,6 +62,6 @@ class CaptionDataModule(EpochDataModule):
         return self.captions.fingerprint
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return the numbers of clips, captions and questions that the encoder was taught with."""
+        """Return the numbers of clips, captions and questions that train the encoder."""
         return {"train": {"clips": self.captions.clips, "captions": self.captions.clips,
                           "questions": self.captions.questions}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: atomic saves, a fall-back to the one before, and a clean stop on a signal."""
+"""Robust checkpoints: atomic saves, fallback to the previous one, and a clean stop on a signal."""
 
 import logging
 import re
@@ -15,47 +15,47 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cdc_mmpg.errors import CDCError, CheckpointError
 from cdc_mmpg.files import atomic_write, remove_leftovers
-from cdc_mmpg.methods.step_check import StepCheck, ends_step
+from cdc_mmpg.methods.step_check import StepCheck, is_step_end
 from cdc_mmpg.models.weights import load_checkpoint
-from cdc_mmpg.program import REQUEUE, Stopped, drop_terminal, ignore_stop_signals, stop_signals
+from cdc_mmpg.program import REQUEUE_SIGNAL, Stopped, drop_terminal, ignore_stop_signals, stop_signals
 from cdc_mmpg.results import RESUME
 
 logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's saves, each whole or not at all, and loads that run no code.
+    """Atomic saves for Lightning, and loads that run no code.
 
-    Lightning's own save stages the file elsewhere and moves it: killed at the wrong moment across file systems, it
-    leaves a truncated file in place of the good one.
+    Lightning's default save writes the file elsewhere and moves it: across file systems, a kill during the move leaves
+    a truncated file in place of the good one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a temporary in the same folder, make it durable, and rename it."""
+        """Write a temporary file in the same folder, sync it to disk, and rename it."""
         try:
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (CDCError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             raise CheckpointError(
-                f"{path}: cannot be saved; the checkpoint before it is untouched: make room, or make the folder "
-                f"writable, and type the same command again ({error.__cause__ or error.__context__ or error})"
+                f"{path}: cannot be saved; the previous checkpoint is unchanged: make room, or make the folder "
+                f"writable, and run the same command again ({error.__cause__ or error.__context__ or error})"
             ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, its checksums verified, on the CPU."""
+        """Read a checkpoint to the CPU and verify its checksums."""
         return load_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, if it is there."""
+        """Delete a checkpoint, if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 def build_checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callback]:
-    """Return callbacks that keep the best weights in `best.ckpt`, then the last two complete states for resuming.
+    """Return callbacks that save the best weights to `best.ckpt`, then the last two complete states for resuming.
 
-    The best comes first: a state must never know of a best epoch whose weights are not on the disk.
+    The order matters: a state must not refer to a best epoch whose weights are not yet on disk.
     """
     return [
         ModelCheckpoint(
@@ -70,12 +70,12 @@ def build_checkpoint_callbacks(run: Path, monitor: str, mode: str) -> list[Callb
 
 
 def find_newest_state(run: Path) -> Path | None:
-    """Return the newest complete state of a run, None where there is none yet; clear what a killed process left.
+    """Return the newest complete state of a run, None if there is none; delete temporaries of killed processes.
 
-    A damaged state is reported, and the one before it taken.
+    A damaged state is logged, and the previous one used.
 
     Raises:
-        CheckpointError: there are states, all damaged.
+        CheckpointError: all states are damaged.
     """
     folder = run / RESUME
     if not folder.is_dir():
@@ -87,10 +87,10 @@ def find_newest_state(run: Path) -> Path | None:
         try:
             load_checkpoint(state)
         except CheckpointError as error:
-            logger.warning("%s; going on from the state before it", error)
+            logger.warning("%s; resuming from the previous state", error)
             continue
         for old in states[place + 2 :]:
-            old.unlink(missing_ok=True)  # other processes of this run clear, too
+            old.unlink(missing_ok=True)  # other processes of this run delete it, too
         return state
     if states:
         raise CheckpointError(f"{folder}: all {len(states)} states are damaged: delete {run} to train anew")
@@ -103,72 +103,72 @@ def _step(state: Path) -> tuple[int, str]:
 
 
 class StopOnSignal(StepCheck):
-    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 end the step, save the state, and leave with 128 + their number.
+    """Clean stop on SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1: end the step, save the state, exit with 128 + number.
 
-    While validation runs, the epoch's end, which saves by itself, is waited for; a second signal leaves at once, but
-    not after SIGUSR1: SLURM sends more of them by itself. All processes of a run stop together.
+    A signal during validation takes effect at the end of the epoch, which saves the state anyway. A second signal more
+    than 1 s later exits at once, except after SIGUSR1, which SLURM may repeat. All processes of a run stop together.
 
     Args:
-        run: the run's folder.
+        run: folder of the run.
     """
 
     def __init__(self, run: Path) -> None:
         super().__init__()
         self.run = run
-        self._when = 0.0
-        self._former: dict[int, Any] = {}
+        self._signal_time = 0.0
+        self._former_handlers: dict[int, Any] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the batches of the epoch as this run shares them out: before, there may have been other devices."""
+        """Convert the epoch's batch counts to this run's number of devices: the saved run may have had another."""
         if trainer.state.fn == "fit":
             counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            more = trainer.datamodule.count_taken(counts["processed"]) - counts["processed"]
+            more = trainer.datamodule.count_taken_batches(counts["processed"]) - counts["processed"]
             counts.update({name: count + more for name, count in counts.items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
         for number in stop_signals():
-            self._former[number] = signal.signal(number, self._note)
+            self._former_handlers[number] = signal.signal(number, self._record_signal)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back, and leave if one came too late for training."""
+        """Restore the previous signal handlers; exit if a signal came after the last step."""
         super().on_train_end(trainer, pl_module)
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         if self._is_asked_to_stop(trainer):
-            self._leave(trainer)
+            self._exit(trainer)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
         drop_terminal(number)
-        # A second signal, and not the same one to a whole group.
-        if self.told not in (0, REQUEUE) and time.monotonic() > self._when + 1:
+        # Within a second it is the same stop: a group may get the signal twice.
+        if self.stop_signal not in (0, REQUEUE_SIGNAL) and time.monotonic() > self._signal_time + 1:
             raise Stopped(number)
-        if not self.told:
-            self.told, self._when = number, time.monotonic()
+        if not self.stop_signal:
+            self.stop_signal, self._signal_time = number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave at the end of a step, unless the epoch is about to end, too."""
+        """Save and exit at the end of a step, unless the epoch ends with it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         last = batch_idx + 1 >= trainer.num_training_batches
-        if not self.stops or last or not ends_step(trainer, batch_idx):
+        if not self.should_stop or last or not is_step_end(trainer, batch_idx):
             return
         trainer.save_checkpoint(self.run / RESUME / f"stopped-step={trainer.global_step}.ckpt")
-        self._leave(trainer)
+        self._exit(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave; the end of the epoch before has saved."""
+        """Exit if a signal came; the end of the previous epoch has saved the state."""
         if self._is_asked_to_stop(trainer):
-            self._leave(trainer)
+            self._exit(trainer)
 
     def _is_asked_to_stop(self, trainer: Trainer) -> bool:
-        """Return the same answer on every process."""
-        return trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
+        """Return whether any process got a signal; the result is the same on all processes."""
+        return trainer.strategy.reduce_boolean_decision(bool(self.stop_signal), all=False)
 
-    def _leave(self, trainer: Trainer) -> None:
-        told = torch.tensor(self.told, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(told, reduce_op="max"))  # of whichever process was told
-        if number == REQUEUE:
-            ignore_stop_signals()  # see `training.cli`
+    def _exit(self, trainer: Trainer) -> None:
+        received = torch.tensor(self.stop_signal, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # 0 on processes that got no signal
+        if number == REQUEUE_SIGNAL:
+            ignore_stop_signals()  # see `cdc_mmpg.program`
         raise Stopped(number)

@@ -1,4 +1,4 @@
-"""Opponents by hand: a device estimates its cast from pixels, and its frames are rotated back before the encoder."""
+"""Hand-made baselines: a device estimates its cast from pixels; its frames are rotated back before the encoder."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,21 +16,21 @@ from cdc_mmpg.models.heads import Head
 from cdc_mmpg.training.features import FeatureDataModule
 from cdc_mmpg.training.sessions import choose_clips, read_sessions, shuffle_pools
 
-CLIPS_AT_ONCE = 64
-HUE_BINS = 72  # of a histogram: 5 degrees each
-LEAST_CHROMA = 0.05  # of a pixel with a hue, where pure colours have 1
+CLIPS_AT_ONCE = 64  # clips whose frames are read together
+HUE_BINS = 72  # bins of a hue histogram: 5 degrees each
+MIN_CHROMA = 0.05  # of a pixel whose hue counts; pure colours have 1
 
 
 class CorrectedDataModule(FeatureDataModule):
-    """A dataset with devices as a frozen encoder sees it, all hues of a device rotated back by its estimated cast.
+    """Features of a frozen encoder, with all hues of a device rotated back by the cast that is estimated for it.
 
-    A device estimates once, from the n unlabelled clips that a session of n would average, and corrects all of its
-    clips; a test has the features of several n, (N, C, T, 192), and training those of the first.
+    A device estimates its cast once, from the n unlabelled clips that a session of n would average, and corrects all of
+    its clips. The test split has the features of several n, (N, C, T, 192), the other splits those of the first n.
 
     Args:
         data, encoder, head: see `FeatureDataModule`.
-        correction: "grey_world" (Buchsbaum 1980, "A spatial processor model for object colour perception") takes the
-            direction of the mean chroma, "hue_mode" that of the most frequent hues of the frames, "true_cast" is told.
+        correction: source of the cast: "grey_world" (Buchsbaum 1980, "A spatial processor model for object colour
+            perception"), the direction of the mean chroma; "hue_mode", that of the most frequent hue; "true_cast".
     """
 
     def __init__(self, data: VideoTextData, encoder: AllInOne, head: Head, correction: Correction) -> None:
@@ -38,21 +38,21 @@ class CorrectedDataModule(FeatureDataModule):
         self.correction = correction
 
     def setup(self, stage: str) -> None:
-        """Estimate, then load or compute the features; see `read_sessions`."""
+        """Estimate the casts, then load or compute the features; see `read_sessions` for the exceptions."""
         if self._splits:
             return
         self.data.setup(stage)
         sessions = read_sessions(self.data, casts=self.correction == "true_cast")
         estimates = self.estimate(sessions)
         for split in SPLITS:
-            devices, found = sessions.devices[split], []
+            devices, by_case = sessions.devices[split], []
             for casts in estimates if split == "test" else estimates[:1]:
                 rotated = self.data.rotate(self.data.dataset(split, augment=False), (-casts[devices]).tolist())
-                found.append(self.features(split, *rotated)["frame_features"])
-            self._splits[split] = self.view(split, {"frame_features": torch.stack(found, dim=1)})
+                by_case.append(self.features(split, *rotated)["frame_features"])
+            self._splits[split] = self.build_view(split, {"frame_features": torch.stack(by_case, dim=1)})
 
     def estimate(self, sessions: Sessions) -> NDArray[np.float64]:
-        """Return every device's cast in degrees, (C, D), a row a case; 0 where a device has no clips."""
+        """Return every device's cast in degrees, (C, D), one row for each case; 0 for a device without clips."""
         if self.correction == "true_cast":
             return np.array([sessions.casts])
         directions = np.concatenate([
@@ -61,24 +61,24 @@ class CorrectedDataModule(FeatureDataModule):
         ])  # fmt: skip
         cases = [case for case in CORRECTION_CASES.values() if sessions.alike or not case.alike]
         casts, drawn = np.zeros((len(cases), len(sessions.pools))), shuffle_pools(sessions, self.seed)
-        for place, case in enumerate(cases):
+        for row, case in enumerate(cases):
             for device in range(len(drawn)):
                 across, up = directions[choose_clips(sessions, drawn, device, case)].sum(0)
-                casts[place, device] = np.degrees(np.arctan2(up, across))
+                casts[row, device] = np.degrees(np.arctan2(up, across))
         return casts
 
     def _middle_frames(self, sessions: Sessions) -> Iterator[Frames]:
-        """Yield the frames that anchors are made of, (B, H, W, 3); every process reads all of them."""
+        """Yield the middle frames of the clips, as for anchors, (B, H, W, 3); every process reads them all."""
         clips: Any = sessions.anchors
-        for places in np.array_split(np.arange(len(clips)), 1 + len(clips) // CLIPS_AT_ONCE):
-            frames = clips.__getitems__([(0, place) for place in places.tolist()]).frames
+        for indices in np.array_split(np.arange(len(clips)), 1 + len(clips) // CLIPS_AT_ONCE):
+            frames = clips.__getitems__([(0, index) for index in indices.tolist()]).frames
             yield frames[:, frames.shape[1] // 2].numpy()
 
 
 def measure_chroma(frames: Frames) -> NDArray[np.float64]:
-    """Return every pixel's place in the plane of hues, (B, H W, 2), of frames (B, H, W, 3).
+    """Return every pixel's chroma vector, (B, H W, 2), of frames (B, H, W, 3).
 
-    Red lies at 0 degrees, green at 120; what is grey lies at the origin, and pure colours about 1 away from it.
+    Its direction is the hue, red at 0 degrees and green at 120. Grey is the origin; pure colours have a length near 1.
     """
     red, green, blue = np.moveaxis(frames.reshape(len(frames), -1, 3) / 255, -1, 0)
     return np.stack([red - (green + blue) / 2, 3**0.5 / 2 * (green - blue)], axis=-1)
@@ -92,13 +92,13 @@ def average_chroma(frames: Frames) -> NDArray[np.float64]:
 def point_at_hue(frames: Frames) -> NDArray[np.float64]:
     """Return the direction of each frame's most frequent hue, (B, 2) of length 1, of frames (B, H, W, 3).
 
-    A pixel counts with its chroma; what is nearly grey has no hue.
+    Pixels are weighted by their chroma; nearly grey pixels are ignored.
     """
     chroma = measure_chroma(frames)
     size = np.hypot(chroma[..., 0], chroma[..., 1])
     bins = (np.arctan2(chroma[..., 1], chroma[..., 0]) / (2 * np.pi) % 1 * HUE_BINS).astype(int) % HUE_BINS
     places = np.arange(len(frames))[:, None] * HUE_BINS + bins
-    weights = np.where(size > LEAST_CHROMA, size, 0)
+    weights = np.where(size > MIN_CHROMA, size, 0)
     histogram = np.bincount(places.ravel(), weights.ravel(), len(frames) * HUE_BINS).reshape(len(frames), -1)
     hue = 2 * np.pi * (histogram.argmax(1) + 0.5) / HUE_BINS
     return np.stack([np.cos(hue), np.sin(hue)], axis=-1)

@@ -1,4 +1,4 @@
-"""A run from its configuration: Lightning's command line with our links, checkpoints and results."""
+"""Run of a configuration: Lightning's command line with this project's links, checkpoints and results."""
 
 import inspect
 import logging
@@ -24,24 +24,24 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from cdc_mmpg.data.sampling import EpochDataModule, plan_batches
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.evaluation.evaluate import evaluation
-from cdc_mmpg.files import atomic_write, expand_home, file_digest, lock_folder, remove_leftovers
+from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
+from cdc_mmpg.files import atomic_write, expand_home, hash_file, lock_folder, remove_leftovers
 from cdc_mmpg.launchers import find_launch
-from cdc_mmpg.media.text import vocabulary_size
+from cdc_mmpg.media.text import count_wordpieces
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.corrected import Corrected
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.results import (
-    ANNOTATED,
+    ANNOTATIONS_KEY,
     CONFIG,
     INPUTS,
     RESULTS,
     RESUME,
-    annotations_digest,
     find_dataset_config,
     fingerprint,
+    hash_annotations,
     provenance,
     read_inputs,
     write_json,
@@ -56,8 +56,8 @@ from cdc_mmpg.training.checkpointing import (
 from cdc_mmpg.training.checks import check_pair, check_trainer, has_begun
 from cdc_mmpg.training.corrections import CorrectedDataModule
 from cdc_mmpg.training.features import FeatureDataModule
-from cdc_mmpg.training.group import GROUPS, GroupStrategy, cluster_environment, leave_group
-from cdc_mmpg.training.loggers import ExampleTable, close, loggers
+from cdc_mmpg.training.group import GROUPS, GroupStrategy, choose_cluster_environment, leave_group
+from cdc_mmpg.training.loggers import ExampleTable, build_loggers, finish_loggers
 from cdc_mmpg.training.matmul import Matmul, set_matmul
 from cdc_mmpg.training.parser import LINKED_KEYS, Parser, explain_unknown_key, flatten, list_given_paths
 from cdc_mmpg.training.progress import choose_progress, draws_bar
@@ -66,14 +66,13 @@ from cdc_mmpg.training.sessions import SessionDataModule
 logger = logging.getLogger(__name__)
 
 LOGGER_NAMES = ("cdc_mmpg", "data_modules")
-ANSWERS_FILE = "answers.txt"  # of a run: the word of class k in line k
-# Paths in which ~ stands for the home folder.
+ANSWERS_FILE = "answers.txt"  # in the folder of a run: line k is the word of class k
+# Keys of paths in which ~ is expanded.
 PATH_KEYS = ("trainer.default_root_dir", "data.init_args.root", "data.init_args.cache_dir", "data.init_args.vocab",
          "model.init_args.encoder.checkpoint", "model.init_args.adr", "model.init_args.reading")  # fmt: skip
 CONFIGURATION_PARTS = ("seed_everything", "matmul", "compile", "trainer", "model", "data")
 
-
-# Lightning's advice on what is meant here as it is.
+# Warnings of Lightning about settings that are intended here.
 for advice in (
     "LightningCLI's args parameter",
     "Checkpoint directory .* exists and is not empty",
@@ -86,18 +85,18 @@ for advice in (
 ):
     warnings.filterwarnings("ignore", message=f".*{advice}")
 
-_CheckpointConnector._hpc_resume_path = None  # what Lightning's own requeue left in the folder is never read
+_CheckpointConnector._hpc_resume_path = None  # never resume from files of Lightning's own requeue
 
 
 class Experiment(LightningCLI):
-    """One run: `fit` trains, tests the best epoch and writes the results; the other subcommands are Lightning's.
+    """Experiment of a run: `fit` trains, tests the best epoch and writes the results; the others are Lightning's.
 
     Args:
-        arguments: of the command line, the subcommand first; or a configuration, as `config.yaml` holds it.
-        run: whether there is a subcommand to run.
+        arguments: command line with the subcommand first; or a configuration, in the form of `config.yaml`.
+        run: whether to run the subcommand.
 
     Raises:
-        ConfigError: an argument that nothing knows, or the folder holds a run with another configuration.
+        ConfigError: an argument is unknown, or the folder has a run with another configuration.
     """
 
     def __init__(self, arguments: Sequence[str] | dict[str, Any], run: bool = True) -> None:
@@ -108,7 +107,7 @@ class Experiment(LightningCLI):
                 EpochDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                save_config_callback=None,  # ours is written before training, compared, and atomic
+                save_config_callback=None,  # replaced by `_lock_folder`: written before training, compared, and atomic
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -119,13 +118,13 @@ class Experiment(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return all but predict, which `cdc_mmpg.commands.predict` does; a run finds its own checkpoints."""
+        """Return all subcommands but predict (see `cdc_mmpg.commands.predict`); a run finds its checkpoints itself."""
         commands = {name: set(skip) for name, skip in LightningCLI.subcommands().items() if name != "predict"}
         commands["fit"] |= {"ckpt_path", "weights_only"}
         return commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what the dataset and the seed fix, so that it is written once; set what never varies."""
+        """Link settings that follow from the dataset and the seed, so that they are set once; set fixed defaults."""
         parser.add_argument(
             "--matmul", type=Matmul, default="highest",
             help="how a GPU multiplies float32: exactly (highest), or faster in TensorFloat-32 (high)",
@@ -133,7 +132,7 @@ class Experiment(LightningCLI):
         parser.add_argument("--compile", type=bool, default=False, help="compile the encoder's blocks (torch.compile)")
         parser.set_defaults(
             {
-                "trainer.use_distributed_sampler": False,  # `sampling.EpochBatches` shares out
+                "trainer.use_distributed_sampler": False,  # `sampling.EpochBatches` distributes the samples
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.enable_model_summary": False,
                 "trainer.log_every_n_steps": 10,
@@ -144,11 +143,11 @@ class Experiment(LightningCLI):
         parser.link_arguments(
             "data.init_args.vocab",
             "model.init_args.encoder.vocab_size",
-            compute_fn=lambda vocab: vocabulary_size(vocab and expand_home(vocab)),
+            compute_fn=lambda vocab: count_wordpieces(vocab and expand_home(vocab)),
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; name an unknown key by its whole path."""
+        """Parse the arguments; name an unknown key by its full path."""
         try:
             super().parse_arguments(parser, args)
         except ConfigError as error:
@@ -156,23 +155,23 @@ class Experiment(LightningCLI):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The whole configuration, as `config.yaml` holds it."""
+        """Complete configuration, in the form of `config.yaml`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         dump = self._parser(self.subcommand).dump(config, skip_unset=False, skip_link_targets=True, format="yaml")
         return {key: value for key, value in yaml.safe_load(dump).items() if key in CONFIGURATION_PARTS}
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Folder of the run."""
         folder = self._get(self.config, "trainer")["default_root_dir"]
         if folder is None:
             raise ConfigError(
-                "--trainer.default_root_dir is missing: the folder of the run, <dataset>/<method>/seed<N>"
+                "--trainer.default_root_dir is missing: set the folder of the run, <dataset>/<method>/seed<N>"
             )
         return Path(folder)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what makes no sense; write out what ~ stands for."""
+        """Refuse invalid combinations of settings; expand ~ in paths."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         for name in PATH_KEYS:
             if isinstance(value := config.get(name), str):
@@ -187,7 +186,7 @@ class Experiment(LightningCLI):
             self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
 
     def _lock_folder(self, trainer: Trainer) -> None:
-        """Refuse the run's folder where another run has it, else lock it for this one and write what begins here.
+        """Lock the run's folder, refuse it if it has another run, and write the configuration of a new run.
 
         The first process holds the lock for all processes of the run; the others write nothing in the folder.
         """
@@ -195,11 +194,11 @@ class Experiment(LightningCLI):
             self.until_end.enter_context(lock_folder(self.folder))
         settings = self.settings
         files = {
-            f"content of model.{key}": file_digest(Path(value))
+            f"content of model.{key}": hash_file(Path(value))
             for key, value in flatten(settings["model"])
             if isinstance(value, str) and Path(value).is_file()
         }
-        files[ANNOTATED] = annotations_digest(Path(settings["data"]["init_args"]["root"]))
+        files[ANNOTATIONS_KEY] = hash_annotations(Path(settings["data"]["init_args"]["root"]))
         if not has_begun(self.folder, settings, files) and trainer.is_global_zero:
             remove_leftovers(self.folder / RESUME, locked=True)
             write_json(files, self.folder / INPUTS)
@@ -207,7 +206,7 @@ class Experiment(LightningCLI):
                 file.write(yaml.safe_dump(settings, sort_keys=False).encode())
 
     def _choose_view(self) -> EpochDataModule:
-        """Return the view of the dataset that the method reads; of a frozen encoder's, features instead of frames."""
+        """Return the view of the dataset that the method reads; with a frozen encoder, features instead of frames."""
         if self.model.reads == "captions":
             return CaptionDataModule(self.dataset)
         if isinstance(self.model, Corrected):
@@ -224,17 +223,18 @@ class Experiment(LightningCLI):
         return self.dataset
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Choose the view of the dataset; build Lightning's trainer with our checkpoints, logs and signals.
+        """Choose the view of the dataset; build Lightning's trainer with this project's checkpoints, logs and signals.
 
-        Which process logs is for the trainer to say: the environment may name a rank (RANK, SLURM_PROCID) that has
-        nothing to do with this run.
+        The trainer decides which process logs: the environment may contain a rank (RANK, SLURM_PROCID) that does not
+        belong to this run.
         """
-        self.dataset: Any = self.datamodule  # itself, not a view of it
+        self.dataset: Any = self.datamodule  # the dataset itself, not a view
         self.datamodule: EpochDataModule = self._choose_view()
         if self.subcommand and self._get(self.config_init, "compile"):
             self.model.encoder.compile_blocks()
         config, launch = self._get(self.config_init, "trainer"), find_launch()
-        kwargs["devices"], kwargs["num_nodes"] = devices, nodes = launch.share(config["devices"], config["num_nodes"])
+        devices, nodes = launch.resolve_devices(config["devices"], config["num_nodes"])
+        kwargs |= {"devices": devices, "num_nodes": nodes}
         several = wants_several_processes(devices, nodes)
         kwargs |= {"logger": False, "plugins": [*(config["plugins"] or []), AtomicCheckpointIO()]}
         kwargs["enable_progress_bar"] = draws_bar(config["enable_progress_bar"])
@@ -248,19 +248,19 @@ class Experiment(LightningCLI):
                 *build_checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
             ]
         if config["strategy"] in ("auto", "ddp") and several:
-            # Evaluation counts every sample once, so processes take different numbers of steps there: no collective
-            # may be part of a forward pass there.
+            # Evaluation counts every sample once, so processes take different numbers of steps there, and a collective
+            # in a forward pass would hang.
             kwargs["strategy"] = GroupStrategy(
                 forward_sync_buffers=False,
                 find_unused_parameters=self.model.trains_in_turn,
                 gradient_as_bucket_view=True,
             )
         try:
-            if environment := cluster_environment(launch, several):
+            if environment := choose_cluster_environment(launch, several):
                 kwargs["plugins"].append(environment)
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError) as error:
-            # More devices than there are: it names both numbers. Or SLURM's tasks are set as Lightning refuses them.
+            # More devices than available (the message has both numbers), or SLURM tasks that Lightning refuses.
             if isinstance(error, MisconfigurationException) or "SLURM" in str(error):
                 raise ConfigError(str(error)) from error
             raise
@@ -274,68 +274,68 @@ class Experiment(LightningCLI):
         if self.subcommand == "fit":
             self._lock_folder(trainer)
             if trainer.is_global_zero:
-                trainer.loggers = loggers(self.folder, self.settings)
+                trainer.loggers = build_loggers(self.folder, self.settings)
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
 
     def _describe_computing(self) -> dict[str, Any]:
-        """Return in which precision a run is computed, on which card, and with which libraries."""
-        found = {name: self.settings[name] for name in ("matmul", "compile")}
-        found |= {"precision": str(self.trainer.precision), "torch": torch.__version__}
+        """Return the numeric precision, the GPU and the library versions of a run."""
+        computed = {name: self.settings[name] for name in ("matmul", "compile")}
+        computed |= {"precision": str(self.trainer.precision), "torch": torch.__version__}
         if self.trainer.strategy.root_device.type == "cuda":
-            found |= {
+            computed |= {
                 "card": torch.cuda.get_device_name(self.trainer.strategy.root_device),
                 "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(),
             }
-        return found
+        return computed
 
-    def _recipe_step(self) -> int:
-        """Return how many questions a step has in the dataset's configuration, whatever the command line says."""
+    def _read_recipe_step(self) -> int:
+        """Return the questions of a step by the dataset's configuration, without overrides of the command line."""
         path = find_dataset_config(self.arguments)
         given = yaml.safe_load(path.read_text(encoding="utf-8"))["data"].get("init_args") or {} if path else {}
-        known = (inspect.signature(each).parameters for each in type(self.dataset).__mro__)
-        default = next(parameters["batch_size"].default for parameters in known if "batch_size" in parameters)
+        signatures = (inspect.signature(cls).parameters for cls in type(self.dataset).__mro__)
+        default = next(parameters["batch_size"].default for parameters in signatures if "batch_size" in parameters)
         return int(given.get("batch_size", default))
 
     def _count_accumulated(self, processes: int) -> int:
-        """Return how many batches a process accumulates to an optimizer step.
+        """Return the number of batches that a process accumulates for an optimizer step.
 
         Raises:
-            ConfigError: the step cannot be shared out, see `plan_batches`, or the method needs all of it at once.
+            ConfigError: the step cannot be divided, see `plan_batches`, or the method needs the step in one batch.
         """
         accumulated = plan_batches(self.datamodule.batch_size, self.datamodule.per_device, processes).accumulated
         if accumulated > 1 and (reason := self.model.needs_whole_step):
             raise ConfigError(
                 f"per_device is {self.datamodule.per_device}, so that {accumulated} batches are accumulated to a step "
-                f"of {self.datamodule.batch_size} questions, but {reason}: leave out data.init_args.per_device, take "
-                "more devices (DEVICES=), or PRECISION=bf16-mixed, which takes less memory"
+                f"of {self.datamodule.batch_size} questions, but {reason}: omit data.init_args.per_device, use more "
+                "devices (DEVICES=), or PRECISION=bf16-mixed, which needs less memory"
             )
         return accumulated
 
     def fit(self, model: Method, datamodule: EpochDataModule) -> None:
-        """Train, or go on; test the best epoch; write what later runs need; write the results, last."""
+        """Train or resume; test the best epoch; export the files that later runs need; write the results last."""
         if model.reads != "captions" and self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
             logger.warning(
-                "no CHECKPOINT: the encoder starts at random. The paper's starts from All-in-One's pretraining on "
-                "millions of clips; figures from scratch are far below it and say little about the methods."
+                "no CHECKPOINT: the encoder starts from random weights. The paper's is All-in-One, pretrained on "
+                "millions of clips; accuracies from scratch are far below it and say little about the methods."
             )
         trainer, parameters = self.trainer, model.parameter_counts()
         logger.info(
-            "%s: %s parameters on the device, %s in the cloud, %s train",
+            "%s: %s parameters on the device, %s in the cloud, %s trainable",
             self.folder, *(f"{number:,}" for number in parameters),
         )  # fmt: skip
         try:
             trainer.fit(model, datamodule, ckpt_path=find_newest_state(self.folder), weights_only=True)
-        except OSError as error:  # of the CSV logger, whose writes name no file
+        except OSError as error:  # from the CSV logger, whose errors name no file
             error.filename = error.filename or str(self.folder)
             raise
         if not (self.folder / "best.ckpt").is_file():
-            raise CheckpointError(f"{self.folder}/best.ckpt is gone: delete {self.folder} to train anew")
+            raise CheckpointError(f"{self.folder}/best.ckpt is missing: delete {self.folder} to train anew")
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
         metrics = {best.monitor: float(best.best_model_score)}
         metrics |= trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True)[0]
-        if not trainer.is_global_zero:  # `leave_group` waits for what the first process writes
+        if not trainer.is_global_zero:  # `leave_group` waits until the first process has written
             return
         model.export(self.folder)
         with atomic_write(self.folder / ANSWERS_FILE) as file:
@@ -356,12 +356,12 @@ class Experiment(LightningCLI):
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
             "epochs": trainer.current_epoch,
             "questions_per_step": datamodule.batch_size,
-            "recipe_questions_per_step": self._recipe_step(),
+            "recipe_questions_per_step": self._read_recipe_step(),
             "classes": model.head.outputs,
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
             **(
-                evaluation(self.dataset, model.outcomes["test"], self.folder / "predictions.test.csv")
+                evaluate_outcomes(self.dataset, model.outcomes["test"], self.folder / "predictions.test.csv")
                 if isinstance(model, Answering)
                 else {}
             ),
@@ -381,18 +381,18 @@ class Experiment(LightningCLI):
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
-        close(trainer.loggers, results)
+        finish_loggers(trainer.loggers, results)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Parse the arguments of a training run, and compare them with the run in its folder; nothing is built.
+    """Parse the arguments of a training run and compare them with the run in its folder, without building anything.
 
     Raises:
         ConfigError: see `Experiment` and `has_begun`.
     """
 
     class Parsed(Experiment):
-        """An experiment that ends when its arguments are parsed."""
+        """Experiment that ends when its arguments are parsed."""
 
         def instantiate_classes(self) -> None:
             """Build nothing."""
@@ -401,12 +401,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
             """Run nothing."""
 
     run = Parsed(arguments)
-    with suppress(SystemExit):  # finished
+    with suppress(SystemExit):  # the run is finished
         has_begun(run.folder, run.settings, read_inputs(run.folder))
 
 
 def wants_several_processes(devices: Any, num_nodes: int) -> bool:
-    """Return whether Lightning's `devices` and `num_nodes` ask for more than one process."""
+    """Return whether Lightning's `devices` and `num_nodes` mean more than one process."""
     if devices in ("auto", -1, "-1"):
         return num_nodes > 1 or torch.cuda.device_count() > 1
     if isinstance(devices, str):

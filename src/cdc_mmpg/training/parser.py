@@ -1,4 +1,4 @@
-"""The command line's parser: refusals are `ConfigError`s, an unknown key is named with the nearest that exists."""
+"""Parser of the command line: errors are `ConfigError`s, and for an unknown key the most similar one is named."""
 
 import difflib
 import inspect
@@ -17,7 +17,7 @@ from cdc_mmpg.methods.base import Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 
-LINKED_KEYS = {  # keys that are set once and handed on: target, source
+LINKED_KEYS = {  # keys that get the value of another key, by target
     "data.init_args.seed": "seed_everything",
     "model.init_args.seed": "seed_everything",
     "model.init_args.encoder.num_frames": "data.init_args.num_frames",
@@ -28,18 +28,18 @@ LINKED_KEYS = {  # keys that are set once and handed on: target, source
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose refusals are `ConfigError`s."""
+    """Parser that raises `ConfigError`s."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)  # --trainer.max_epoch is an error, not max_epochs
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage, which is pages long.
+        """Raise an error instead of printing the usage, which is pages long.
 
         Raises:
             ConfigError: always.
         """
-        # Of the report on every alternative type of an argument, what is wrong with ours.
+        # The parser reports on every alternative type of an argument; drop the lines that do not help.
         noise = r"Union subtypes|Subtypes: \[|^\s*Errors:$|<class 'NoneType'>|Given value"
         raise ConfigError("\n".join(line for line in message.strip().splitlines() if not re.search(noise, line)))
 
@@ -48,11 +48,11 @@ UNKNOWN_KEY = re.compile(r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nreco
 
 
 def explain_unknown_key(message: str, given: Sequence[str]) -> str:
-    """Return the parser's message, and of an unknown key its whole dotted path and the nearest path that exists.
+    """Return a message of the parser; for an unknown key, its full dotted path and the most similar existing path.
 
     Args:
-        message: of the parser, which names the last part of the key alone.
-        given: the dotted paths of all that was given.
+        message: message of the parser, which has only the last part of the key.
+        given: dotted paths of all given keys.
     """
     unknown = UNKNOWN_KEY.search(message)
     if not unknown:
@@ -66,13 +66,13 @@ def explain_unknown_key(message: str, given: Sequence[str]) -> str:
     near = [leaf] if leaf in leaves else sorted(other for other in leaves if other.startswith(leaf))
     near = near or difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.5)
     if not near:
-        return f"{path}: there is no such key, and none that exists is like it"
+        return f"{path}: there is no such key, and no similar one"
     nearest = max(leaves[near[0]], key=lambda key: difflib.SequenceMatcher(None, key, path).ratio())
     return f"{path}: there is no such key; the nearest that exists is {nearest}"
 
 
 def _list_known_paths() -> list[str]:
-    """Return the dotted paths of all that a configuration can hold, but for what follows from others (links)."""
+    """Return the dotted paths of all keys of configurations, except those that are linked to others."""
 
     def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield cls
@@ -98,7 +98,7 @@ def _list_known_paths() -> list[str]:
 
 
 def list_given_paths(arguments: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Return the dotted paths of all that a command line, or a configuration, gives."""
+    """Return the dotted paths of all keys that a command line, with its files, or a configuration gives."""
     if isinstance(arguments, dict):
         return [path for path, _ in flatten(arguments)]
     paths = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
@@ -111,7 +111,7 @@ def list_given_paths(arguments: Sequence[str] | dict[str, Any]) -> list[str]:
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dictionaries, by dotted key."""
+    """Yield the leaves of nested dictionaries with their dotted keys."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,4 +1,4 @@
-"""How far a run is: a progress bar on a terminal; a line an epoch into a file, or beside other runs."""
+"""Progress of a run: a bar on a terminal; else, and for parallel runs, a log line after every epoch."""
 
 import logging
 import sys
@@ -18,11 +18,11 @@ def draws_bar(enabled: bool | None) -> bool:
 
 
 def choose_progress(enabled: bool | None, callbacks: Sequence[Callback]) -> list[Callback]:
-    """Return what shows how far a run is, none where its configuration names a progress bar.
+    """Return the callbacks that show the progress of a run; none if its configuration has a progress bar.
 
     Args:
         enabled: whether the configuration wants a bar.
-        callbacks: of the configuration.
+        callbacks: callbacks of the configuration.
     """
     if not draws_bar(enabled):
         return [EpochLines()]
@@ -30,28 +30,28 @@ def choose_progress(enabled: bool | None, callbacks: Sequence[Callback]) -> list
 
 
 class RunBar(TQDMProgressBar):
-    """Lightning's progress bar, with epochs counted from 1 and without the number of the log's version."""
+    """Lightning's progress bar, with epochs counted from 1 and without the version number of the log."""
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin the bar of an epoch."""
+        """Start the bar of an epoch."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(f"epoch {describe_epoch(trainer)}")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the figures beside the bar."""
+        """Return the metrics beside the bar."""
         shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in shown.items() if name != "v_num"}
 
 
 class EpochLines(Callback):
-    """Logs a line after each epoch: the loss, the monitored metric, and how long the others may take."""
+    """Log line after each epoch: the loss, the monitored metric, and an estimate of the remaining time."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._begun, self._first = time.monotonic(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the line; validation is over by then."""
+        """Log the line; validation has already finished."""
         if not trainer.is_global_zero:
             return
         number, last = trainer.current_epoch + 1, trainer.max_epochs or 0
@@ -64,6 +64,6 @@ class EpochLines(Callback):
 
 
 def describe_epoch(trainer: Trainer) -> str:
-    """Return the number of the current epoch, from 1, and of how many, unless `max_epochs` is -1: no limit."""
+    """Return the current epoch, counted from 1, and the total unless `max_epochs` is -1, as text."""
     last = trainer.max_epochs or 0
     return f"{trainer.current_epoch + 1}" + (f" of {last}" if last > 0 else "")

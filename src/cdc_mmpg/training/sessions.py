@@ -1,4 +1,4 @@
-"""Samples with what their device uploads: the mean of the anchor features of its other, unlabelled clips."""
+"""View of a dataset for sessions: each sample has its device's upload, the mean anchor of other, unlabelled clips."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,28 +17,28 @@ from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.training.features import FeatureDataModule, FeatureDataset, SplitFeatures
 
-WITHOUT = 0.1  # share of the training samples without anchors: the shared head must answer alone, too
+NO_ANCHORS_SHARE = 0.1  # of the training samples, so that the shared head also learns to answer alone
 
 
 class SessionDataset(Dataset[SessionBatch]):
-    """A split with its uploads.
+    """Samples of a split with the uploads of their devices.
 
-    In training a sample's is the mean of all other clips of its device, the best estimate there is: with fewer, drawn
-    anew every epoch, a generator answers worse, and also where it is then used with fewer. After training a device has
-    one upload of so many clips for all of its questions.
+    In training the upload of a sample is the mean over all other clips of its device, the best available estimate.
+    Fewer clips, drawn anew every epoch, gave a worse generator, even for tests with fewer. In evaluation a device has
+    one upload per case, which serves all of its questions.
 
     Args:
-        samples: the split as the encoder sees it.
-        anchors: (A, 192) what all unlabelled clips upload.
-        sessions: whose they are.
-        split: which samples.
-        seed: of the draws.
-        copies: (A, 192) each, anchors as the virtual devices of `samples.copies` see them.
-        turns: (D,) each, by how many degrees these rotate the hues more than their devices.
-        sets: whether batches hold the anchors themselves, too; in training `SET` of them at most.
+        samples: features of the split.
+        anchors: (A, 192) uploads of all unlabelled clips.
+        sessions: devices of the anchors and of the samples.
+        split: split of the samples.
+        seed: seed of the draws.
+        copies: (A, 192) each, uploads of the same clips on the virtual devices of `samples.copies`.
+        turns: (D,) each, additional rotation of the hues by these virtual devices, in degrees.
+        sets: whether batches also have the single anchors; in training at most `SET_SIZE` of them.
     """
 
-    SET = 16
+    SET_SIZE = 16
 
     def __init__(
         self,
@@ -56,28 +56,28 @@ class SessionDataset(Dataset[SessionBatch]):
         self.split, self.seed, self.sets = split, seed, sets
         self.devices = sessions.devices[split]
         casts = torch.tensor(sessions.casts)
-        casts = torch.deg2rad(torch.stack([casts, *(casts + torch.tensor(own) for own in turns)]))
+        casts = torch.deg2rad(torch.stack([casts, *(casts + torch.tensor(degrees) for degrees in turns)]))
         self.casts = torch.stack([casts.cos(), casts.sin()], dim=-1)  # (1 + V, D, 2)
         if split == "train":
-            self._uploads = torch.stack([self._means_of_others(own) for own in self.anchors])  # (1 + V, N, 192)
+            self._uploads = torch.stack([self._average_others(anchors) for anchors in self.anchors])  # (1 + V, N, 192)
         else:
-            self.uploads, self.counts, self.members = self._fixed()
+            self.uploads, self.counts, self.members = self._draw_fixed_sessions()
 
-    def _means_of_others(self, anchors: Tensor) -> Tensor:
-        """Return for every training sample the mean of the other clips of its device, (N, 192)."""
+    def _average_others(self, anchors: Tensor) -> Tensor:
+        """Return the mean anchor over the other clips of each training sample's device, (N, 192)."""
         totals = torch.stack([anchors[pool].sum(0) for pool in self.sessions.pools])
-        own = torch.tensor(self.sessions.own[self.split])
-        is_anchor = (own >= 0)[:, None]
+        clips = torch.tensor(self.sessions.own_anchors[self.split])
+        is_anchor = (clips >= 0)[:, None]
         sizes = torch.tensor([len(pool) for pool in self.sessions.pools])
         numbers = sizes[self.devices][:, None] - is_anchor.long()
-        rest = totals[self.devices] - torch.where(is_anchor, anchors[own.clamp(min=0)], 0.0)
+        rest = totals[self.devices] - torch.where(is_anchor, anchors[clips.clamp(min=0)], 0.0)
         return torch.where(numbers > 0, rest / numbers.clamp(min=1), 0.0)
 
-    def _fixed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return every device's uploads (D, C, 192), how many anchors each has (D, C), and which (D, C, most)."""
+    def _draw_fixed_sessions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw every device's uploads (D, C, 192), their numbers of anchors (D, C), and the anchors (D, C, most)."""
         devices = sorted(set(self.devices))
         drawn = shuffle_pools(self.sessions, self.seed)
-        # Each borrows from the next in a random circle.
+        # In shuffled cases each device gets the anchors of the next one in a random circle.
         circle = np.random.default_rng(self.seed).permutation(devices).tolist()
         lender = dict(zip(circle, [*circle[1:], *circle[:1]], strict=True))
         cases = [case for case in SESSION_CASES.values() if self.sessions.alike or not case.alike]
@@ -97,29 +97,31 @@ class SessionDataset(Dataset[SessionBatch]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _count(self, epoch: int, index: int) -> int:
-        """Return how many anchors a training sample has, all others of its device; now and then none."""
-        number = len(self.sessions.pools[self.devices[index]]) - (self.sessions.own[self.split][index] >= 0)
-        return 0 if np.random.default_rng((self.seed, epoch, index)).random() < WITHOUT else number
+    def _count_anchors(self, epoch: int, index: int) -> int:
+        """Draw the number of anchors of a training sample: all other clips of its device, or sometimes none."""
+        number = len(self.sessions.pools[self.devices[index]]) - (self.sessions.own_anchors[self.split][index] >= 0)
+        return 0 if np.random.default_rng((self.seed, epoch, index)).random() < NO_ANCHORS_SHARE else number
 
     def _draw_set(self, epoch: int, index: int) -> list[int]:
-        """Draw `SET` anchors of a training sample, without its own clip."""
-        others = [i for i in self.sessions.pools[self.devices[index]] if i != self.sessions.own[self.split][index]]
-        chosen = np.random.default_rng((self.seed, epoch, index, self.SET)).permutation(others)[: self.SET].tolist()
-        return chosen + [0] * (self.SET - len(chosen))
+        """Draw up to `SET_SIZE` anchors of a training sample, without its clip, padded with zeros."""
+        excluded = self.sessions.own_anchors[self.split][index]
+        others = [anchor for anchor in self.sessions.pools[self.devices[index]] if anchor != excluded]
+        generator = np.random.default_rng((self.seed, epoch, index, self.SET_SIZE))
+        chosen = generator.permutation(others)[: self.SET_SIZE].tolist()
+        return chosen + [0] * (self.SET_SIZE - len(chosen))
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> SessionBatch:
         devices = torch.tensor([self.devices[i] for _, i in items])
         sets, casts = None, self.casts[0, devices]
         if self.split == "train":
-            of_copy = torch.tensor(self.samples.draw_copies(items))
-            casts = self.casts[of_copy, devices]
-            counts = torch.tensor([[self._count(epoch, i)] for epoch, i in items])
-            uploads = (self._uploads[of_copy, [i for _, i in items]] * (counts > 0)).unsqueeze(1)
+            copies = torch.tensor(self.samples.draw_copies(items))
+            casts = self.casts[copies, devices]
+            counts = torch.tensor([[self._count_anchors(epoch, i)] for epoch, i in items])
+            uploads = (self._uploads[copies, [i for _, i in items]] * (counts > 0)).unsqueeze(1)
             if self.sets:
-                counts = counts.clamp(max=self.SET)
+                counts = counts.clamp(max=self.SET_SIZE)
                 members = torch.tensor([self._draw_set(epoch, i) for epoch, i in items])
-                sets = self.anchors[of_copy[:, None], members].unsqueeze(1)
+                sets = self.anchors[copies[:, None], members].unsqueeze(1)
         else:
             uploads, counts = self.uploads[devices], self.counts[devices]
             if self.sets:
@@ -128,19 +130,20 @@ class SessionDataset(Dataset[SessionBatch]):
 
 
 def shuffle_pools(sessions: Sessions, seed: int) -> list[NDArray[np.int64]]:
-    """Return every device's unlabelled clips in the order in which they make a session: n clips are the first n."""
+    """Shuffle every device's unlabelled clips; a session of n clips has the first n."""
     return [np.random.default_rng((seed, device)).permutation(pool) for device, pool in enumerate(sessions.pools)]
 
 
 def choose_clips(
     sessions: Sessions, drawn: Sequence[NDArray[np.int64]], device: int, case: SessionCase
 ) -> Sequence[int]:
-    """Return the clips of a device that make its session in a case.
+    """Choose the clips of a device for its session in a case.
 
     Args:
-        sessions: whose clips are alike, too, where the case needs that.
-        drawn: of `shuffle_pools`.
-        device, case: which.
+        sessions: sessions of the dataset, with clips of most alike backgrounds if the case needs them.
+        drawn: clips of every device, from `shuffle_pools`.
+        device: index of the device.
+        case: case of the session.
     """
     if case.alike:
         assert sessions.alike
@@ -152,29 +155,29 @@ def read_sessions(data: VideoTextData, casts: bool) -> Sessions:
     """Return a dataset's unlabelled clips by device.
 
     Args:
-        data: set up.
-        casts: refuse a dataset that does not know the true hue casts of its devices.
+        data: dataset that has been set up.
+        casts: whether to refuse a dataset without the true hue casts of its devices.
 
     Raises:
-        DataError: it has no unlabelled clips, or does not know the casts.
+        DataError: the dataset has no unlabelled clips, or lacks the casts.
     """
     sessions = data.sessions()
     if not any(sessions.pools):
-        raise DataError("no device has an unlabelled clip: there is nothing to draw sessions from")
+        raise DataError("no device has an unlabelled clip to draw sessions from")
     if casts and np.isnan(sessions.casts).any():
         raise DataError(
-            f"nobody knows the hue casts of these devices (domains: {data.domains}), and this method is told them: "
-            "take domains whose casts are known (ARGS=--data.init_args.domains=casts), or another method (METHOD=)"
+            f"the hue casts of these devices are unknown (domains: {data.domains}), and this method needs them: "
+            "use domains with known casts (ARGS=--data.init_args.domains=casts), or another method (METHOD=)"
         )
     return sessions
 
 
-class Part(Dataset[VideoTextBatch]):
-    """Some samples of a dataset.
+class DatasetPart(Dataset[VideoTextBatch]):
+    """Subset of a dataset.
 
     Args:
-        dataset: which.
-        places: of its samples.
+        dataset: dataset of the samples.
+        places: indices of the samples.
     """
 
     def __init__(self, dataset: Any, places: Sequence[int]) -> None:
@@ -184,17 +187,17 @@ class Part(Dataset[VideoTextBatch]):
         return len(self.places)
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> VideoTextBatch:
-        found: VideoTextBatch = self.dataset.__getitems__([(epoch, self.places[index]) for epoch, index in items])
-        return found
+        batch: VideoTextBatch = self.dataset.__getitems__([(epoch, self.places[index]) for epoch, index in items])
+        return batch
 
 
 class SessionDataModule(FeatureDataModule):
-    """A dataset with devices as a frozen encoder sees it: samples, and anchors from a neutral prompt and one frame.
+    """View of a dataset with devices as features of a frozen encoder: samples, and anchors of one frame each.
 
     Args:
         data, encoder, head, virtual, jitters: see `FeatureDataModule`.
-        upload: what a clip's frame features (A, 1, 192) upload, (A, 192).
-        casts: refuse a dataset that does not know the true hue casts of its devices.
+        upload: function from the clips' features (A, 1, 192), with a neutral prompt, to their uploads (A, 192).
+        casts: whether to refuse a dataset without the true hue casts of its devices.
         sets: see `SessionDataset`.
     """
 
@@ -213,7 +216,7 @@ class SessionDataModule(FeatureDataModule):
         self.upload, self.casts, self.sets = upload, casts, sets
 
     def setup(self, stage: str) -> None:
-        """Load or compute the features of samples and anchors; see `read_sessions`."""
+        """Load or compute the features of samples and anchors; see `read_sessions` for the exceptions."""
         if self._splits:
             return
         self.data.setup(stage)
@@ -228,27 +231,27 @@ class SessionDataModule(FeatureDataModule):
         super().setup(stage)
 
     def anchors(self, name: str, clips: Dataset[VideoTextBatch], fingerprint: str) -> Tensor:
-        """Return what unlabelled clips upload, (A, 192), from features that are loaded or computed."""
+        """Return the uploads of unlabelled clips, (A, 192), from features that are loaded or computed."""
         middle = self.encoder.num_frames // 2
         features = self.features(name, clips, fingerprint, middle)["frame_features"].flatten(1, -2)[:, :1]
         with torch.no_grad():
             return self.upload(features.to(next(self.encoder.parameters()).device)).cpu()
 
     def _anchors_of_virtual(self, sessions: Sessions, number: int, names: Mapping[int, str]) -> Tensor:
-        """Return what the clips of devices that train upload as virtual devices see them, (A, 192); zeros elsewhere."""
+        """Return the uploads of training devices' clips on virtual devices, (A, 192); zeros for other clips."""
         device_of = {place: name for device, name in names.items() for place in sessions.pools[device]}
         devices = [device_of.get(place, "") for place in range(len(self._anchors))]
-        rotated, fingerprint = self.as_virtual(sessions.anchors, devices, number)
+        rotated, fingerprint = self.make_virtual(sessions.anchors, devices, number)
         copy, places = torch.zeros_like(self._anchors), sorted(device_of)
-        copy[places] = self.anchors("anchors", Part(rotated, places), f"{fingerprint} {places}")
+        copy[places] = self.anchors("anchors", DatasetPart(rotated, places), f"{fingerprint} {places}")
         return copy
 
     def history(self) -> tuple[Tensor, list[list[int]]]:
-        """Return the anchor features (A, 192), and which of them each device that trains has."""
+        """Return the anchor features (A, 192), and the indices of those of each training device."""
         return self._anchors, [self._sessions.pools[device] for device in sorted(set(self._sessions.devices["train"]))]
 
-    def view(self, split: Split, features: SplitFeatures) -> SessionDataset:
-        """Return a split with its features and its uploads."""
-        samples = super().view(split, features)
+    def build_view(self, split: Split, features: SplitFeatures) -> SessionDataset:
+        """Build a split from its features and its devices' uploads."""
+        samples = super().build_view(split, features)
         copies, turns = (self._copies, self._turns) if split == "train" else ([], [])
         return SessionDataset(samples, self._anchors, self._sessions, split, self.seed, copies, turns, self.sets)

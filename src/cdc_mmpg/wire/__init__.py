@@ -1,1 +1,1 @@
-"""What device and cloud exchange, as bytes; no torch."""
+"""Wire format between device and cloud; does not need torch."""

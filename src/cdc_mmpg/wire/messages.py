@@ -1,13 +1,13 @@
-"""The bytes between device and cloud: a fixed header, a body of raw numbers, on the way down a signature. No torch.
+"""Messages between device and cloud: a fixed header, a body of raw numbers, and on layers a signature. No torch.
 
     header     68 bytes: magic 4, version 1, message 1, kind 1, zero 1, encoder 16, generator 16, nonce 16, shape 3 x 4
-    signature  64 bytes: Ed25519 over the header and the SHA-256 of the body, of layers only
+    signature  64 bytes: layers only: Ed25519 over the header and the SHA-256 of the body
     body       up: 192 float32; down: the payload (see `payloads`)
 
 All numbers are little-endian. Encoder and generator are digests of weights (`DIGEST_BYTES` of a SHA-256): features of
-one encoder mean nothing to another, and a layer is for one generator's device. The nonce of an upload is drawn by the
-device; that of a layer is the digest of the whole upload it answers, so that it fits no other upload. No length is
-read: what is due follows from kind and shape, which must be those that the receiver has.
+one encoder are meaningless to another, and a layer fits the devices of one generator only. The nonce of an upload is
+drawn by the device; that of a layer is the digest of the whole upload it answers, so that it fits no other upload.
+Messages contain no lengths: the length follows from kind and shape, which must match those of the receiver.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ LAYER_KINDS: tuple[LayerKind, ...] = ("float32", "float16", "int8", "low_rank", 
 Message = Literal["upload", "layer"]
 MESSAGES: tuple[Message, ...] = ("upload", "layer")
 
-LAYER_PATH = "/v1/layer"  # over HTTP: where an upload is posted, and answered by a layer
+LAYER_PATH = "/v1/layer"  # HTTP endpoint: uploads are posted to it and answered with a layer
 MESSAGE_MAGIC = b"CDCM"
 MESSAGE_VERSION = 1
 DIGEST_BYTES = 16
 SIGNATURE_BYTES = 64
 HEADER = struct.Struct("<4s4B16s16s16s3I")
 UPLOAD_BYTES = HEADER.size + 4 * FEATURE_DIM
-FRAMING_BYTES = HEADER.size + SIGNATURE_BYTES  # of a layer
+FRAMING_BYTES = HEADER.size + SIGNATURE_BYTES  # bytes of a layer message beside its payload
 
 MAX_FEATURE_MAGNITUDE = 1.0
 Reason = Literal[
@@ -57,11 +57,11 @@ Reason = Literal[
 
 
 class Rejected(CDCError):
-    """A message that is not what it should be; nothing of it is used.
+    """An invalid message, which is discarded completely.
 
     Args:
-        reason: which part.
-        detail: what it is, and what it should be.
+        reason: name of the invalid part.
+        detail: actual and expected value.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -70,24 +70,24 @@ class Rejected(CDCError):
 
 
 class UploadRejected(Rejected):
-    """The cloud cannot use an upload."""
+    """The cloud rejected an upload."""
 
 
 class WeightsRejected(Rejected):
-    """A device does not install a layer; the one in use stays. Never fatal."""
+    """The device rejected a layer and keeps the one in use; never fatal."""
 
 
 class Layout(NamedTuple):
-    """What is sent of a last layer: how (`kind`), and of which size.
+    """Encoding (`kind`) and size of a transmitted last layer.
 
-    float32, float16 and int8 are the whole layer, a row for each output with its bias last; low_rank are the two
-    factors of a residual on a layer that the device has, and basis the coefficients of layers that it has, both int8.
+    float32, float16 and int8 are the whole layer, one row per output with its bias last; low_rank is the two factors
+    of a residual to the device's shared layer, and basis the coefficients of the layers in its bundle, both in int8.
     """
 
     kind: LayerKind
     outputs: int  # L
     columns: int  # D + 1
-    number: int = 0  # the rank, or how many layers the basis has
+    number: int = 0  # rank for low_rank, number of layers for basis
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -100,120 +100,120 @@ class Layout(NamedTuple):
 
     @property
     def precision(self) -> Precision:
-        """Precision of its numbers."""
+        """Precision of the transmitted numbers."""
         return "int8" if self.kind in ("low_rank", "basis") else self.kind  # type: ignore[return-value]
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes without framing."""
+        """Number of bytes without framing."""
         return count_matrix_bytes(self.shapes, self.precision)
 
     @property
     def message_bytes(self) -> int:
-        """Bytes with framing."""
+        """Number of bytes with framing."""
         return FRAMING_BYTES + self.payload_bytes
 
 
 class Versions(NamedTuple):
-    """Which weights a message belongs to."""
+    """Digests of the weights that a message belongs to."""
 
     encoder: bytes
     generator: bytes
 
 
 class Upload(NamedTuple):
-    """An upload as the cloud reads it."""
+    """A decoded upload."""
 
-    layout: Layout  # of the layer that is asked for
+    layout: Layout  # layout of the requested layer
     versions: Versions
     feature: NDArray[np.float32]  # (192,)
 
 
-def digest(content: bytes) -> bytes:
-    """Return as much of a SHA-256 as headers hold."""
+def compute_digest(content: bytes) -> bytes:
+    """Return the first `DIGEST_BYTES` of the SHA-256 of bytes."""
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
 def encode_upload(
     feature: NDArray[np.float32], layout: Layout, versions: Versions, nonce: bytes | None = None
 ) -> bytes:
-    """Return an anchor feature (192,), or the mean of several, with the layer that is asked for it; 836 bytes.
+    """Encode an anchor feature (192,), or the mean of several, as an upload of 836 bytes.
 
     Args:
-        feature: from -1 to 1.
-        layout: of the layer.
-        versions: of the device.
-        nonce: `DIGEST_BYTES` that no other upload has; drawn unless given.
+        feature: values from -1 to 1.
+        layout: layout of the requested layer.
+        versions: versions of the device.
+        nonce: unique `DIGEST_BYTES`; drawn at random unless given.
 
     Raises:
-        DataError: another shape or range.
+        DataError: the feature has another shape or range.
     """
     if feature.shape != (FEATURE_DIM,) or not (np.abs(feature) <= MAX_FEATURE_MAGNITUDE).all():
-        raise DataError(f"an anchor feature {feature.shape}: {FEATURE_DIM} numbers from -1 to 1 are due")
+        raise DataError(f"invalid anchor feature of shape {feature.shape}: must be {FEATURE_DIM} numbers from -1 to 1")
     header = _pack_header("upload", layout, versions, nonce or os.urandom(DIGEST_BYTES))
     return header + feature.astype("<f4").tobytes()
 
 
 def decode_upload(content: bytes, layouts: Sequence[Layout], versions: Versions) -> Upload:
-    """Return an upload that this cloud can answer.
+    """Decode and validate an upload.
 
     Args:
-        content: any bytes.
-        layouts: what it can send.
-        versions: its own.
+        content: untrusted bytes.
+        layouts: layouts that this cloud can send.
+        versions: versions of this cloud.
 
     Raises:
-        UploadRejected: with the reason.
+        UploadRejected: the upload is invalid; with the reason.
     """
     if len(content) != UPLOAD_BYTES:
-        raise UploadRejected("length", f"{len(content)} bytes: an upload has {UPLOAD_BYTES}")
+        raise UploadRejected("length", f"received {len(content)} bytes, but an upload has {UPLOAD_BYTES}")
     layout, _ = _read_header(content, "upload", layouts, versions, UploadRejected)
     feature = np.frombuffer(content, "<f4", FEATURE_DIM, HEADER.size)
-    if not (np.abs(feature) <= MAX_FEATURE_MAGNITUDE).all():  # nor is what is not a number
-        raise UploadRejected("range", "a feature has numbers from -1 to 1 alone, as the hyperbolic tangent gives them")
+    if not (np.abs(feature) <= MAX_FEATURE_MAGNITUDE).all():  # False for NaN
+        raise UploadRejected("range", "all values of a feature must be between -1 and 1, as the output of a tanh is")
     return Upload(layout, versions, feature)
 
 
 def encode_layer(
     matrices: Sequence[Matrix], upload: bytes, layout: Layout, versions: Versions, key: Ed25519PrivateKey
 ) -> bytes:
-    """Return what a generator made of an upload, signed.
+    """Encode and sign the layer generated for an upload.
 
     Raises:
         DataError: a number is not finite, or too large for the layout's precision.
     """
-    header = _pack_header("layer", layout, versions, digest(upload))
+    header = _pack_header("layer", layout, versions, compute_digest(upload))
     body = encode_matrices(matrices, layout.precision)
-    return header + key.sign(signed_content(header, body)) + body
+    return header + key.sign(build_signed_content(header, body)) + body
 
 
 def decode_layer(
     content: bytes, upload: bytes | None, layout: Layout, versions: Versions, key: Ed25519PublicKey
 ) -> list[Matrix]:
-    """Return the matrices of a layer that this device may install.
+    """Decode and verify a layer, and return its matrices.
 
     Args:
-        content: any bytes.
-        upload: that it answers; None takes one for any upload, which the device itself has kept.
-        layout: that was asked for.
-        versions: the device's own.
-        key: of the cloud.
+        content: untrusted bytes.
+        upload: upload that the layer must answer; None accepts a layer for any upload.
+        layout: layout that was requested.
+        versions: versions of this device.
+        key: public key of the cloud.
 
     Raises:
-        WeightsRejected: with the reason.
+        WeightsRejected: the layer is invalid; with the reason.
     """
     if len(content) != layout.message_bytes:
-        raise WeightsRejected("length", f"{len(content)} bytes: {layout.message_bytes} are due for {layout}")
+        raise WeightsRejected("length", f"received {len(content)} bytes, expected {layout.message_bytes} for {layout}")
     _, nonce = _read_header(content, "layer", [layout], versions, WeightsRejected)
-    if upload is not None and nonce != digest(upload):
-        raise WeightsRejected("nonce", "it answers another upload")
+    if upload is not None and nonce != compute_digest(upload):
+        raise WeightsRejected("nonce", "the layer answers a different upload")
     header, body = content[: HEADER.size], content[FRAMING_BYTES:]
     try:
-        key.verify(content[HEADER.size : FRAMING_BYTES], signed_content(header, body))
+        key.verify(content[HEADER.size : FRAMING_BYTES], build_signed_content(header, body))
     except InvalidSignature as error:
         raise WeightsRejected(
             "signature",
-            "changed on the way, or another cloud's: a device bundle goes with the cloud bundle of its export",
+            "changed in transit, or signed by another cloud: use device and cloud bundles of the same export",
         ) from error
     try:
         return decode_matrices(body, layout.shapes, layout.precision)
@@ -221,8 +221,8 @@ def decode_layer(
         raise WeightsRejected("finite", str(error)) from error
 
 
-def signed_content(header: bytes, body: bytes) -> bytes:
-    """Return what a signature is over: Ed25519 reads its message twice, with a slower digest."""
+def build_signed_content(header: bytes, body: bytes) -> bytes:
+    """Return the signed bytes; the body is hashed first, since Ed25519 reads its message twice with a slower hash."""
     return header + hashlib.sha256(body).digest()
 
 
@@ -234,25 +234,26 @@ def _pack_header(message: Message, layout: Layout, versions: Versions, nonce: by
 def _read_header(
     content: bytes, message: Message, layouts: Sequence[Layout], versions: Versions, error: type[Rejected]
 ) -> tuple[Layout, bytes]:
-    """Return which of the layouts a message has, and its nonce.
+    """Validate a header and return the layout and the nonce of its message.
 
     Raises:
-        Rejected: of the kind `error`; it is none, or something else differs.
+        Rejected: a field of the header is invalid; raised as `error`.
     """
     magic, version, number, kind, zero, encoder, generator, nonce, *shape = HEADER.unpack_from(content)
     if magic != MESSAGE_MAGIC:
-        raise error("magic", f"it begins with {magic!r}, not with {MESSAGE_MAGIC!r}")
+        raise error("magic", f"the message starts with {magic!r}, expected {MESSAGE_MAGIC!r}")
     if version != MESSAGE_VERSION or zero:
-        raise error("version", f"version {version} of the format: this is version {MESSAGE_VERSION}")
+        raise error("version", f"format version {version} is not supported, expected {MESSAGE_VERSION}")
     if number != MESSAGES.index(message):
-        raise error("message", f"not {message}, which would be number {MESSAGES.index(message)}, but {number}")
+        raise error("message", f"message type {number}, expected {MESSAGES.index(message)} ({message})")
     if encoder != versions.encoder:
-        raise error("encoder", f"of encoder {encoder.hex()}: this one is {versions.encoder.hex()}")
+        raise error("encoder", f"the message is for encoder {encoder.hex()}, expected {versions.encoder.hex()}")
     if generator != versions.generator:
-        raise error("generator", f"of generator {generator.hex()}: this one is {versions.generator.hex()}")
+        raise error("generator", f"the message is for generator {generator.hex()}, expected {versions.generator.hex()}")
     known = {LAYER_KINDS.index(layout.kind): layout for layout in layouts}
     if kind not in known:
-        raise error("kind", f"number {kind}: here are {', '.join(f'{n} ({own.kind})' for n, own in known.items())}")
+        offered = ", ".join(f"{number} ({layout.kind})" for number, layout in known.items())
+        raise error("kind", f"layer kind {kind} is not available, only {offered}")
     if tuple(shape) != known[kind][1:]:
-        raise error("shape", f"outputs, columns, number {tuple(shape)}: here {tuple(known[kind][1:])}")
+        raise error("shape", f"outputs, columns and number are {tuple(shape)}, expected {tuple(known[kind][1:])}")
     return known[kind], nonce
