@@ -1,10 +1,10 @@
-# Every target makes what it needs: the first one builds .venv, which takes a while; the second time nothing is redone.
+# Every target makes what it needs: the first one builds .venv, which takes a while; later ones reuse it.
 # Usage: make <target> [VARIABLE=value ...]; `make help` lists them. All but the tools' targets are commands of `cdc-mmpg`,
-# which reads the variables itself (src/cdc_mmpg/commands) and refuses those that it does not know; `make -n` lists.
+# which reads the variables (src/cdc_mmpg/commands) and refuses unknown ones; `make -n <target>` lists its programs.
 
 PYTHON ?= python3
 PY     := .venv/bin/python
-# Before .venv is there, `make -n` lists all the same.
+# `make -n` works without .venv.
 CDC    := if [ -x .venv/bin/cdc-mmpg ]; then exec .venv/bin/cdc-mmpg "$$@"; else PYTHONPATH=src exec $(PYTHON) -m cdc_mmpg "$$@"; fi
 
 .DEFAULT_GOAL := help
@@ -24,23 +24,23 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 
-data: ## check a dataset and decode its clips, for training to find: DATASET= DATA= ARGS= OUT=
+data: ## check a dataset and decode its clips into the cache: DATASET= DATA= ARGS= OUT=
 train: ## train and test: DATASET= DATA= METHOD=<name>|main|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
-tables: ## every table of the paper, ours beside it: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
-table: ## the methods of a dataset side by side, in the terminal and as Markdown: DATASET= OUT=
-report: ## one page with every figure, and where each comes from: DATASET= DATA= OUT=
-figures: ## the README's pictures, from a dataset's runs: DATASET= DATA= OUT=
+tables: ## all tables of the paper with our figures beside them: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
+table: ## compare the methods of a dataset, in the terminal and as Markdown: DATASET= OUT=
+report: ## one HTML page with all figures, and their sources as JSON: DATASET= DATA= OUT=
+figures: ## draw the README's pictures from a dataset's runs: DATASET= DATA= OUT=
 predict: ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
-export: ## bundles for a device and for the cloud: METHOD= DATASET= SEED= ARGS= OUT=
-serve: ## the cloud's service, of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
-device: ## ask the device's client, with an export and the service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 ARGS=--new-session METHOD= DATASET= SEED= ARGS= OUT=
-demo: ## a session of an unseen device, through service and client: SEED= ARGS='--device unseen003' OUT=
-delay: ## Table 6 by measurement, on a shaped link: DATASET= ARGS= OUT=
-sweep: ## learning rates, by W&B's agent or, without a server, on this machine: experiments/sweep.yaml
-checkpoint: ## what the encoder takes of a checkpoint, drops, and lacks: FILE=
-benchmark: ## speed at the paper's size, of training, with OF=loading of what brings it samples, with OF=deployment of service and device, or with OF=adapting of what a device could do by itself: ARGS='--batch-size 8 --steps 5' on a small machine
+export: ## write bundles of a run for device and cloud: METHOD= DATASET= SEED= ARGS= OUT=
+serve: ## start the cloud service of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
+device: ## ask the device client, with an export and a running service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 ARGS=--new-session METHOD= DATASET= SEED= ARGS= OUT=
+demo: ## play a session of an unseen device through service and client: SEED= ARGS='--device unseen003' OUT=
+delay: ## measure the delays of Table 6 on a rate-limited link: DATASET= ARGS= OUT=
+sweep: ## tune learning rates, with W&B or locally: experiments/sweep.yaml
+checkpoint: ## list which weights of a checkpoint the encoder uses, drops and lacks: FILE=
+benchmark: ## measure speed at the paper's size: training, or OF=loading, deployment (service and device), adapting (on the device): ARGS='--batch-size 8 --steps 5' on a small machine
 
-# Variables reach it through MAKEFLAGS, verbatim: neither make nor the shell may read into a question.
+# Variables arrive through MAKEFLAGS verbatim, so neither make nor the shell can alter a question.
 data train tables table report figures predict export serve device demo delay sweep checkpoint benchmark: .venv/.ready
 	+@set -- $@ --make; $(CDC)
 
@@ -58,6 +58,6 @@ lint: .venv/.ready ## ruff and mypy
 
 check: lint test test-slow ## what CI runs
 
-clean: ## remove the environment and the tools' caches; checkpoints stay
+clean: ## remove the environment and the caches of tools, not checkpoints
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info src/*.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

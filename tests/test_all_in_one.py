@@ -342,9 +342,9 @@ def test_encoding_one_clip_on_a_device_matches_encoding_a_batch():
         (lambda video, ids, mask: (video[..., :24], ids, mask), "multiples of 16"),
         (lambda video, ids, mask: (video.repeat(1, 2, 1, 1, 1), ids, mask), "6 frames in a clip.*1 to 3"),
         (lambda video, ids, mask: (video[:, :0], ids, mask), "0 frames in a clip"),
-        (lambda video, ids, mask: (video, ids, mask[:, 1:]), r"both .B, L. with L <= 40"),
-        (lambda video, ids, mask: (video, ids[0], mask[0]), r"both .B, L. with L <= 40"),
-        (lambda video, ids, mask: (video, ids.repeat(1, 6), mask.repeat(1, 6)), r"both .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids, mask[:, 1:]), r"expected .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids[0], mask[0]), r"expected .B, L. with L <= 40"),
+        (lambda video, ids, mask: (video, ids.repeat(1, 6), mask.repeat(1, 6)), r"expected .B, L. with L <= 40"),
         (lambda video, ids, mask: (video, ids[:1].repeat(3, 1), mask[:1].repeat(3, 1)), "3 texts for 2 clips"),
     ],
 )

@@ -196,7 +196,7 @@ def test_prediction_chooses_among_texts(roots, out, capsys):
 def test_training_warns_where_the_annotations_are_not_the_published_ones(roots, caplog, monkeypatch):
     data = build_small(MSRVTTQA, roots["msrvtt"], num_classes=5)
     data.prepare_data()
-    (warning,) = (record.message for record in caplog.records if "were published" in record.message)
+    (warning,) = (record.message for record in caplog.records if "not the published annotations" in record.message)
     assert "test 24 of 72,821 questions" in warning
     assert "train 4 of 1,500 answers" in warning
     caplog.clear()
@@ -379,7 +379,7 @@ def test_training_uses_the_frames_that_make_data_prepared(roots, tmp_path, phase
         ("msrvtt_choice", "session_oracle", (), "which sessions need"),
         ("tgif", "encoder_pretraining", (), "no captions"),
         ("tgif_action", "linear", ("--model.init_args.head=cdc_mmpg.models.heads.Retrieval",), "head for retrieval"),
-        ("msrvtt_choice", "linear", ("--data.init_args.num_classes=5",), "the other tasks none"),
+        ("msrvtt_choice", "linear", ("--data.init_args.num_classes=5",), "for open-ended questions, and for no other"),
         ("msrvtt_retrieval", "linear", ("--data.init_args.protocol=8k",), "one of full, 9k, 7k"),
         ("tgif_action", "hyper", ("--model.init_args.head.init_args.candidates=4",
                                   "--model.init_args.head.init_args.per_candidate=true"), "candidates=5"),

@@ -525,7 +525,7 @@ def fit_command(folders, task, method, out, *more):
 
 def test_a_session_method_without_domains_is_refused_with_the_remedy(folders, tmp_path, capsys):
     assert main(fit_command(folders, "qa", "cdc_mmpg_session", tmp_path)) == 2
-    remedy = "(ARGS=--data.init_args.domains=casts or corruptions or categories), take another method"
+    remedy = "(ARGS=--data.init_args.domains=casts or corruptions or categories), or use another method"
     assert remedy in capsys.readouterr().err
     domains = ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04,camera44]"]
     assert main(fit_command(folders, "qa", "cdc_mmpg_session", tmp_path, *domains)) == 2

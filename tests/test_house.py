@@ -498,6 +498,26 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert not heading or heading in {title.lower().replace(" ", "-") for title in titles}, link
 
 
+def read_section(page: Path, title: str) -> str:
+    """Return the text of a page from a heading to the next one of the same level."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## )", page.read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
+def test_figures_in_prose_are_on_record():
+    """The front page quotes a recorded table, and every figure of both pages occurs in one."""
+    records = {path.name: path.read_text() for path in (ROOT / "checkpoints/record").glob("*.md")}
+    assert {"worlds.md", "synthetic.md", "synthetic_memory.md"} <= records.keys()
+    front = read_section(ROOT / "README.md", "What it finds")
+    table = [line for line in front.splitlines() if line.startswith("|")]
+    assert len(table) <= 2 + 9
+    assert max(line.count("|") for line in table) <= 6 + 1
+    assert set(table) <= set(records["worlds.md"].splitlines())
+    figure = r"(?<![\d.,])\d+\.\d+"
+    recorded = set(re.findall(figure, "\n".join(records.values())))
+    for text in (front, read_section(ROOT / "checkpoints/README.md", "Findings")):
+        assert set(re.findall(figure, re.sub(r"arXiv\S+|\d+\.\d+M", "", text))) <= recorded
+
+
 def test_every_page_is_linked_from_the_front_page():
     front = PAGES[0].read_text()
     for page in PAGES[1:]:

@@ -25,7 +25,7 @@ from data_modules.synthetic import Synthetic
 
 @pytest.fixture(scope="module")
 def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a small fine-tuning run on the embedded dataset; return its folder."""
+    """Train a small fine-tuning run on the synthetic dataset; return its folder."""
     out = tmp_path_factory.mktemp("on_device") / "synthetic"
     folder = out / "fine_tuning" / "seed0"
     command = [

@@ -244,5 +244,5 @@ def test_contents_are_what_the_annotations_say(synthetic, tmp_path):
     (tmp_path / "copy").mkdir()
     data.root = tmp_path / "copy"
     (data.root / "digests.json").write_text("[]")
-    with pytest.raises(ValueError, match="with which seed"):
+    with pytest.raises(ValueError, match="the seed of the clips is missing"):
         data.contents()

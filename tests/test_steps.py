@@ -319,7 +319,7 @@ def test_retrieval_encodes_clips_and_captions_separately():
         assert_agree(batch.texts[place], encoded[0])
     assert not batch.texts[1, 1].any()
     assert_agree(batch.frame_features, model.encode_video(normalise(frames)))
-    embedded = head.captions(batch.texts)
+    embedded = head.embed_captions(batch.texts)
     expected = batch.texts @ head.text_projection.weight.T + head.text_projection.bias
     assert_agree(embedded, expected / expected.norm(dim=-1, keepdim=True))
     rows = head.outcomes({"own": torch.zeros(2, 256)}, batch)[CAPTIONS]
@@ -333,7 +333,7 @@ def test_retrieval_loss_equals_a_numpy_computation():
     texts = torch.randn(4, 2, 192, generator=generator)
     is_present = torch.ones(4, 2, dtype=torch.bool)
     batch = FeatureBatch(torch.empty(0), torch.zeros(4), torch.tensor([3, 1, 3, 0]), texts, is_present)
-    captions = head.captions(texts[:, 0]).detach().double().numpy()
+    captions = head.embed_captions(texts[:, 0]).detach().double().numpy()
     scores = videos.double().numpy() @ captions.T / 0.25
     scores = scores[np.ix_([0, 1, 3], [0, 1, 3])]  # the third row repeats the first clip
     losses = [np.log(np.exp(row).sum()) - row[i] for table in (scores, scores.T) for i, row in enumerate(table)]

@@ -336,15 +336,15 @@ def test_rows_and_columns_of_a_dataset_with_devices(synthetic):
         "Session, mean feature",
         "Session, plain mean",
         "Concatenated, n = 16",
-        "Mean anchor off",
-        "Mean anchor off, virtual",
+        "Minus mean anchor",
+        "Minus mean anchor, virtual devices",
         "In context, n = 16",
         "In context, virtual devices",
         "By hand: grey world",
         "By hand: hue histogram",
-        "By hand: true cast, a ceiling",
+        "By hand: true cast (upper bound)",
         "Oracle: the true cast",
-        "On the device: before",
+        "On the device: not adapted",
         "On the device: FOA's prompts",
     ]
     assert list(table["F-linear"].values()) == [
@@ -494,7 +494,7 @@ def test_the_table_is_printed_and_written(synthetic, capsys, monkeypatch):
 
 def test_table_of_worlds_shows_both_worlds_per_method(tmp_path, capsys):
     assert worlds.main([str(tmp_path)]) == 0
-    assert "no finished run of the embedded dataset" in capsys.readouterr().out
+    assert "no finished run of the synthetic dataset" in capsys.readouterr().out
     for number, dataset in enumerate(WORLDS):
         for place, side in enumerate(worlds.SIDES):
             if side.name != "on_device" and (dataset, side.name) != ("synthetic_memory", "cdc_mmpg"):
@@ -513,7 +513,7 @@ def test_table_of_worlds_shows_both_worlds_per_method(tmp_path, capsys):
     assert rows_by_label["CDC-MMPG"][3] == ""  # no run in this world
     text = (tmp_path / "worlds.md").read_text()
     assert "Knows (beyond the training questions and answers): s = the kind of shift; v = " in text
-    assert "s = the kind of shift; v = the kind of shift, in training alone (virtual devices); c = captions" in text
+    assert "s = the kind of shift; v = the kind of shift, in training only (virtual devices); c = captions" in text
     assert "One world of each kind and one pretraining" in text
     write_run(tmp_path / "synthetic", "fine_tuning", seed=1)
     assert worlds.main([str(tmp_path)]) == 0

@@ -12,7 +12,7 @@ EMBEDDED = "synthetic"  # the dataset that is generated here, with its vocabular
 # World by dataset name, see `data_modules.synthetic_clips`. All share one configuration, vocabulary and encoder.
 WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
 
-PRETRAINING = "encoder_pretraining"  # the run that trains the embedded dataset's encoder
+PRETRAINING = "encoder_pretraining"  # the run that trains the synthetic dataset's encoder
 BASELINE = "fine_tuning"  # the method that all others are compared with
 SESSION = "cdc_mmpg_session"
 CONCATENATED = "session_concatenated"
@@ -44,7 +44,7 @@ class Method(NamedTuple):
         unit: scope of one last layer: all samples (static), a sample or a session.
         color: color of its points and lines.
         turn: position among the runs of METHOD=all, the longest runs first; 0 if it is not one of them.
-        datasets: datasets whose METHOD=all includes it: any; devices, the embedded one; published, all others.
+        datasets: datasets whose METHOD=all includes it: any; devices, the synthetic one; published, all others.
         encoder: run that trains its initial encoder; for a method that evaluates a run, that run.
         adr: run of phase one that trains its reasoner.
         features: run that computes the features it shares, of the frozen encoder or of virtual devices; with METHOD=all
@@ -54,7 +54,7 @@ class Method(NamedTuple):
         before, after: labels of other conditions, by condition; their rows stand before and after the method's row.
         in_paper: whether the paper's tables have a row for it.
         several_seeds: whether `make tables` trains it with several seeds.
-        main: whether `make train` without METHOD trains it in every world of the embedded dataset.
+        main: whether `make train` without METHOD trains it in every world of the synthetic dataset.
         knows: information it uses beyond the history's questions and answers: letters of `KNOWLEDGE`.
         program: program of `cdc-mmpg` that runs it.
     """
@@ -89,13 +89,13 @@ class Method(NamedTuple):
 # Information a method may use beyond the history's questions and answers, by its letter in the table.
 KNOWLEDGE = {
     "s": "the kind of shift",
-    "v": "the kind of shift, in training alone (virtual devices)",
-    "c": "captions of the pretraining's clips",
-    "d": "which clips of the history are of one device",
+    "v": "the kind of shift, in training only (virtual devices)",
+    "c": "captions of the pretraining clips",
+    "d": "which training clips are of the same device",
     "t": "the true cast",
     "l": "labels of the device's clips",
 }
-FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8", "alike_n8": "n = 8 of most alike backgrounds"}
+FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8", "alike_n8": "n = 8, similar backgrounds"}
 
 
 def _label_fewer_clips(label: str) -> dict[str, str]:
@@ -125,7 +125,7 @@ METHODS = (
     Method(
         SESSION, "Session, n = 16", "session", "#0b5cad", turn=7, datasets="devices", features="linear",
         before={"n1": "Session, n = 1", "n4": "Session, n = 4", "n8": "Session, n = 8"},
-        after={"n23": "Session, n = 23", "alike_n8": "Session, n = 8 of most alike backgrounds",
+        after={"n23": "Session, n = 23", "alike_n8": "Session, n = 8, similar backgrounds",
                "n0": "· no anchors: the static head", "shuffled_n8": "· another device's 8 anchors"},
         controls=SESSION_CONTROLS, uses_reading=True, several_seeds=True, main=True, knows="vcd",
     ),
@@ -149,9 +149,9 @@ METHODS = (
     Method(CONCATENATED, "Concatenated, n = 16", color="#0f766e", turn=9, datasets="devices", features=SESSION,
            uses_reading=True, controls={"shuffled_n16": SESSION_CONTROLS["shuffled_n16"]}, several_seeds=True,
            knows="vcd"),
-    Method("mean_anchor", "Mean anchor off", color="#7c6f57", turn=20, datasets="devices", features="linear",
+    Method("mean_anchor", "Minus mean anchor", color="#7c6f57", turn=20, datasets="devices", features="linear",
            several_seeds=True, knows="d"),
-    Method("mean_anchor_virtual", "Mean anchor off, virtual", color="#a3977f", turn=21,
+    Method("mean_anchor_virtual", "Minus mean anchor, virtual devices", color="#a3977f", turn=21,
            datasets="devices", features=SESSION, several_seeds=True, main=True, knows="vd"),
     Method("in_context", "In context, n = 16", color="#7a4fa3", turn=22, datasets="devices", features="linear",
            several_seeds=True, knows="d"),
@@ -162,12 +162,12 @@ METHODS = (
            knows="s"),
     Method("corrected_hue_mode", "By hand: hue histogram", color="#d97706", turn=24, datasets="devices",
            features="linear", before=_label_fewer_clips("By hand: hue histogram"), several_seeds=True, knows="s"),
-    Method("corrected_true_cast", "By hand: true cast, a ceiling", color="#374151", turn=25,
+    Method("corrected_true_cast", "By hand: true cast (upper bound)", color="#374151", turn=25,
            datasets="devices", features="linear", several_seeds=True, main=True, knows="st"),
     Method("session_oracle", "Oracle: the true cast", color="#1f2328", turn=17, datasets="devices",
            features=SESSION, several_seeds=True, main=True, knows="vt"),
     Method(
-        "on_device", "On the device: before", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
+        "on_device", "On the device: not adapted", color="#4d7c0f", turn=26, datasets="devices", encoder=BASELINE,
         after={"tent": "On the device: TENT", "t3a": "On the device: T3A", "lame": "On the device: LAME",
                "foa": "On the device: FOA's shift"} | {f"labels_{n}": f"On the device: {n} labels" for n in (2, 5, 15)},
         several_seeds=True, main=True, program="on_device",
@@ -193,7 +193,7 @@ RECIPE_FRAMES = 3  # frames of a clip in all other runs
 AXES, TARGETS = ("feature", "group8", "batch"), ("anchor", "global")  # of the reasoner, compared in a study
 REASONERS = {f"{axis}_{target}": f"{axis}, {target}" for axis in AXES for target in TARGETS}
 REASONER_METHODS = ("cdc_mmpg", "cdc_mmpg_frozen", "adr_pretraining", "adr_pretraining_frozen")
-DEVICE_COUNTS = (12, 24, 48)  # training devices, in place of the embedded dataset's 96
+DEVICE_COUNTS = (12, 24, 48)  # training devices, in place of the synthetic dataset's 96
 ARC = "arc"  # group of unseen devices whose casts lie in the arc that is held out of training
 _VARIANT_SESSIONS = (SESSION, f"{SESSION}_collected")
 _PRETRAINING_METHODS = (SESSION, f"{SESSION}_feature", PRETRAINING)

@@ -130,7 +130,7 @@ class Plan:
         return step.name
 
     def add_clips(self, folder: str, world: str, seed: int) -> list[str]:
-        """Add the step that makes a world of the embedded dataset, unless it exists; return the steps to wait for."""
+        """Add the step that makes a world of the synthetic dataset, unless it exists; return the steps to wait for."""
         size = ["--size", self.request["SIZE"]] if self.request["SIZE"] else []
         if Path(folder, "digests.json").is_file() and not size:
             return []
@@ -229,7 +229,7 @@ class Plan:
 def plan_training(request: Request) -> Plan:
     """Plan the runs of METHOD and the runs that they build on, then the table of methods.
 
-    Without DATASET and METHOD these are the main rows in all worlds of the embedded dataset.
+    Without DATASET and METHOD these are the main rows in all worlds of the synthetic dataset.
     """
     requests = request.in_all_worlds() if not request["METHOD"] else [request]
     return merge_plans(requests, [_plan_world(world) for world in requests])
@@ -263,9 +263,9 @@ def merge_plans(requests: Sequence[Request], plans: Sequence[Plan]) -> Plan:
 def plan_tables(request: Request) -> Plan:
     """Plan every table of the paper, and the further tables of this project.
 
-    On a dataset with domains as devices (ARGS=--data.init_args.domains=casts): one run of every method of the embedded
-    dataset. In every world of the embedded dataset: three pairs of world and pretraining for the main rows, one for the
-    others (FULL=1: five for all, many hours); and the reasoner's study, five seeds on the features of one encoder.
+    On a dataset with domains as devices (ARGS=--data.init_args.domains=casts): one run of every method of the synthetic
+    dataset. In every world of that one: three pairs of world and pretraining for the main rows, one for the others
+    (FULL=1: five for all, many hours); and the reasoner's study, five seeds on the features of one encoder.
     """
     requests = request.in_all_worlds()
     return merge_plans(requests, [_plan_tables_of_world(world) for world in requests])
@@ -313,7 +313,7 @@ def plan_data(request: Request) -> Plan:
 
 
 def plan_demo(request: Request) -> Plan:
-    """Plan a session of an unseen device, after the run (on the embedded dataset) and the export if missing."""
+    """Plan a session of an unseen device, after the run (on the synthetic dataset) and the export if missing."""
     plan, run = Plan(request), request.served_run
     if request.embedded and not Path(run, "results.json").is_file():
         plan.add_run(find_run(request.served, request.seed, request.encoder_seed(request.seed)))

@@ -51,7 +51,7 @@ VALUE_FORMS = {
            'the benchmark to run instead of training: "loading", "deployment" or "adapting"'),
     "FRAME_CACHE": ("disk|device", True, 'where batches are read from: "disk", or "device" for the memory of the GPU '
                                          "(or CPU) that trains"),
-    "SIZE": ("full|toy", True, 'the size of the embedded dataset: "full" or "toy"'),
+    "SIZE": ("full|toy", True, 'the size of the synthetic dataset: "full" or "toy"'),
 }  # fmt: skip
 PLACE_VARIABLES = ("DATASET", "DATA", "CACHE", "OUT", "SIZE")
 RUN_VARIABLES = (*PLACE_VARIABLES, "METHOD", "SEED")
@@ -113,7 +113,7 @@ class Request:
         self.out = expand_home(self["OUT"] or "checkpoints" + (f"/{self['SIZE']}" if self["SIZE"] else ""))
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"OUT={self.out} is a file: OUT is the folder of the runs")
-        # The tasks of MSRVTT, and of TGIF, use the same clips and share their folder and frames. The embedded worlds
+        # The tasks of MSRVTT, and of TGIF, use the same clips and share their folder and frames. The synthetic worlds
         # share captioned clips.
         family = re.sub(rf"^(msrvtt|tgif|{EMBEDDED})_.*", r"\1", self.dataset)
         self.root = f"{self.out}/{self.dataset}"  # of the runs
@@ -182,13 +182,13 @@ class Request:
         return [self.method]
 
     def in_all_worlds(self) -> list["Request"]:
-        """Return this request for every world of the embedded dataset; only itself if DATASET is given."""
+        """Return this request for every world of the synthetic dataset; only itself if DATASET is given."""
         if not self.embedded or self["DATASET"]:
             return [self]
         return [Request(self.command, self.given | {"DATASET": dataset}, {}) for dataset in WORLDS]
 
     def data_of(self, seed: int) -> str:
-        """Return the folder of the data; for the embedded dataset, of the world that belongs to a pretraining.
+        """Return the folder of the data; for the synthetic dataset, of the world that belongs to a pretraining.
 
         Args:
             seed: seed of the pretraining, see `encoder_seed`; seed 0 of "sky" is beside the captioned clips.

@@ -319,7 +319,7 @@ def plan_grid(sweep: Sweep, combinations: Sequence[Combination], place: Path) ->
 
 
 def plan_pretraining(sweep: Sweep) -> Plan | None:
-    """Plan the pretraining of the embedded dataset's encoder of seed 0; None if it exists or the runs use another."""
+    """Plan the pretraining of the synthetic dataset's encoder of seed 0; None if it exists or the runs use another."""
     encoder = f"checkpoints/{EMBEDDED}/{PRETRAINING}/seed0/encoder.safetensors"
     if sweep.variables.get("CHECKPOINT") != encoder or Path(encoder).is_file():
         return None

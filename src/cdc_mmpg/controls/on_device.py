@@ -60,7 +60,7 @@ WEIGHTS = "best.ckpt"
 
 LABEL_COUNTS = (2, 5, 15)  # labelled questions of a device; smaller sets are subsets of larger ones
 # Parameters that train on labels: all or a part of those after the encoder's blocks. Training the encoder on 15 labels
-# of the embedded dataset made validation devices worse (59.7 % fell to 57.8 % or less), its last block was no better.
+# of the synthetic dataset made validation devices worse (59.7 % fell to 57.8 % or less), its last block was no better.
 PARTS = {"layer": ("layer.",), "head": ("head.", "layer."), "pooler": ("encoder.pooler.", "head.", "layer.")}
 RATES = (1e-4, 3e-4, 1e-3)
 STEPS = (10, 30, 100)  # steps of AdamW on all labels at once
@@ -126,7 +126,7 @@ def evaluate_fine_tuned(
     knows_labels = isinstance(data, Controls)
     if not knows_labels:
         raise ConfigError(
-            f"{type(data).__name__} has no labels for clips of its devices: only the embedded dataset (synthetic) has"
+            f"{type(data).__name__} has no labels for clips of its devices: only the synthetic dataset (synthetic) has"
         )
     model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
     data.prepare_data()

@@ -101,7 +101,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     knows_contents = isinstance(data, Controls)
     if not knows_contents:
         raise ConfigError(
-            f"{type(data).__name__} does not know what its clips show: only the embedded dataset (synthetic) does"
+            f"{type(data).__name__} does not know what its clips show: only the synthetic dataset (synthetic) does"
         )
     start = perf_counter()
     model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])

@@ -37,8 +37,8 @@ class RecordedSession(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay a session; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished, exported run on the embedded dataset")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the embedded dataset's clips")
+    parser.add_argument("run", type=Path, help="folder of a finished, exported run on the synthetic dataset")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the synthetic dataset's clips")
     parser.add_argument("--device", help="device of the session; default: a random unseen one")
     parser.add_argument("--bundle", default="device-int8", choices=["device", "device-int8"])
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice")
@@ -117,7 +117,7 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
         if not unseen:
             raise ValueError("it has no device unseen in training")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"{data}: not the embedded dataset on which {run} was tested ({error})") from error
+        raise DataError(f"{data}: not the synthetic dataset on which {run} was tested ({error})") from error
     if device is None:
         device = random.Random(seed).choice(unseen)
     elif device not in unseen:
@@ -126,5 +126,5 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
 
 
 def locate_clip(data: Path, clip: str) -> Path:
-    """Return the path of a clip of the embedded dataset."""
+    """Return the path of a clip of the synthetic dataset."""
     return data / "YouTubeClips" / f"{clip}.mp4"

@@ -87,7 +87,7 @@ class Device:
     ) -> None:
         if not isinstance(deadline, int | float) or not 0 < deadline <= MAX_DEADLINE_SECONDS:
             raise ConfigError(
-                f"deadline of {deadline!r} seconds: must be above 0 and at most {MAX_DEADLINE_SECONDS:.0f} (DEADLINE=)"
+                f"deadline of {deadline!r} seconds: must be above 0 and at most {MAX_DEADLINE_SECONDS:.0f} (--deadline)"
             )
         if not isinstance(threads, int) or threads < 0:
             raise ConfigError(f"{threads!r} threads: must be 0 (one per processor) or more")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imports Lightning, which the cloud service does not install
 Preset = Literal["small", "paper_qa", "paper_mc"]
 
 # Hidden sizes of the encoder (the decoder mirrors them) and size of the latent. `paper_qa` has 27,802,816 parameters,
-# `paper_mc` 20,213,984, and `small`, which suffices for the embedded dataset, 554,880.
+# `paper_mc` 20,213,984, and `small`, which suffices for the synthetic dataset, 554,880.
 PRESETS: dict[str, tuple[tuple[int, int], int]] = {
     "small": ((384, 384), 96),
     "default": ((384, 384), 96),  # former name of `small`, in saved files

@@ -1,4 +1,4 @@
-"""Figure of the embedded dataset: clips of a few unseen devices."""
+"""Figure of the synthetic dataset: clips of a few unseen devices."""
 
 import json
 from pathlib import Path

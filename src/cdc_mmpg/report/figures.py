@@ -1,4 +1,4 @@
-"""Figures as PNG: the method, the embedded dataset, and accuracy on unseen devices against the number of anchors.
+"""Figures as PNG: the method, the synthetic dataset, and accuracy on unseen devices against the number of anchors.
 
 `cdc-mmpg figures checkpoints/<dataset> [--data <dataset root>]`
 """
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures to a folder beside the runs and print their paths; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="checkpoints/<dataset>")
-    parser.add_argument("--data", type=Path, help="the embedded dataset's folder, for data.png")
+    parser.add_argument("--data", type=Path, help="the synthetic dataset's folder, for data.png")
     options = parser.parse_args(arguments)
 
     def write(name: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Table of the worlds of the embedded dataset: accuracy of each kind of adaptation in each world.
+"""Table of the worlds of the synthetic dataset: accuracy of each kind of adaptation in each world.
 
 `cdc-mmpg worlds checkpoints` prints it and writes `worlds.md`; `make train` and `make tables` end with it.
 """
@@ -102,7 +102,7 @@ def show_worlds(folder: Path) -> None:
     """Print the table of all worlds with runs below a folder, and write it to worlds.md."""
     worlds = load_worlds(folder)
     if not worlds:
-        print(f"{folder}: no finished run of the embedded dataset to compare")
+        print(f"{folder}: no finished run of the synthetic dataset to compare")
         return
     table, caption = build_worlds_table(worlds), write_worlds_caption(worlds)
     path = folder / "worlds.md"

@@ -86,7 +86,7 @@ def check_pair(config: Mapping[str, Any]) -> None:
                   "captions": "has no captions to pretrain an encoder with: use"}[method.reads]  # fmt: skip
         raise ConfigError(
             f"{method.__name__} does not work with {data.__name__}, which {reason} another method (METHOD=), or the "
-            "embedded dataset (DATASET=synthetic)"
+            "synthetic dataset (DATASET=synthetic)"
         )
 
 

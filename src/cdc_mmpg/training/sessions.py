@@ -140,7 +140,7 @@ def choose_clips(
     """Choose the clips of a device for its session in a case.
 
     Args:
-        sessions: sessions of the dataset, with clips of most alike backgrounds if the case needs them.
+        sessions: sessions of the dataset, with clips with the most similar backgrounds if the case needs them.
         drawn: clips of every device, from `shuffle_pools`.
         device: index of the device.
         case: case of the session.
