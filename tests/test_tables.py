@@ -469,7 +469,7 @@ def test_caption_describes_the_pretraining_of_the_encoder(synthetic, monkeypatch
     assert "Encoder from: random weights. Best" in read_caption(Path())
     for method in catalogue.METHOD_LABELS:
         write_run(synthetic, method, encoder="../other/encoder_pretraining/seed0/encoder.safetensors")
-    assert "Encoder from: ../other/encoder_pretraining/seed0/encoder.safetensors. Best" in read_caption(synthetic)
+    assert "Encoder from: other/encoder_pretraining/seed0/encoder.safetensors. Best" in read_caption(synthetic)
 
 
 def test_the_table_is_printed_and_written(synthetic, capsys, monkeypatch):

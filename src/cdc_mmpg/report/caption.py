@@ -95,11 +95,14 @@ def shorten_commit(commit: str) -> str:
 
 
 def _locate_encoder(folder: Path, run: Run) -> Path | None:
-    """Return the path within `folder` of a run's initial encoder; None if it is outside or the weights were random."""
+    """Return the path of a run's initial encoder, relative to `folder` or else to its parent; None if it is in neither.
+
+    None as well if the weights were random.
+    """
     if not run.find("encoder"):
         return None
-    path = Path(run.results["encoder"]).resolve()
-    return path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else None
+    path, root = Path(run.results["encoder"]).resolve(), folder.resolve()
+    return next((path.relative_to(place) for place in (root, root.parent) if path.is_relative_to(place)), None)
 
 
 def _describe_pretraining(evidence: Evidence, runs: list[Run]) -> str:
