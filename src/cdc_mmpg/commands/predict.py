@@ -60,12 +60,10 @@ def predict(
     import torch  # noqa: PLC0415
 
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER, VideoTextBatch  # noqa: PLC0415
-    from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
     from cdc_mmpg.training.experiment import ANSWERS_FILE  # noqa: PLC0415
 
     experiment = reopen(run, vocab, reads_data=False)
     model, data = experiment.model, experiment.settings["data"]["init_args"]
-    model.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     model.eval()
     kept, size = (data["num_frames"], data["candidates"]), data["image_size"]
     candidates = read_frames(video, lambda count: candidate_indices(count, *kept), size, data["decoder"],

@@ -41,7 +41,6 @@ from cdc_mmpg.data.interface import Controls, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
-from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import (
     describe_evaluation,
@@ -56,7 +55,6 @@ from cdc_mmpg.training.reopen import (
 logger = logging.getLogger(__name__)
 
 NAME = "on_device"
-WEIGHTS = "best.ckpt"
 
 LABEL_COUNTS = (2, 5, 15)  # labelled questions of a device; smaller sets are subsets of larger ones
 # Parameters that train on labels: all or a part of those after the encoder's blocks. Training the encoder on 15 labels
@@ -115,7 +113,7 @@ def evaluate_fine_tuned(
         DataError: fewer than two devices have enough labels, or files of the dataset changed.
     """
     results = load_finished_results(run)
-    folder, source = folder_of(run, name), provenance_of(run, WEIGHTS)
+    folder, source = folder_of(run, name), provenance_of(run)
     if is_done(folder, source):
         return
     experiment = reopen(run)
@@ -126,9 +124,8 @@ def evaluate_fine_tuned(
     knows_labels = isinstance(data, Controls)
     if not knows_labels:
         raise ConfigError(
-            f"{type(data).__name__} has no labels for clips of its devices: only the synthetic dataset (synthetic) has"
+            f"{type(data).__name__} has no labels for clips of its devices: only the synthetic dataset has"
         )
-    model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
     data.prepare_data()
     data.setup("test")
     comparison = compare(model, data)

@@ -33,7 +33,6 @@ from threadpoolctl import threadpool_limits
 from cdc_mmpg.data.interface import Content, Controls
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.answering import Answering
-from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import (
     describe_evaluation,
@@ -48,8 +47,7 @@ from cdc_mmpg.training.sessions import SessionDataModule
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_NAME = "privacy"
-WEIGHTS = "best.ckpt"
+NAME = "privacy"
 
 UPLOAD_SIZES = (1, 4, 8, 16)  # clips per upload
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weights of the L2 penalty relative to the mean loss
@@ -74,7 +72,7 @@ class Uploads(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probe the uploads of a run; return the exit code (see `errors`)."""
     return run_evaluation(
-        EVALUATION_NAME,
+        NAME,
         "linear probes that measure what an upload reveals",
         "that answers questions",
         evaluate,
@@ -90,7 +88,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         ConfigError: the run answers no questions, or the dataset does not know what its clips show.
     """
     load_finished_results(run)
-    folder, source = folder_of(run, EVALUATION_NAME), provenance_of(run, WEIGHTS)
+    folder, source = folder_of(run, NAME), provenance_of(run)
     if is_done(folder, source):
         return
     experiment = reopen(run)
@@ -100,11 +98,8 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         raise ConfigError(f"{run}: answers no questions, so it has no uploads to probe (use METHOD=cdc_mmpg_session)")
     knows_contents = isinstance(data, Controls)
     if not knows_contents:
-        raise ConfigError(
-            f"{type(data).__name__} does not know what its clips show: only the synthetic dataset (synthetic) does"
-        )
+        raise ConfigError(f"{type(data).__name__} does not know what its clips show: only the synthetic dataset does")
     start = perf_counter()
-    model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
     data.prepare_data()
     data.setup("test")
     sessions, contents = data.sessions(), data.contents()

@@ -79,12 +79,10 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
     from cdc_mmpg.data.batch import UNKNOWN_ANSWER  # noqa: PLC0415  see `training.cli`
     from cdc_mmpg.deployment.bundles import write_bundles  # noqa: PLC0415
     from cdc_mmpg.deployment.checks import evaluate_bundles  # noqa: PLC0415
-    from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415
 
     experiment = reopen(run)
     method, data, settings = experiment.model, experiment.dataset, experiment.settings["data"]["init_args"]
     check_servable(method, results["task"])
-    method.load_state_dict(load_checkpoint(run / "best.ckpt")["state_dict"])
     data.prepare_data()
     data.setup("test")
     words = TextEncoder(settings["vocab"]).words()

@@ -29,6 +29,7 @@ from cdc_mmpg.results import (
 if TYPE_CHECKING:
     from cdc_mmpg.training.experiment import Experiment
 
+WEIGHTS = "best.ckpt"
 ALLOWED_PACKAGES = ("cdc_mmpg", "data_modules")  # packages whose classes a run's configuration may name
 IMPORTS = "CDC_MMPG_IMPORTS"  # environment variable: further allowed packages, separated by commas
 
@@ -71,7 +72,7 @@ def load_finished_results(run: Path) -> dict[str, Any]:
         CheckpointError: the run is not finished, or damaged; names the finished runs of the dataset.
     """
     results = read_results(run)
-    lacking = [name for name in (RESULTS, CONFIG, "best.ckpt") if not (run / name).is_file()]
+    lacking = [name for name in (RESULTS, CONFIG, WEIGHTS) if not (run / name).is_file()]
     if results is None or lacking:
         damaged = f"{RESULTS} is damaged" if RESULTS not in lacking else ""
         others = _list_finished_runs(run)
@@ -94,7 +95,7 @@ def _list_finished_runs(run: Path) -> list[Path]:
     for path in find_results(run.absolute().parents[1], "*/seed*"):
         other = path.parent
         results = read_results(other)
-        if results and "accuracy" in results and (other / "best.ckpt").is_file():
+        if results and "accuracy" in results and (other / WEIGHTS).is_file():
             dated.append((str(results.get("finished")), other))
     return [other for _, other in sorted(dated, reverse=True)]
 
@@ -105,10 +106,10 @@ def folder_of(run: Path, evaluation: str) -> Path:
     return run.parents[1] / evaluation / run.name
 
 
-def provenance_of(run: Path, weights: str) -> dict[str, str]:
+def provenance_of(run: Path) -> dict[str, str]:
     """Return the name of a run and the digest of its weights, by which `is_done` recognizes an evaluation."""
     run = run.absolute()
-    return {"run": f"{run.parent.name}/{run.name}", weights: hash_file(run / weights)}
+    return {"run": f"{run.parent.name}/{run.name}", WEIGHTS: hash_file(run / WEIGHTS)}
 
 
 def is_done(folder: Path, source: Mapping[str, str]) -> bool:
@@ -121,10 +122,10 @@ def is_done(folder: Path, source: Mapping[str, str]) -> bool:
 
 
 def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Experiment":
-    """Return the experiment of a finished run, on one CPU device, without loading weights or reading data.
+    """Return the experiment of a finished run with the weights of its best epoch, on one CPU device.
 
     A configuration names classes, and importing a class runs its module. So only classes of this project and of the
-    packages in `CDC_MMPG_IMPORTS` are imported. The run's trainer settings are replaced.
+    packages in `CDC_MMPG_IMPORTS` are imported. The run's trainer settings are replaced. No data is read yet.
 
     Args:
         run: folder of the run.
@@ -134,6 +135,7 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
     Raises:
         ConfigError: the configuration lacks a part, or names a class of another package.
         DataError: the annotations have changed since training; names the folder.
+        CheckpointError: the weights are damaged.
     """
     settings = read_settings(run)
     try:
@@ -160,9 +162,12 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
 
     check_environment()
 
-    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415  see `training.cli`
+    from cdc_mmpg.models.weights import load_checkpoint  # noqa: PLC0415  see `training.cli`
+    from cdc_mmpg.training.experiment import Experiment  # noqa: PLC0415
 
-    return Experiment(settings, run=False)
+    experiment = Experiment(settings, run=False)
+    experiment.model.load_state_dict(load_checkpoint(run / WEIGHTS)["state_dict"])
+    return experiment
 
 
 def _refuse_foreign_classes(run: Path, settings: Mapping[str, Any]) -> None:
