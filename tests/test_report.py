@@ -224,6 +224,18 @@ def test_every_figure_can_be_recomputed_from_the_runs(runs):
     assert not [text for text in page.loose if NUMBER.search(text)], "a number in a table that is no figure"
 
 
+def test_figures_of_the_other_world_can_be_recomputed_from_its_folder(runs, tmp_path, monkeypatch):
+    root = shutil.copytree(runs, tmp_path / "synthetic")
+    other = tmp_path / "synthetic_memory"
+    shutil.copytree(runs / "fine_tuning", other / "fine_tuning")
+    monkeypatch.chdir(root)  # the folder may be given as "."
+    entries = build_report(Path())[2]
+    quoted = {name: entry for name, entry in entries.items() if entry["sources"][0].startswith("../synthetic_memory/")}
+    assert quoted.keys() == {"worlds/Fine-tuning/memory: unseen %/0", "worlds/Fine-tuning/memory: unseen %/1"}
+    for entry in quoted.values():
+        assert recompute(root, entry) == pytest.approx(entry["value"], abs=1e-6)
+
+
 def test_a_wrong_figure_would_be_noticed(runs):
     _, _, entries = build_report(runs)
     for name, entry in entries.items():

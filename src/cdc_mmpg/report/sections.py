@@ -22,7 +22,7 @@ from cdc_mmpg.report.worlds import build_worlds_table, load_worlds, write_worlds
 
 def add_worlds(page: Page, evidence: Evidence) -> None:
     """Add the README's table, if the page is about a world of the synthetic dataset."""
-    if evidence.dataset in WORLDS and (worlds := load_worlds(evidence.folder.parent, evidence.folder)):
+    if evidence.dataset in WORLDS and (worlds := load_worlds(evidence.folder.absolute().parent, evidence)):
         page.begin("worlds", "What adaptation is worth")
         page.add_table(build_worlds_table(worlds))
         page.add_paragraph(write_worlds_caption(worlds), is_note=True)

@@ -84,17 +84,22 @@ def describe_headroom(worlds: Sequence[Evidence]) -> str:
         if baseline and session and ceiling and ceiling.amount > baseline.amount:
             share = (session.amount - baseline.amount) / (ceiling.amount - baseline.amount)
             shares.append(f"{WORLDS[world.dataset]} {100 * share:.0f} %")
-    return f"Share of the ceiling's gain over fine-tuning that the session reaches: {', '.join(shares)}." * bool(shares)
+    if not shares:
+        return ""
+    return f"Share of the ceiling's gain over fine-tuning that the session reaches: {', '.join(shares)}."
 
 
-def load_worlds(folder: Path, quoted_from: Path | None = None) -> list[Evidence]:
+def load_worlds(folder: Path, loaded: Evidence | None = None) -> list[Evidence]:
     """Load the worlds that have runs of the table.
 
     Args:
         folder: folder of the datasets, `checkpoints`.
-        quoted_from: folder that sources are relative to; default: each world's own.
+        loaded: world that is loaded already, whose folder the sources of the others are relative to.
     """
-    worlds = [load_comparable(folder / name, may_be_empty=True, quoted_from=quoted_from) for name in WORLDS]
+    origin = loaded.folder if loaded else None
+    worlds = [
+        loaded if loaded and loaded.dataset == name else load_comparable(folder / name, True, origin) for name in WORLDS
+    ]
     return [world for world in worlds if any(world.find_runs(*side) for side in SIDES)]
 
 
