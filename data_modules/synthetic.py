@@ -56,7 +56,8 @@ class Synthetic(MSVDQA):
     Questions ask for an object's true colour (40 %, in "memory" 32 %), its shape, size and side, and for the number of
     objects. A cast can be inferred from a distribution of hues that is the same in the entire world. In the world "sky"
     it is that of the textures (around blue, standard deviation 50 degrees); in "memory" textures have any hue, poles
-    are green (standard deviation 20 degrees), and no question asks for a pole's colour. So one clip cannot separate a
+    are green (standard deviation 20 degrees), and no question asks for a pole's colour; "rooms" is "sky", but the mean
+    hue of a device's textures deviates from the world's (standard deviation 20 degrees). So one clip cannot separate a
     red object from a cast, but several clips of a camera can: in "sky" by the pixels, in "memory" by recognising poles.
 
     Splits: 2,304 training questions on 768 clips of 96 devices; validation 720 questions on 240 clips of 24 other

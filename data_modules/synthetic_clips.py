@@ -51,8 +51,9 @@ CLIP_FRAMES = 6
 HUE_JITTER = 8.0  # maximum deviation of an object's hue from its colour, uniform, in degrees
 
 # The hues that reveal a cast, because they are the same for all cameras: mean and standard deviation in degrees.
-World = Literal["sky", "memory"]
+World = Literal["sky", "memory", "rooms"]
 SKY_HUE = (240.0, 50.0)  # hue of the backgrounds in the world "sky"
+ROOM_DEVIATION = 20.0  # of the mean hue of a device's backgrounds in the world "rooms", which is "sky" in all else
 MEMORY_SHAPE = ("pole", 120.0, 20.0)  # a shape and its hue in the world "memory", whose backgrounds have any hue
 
 
@@ -189,6 +190,9 @@ def draw_scene(seed: int, clip: str, world: World = "sky") -> Scene:
     scene = Scene(things, draw.normal(*SKY_HUE), draw.uniform(0, np.pi), draw.uniform(8, 24), bool(draw.integers(2)))
     if world == "sky":
         return scene
+    if world == "rooms":
+        room = make_generator(seed, "room", clip.rpartition("_")[0])
+        return scene._replace(hue=scene.hue + room.normal(0, ROOM_DEVIATION))
     draw, (known, mean, deviation) = make_generator(seed, world, clip), MEMORY_SHAPE
     for place, thing in enumerate(things):
         if thing.shape == known:

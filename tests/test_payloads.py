@@ -66,8 +66,10 @@ def test_decoded_matrices_are_the_encoded_ones_rounded(precision):
     matrices = [generator.normal(size=shape).astype(np.float32) * 3 for shape in ((5, 7), (1, 40))]
     matrices[0][2] = 0  # a vector of zeros has scale zero
     decoded = decode_matrices(encode_matrices(matrices, precision), [(5, 7), (1, 40)], precision)
-    for sent, received in zip(matrices, decoded, strict=True):
+    rounded = round_parts([torch.from_numpy(matrix) for matrix in matrices], precision)  # as tests of methods round
+    for sent, received, expected in zip(matrices, decoded, rounded, strict=True):
         assert received.dtype == np.float32
+        np.testing.assert_array_equal(received, expected.numpy())
         largest = np.abs(sent).max(axis=1, keepdims=True)
         step = {"float32": 0, "float16": 2.0**-11, "int8": 0.51 / INT8_MAX}[precision]
         assert (np.abs(received - sent) <= step * largest).all()

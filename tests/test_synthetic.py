@@ -112,6 +112,19 @@ def test_only_poles_reveal_the_cast_in_the_memory_world(memory_scenes):
     assert colorless[0] == colorless[1]  # the worlds differ in colors only
 
 
+def test_a_room_changes_only_the_backgrounds_of_its_device():
+    rooms = []
+    for device in range(300):
+        names = [f"seen{device:03}-rooms0_{i:02}" for i in range(4)]
+        pairs = [(draw_scene(0, name, "rooms"), draw_scene(0, name)) for name in names]
+        assert all(room._replace(hue=0.0) == sky._replace(hue=0.0) for room, sky in pairs)
+        shifts = {round(room.hue - sky.hue, 6) for room, sky in pairs}
+        assert len(shifts) == 1  # all clips of a device show the same room
+        rooms += shifts
+    assert np.std(rooms) == pytest.approx(20, abs=2)
+    assert np.mean(rooms) == pytest.approx(0, abs=3)
+
+
 def test_no_question_asks_for_the_color_of_a_pole(memory_scenes):
     question_counts = Counter()
     for i, scene in enumerate(memory_scenes):
@@ -131,10 +144,10 @@ def test_no_question_asks_for_the_color_of_a_pole(memory_scenes):
 
 def test_worlds_share_captioned_clips_but_no_clip_names(tmp_path):
     tiny = DatasetCounts(seen=2, unseen=1, val=1, captioned=3)
-    worlds = [("sky", 0), ("sky", 1), ("memory", 0)]
+    worlds = [("sky", 0), ("sky", 1), ("memory", 0), ("rooms", 0)]
     names = [[clip.name for clip in plan(tiny, seed, world)] for world, seed in worlds]
     assert len({name for world_names in names for name in world_names}) == sum(map(len, names))
-    assert [sum(name.startswith("web") for name in world_names) for world_names in names] == [3, 0, 0]
+    assert [sum(name.startswith("web") for name in world_names) for world_names in names] == [3, 0, 0, 0]
     for world, seed in worlds[1:]:
         texts = make_annotations(seed, plan(tiny, seed, world), 3, world)
         assert not texts.keys() & {"captions.json", "pretraining_qa.json", "vocab.txt"}

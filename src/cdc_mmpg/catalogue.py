@@ -10,7 +10,8 @@ Unit = Literal["static", "sample", "session"]
 
 EMBEDDED = "synthetic"  # the dataset that is generated here, with its vocabulary and its encoder
 # World by dataset name, see `data_modules.synthetic_clips`. All share one configuration, vocabulary and encoder.
-WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory"}
+WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory", f"{EMBEDDED}_rooms": "rooms"}
+COMPARED_WORLDS = (EMBEDDED, f"{EMBEDDED}_memory")  # of `make train`, and in the table of worlds
 
 PRETRAINING = "encoder_pretraining"  # the run that trains the synthetic dataset's encoder
 BASELINE = "fine_tuning"  # the method that all others are compared with
@@ -89,11 +90,11 @@ class Method(NamedTuple):
 # Information a method may use beyond the history's questions and answers, by its letter in the table.
 KNOWLEDGE = {
     "s": "the kind of shift",
-    "v": "the kind of shift, in training only (virtual devices)",
-    "c": "captions of the pretraining clips",
+    "v": "the kind of shift, in training only (virtual devices: training devices seen with other casts)",
+    "c": "captions of the pretraining clips, beyond the encoder that all rows share",
     "d": "which training clips are of the same device",
     "t": "the true cast",
-    "l": "labels of the device's clips",
+    "l": "answered questions about the device's clips, for backpropagation",
 }
 FEWER_CLIPS = {"n4": "n = 4", "n8": "n = 8", "alike_n8": "n = 8, similar backgrounds"}
 

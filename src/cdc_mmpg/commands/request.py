@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cdc_mmpg.catalogue import (
     BY_NAME,
+    COMPARED_WORLDS,
     EMBEDDED,
     METHODS,
     PRETRAINING,
@@ -182,10 +183,10 @@ class Request:
         return [self.method]
 
     def in_all_worlds(self) -> list["Request"]:
-        """Return this request for every world of the synthetic dataset; only itself if DATASET is given."""
+        """Return this request for each of the compared worlds; only itself if DATASET is given."""
         if not self.embedded or self["DATASET"]:
             return [self]
-        return [Request(self.command, self.given | {"DATASET": dataset}, {}) for dataset in WORLDS]
+        return [Request(self.command, self.given | {"DATASET": dataset}, {}) for dataset in COMPARED_WORLDS]
 
     def data_of(self, seed: int) -> str:
         """Return the folder of the data; for the synthetic dataset, of the world that belongs to a pretraining.

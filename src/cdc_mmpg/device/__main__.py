@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdc_mmpg.device.client import Answer, Device
+from cdc_mmpg.device.client import DEFAULT_DEADLINE_SECONDS, Answer, Device
 from cdc_mmpg.device.connection import make_printable
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cloud", help=f"URL of the service; if it requires a key, set ${KEY_VARIABLE}")
     parser.add_argument("--state", type=Path, help="folder that stores the session and its layer between runs")
     parser.add_argument("--new-session", action="store_true", help="discard the stored clips and layer")
-    parser.add_argument("--deadline", type=float, default=2.0, help="maximum seconds that an answer waits for a layer")
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=DEFAULT_DEADLINE_SECONDS,
+        help="maximum seconds that an answer waits for a layer",
+    )
     options = parser.parse_args(arguments)
     log_to_terminal()
     exit_on_signals()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 BACKOFF_SECONDS = 0.05  # delay before the first retry of a request, doubled for each further retry
 FAILURE_PAUSE_SECONDS = (1.0, 300.0)  # first and longest pause after failed requests; doubled after each failure
 MAX_LAYER_SECONDS = 30.0  # time limit of a request for a session's layer that no answer waits for any more
-MAX_DEADLINE_SECONDS = 86_400.0
+DEFAULT_DEADLINE_SECONDS, MAX_DEADLINE_SECONDS = 2.0, 86_400.0
 RANKED_ANSWERS = 5  # number of answers in `Answer.ranked`
 
 
@@ -82,7 +82,7 @@ class Device:
         *,
         key: str | None = None,
         state: str | Path | None = None,
-        deadline: float = 2.0,
+        deadline: float = DEFAULT_DEADLINE_SECONDS,
         threads: int = 0,
     ) -> None:
         if not isinstance(deadline, int | float) or not 0 < deadline <= MAX_DEADLINE_SECONDS:

@@ -1,6 +1,6 @@
 """Sections of the page without charts: findings, controls, tables, provenance of the runs."""
 
-from cdc_mmpg.catalogue import BASELINE, METHOD_LABELS, SESSION, WORLDS
+from cdc_mmpg.catalogue import BASELINE, COMPARED_WORLDS, METHOD_LABELS, SESSION
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import CitedText, Table, cite
 from cdc_mmpg.evidence.findings import (
@@ -21,8 +21,8 @@ from cdc_mmpg.report.worlds import build_worlds_table, load_worlds, write_worlds
 
 
 def add_worlds(page: Page, evidence: Evidence) -> None:
-    """Add the README's table, if the page is about a world of the synthetic dataset."""
-    if evidence.dataset in WORLDS and (worlds := load_worlds(evidence.folder.absolute().parent, evidence)):
+    """Add the README's table, if the page is about one of the compared worlds."""
+    if evidence.dataset in COMPARED_WORLDS and (worlds := load_worlds(evidence.folder.absolute().parent, evidence)):
         page.begin("worlds", "What adaptation is worth")
         page.add_table(build_worlds_table(worlds))
         page.add_paragraph(write_worlds_caption(worlds), is_note=True)

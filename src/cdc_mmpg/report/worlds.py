@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, KNOWLEDGE, ROWS, SESSION, WORLDS, Row, knowledge_of
+from cdc_mmpg.catalogue import BASELINE, COMPARED_WORLDS, KNOWLEDGE, ROWS, SESSION, WORLDS, Row, knowledge_of
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, Table, cite, join_texts
 from cdc_mmpg.evidence.pairing import Side
@@ -62,15 +62,19 @@ def write_worlds_caption(worlds: Sequence[Evidence]) -> str:
     commits = dict.fromkeys(shorten_commit(commit) for run in runs if (commit := run.find("commit")))
     spread = (
         f"±: standard deviation over {seeds} seeds, each with its own world and pretraining; in brackets: 95 % "
-        "interval (resampling seeds, then devices, then clips)."
+        "interval, of differences paired by question (resampling seeds, then devices, then clips)."
         if seeds > 1
-        else "One world of each kind and one pretraining; in brackets: 95 % interval (resampling devices, then clips)."
+        else "One world of each kind and one pretraining; in brackets: 95 % interval, of differences paired by question "
+        "(resampling devices, then clips)."
     )
     known = {letter for side in SIDES for letter in knowledge_of(Row("", *side))}
     knows = "; ".join(f"{letter} = {meaning}" for letter, meaning in KNOWLEDGE.items() if letter in known)
     knows = f"Knows (beyond the training questions and answers): {knows}."
-    headroom = describe_headroom(worlds)
-    sentences = ("Accuracy on devices unseen in training.", spread, knows, headroom, f"Commit {', '.join(commits)}.")
+    setting = (
+        "Accuracy on devices unseen in training. Down: payload of a layer, for every question of CDC-MMPG and once for a "
+        "session. The session, in-context and grey-world rows use 16 unlabelled clips of the device (n = 16)."
+    )
+    sentences = (setting, spread, knows, describe_headroom(worlds), f"Commit {', '.join(commits)}.")
     return " ".join(filter(None, sentences))
 
 
@@ -83,10 +87,10 @@ def describe_headroom(worlds: Sequence[Evidence]) -> str:
         )
         if baseline and session and ceiling and ceiling.amount > baseline.amount:
             share = (session.amount - baseline.amount) / (ceiling.amount - baseline.amount)
-            shares.append(f"{WORLDS[world.dataset]} {100 * share:.0f} %")
+            shares.append(f"{100 * share:.0f} % in {WORLDS[world.dataset]}")
     if not shares:
         return ""
-    return f"Share of the ceiling's gain over fine-tuning that the session reaches: {', '.join(shares)}."
+    return f"Of what the ceiling gains over fine-tuning, the session gains {' and '.join(shares)}."
 
 
 def load_worlds(folder: Path, loaded: Evidence | None = None) -> list[Evidence]:
@@ -98,7 +102,8 @@ def load_worlds(folder: Path, loaded: Evidence | None = None) -> list[Evidence]:
     """
     origin = loaded.folder if loaded else None
     worlds = [
-        loaded if loaded and loaded.dataset == name else load_comparable(folder / name, True, origin) for name in WORLDS
+        loaded if loaded and loaded.dataset == name else load_comparable(folder / name, True, origin)
+        for name in COMPARED_WORLDS
     ]
     return [world for world in worlds if any(world.find_runs(*side) for side in SIDES)]
 
