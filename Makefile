@@ -26,9 +26,9 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 
 data: ## check a dataset and decode its clips into the cache: DATASET= DATA= ARGS= OUT=
 train: ## train and test: DATASET= DATA= METHOD=<name>|main|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
-tables: ## all tables of the paper with our figures beside them: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
+tables: ## write all tables of the paper with our figures beside them: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
 table: ## compare the methods of a dataset, in the terminal and as Markdown: DATASET= OUT=
-report: ## one HTML page with all figures, and their sources as JSON: DATASET= DATA= OUT=
+report: ## write one HTML page with all figures, and their sources as JSON: DATASET= DATA= OUT=
 figures: ## draw the README's pictures from a dataset's runs: DATASET= DATA= OUT=
 predict: ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
 export: ## write bundles of a run for device and cloud: METHOD= DATASET= SEED= ARGS= OUT=
@@ -44,19 +44,20 @@ benchmark: ## measure speed at the paper's size: training, or OF=loading, deploy
 data train tables table report figures predict export serve device demo delay sweep checkpoint benchmark: .venv/.ready
 	+@set -- $@ --make; $(CDC)
 
-PYTEST = $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests often wait for processes and time limits, so three workers suit two processors.
+PYTEST = $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: .venv/.ready ## run the slow tests (fresh interpreters, many processes): ARGS= for pytest
 	$(PYTEST) -m slow $(ARGS)
 
-lint: .venv/.ready ## ruff and mypy
+lint: .venv/.ready ## run ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-check: lint test test-slow ## what CI runs
+check: lint test test-slow ## run all that CI runs
 
 clean: ## remove the environment and the caches of tools, not checkpoints
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info src/*.egg-info

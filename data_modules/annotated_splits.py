@@ -135,7 +135,7 @@ class AnnotatedSplits(EpochDataModule):
         """Return all samples of a split; the annotations are read only once.
 
         Raises:
-            DataError: see `read_split`; also if a clip name points outside the clips' folder.
+            DataError: see `read_split`; also if a clip name is not a plain file name.
         """
         if split not in self._annotated:
             check_root(self.root, self.remedy)
@@ -146,8 +146,8 @@ class AnnotatedSplits(EpochDataModule):
             for sample in samples:
                 if is_outside_folder(sample.clip):
                     raise DataError(
-                        f"{self.root}, split {split}: the clip name {sample.clip!r} points outside the clips' folder; "
-                        "refused"
+                        f"{self.root}, split {split}: the clip name {sample.clip!r} is not a plain file name (no "
+                        "slash, not empty): fix the file, or fetch it again"
                     )
             self._annotated[split] = samples
         return self._annotated[split]

@@ -34,6 +34,9 @@ FILE_BEGINNINGS = {  # pattern of the beginning of a file, by kind of file
     COMMA_SEPARATED: r".*,",
     "a semicolon-separated table": r".*;",
 }
+KIND_NAMES: dict[type, str] = {str: "a text", int: "an integer", float: "a number", bool: "a truth value",
+                               list: "a list", dict: "an object"}  # fmt: skip
+WHERE_FORMATS = "the dataset's file in data_modules/ lists the supported formats (docstring of its class)"
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
 
@@ -52,7 +55,9 @@ class AnnotationRow(NamedTuple):
         where = f"{self.place}{'.' if self.place.endswith(']') else ': '}{' or '.join(keys)}"
         if not any(key in self.fields for key in keys):
             there = ", ".join(map(str, self.fields))
-            return DataError(f"{where} is missing, found only {there:.200}: {explain_unsupported_format(keys[0])}")
+            return DataError(
+                f"{where} is missing, found only {there:.200}; fix the file, or convert it: {WHERE_FORMATS}"
+            )
         return DataError(f"{where} is {self.value(*keys)!r:.80}, not {expected}; fix the file, or fetch it again")
 
     def field(self, kind: type[Field], *keys: str) -> Field:
@@ -63,7 +68,7 @@ class AnnotationRow(NamedTuple):
         """
         value = self.value(*keys)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.refusal(keys, f"a {kind.__name__}")
+            raise self.refusal(keys, KIND_NAMES[kind])
         if isinstance(value, str):
             self._check(keys, value)
         return value
@@ -92,11 +97,11 @@ class AnnotationRow(NamedTuple):
         """Return the name of a clip.
 
         Raises:
-            DataError: see `field`; also if it points outside the clips' folder.
+            DataError: see `field`; also if it is not a plain file name.
         """
         name = self.field(str, *keys)
         if is_outside_folder(name):
-            raise self.refusal(keys, "a name within the clips' folder")
+            raise self.refusal(keys, "a plain file name (no slash, not empty)")
         return name
 
     def index_below(self, number: int, *keys: str) -> int:
@@ -115,7 +120,7 @@ class AnnotationRow(NamedTuple):
 
 
 def is_outside_folder(name: str) -> bool:
-    """Return whether a clip name points outside the clips' folder."""
+    """Return whether a clip name is not a plain file name, and so might point outside the clips' folder."""
     return "/" in name or "\\" in name or name in ("", ".", "..")
 
 
@@ -131,7 +136,12 @@ def read_question_type(row: AnnotationRow, question: str) -> str:
 
 def explain_unsupported_format(expected: str) -> str:
     """Return the message part for a complete file whose format is not supported."""
-    return f"unsupported format, expected {expected}; the docstring of the dataset's class lists the supported formats"
+    return f"unsupported format, expected {expected}; {WHERE_FORMATS}"
+
+
+def name_kind(content: Any) -> str:
+    """Return the kind of JSON content, for messages."""
+    return KIND_NAMES.get(type(content), "null")
 
 
 def recognise_format(text: str) -> str:
@@ -250,7 +260,7 @@ def as_rows(content: Any, path: Path, key: str = "") -> list[AnnotationRow]:
     if not isinstance(content, list) or not content:
         if content == []:
             raise DataError(f"{path}: {key or 'the file'} is an empty list; fetch it again")
-        kind = f"an object of {', '.join(content):.200}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        kind = f"an object of {', '.join(content):.200}" if isinstance(content, dict) else name_kind(content)
         raise DataError(f"{path}: {key or 'the file'} is {kind}: {explain_unsupported_format('a list of objects')}")
     for number, row in enumerate(content):
         if not isinstance(row, dict):

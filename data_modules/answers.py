@@ -13,6 +13,7 @@ from data_modules.annotations import (
     AnnotationRow,
     explain_unsupported_format,
     is_file,
+    name_kind,
     read_json,
     read_text,
 )
@@ -51,13 +52,18 @@ class Answers:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]
             _warn_of_ties(path, len(words), len(counts))
-        if len(set(words)) != num_classes - 1 or len(words) != num_classes - 1:
-            source = f"{path}: {len(set(words))} different answers in {len(words)} lines"
+        if (distinct := len(set(words))) < len(words):
+            raise DataError(
+                f"{path}: {distinct} different answers in {len(words)} lines: remove the repeated lines, or fetch the "
+                "file again"
+            )
+        if distinct != num_classes - 1:
+            source, otherwise = f"{path}: {distinct} different answers", ", or fix the file"
             if not is_present:
-                source = f"{path.parent}: {len(words)} different training answers"
+                source, otherwise = f"{path.parent}: {distinct} different training answers", ""
             raise DataError(
                 f"{source}, but num_classes is {num_classes}, one of them for all other answers: set "
-                f"ARGS=--data.init_args.num_classes={len(set(words)) + 1}, or fix the file"
+                f"ARGS=--data.init_args.num_classes={distinct + 1}{otherwise}"
             )
         return cls(words)
 
@@ -89,7 +95,7 @@ def _read_labels(path: Path) -> list[str]:
     """Read the answers of a JSON file {answer: class}, in the order of their classes."""
     labels = read_json(path)
     if not isinstance(labels, dict):
-        raise DataError(f"{path}: holds a {type(labels).__name__}: {explain_unsupported_format('{answer: class}')}")
+        raise DataError(f"{path}: holds {name_kind(labels)}: {explain_unsupported_format('{answer: class}')}")
     row = AnnotationRow(str(path), labels)
     for word in labels:
         if not word.strip() or CONTROL_CHARACTERS.search(word):

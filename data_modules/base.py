@@ -34,12 +34,12 @@ from data_modules.checks import (
     describe_nothing_found,
     refuse_lost,
     refuse_shared_clips,
-    report,
+    run_all_checks,
     warn_of_unpublished,
 )
 from data_modules.clip_dataset import ClipDataset, Sample
 from data_modules.device_cache import DeviceCache
-from data_modules.domains import DomainKind
+from data_modules.domains import DomainKind, Shift
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class VideoTextDataModule(AnnotatedSplits):
             logger.warning("partial copy: %d of %d clips are present", len(present), len(named))
 
     def check(self) -> dict[str, Any]:
-        """Check everything and fill the frame cache; return the report, see `checks.report`."""
-        return report(self)
+        """Check everything and fill the frame cache; return the report, see `checks.run_all_checks`."""
+        return run_all_checks(self)
 
     def published(self) -> list[dict[str, Any]]:
         """Compare every count in `PUBLISHED` with the count in the local annotation files.
@@ -224,13 +224,25 @@ class VideoTextDataModule(AnnotatedSplits):
         Raises:
             ConfigError: the dataset does not know its devices, and `domains` is None.
         """
+        shift = self.require_domains("sessions")
+        clips = dict.fromkeys(sample.clip for sample in self.samples("train") if self.is_ready(sample.clip))
+        return self.pool_sessions({clip: shift.domain(clip) for clip in clips}, shift.casts())
+
+    def require_domains(self, purpose: str) -> Shift:
+        """Return the domains of the clips.
+
+        Args:
+            purpose: what needs devices, in the plural, for the message.
+
+        Raises:
+            ConfigError: the dataset does not know its devices, and `domains` is None.
+        """
         if self.shift is None:
             raise ConfigError(
-                f"{type(self).__name__} does not know its clips' devices, but sessions need devices: define domains, "
+                f"{type(self).__name__} does not know its clips' devices, but {purpose} need devices: define domains, "
                 "ARGS=--data.init_args.domains=casts"
             )
-        clips = dict.fromkeys(sample.clip for sample in self.samples("train") if self.is_ready(sample.clip))
-        return self.pool_sessions({clip: self.shift.domain(clip) for clip in clips}, self.shift.casts())
+        return self.shift
 
     def pool_sessions(
         self, devices: Mapping[str, str], casts: Mapping[str, float], backgrounds: Mapping[str, float] | None = None

@@ -105,10 +105,10 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; only figures of the same run are comparable."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256, help="questions per batch")
     parser.add_argument("--steps", type=int, default=8, help="batches per process")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=224, help="pixels per side of a frame")
+    parser.add_argument("--clips", type=int, default=64, help="different clips")
     parser.add_argument(
         "--processes", type=int, nargs="+", help="loading processes; default: 0, 1, 2, 4, ... up to our processors"
     )

@@ -27,9 +27,9 @@ import numpy as np
 from rich.filesize import decimal
 from rich.progress import track
 
-from cdc_mmpg.errors import CDCError, DataError
+from cdc_mmpg.errors import CDCError, DataError, format_names
 from cdc_mmpg.files import hash_file, remove_leftovers, write_listing
-from cdc_mmpg.media.frames import CANDIDATES, Frames, candidate_indices, shorter_side
+from cdc_mmpg.media.frames import CANDIDATES, Frames, choose_candidates, compute_shorter_side
 from cdc_mmpg.media.video import Decoder
 from data_modules.decoding import DecodingSettings, decode_clips
 from data_modules.frame_index import NOT_DECODED, Entry, FrameIndex
@@ -45,7 +45,7 @@ class FrameCache:
     Args:
         folder: parent of the folders per settings.
         num_frames, image_size, decoder: see `frames` and `video`.
-        side: pixels to which a frame's shorter side is resized; None is `shorter_side(image_size)`.
+        side: pixels to which a frame's shorter side is resized; None is `compute_shorter_side(image_size)`.
         candidates: frames kept for each of the `num_frames` segments of a clip.
     """
 
@@ -61,7 +61,7 @@ class FrameCache:
         candidates: int = CANDIDATES,
     ) -> None:
         self.num_frames, self.image_size, self.decoder, self.candidates = num_frames, image_size, decoder, candidates
-        self.side = side or shorter_side(image_size)
+        self.side = side or compute_shorter_side(image_size)
         self.changed_list = folder.parent / "changed.txt"  # next to the list of missing clips
         self.folder = folder / f"{decoder}-{self.side}px-{num_frames}x{candidates}"
         self.ready: frozenset[str] = frozenset()  # clips whose frames can be read, after `load` or `fill`
@@ -115,7 +115,7 @@ class FrameCache:
 
     def indices(self, kept: int, candidates: Sequence[int]) -> list[int]:
         """Return the indices of candidates among the `kept` frames of a clip."""
-        frame_indices = candidate_indices(kept, self.num_frames, self.candidates)
+        frame_indices = choose_candidates(kept, self.num_frames, self.candidates)
         return [frame_indices[candidate] for candidate in candidates]
 
     def fill(self, clips: Mapping[str, Path], workers: int, renew: bool = False) -> dict[str, str]:
@@ -139,7 +139,7 @@ class FrameCache:
             descriptor = os.open(self.index.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise CDCError(
-                f"{self.folder}: cannot be written ({error.strerror}): set another --data.init_args.cache_dir"
+                f"{self.folder}: cannot be written ({error.strerror}): set another cache folder (CACHE=)"
             ) from error
         remove_leftovers(self.folder)
         try:
@@ -160,7 +160,7 @@ class FrameCache:
                 "fetch them again, or run `make data` to decode the changed files"
             )
         if changed:
-            logger.warning("decoding again, because their files changed: %s", ", ".join(changed))
+            logger.warning("decoding again, because their files changed:%s", format_names(changed))
         obsolete = {self.index.array_file(name) for name in changed}
         files, missing = self._list_files(), []
         for name in sorted(now.keys() - failures.keys()):
@@ -227,13 +227,15 @@ class FrameCache:
 
     def _check_room(self, clips: int) -> None:
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
-            raise DataError("decord is not installed (it lacks wheels for some platforms): use decoder=pyav")
+            raise DataError(
+                "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
+            )
         needed = self.estimate(clips)
         logger.info("decoding %d clips into %s, about %s", clips, self.folder, decimal(needed))
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise DataError(
                 f"{self.folder}: about {decimal(needed)} are needed for the frames of {clips} clips, "
-                f"{decimal(free)} are free: free disk space, or set another --data.init_args.cache_dir"
+                f"{decimal(free)} are free: free disk space, or set another cache folder (CACHE=)"
             )
 
     def _list_files(self) -> set[str]:

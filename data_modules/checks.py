@@ -144,8 +144,8 @@ def refuse_shared_clips(data: "AnnotatedSplits") -> None:
     """
     for (first, second), names in find_shared_clips(data, SPLITS).items():
         raise DataError(
-            f"{data.root}: {first} and {second} share {len(names)} clips, but splits must be disjoint:"
-            f"{write_listing(names, data.cache_dir / 'shared.txt')}"
+            f"{data.root}: {first} and {second} share {len(names)} clips, but splits must not: fix the annotation "
+            f"files, or fetch them again:{write_listing(names, data.cache_dir / 'shared.txt')}"
         )
 
 
@@ -199,7 +199,7 @@ def check_split(data: "AnnotatedSplits", split: Split, ready: Sequence[Sample], 
     if not ready:
         looked_for, found = data.select_samples(split)[0].clip, next(iter(paths), "")
         raise DataError(
-            f"{data.root}: no question of split {split} has its clip: looked for {looked_for!r}, among others; "
+            f"{data.root}: no question of split {split} has a readable clip: looked for {looked_for!r}, among others; "
             + (f"found {found!r}, among {len(paths)}" if found else "found no clip")
             + f"\n{data.remedy()}"
         )
@@ -217,7 +217,7 @@ def refuse_lost(data: "VideoTextDataModule", lost: Sequence[str], clips: int) ->
         raise DataError(data.describe_lost(lost, clips))
 
 
-def report(data: "VideoTextDataModule") -> dict[str, Any]:
+def run_all_checks(data: "VideoTextDataModule") -> dict[str, Any]:
     """Check everything and fill the frame cache, changed clips included; continue after a problem.
 
     Returns:

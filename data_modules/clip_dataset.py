@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from cdc_mmpg.data.batch import VideoTextBatch
 from cdc_mmpg.data.sampling import Jitter, draw_cast, draw_copy, draw_text
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.media.frames import Frames, choose_crop_corner, middle_candidates
+from cdc_mmpg.media.frames import Frames, choose_crop_corner, choose_middle_candidates
 from cdc_mmpg.media.text import pad
 from data_modules.cache import FrameCache
 from data_modules.device_cache import DeviceCache, allocate_frames
@@ -148,7 +148,7 @@ class ClipDataset(Dataset[VideoTextBatch]):
     def _draw_crop(self, epoch: int, index: int, shape: Sequence[int]) -> tuple[list[int], int, int]:
         """Draw the indices of a sample's frames among the kept ones (K, H, W, 3), and top and left of its crop."""
         generator, candidates = None, self.cache.candidates
-        chosen = middle_candidates(self.cache.num_frames, candidates)
+        chosen = choose_middle_candidates(self.cache.num_frames, candidates)
         if self.augment:
             generator = np.random.default_rng((self.seed, epoch, index))
             starts = range(0, self.cache.num_frames * candidates, candidates)

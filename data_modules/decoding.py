@@ -19,7 +19,7 @@ from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write, hash_file
-from cdc_mmpg.media.frames import candidate_indices
+from cdc_mmpg.media.frames import choose_candidates
 from cdc_mmpg.media.video import Decoder, read_frames
 from cdc_mmpg.program import hold_signals
 from data_modules.frame_index import ARRAY_FILE_NAME, NOT_DECODED, Entry, array_file_name, file_stem
@@ -167,7 +167,7 @@ def decode_clip(name: str, path: Path, kept: Sequence[str], settings: DecodingSe
         """Return the indices of the frames to keep: all, without repetitions, if there are fewer than candidates."""
         nonlocal count
         count = frames
-        return candidate_indices(count, num_frames, candidates) if count > num_frames * candidates else range(count)
+        return choose_candidates(count, num_frames, candidates) if count > num_frames * candidates else range(count)
 
     reason = ""
     try:

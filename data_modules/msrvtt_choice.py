@@ -94,11 +94,11 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
         # Captions of unseen domains would be wrong in every item, and training would learn that.
         sources = [clip for clip in clips if self.shift is None or not self.shift.is_unseen(clip)]
         sizes = Counter(categories[clip] for clip in sources)
-        for category in categories.values():
+        for clip, category in categories.items():
             if (fitting := len(sources) - sizes[category]) < CHOICES - 1:
                 raise DataError(
-                    f"{self.root}: {fitting} of the {len(sources)} captioned clips of split {split} have another "
-                    f"category than {category}, but an item needs {CHOICES - 1}\n{self.remedy()}"
+                    f"{self.root}: for {clip}, only {fitting} of the {len(sources)} captioned clips of split {split} "
+                    f"have another category, but an item needs {CHOICES - 1}\n{self.remedy()}"
                 )
         samples = [sample for clip in clips for sample in self._draw_clip_items(clip, sources, categories)]
         others = "clips of other categories" + (f"; {unknown} have none and count as one each" if unknown else "")

@@ -45,7 +45,7 @@ class MSVDQA(VideoQADataModule):
     (`<clip> vid<video_id>` per line), `answer_set.txt` (one answer per line; counted from the training questions if it
     is absent) and `YouTubeClips/<clip>.avi` (or .mp4, .mkv, .webm).
 
-    Refused: a question whose clip is not in the mapping; a clip name that points outside `YouTubeClips`.
+    Refused: a question whose clip is not in the mapping; a clip name with a slash.
 
     If the same clip and question occur with several answers, they stay separate questions.
     """
@@ -109,7 +109,10 @@ class MSVDQA(VideoQADataModule):
                 raise DataError(f"{path}, line {number}: {line!r} is not '<clip> vid<number>'; fetch it again")
             name, vid = parts[1], int(parts[2])
             if is_outside_folder(name):
-                raise DataError(f"{path}, line {number}: {name!r} points outside the clips' folder; refused")
+                raise DataError(
+                    f"{path}, line {number}: {name!r} is not a plain file name (no slash, not empty): fix the file, or "
+                    "fetch it again"
+                )
             if names.setdefault(vid, name) != name:
                 raise DataError(f"{path}, line {number}: vid{vid} is {name!r}, but {names[vid]!r} above; fix the file")
         return names

@@ -1,6 +1,7 @@
 """The synthetic dataset: colour constancy on devices that the model has never seen."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from cdc_mmpg.catalogue import ARC
 from cdc_mmpg.data.batch import CaptionBatch, Split, View
 from cdc_mmpg.data.interface import Captions, Content, DeviceLabels, SampleOrigin, Sessions
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.media.text import pad
+from cdc_mmpg.media.text import HUB_NAME, pad
 from data_modules.annotations import Published, as_rows
 from data_modules.checks import check_minimums
 from data_modules.clip_dataset import ClipDataset, Sample
@@ -49,7 +50,7 @@ class CaptionDataset(Dataset[CaptionBatch]):
 
 
 class Synthetic(MSVDQA):
-    """Rendered by `data_modules.synthetic_clips`, in MSVD-QA's layout, as real .mp4 files (64 x 64, 6 frames).
+    """Synthetic dataset, rendered by `data_modules.synthetic_clips` in MSVD-QA's layout: .mp4 files, 64 x 64, 6 frames.
 
     One or two objects (disk, ring, bar, pole; six colours; two sizes; left and right) drift over a texture. Every
     device rotates all hues by its own cast, uniform on the circle, and has gain, gamma, noise, blur, zoom and speed.
@@ -111,8 +112,9 @@ class Synthetic(MSVDQA):
         return [sample for sample in samples if self.devices[sample.clip]["device"] in self._seen]
 
     def remedy(self) -> str:
-        """Return the command that renders the dataset."""
-        return f"render it: cdc-mmpg clips {self.root} (another world: --world and --seed)"
+        """Return the command that renders the dataset; a complete one is not rendered again."""
+        delete, again = (f"delete {self.root} and ", " again") if os.path.exists(self.root) else ("", "")
+        return f"{delete}render it{again}: cdc-mmpg clips {self.root}, with its --world, --seed and --size"
 
     @cached_property
     def devices(self) -> dict[str, dict[str, str | float]]:
@@ -122,7 +124,7 @@ class Synthetic(MSVDQA):
         for clip, row in rows.items() if isinstance(rows, dict) else [("", rows)]:
             kinds = [type(row.get(key)) for key in ("device", "role", "cast")] if isinstance(row, dict) else []
             if kinds != [str, str, float]:
-                raise DataError(f"{path}: {clip!r} is {row!r}, not {{device, role, cast}}\n{self.remedy()}")
+                raise DataError(f"{path}: {clip!r} is {row!r:.80}, not {{device, role, cast}}\n{self.remedy()}")
         return rows
 
     def list_further_clips(self) -> set[str]:
@@ -199,7 +201,10 @@ class Synthetic(MSVDQA):
         words = [ids[1:-1] for ids in self.text([sample.answer for sample in samples])]
         if several := {sample.answer for sample, ids in zip(samples, words, strict=True) if len(ids) != 1}:
             names = ", ".join(sorted(several))
-            raise DataError(f"{self.vocab}: {names} must be one WordPiece each\n{self.remedy()}")
+            raise DataError(
+                f"vocabulary {self.vocab or HUB_NAME}: {names} must be one WordPiece each: use the dataset's vocab.txt "
+                "(leave out VOCAB=)"
+            )
         questions = self.build(samples)
         questions.labels = torch.tensor([word for (word,) in words])
         return questions
@@ -223,7 +228,11 @@ class Synthetic(MSVDQA):
                 held_out = int(hashlib.sha256(clip.encode()).hexdigest(), 16) % 24 == 0
                 parts[held_out].append(Sample(clip, caption))
         if not parts[False] or not parts[True]:
-            raise DataError(f"{path}: too few captioned clips ({len(rows)})\n{self.remedy()}")
+            usable = sum(map(len, parts.values()))
+            raise DataError(
+                f"{path}: {usable} of {len(rows)} captioned clips are decoded and have questions: training and "
+                f"validation need at least one each\n{self.remedy()}"
+            )
         number = min(map(len, questions.values()))
         train, val = (
             CaptionDataset(

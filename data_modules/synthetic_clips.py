@@ -127,7 +127,7 @@ def make_generator(seed: int, *place: object) -> np.random.Generator:
     )
 
 
-def plan(counts: DatasetCounts, seed: int = 0, world: World = "sky") -> list[Clip]:
+def plan_clips(counts: DatasetCounts, seed: int = 0, world: World = "sky") -> list[Clip]:
     """Plan all clips, in order; no two worlds share a name.
 
     Only "sky" with seed 0 has captioned clips: the encoder trained on them serves all worlds.
@@ -388,7 +388,7 @@ def train_wordpieces(texts: Sequence[str]) -> list[str]:
     return special + sorted(kept)
 
 
-def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: World = "sky") -> None:
+def render_dataset(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: World = "sky") -> None:
     """Render the missing parts of the dataset below `root`, or check a complete one.
 
     Raises:
@@ -396,11 +396,11 @@ def make(root: Path, counts: DatasetCounts | None = None, seed: int = 0, world: 
         CDCError: a file cannot be written, or a rendering process was killed.
     """
     counts = counts or DatasetCounts()
-    clips = plan(counts, seed, world)
+    clips = plan_clips(counts, seed, world)
     settings: dict[str, object] = {"edition": EDITION, "seed": seed, "world": world, "counts": counts._asdict()}
     record, folder = root / DIGESTS, root / "YouTubeClips"
     if record.is_file():
-        check(root, settings)
+        verify_dataset(root, settings)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -442,7 +442,7 @@ def hash_files(root: Path) -> dict[str, str]:
     return {**digests, "YouTubeClips": clips.hexdigest()}
 
 
-def check(root: Path, settings: dict[str, object]) -> None:
+def verify_dataset(root: Path, settings: dict[str, object]) -> None:
     """Compare a complete dataset with the record of its rendering.
 
     Raises:
@@ -452,12 +452,21 @@ def check(root: Path, settings: dict[str, object]) -> None:
         record = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
         record.setdefault("world", "sky")  # the only world of earlier versions
         expected, actual = dict(record.pop("files")), hash_files(root)
+        there, here = _flatten_settings(record), _flatten_settings(settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{root}: cannot be compared with {DIGESTS} ({error!r:.200}): render it again") from error
-    if record != settings:
-        raise DataError(f"{root}: rendered with {record}, requested {settings}: delete or rename the folder")
+        raise DataError(
+            f"{root}: cannot be compared with {DIGESTS} ({error!r:.200}): delete the folder and render it again"
+        ) from error
+    if keys := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+        differing = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} requested" for key in keys)
+        raise DataError(f"{root}: rendered with other settings ({differing}): delete or rename the folder")
     if changed := sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)):
         raise DataError(f"{root}: {', '.join(changed)} changed since rendering: delete the folder and render it again")
+
+
+def _flatten_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with each count as one of them."""
+    return {key: value for key, value in settings.items() if key != "counts"} | settings["counts"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -470,4 +479,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     log_to_terminal()
     exit_on_signals()
-    return run_to_exit_code(lambda: make(options.root, DATASET_SIZES[options.size], options.seed, options.world))
+    return run_to_exit_code(
+        lambda: render_dataset(options.root, DATASET_SIZES[options.size], options.seed, options.world)
+    )

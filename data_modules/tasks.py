@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, Split, Task
+from cdc_mmpg.data.interface import DeviceLabels, SampleOrigin
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import CONTROL_CHARACTERS
 from data_modules.answers import Answers
@@ -74,6 +75,24 @@ class VideoQADataModule(VideoTextDataModule):
             seed=self.seed,
             shift=self.shift,
         )
+
+    def device_labels(self) -> DeviceLabels:
+        """Build the training questions of held-out domains, on which no method trains: for controls only.
+
+        Raises:
+            ConfigError: the dataset does not know its devices, and `domains` is None.
+        """
+        shift = self.require_domains("methods on the device")
+        samples = [
+            sample
+            for sample in self.samples("train")
+            if shift.is_unseen(sample.clip) and self.is_ready(sample.clip) and self._answers.label(sample.answer) >= 0
+        ]
+        origins = [
+            SampleOrigin(sample.clip, shift.domain(sample.clip), "unseen", sample.type, sample.question, sample.answer)
+            for sample in samples
+        ]
+        return DeviceLabels(self.build(samples), origins)
 
     def word(self, split: Split, index: int, label: int | None = None) -> str:
         """Return the annotated answer, or the word of class `label`."""

@@ -59,7 +59,7 @@ class TGIF(VideoTextDataModule):
     clip_name), `{Train,Val,Test}_<task>_question.csv` (TAB-separated); `gifs/<gif_name>.gif` (or .mp4, .webm).
     `<task>` is frameqa, action or transition.
 
-    Refused: names that point outside `gifs`; an answer that is no index of a candidate; a type that is not one of the
+    Refused: names with a slash; an answer that is no index of a candidate; a type that is not one of the
     four.
 
     Args:

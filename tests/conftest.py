@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from data_modules.synthetic_clips import DatasetCounts, make
+from data_modules.synthetic_clips import DatasetCounts, render_dataset
 
 if TYPE_CHECKING:
     from deployments import FakeCloud
@@ -103,7 +103,7 @@ TINY = DatasetCounts(seen=4, unseen=2, val=2, labelled=2, history=4, test_seen=1
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only folder with a small synthetic dataset."""
     root = tmp_path_factory.mktemp("synthetic") / "clips"
-    make(root, TINY)
+    render_dataset(root, TINY)
     return root
 
 

@@ -59,6 +59,7 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
         ("", r"rows, line 1, column 1"),
         ('{"a": 1}', r"rows: the file is an object of a: unsupported format, expected a list of objects"),
         ("[]", r"rows: the file is an empty list"),
+        ("null", r"rows: the file is null: unsupported format"),
         ('[{"a": 1}, 7]', r"rows: \[1\] is 7, not an object"),
         ("[" * 100_000, r"rows: nested too deeply"),
         (f"[{'9' * 5_000}]", r"rows: .*digits"),
@@ -153,11 +154,11 @@ def test_damaged_tables_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda row: row.field(str, "absent"), r"f, line 3: absent is missing, found only .*unsupported format"),
-        (lambda row: row.field(int, "text"), r"f, line 3: text is 'yes', not a int"),
-        (lambda row: row.field(int, "truth"), r"truth is True, not a int"),
+        (lambda row: row.field(str, "absent"), r"f, line 3: absent is missing, found only .*, or convert it"),
+        (lambda row: row.field(int, "text"), r"f, line 3: text is 'yes', not an integer"),
+        (lambda row: row.field(int, "truth"), r"truth is True, not an integer"),
         (lambda row: row.field(str, "half"), r"half is '\\ud800', not text"),
-        (lambda row: row.field(str, "absent", "number"), r"absent or number is 7, not a str"),
+        (lambda row: row.field(str, "absent", "number"), r"absent or number is 7, not a text"),
         (lambda row: row.texts(2, "text"), r"text is 'yes', not a list of 2 texts"),
         (lambda row: row.texts(3, "list"), r"list is \['a', 'b'\], not a list of 3 texts"),
         (lambda row: row.texts(2, "mixed"), r"mixed is \['a', 2\], not a list of 2 texts"),
@@ -167,7 +168,7 @@ def test_damaged_tables_are_refused(tmp_path, content, message):
         (lambda row: row.index_below(5, "minus"), r"minus is '-1', not a whole number"),
         (lambda row: row.line("lines"), r"lines is 'a\\nb', not a text on one line"),
         (lambda row: row.line("separated"), r"separated is 'a\\u2028b', not a text on one line"),
-        (lambda row: row.clip("out"), r"out is '\.\./x', not a name within"),
+        (lambda row: row.clip("out"), r"out is '\.\./x', not a plain file name"),
     ],
 )
 def test_wrong_fields_are_refused(read, message):
@@ -233,17 +234,19 @@ def test_a_vocabulary_comes_from_a_file_or_from_the_most_frequent_answers(tmp_pa
     training = ["red", "blue", "blue", "dog", "dog", "dog", "cat", "ant"]
     assert Answers.read(path, 4, training).words == ["dog", "blue", "ant"]  # ties are in alphabetical order
     with pytest.raises(
-        DataError, match=rf"{tmp_path}: 5 different training answers, but num_classes is 7.*num_classes=6"
+        DataError, match=rf"{tmp_path}: 5 different training answers, but num_classes is 7.*num_classes=6$"
     ):
         Answers.read(path, 7, training)
     path.write_text("red\ngreen\n")
+    with pytest.raises(DataError, match=r"answers\.txt: 2 different answers, but .*num_classes=3, or fix the file"):
+        Answers.read(path, 4, training)
     answers = Answers.read(path, 3, training)
     assert (answers.words, answers.label("red"), answers.label("green"), answers.label("blue")) == (
         ["red", "green"], 0, 1, -100
     )  # fmt: skip
     path.write_text("red\ngreen\nred\n")
     for classes in (3, 4):
-        with pytest.raises(DataError, match=r"answers\.txt: 2 different answers in 3 lines.*num_classes=3"):
+        with pytest.raises(DataError, match=r"answers\.txt: 2 different answers in 3 lines: remove the repeated"):
             Answers.read(path, classes, training)
 
 
@@ -311,7 +314,7 @@ def test_a_vocabulary_is_read_from_a_label_file(tmp_path):
         ({"red": 1, "blue": 1, "green": 0}, r"none of 3 answers has class 2"),
         ({"red": 1, "blue": 2, "green": 3}, r"none of 3 answers has class 0"),
         ({"red": 0, "blue": -1, "green": 1}, r"none of 3 answers has class 2"),
-        ({"red": 0, "blue": "1", "green": 2}, r"blue is '1', not a int"),
+        ({"red": 0, "blue": "1", "green": 2}, r"blue is '1', not an integer"),
         (["red", "blue", "green"], r"holds a list: unsupported format, expected \{answer: class\}"),
         ({"0": "red", "1": "blue", "2": "green"}, r"\{'0': 'red'\}: unsupported format, expected \{answer: class\}"),
         ({"red": 0, "blue\ngreen": 1, "man": 2}, r"'blue\\ngreen' is not an answer"),

@@ -21,7 +21,7 @@ import pytest
 from cdc_mmpg.commands.prepare import prepare
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import HOST
-from cdc_mmpg.media.frames import candidate_indices, middle_candidates
+from cdc_mmpg.media.frames import choose_candidates, choose_middle_candidates
 from cdc_mmpg.media.video import read_frames
 from conftest import TINY, write_clip
 from data_modules import cache as module
@@ -81,11 +81,11 @@ def test_cached_frames_are_the_candidates_of_each_clip(tmp_path):
     assert cache.fill(clips, 1) == {}
     assert cache.ready == set(clips)
     for name, frames in zip(clips, (40, 2), strict=True):
-        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(frames, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == choose_candidates(frames, 3)
         status, entry = clips[name].stat(), cache.entry(name)
         assert entry == Entry(status.st_size, status.st_mtime_ns, frames, entry.sha256)
         assert cache.key(name) == f"pyav-38px-3x3/{entry.sha256}"
-    assert read_frame_numbers(cache, "index", middle_candidates(3)) == [0, 1, 1]
+    assert read_frame_numbers(cache, "index", choose_middle_candidates(3)) == [0, 1, 1]
     assert sorted(np.load(path).shape[0] for path in cache.folder.glob("*.npy")) == [2, 9]
     assert cache.estimate(1) == max(path.stat().st_size for path in cache.folder.glob("*.npy")) - 128
 
@@ -109,7 +109,7 @@ def test_decoding_one_clip_keeps_its_candidates(tmp_path, forbid):
         array = np.load(settings.folder / f"a_clip.{digest[:12]}.{frames}.npy")
         assert array.shape == (kept, 38, 51, 3)
         greys = ((array.mean((1, 2, 3)) - 4) / 6).round().astype(int).tolist()
-        assert greys == (candidate_indices(frames, 3) if frames > 9 else list(range(frames)))
+        assert greys == (choose_candidates(frames, 3) if frames > 9 else list(range(frames)))
     page = tmp_path / "page.avi"
     page.write_text("<html>")
     entry = decoding.decode_clip("page", page, [], settings)
@@ -137,12 +137,12 @@ def test_each_setting_has_its_own_folder(tmp_path):
     assert other.fill(clips, 1) == {}
     assert [path.name for path in sorted((tmp_path / "frames").iterdir())] == ["pyav-38px-3x3", "pyav-40px-2x4"]
     assert (
-        read_frame_numbers(other, "c0", list(range(8))) == candidate_indices(40, 2, 4) == [2, 7, 12, 17, 22, 27, 32, 37]
+        read_frame_numbers(other, "c0", list(range(8))) == choose_candidates(40, 2, 4) == [2, 7, 12, 17, 22, 27, 32, 37]
     )
-    assert read_frame_numbers(other, "c0", middle_candidates(2, 4)) == [12, 32]
+    assert read_frame_numbers(other, "c0", choose_middle_candidates(2, 4)) == [12, 32]
     assert other.read("c0", [0]).shape[1:3] == (40, 53)
     assert other.key("c0") != first.key("c0")
-    assert read_frame_numbers(first, "c0", middle_candidates(3)) == [6, 20, 33]
+    assert read_frame_numbers(first, "c0", choose_middle_candidates(3)) == [6, 20, 33]
 
 
 def list_children(pid: int) -> set[int]:
@@ -180,7 +180,7 @@ def test_filling_resumes_after_a_kill(tmp_path):
     assert cache.ready == set(clips)
     for number, name in enumerate(clips):
         assert cache.entry(name).frames == 30 + number
-        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(30 + number, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == choose_candidates(30 + number, 3)
     assert not list(cache.folder.glob(".*"))
 
 
@@ -291,7 +291,7 @@ def test_a_changed_clip_is_refused_by_name_unless_renewal_is_requested(tmp_path,
     assert read_write_times(cache) == written
     with caplog.at_level(logging.WARNING):
         assert cache.fill(clips, 1, renew=True) == {}
-    assert "decoding again, because their files changed: c3" in caplog.text
+    assert "decoding again, because their files changed:\n  c3" in caplog.text
     assert cache.entry("c3").frames == 40
     assert read_frame_numbers(cache, "c3", [0, 8]) == [2, 37] != frames_before
     assert cache.key("c3") != key_before
@@ -573,7 +573,7 @@ def test_two_processes_may_fill_the_same_cache(tmp_path):
     assert cache.ready == set(clips)
     assert len(list(cache.folder.iterdir())) == 13
     for number, name in enumerate(clips):
-        assert read_frame_numbers(cache, name, list(range(9))) == candidate_indices(12 + number, 3)
+        assert read_frame_numbers(cache, name, list(range(9))) == choose_candidates(12 + number, 3)
 
 
 def test_a_decoding_process_loads_no_training_library():
@@ -581,6 +581,7 @@ def test_a_decoding_process_loads_no_training_library():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 def test_odd_files_are_decoded_as_without_a_cache(real, tmp_path, decoder, capfd):
     if decoder == "decord":
@@ -595,7 +596,7 @@ def test_odd_files_are_decoded_as_without_a_cache(real, tmp_path, decoder, capfd
                 read_frames(path, lambda count: [0], 32, decoder)
             assert failures[name].startswith(f"{path}: ")
         else:
-            expected = read_frames(path, lambda count: candidate_indices(count, 3), 32, decoder)
+            expected = read_frames(path, lambda count: choose_candidates(count, 3), 32, decoder)
             np.testing.assert_array_equal(cache.read(name, list(range(9))), expected)
     assert capfd.readouterr().err == ""
 

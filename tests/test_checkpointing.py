@@ -73,7 +73,7 @@ def test_a_damaged_state_is_skipped_unless_all_are_damaged(tmp_path, caplog):
     states[3].write_bytes(states[3].read_bytes()[:-20])
     assert find_newest_state(tmp_path) == states[2]
     assert "epoch=3-step=3.ckpt" in caplog.text
-    assert "resuming from the previous state" in caplog.text
+    assert "trying the state saved before it" in caplog.text
     assert sorted(folder.iterdir()) == states[1:]  # the last two intact ones; the damaged one for inspection
     for state in states[1:]:
         state.write_bytes(b"")

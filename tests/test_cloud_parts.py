@@ -339,7 +339,10 @@ def test_a_layer_is_counted_logged_and_timed(served, caplog):
         service.batcher.result = DataError("too large for float16")
         reply = await service.answer_upload(Request(scope))
         assert (reply.status_code, json.loads(reply.body)["error"]) == (422, "finite")
-        assert "request a float32 layer" in json.loads(reply.body)["detail"]
+        assert json.loads(reply.body)["detail"] == "too large for float16: request a float32 layer"
+        service.batcher.result = DataError("not finite")
+        scope[UPLOAD_KEY] = AdmittedUpload(*make_upload(served, FEATURE, "float32"), start)
+        assert json.loads((await service.answer_upload(Request(scope))).body)["detail"] == "not finite"
 
     asyncio.run(run())
 

@@ -239,7 +239,8 @@ def test_make_data_lists_all_problems(tmp_path, capsys):
     (root / "val_qa.json").write_text(json.dumps(rows))
     assert run_prepare("msrvtt", root, tmp_path / "out") == 3
     errors = capsys.readouterr().err
-    for part in ("train and val share 1 clips:\n  video1", "2 of 22 clips are absent or unreadable", "video3: absent",
+    for part in ("train and val share 1 clips, but splits must not: fix", "fetch them again:\n  video1",
+                 "2 of 22 clips are absent or unreadable", "video3: absent",
                  "video7011: ", "belongs", "max_missing=<number>"):  # fmt: skip
         assert part in errors
     report = json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())
@@ -265,7 +266,7 @@ def test_make_data_refuses_what_training_refuses(tmp_path, capsys):
         (root / "videos" / f"video{number}.mp4").unlink()
     assert run_prepare("msrvtt", root, tmp_path / "out", "--data.init_args.only_present=true") == 3
     errors = capsys.readouterr().err
-    assert "no question of split val has its clip: looked for 'video6513', among others; found 'video" in errors
+    assert "no question of split val has a readable clip: looked for 'video6513', among others; found 'video" in errors
     assert json.loads((tmp_path / "out" / "msrvtt" / "data.json").read_text())["problems"]
     root = write_msrvtt_choice(tmp_path / "choice")
     path = root / "msrvtt_mc_test.jsonl"
@@ -327,7 +328,7 @@ def test_make_data_resumes_after_an_interruption(roots, tmp_path):
     kill(process, signal.SIGINT)
     assert finish(process, 20) == 130
     output = (tmp_path / "log").read_text()
-    assert "stopped by SIGINT; run the same command again to resume" in output
+    assert "stopped by SIGINT; run the same command again (training and decoding resume" in output
     assert "Traceback" not in output
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
     assert 0 < len(written) < 22

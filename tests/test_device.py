@@ -54,7 +54,7 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert answer.text == answer.ranked[0][0]
         # The layer is the generator's output for the anchor feature, up to the payload's rounding.
         cloud_model = load_model(deployed / "session" / "cloud")
-        upload = device.model.anchor(device.model.frames(clips[0]))
+        upload = device.model.encode_anchor(device.model.decode_frames(clips[0]))
         upload_bytes = np.array(upload, "<f4").tobytes()
         import torch
 
@@ -74,7 +74,7 @@ def test_a_new_layer_is_requested_when_the_number_of_clips_has_doubled(deployed,
         request_counts.append(len(fake.uploads))
     assert request_counts == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4]  # after 1, 1 (the same clip again), 2, 3, 4, ... 8, 9 clips
     assert device._layer.anchors == 8
-    mean = np.mean([device.model.anchor(device.model.frames(clip)) for clip in clips[:8]], axis=0)
+    mean = np.mean([device.model.encode_anchor(device.model.decode_frames(clip)) for clip in clips[:8]], axis=0)
     assert np.frombuffer(fake.uploads[-1], "<f4", offset=HEADER.size) == pytest.approx(mean, abs=1e-6)
 
 
@@ -94,9 +94,10 @@ def test_a_new_layer_needs_no_new_inference_session(deployed, fake, clips):
     answer = device.answer(clips[0], QUESTION)
     assert answer.origin == "adapted"
     assert (device.model._encoder, device.model._head) == before
-    features = device.model.features(device.model.frames(clips[0]), device.model.texts(QUESTION))
+    features = device.model.encode(device.model.decode_frames(clips[0]), device.model.tokenize(QUESTION))
     assert not np.allclose(
-        device.model.scores(features, device._layer.matrix), device.model.scores(features, device.model.shared)
+        device.model.compute_scores(features, device._layer.matrix),
+        device.model.compute_scores(features, device.model.shared),
     )
 
 
@@ -420,7 +421,7 @@ def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deplo
                 wrong = {}
             (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": hash_json(wrong)}))
             with contextlib.suppress(CheckpointError):  # accepted settings must work
-                DeviceModel(bundle, threads=1).anchor(np.zeros((3, 32, 32, 3), np.uint8))
+                DeviceModel(bundle, threads=1).encode_anchor(np.zeros((3, 32, 32, 3), np.uint8))
     del settings["files"]["shared.npy"]
     (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": hash_json(settings)}))
     with pytest.raises(CheckpointError, match=r"bundle\.json.*files"):
@@ -429,11 +430,11 @@ def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deplo
 
 def test_a_choice_that_is_no_text_is_refused(deployed):
     model = DeviceModel(deployed / "choice" / "device", threads=1)
-    assert len(model.texts("what is it?", ["a man", "red"])) == 2
+    assert len(model.tokenize("what is it?", ["a man", "red"])) == 2
     for odd in (3, None, "\udcff"):
         for question, choices in (("what is it?", ["a man", odd]), ("what is it?", [odd, "red"]), (odd, ["a", "red"])):
             with pytest.raises(ConfigError, match="is not text"):
-                model.texts(question, choices)
+                model.tokenize(question, choices)
 
 
 def test_sizes_outside_their_range_are_refused(deployed, tmp_path):

@@ -17,8 +17,9 @@ import torch
 import communities
 from cdc_mmpg.commands import prepare
 from cdc_mmpg.data.batch import SPLITS
+from cdc_mmpg.data.interface import LabelsDevices
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.media.frames import crop, middle_candidates
+from cdc_mmpg.media.frames import choose_middle_candidates, crop
 from cdc_mmpg.report import tables
 from cdc_mmpg.training.cli import main
 from communities import (
@@ -268,7 +269,7 @@ def test_frames_are_changed_when_they_are_read(kind, folders):
         plain_places = {sample.clip: place for place, sample in enumerate(plain.dataset(split, augment=False).samples)}
         dataset = data.dataset(split, augment=False)
         for place, sample in enumerate(dataset.samples):
-            stored = data.cache.read(sample.clip, middle_candidates(3))
+            stored = data.cache.read(sample.clip, choose_middle_candidates(3))
             expected = crop(data.shift.apply(sample.clip, stored), 64)
             assert np.array_equal(dataset.frames(0, place), expected)
             assert np.array_equal(data.example(split, place).frames, expected)
@@ -315,6 +316,23 @@ def test_all_domains_share_cached_frames_but_not_frame_digests(folders):
 
 
 # Held-out clips
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_devices_are_questions_that_left_training(kind, folders):
+    """Only questions of unseen domains whose answers are in the vocabulary; multiple choice and retrieval have none."""
+    data, plain = set_up(folders, **KINDS[kind]), set_up(folders)
+    assert isinstance(data, LabelsDevices)
+    questions, origins = data.device_labels()
+    names = [sample.clip for sample in plain.dataset("train", augment=False).samples]
+    left = [clip for clip in names if data.shift.domain(clip) in data.held_out]
+    words = data.answers()
+    assert [words[label] for label in questions.labels.tolist()] == [origin.answer for origin in origins]
+    assert origins
+    assert {origin.clip for origin in origins} <= set(left)
+    assert not {origin.clip for origin in origins} & {sample.clip for sample in data.samples("test")}
+    assert {(origin.device, origin.group) for origin in origins} <= {(name, "unseen") for name in data.held_out}
+    assert not any(isinstance(set_up(folders, task), LabelsDevices) for task in TASKS if task != "qa")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -380,7 +398,7 @@ def test_a_pool_holds_the_training_clips_of_its_domain_and_no_other(kind, task, 
     neutral = [2, *[4] * 8, 3]  # [CLS], eight [MASK], [SEP]
     assert batch.text_ids.tolist() == [neutral] * 2 if task == "qa" else [[neutral]] * 2
     for place, clip in enumerate(clips):
-        expected = crop(data.shift.apply(clip, data.cache.read(clip, middle_candidates(3))), 64)
+        expected = crop(data.shift.apply(clip, data.cache.read(clip, choose_middle_candidates(3))), 64)
         assert np.array_equal(sessions.anchors.frames(0, place), expected)
 
 

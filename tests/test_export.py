@@ -50,12 +50,12 @@ def test_device_scores_agree_with_torch_for_a_generated_layer(deployed):
     model, cloud_model = DeviceModel(folder / "device"), load_model(folder / "cloud")
     rng = np.random.default_rng(0)
     frames = rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
-    text = model.texts("what is the man doing?")
-    features = model.features(frames, text)
+    text = model.tokenize("what is the man doing?")
+    features = model.encode(frames, text)
     kept = [i for i, word in enumerate(WORDS) if word != "green"]
     ids = torch.tensor([[kept[i] for i in text[0]]])
     batch = VideoTextBatch(torch.from_numpy(frames)[None], ids, torch.ones_like(ids), torch.zeros(1), torch.zeros(1))
-    upload = model.anchor(frames)
+    upload = model.encode_anchor(frames)
     with torch.no_grad():
         encoded = method.head.encode(method.encoder, batch).frame_features
         assert_agree(features, encoded)
@@ -64,7 +64,7 @@ def test_device_scores_agree_with_torch_for_a_generated_layer(deployed):
     from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
     received = decode_matrices(encode_matrices(parts, "int8"), model.layout.shapes, "int8")
-    scores = model.scores(features, model.install(received, model.layout))
+    scores = model.compute_scores(features, model.install(received, model.layout))
     assert_agree(scores, expected[0])
 
 
@@ -111,8 +111,8 @@ def test_a_word_left_out_of_the_vocabulary_reads_as_an_unknown_word(deployed):
     model = DeviceModel(deployed / "session" / "device")
     words = (deployed / "session" / "device" / "vocab.txt").read_text().split()
     assert words == [*(word for word in WORDS if word != "green"), "green"]
-    assert model.texts("what is green?") == model.texts("what is xyz?")
-    assert model.texts("what is red?") != model.texts("what is xyz?")
+    assert model.tokenize("what is green?") == model.tokenize("what is xyz?")
+    assert model.tokenize("what is red?") != model.tokenize("what is xyz?")
 
 
 def test_special_and_most_frequent_words_are_selected(monkeypatch):
@@ -146,7 +146,7 @@ def test_exporting_again_keeps_the_key_pair_and_the_versions(deployed, tmp_path)
     assert ((folder / "cloud" / "signing_key.pem").read_bytes(), read_settings(folder)["public_key"]) == before
     assert read_settings(folder)["generator"] == read_settings(deployed / "sample")["generator"]
     (folder / "cloud" / "signing_key.pem").write_text("no key")
-    with pytest.raises(CheckpointError, match=r"signing_key\.pem: not a key"):
+    with pytest.raises(CheckpointError, match=r"signing_key\.pem: cannot be used as the signing key"):
         load_or_create_key(folder / "cloud" / "signing_key.pem")
 
 

@@ -117,7 +117,7 @@ def test_file_names_differ_by_task_samples_and_frame(data):
 def test_features_that_exist_only_on_another_machine_are_an_error(data):
     module = build_features(data, build_encoder())
     module.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: False))  # rank 0 has the file
-    with pytest.raises(DataError, match="all machines must share the folder"):
+    with pytest.raises(DataError, match="the machines of a run must share this folder"):
         module.features("val", data.dataset("val", augment=False), "elsewhere", None)
 
 

@@ -202,12 +202,12 @@ def test_the_launcher_is_detected_from_environment_variables(monkeypatch):
 
     assert detect() == Launch("", 0, 1, 1, 1)
     assert detect(**TORCHRUN) == Launch("torchrun", 3, 4, 2, 2)
-    assert detect(**TORCHRUN, SLURM_STEP_NUM_TASKS="2").by == "torchrun"
+    assert detect(**TORCHRUN, SLURM_STEP_NUM_TASKS="2").launcher == "torchrun"
     step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5"}
     assert detect(**step) == Launch("srun", 5, 8, 4, 2)
     assert detect(SLURM_NTASKS="8", SLURM_PROCID="0") == Launch(""), "a shell of the job"
     manual = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
-    assert (detect(**manual).by, detect(**manual).rank, detect(**manual).processes) == ("the environment", 1, 2)
+    assert (detect(**manual).launcher, detect(**manual).rank, detect(**manual).processes) == ("the environment", 1, 2)
     assert detect(LOCAL_RANK="1") == detect(WORLD_SIZE="2") == Launch("")
 
 

@@ -134,7 +134,7 @@ def test_clips_in_two_splits_are_found(copy_folder):
         ("original", "val_qa.json", ": 6513", ": -1", r"\[0\]\.video_id is -1, not the name of a clip"),
         ("original", "val_qa.json", ": 6513", ": 1.0", r"\[0\]\.video_id is 1\.0, not the name"),
         ("original", "val_qa.json", ": 6513", ": true", r"\[0\]\.video_id is True, not the name"),
-        ("original", "val_qa.json", '"answer": "red"', '"answer": 2', r"\[0\]\.answer is 2, not a str"),
+        ("original", "val_qa.json", '"answer": "red"', '"answer": 2', r"\[0\]\.answer is 2, not a text"),
         ("original", "val_qa.json", '"question"', '"frage"', r"\[0\]\.question is missing"),
         ("original", "val_qa.json", "}, {", "}, {{", r"val_qa\.json, line 1, column \d+"),
         ("clipbert", "val.jsonl", '"video6514"', '"../video6514"', r"val\.jsonl, line 5: video_id is '\.\./video6514'"),
@@ -198,7 +198,7 @@ def test_clips_after_number_9999_have_no_split(tmp_path, caplog):
         ('"sentences"', '"phrases"', r"MSRVTT_data\.json: has neither sentences"),
         ('"caption": " the', '"text": " the', r"MSRVTT_data\.json: sentences\[0\]\.caption is missing"),
         ('"video_id": "video0", "sen', '"video_id": "/video0", "sen', r"sentences\[0\]\.video_id is '/video0'"),
-        ('"category": 1', '"category": "sport"', r"MSRVTT_data\.json: videos\[1\]\.category is 'sport', not a int"),
+        ('"category": 1', '"category": "sport"', r"json: videos\[1\]\.category is 'sport', not an integer"),
         ('"sen_id": 0}', "", r"MSRVTT_data\.json, line 1, column"),
     ],
 )
@@ -301,7 +301,7 @@ def test_wrong_options_never_match_a_right_one_in_another_case(tmp_path):
 
 
 def test_too_few_clips_to_choose_from(tmp_path):
-    with pytest.raises(DataError, match=r"3 of the 6 captioned clips of split train have another category than 1"):
+    with pytest.raises(DataError, match=r"for video0, only 3 of the 6 captioned clips of split train have another"):
         write_captioned_clips(tmp_path, [[str(n)] for n in range(6)], [1, 1, 1, 2, 3, 4]).samples("train")
     with pytest.raises(DataError, match=r"video0: 10000 draws of captions of other clips did not give 4 that"):
         write_captioned_clips(tmp_path, [[str(n % 4)] for n in range(6)], range(6)).samples("train")

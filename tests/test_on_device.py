@@ -14,7 +14,7 @@ from cdc_mmpg.controls import on_device, prompts
 from cdc_mmpg.controls.forward_only import PROMPT_TOKENS, Statistics, measure_activations, search_prompts
 from cdc_mmpg.controls.on_device import Comparison, adapt_by_entropy, find_layer_norms, pad_rows, pick_recipes
 from cdc_mmpg.data.batch import VideoTextBatch
-from cdc_mmpg.data.interface import Controls, SampleOrigin
+from cdc_mmpg.data.interface import LabelsDevices, SampleOrigin
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.models.all_in_one import AllInOne
@@ -290,7 +290,7 @@ def test_tent_lowers_the_entropy_of_answers(monkeypatch):
 def test_labels_come_from_the_history_of_unseen_devices(synthetic, tmp_path):
     data = Synthetic(str(synthetic), str(tmp_path), 17, image_size=64, resize=64, num_workers=0,
                      vocab=str(synthetic / "vocab.txt"))  # fmt: skip
-    assert isinstance(data, Controls)
+    assert isinstance(data, LabelsDevices)
     data.prepare_data()
     data.setup("test")
     questions, origins = data.device_labels()

@@ -25,7 +25,7 @@ from cdc_mmpg.models.reading import Reading
 from cdc_mmpg.training.cli import main as train
 from conftest import TINY
 from data_modules.synthetic import Synthetic
-from data_modules.synthetic_clips import make_annotations, plan
+from data_modules.synthetic_clips import make_annotations, plan_clips
 
 SHAPES, COLORS = ("bar", "disk"), ("blue", "green", "red")
 
@@ -70,6 +70,7 @@ def noise() -> dict[tuple[str, int], dict[str, float]]:
     return index_by_name(probe_all(*draw_world(False), seed=0))
 
 
+@pytest.mark.slow
 def test_probes_find_what_was_planted(planted):
     for fact in ("device", "count", "shape", "true color", "look"):
         assert planted[fact, 1]["accuracy"] > 0.9, fact
@@ -83,6 +84,7 @@ def test_probes_find_what_was_planted(planted):
         assert curve == sorted(curve, reverse=True)  # more clips reveal less about each
 
 
+@pytest.mark.slow
 def test_probes_find_nothing_in_noise(noise):
     for (fact, number), probe in noise.items():
         if "degrees" in probe:
@@ -230,8 +232,8 @@ def test_contents_are_what_the_annotations_say(synthetic, tmp_path):
     data.setup("test")
     contents = data.contents()
     assert [sample.clip for sample in data.sessions().anchors.samples] == list(contents)
-    clips = {row: clip.name for row, clip in enumerate(plan(TINY))}
-    rows = json.loads(make_annotations(0, plan(TINY), TINY.questions)["train_qa.json"])
+    clips = {row: clip.name for row, clip in enumerate(plan_clips(TINY))}
+    rows = json.loads(make_annotations(0, plan_clips(TINY), TINY.questions)["train_qa.json"])
     for row in rows:
         content = contents[clips[row["video_id"]]]
         assert content.seen
@@ -240,7 +242,7 @@ def test_contents_are_what_the_annotations_say(synthetic, tmp_path):
             assert content.colors[content.shapes.index(shape)] == row["answer"]
         if row["type"] == "count":
             assert len(content.shapes) == {"one": 1, "two": 2}[row["answer"]]
-    assert any(content.colors != content.looks for content in contents.values())
+    assert any(content.colors != content.seen_colors for content in contents.values())
     (tmp_path / "copy").mkdir()
     data.root = tmp_path / "copy"
     (data.root / "digests.json").write_text("[]")

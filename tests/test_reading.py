@@ -56,7 +56,7 @@ def test_a_reading_holds_which_thing_has_which_look():
 
 
 def test_identical_captions_are_refused():
-    with pytest.raises(DataError, match="no pair of words"):
+    with pytest.raises(DataError, match=r"no pair of neighbouring words is in at least 0\.4 %"):
         Reading().fit(torch.zeros(3, 1, 192), [[1, 2]] * 3, seed=0)
 
 

@@ -104,11 +104,11 @@ def test_files_that_git_does_not_know_make_a_commit_dirty(name, dirty, tmp_path,
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     monkeypatch.setattr(results, "__file__", str(tracked))
-    clean = results.provenance()["commit"]
+    clean = results.describe_provenance()["commit"]
     assert len(clean) == 40
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("new")
-    assert results.provenance()["commit"] == (f"{clean}-dirty" if dirty else clean)
+    assert results.describe_provenance()["commit"] == (f"{clean}-dirty" if dirty else clean)
 
 
 def test_non_finite_numbers_are_written_as_null_and_named(tmp_path, caplog):

@@ -16,13 +16,13 @@ import yaml
 from cdc_mmpg.commands import predict
 from cdc_mmpg.controls import on_device
 from cdc_mmpg.deployment import export
-from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError
 from cdc_mmpg.files import HOST, LOCK_NAME, lock_folder
 from cdc_mmpg.program import Stopped, run_to_exit_code
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
-from cdc_mmpg.training.reopen import IMPORTS, load_finished_results, reopen
+from cdc_mmpg.training.reopen import IMPORTS_VARIABLE, load_finished_results, reopen
 from conftest import write_clip
 from processes import build_recorder_arguments, count_steps, finish, kill, start, wait_until
 
@@ -100,6 +100,15 @@ def test_a_lock_ends_with_its_process_and_the_next_one_removes_leftovers(tmp_pat
     write()
     os.kill(int(ready.read_text()), signal.SIGKILL)
     assert {path.name for path in folder.iterdir()} == {LOCK_NAME, ".kept"}
+
+
+def test_a_folder_that_cannot_be_locked_is_not_called_in_use(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("cdc_mmpg.files.fcntl.lockf", fail)
+    with pytest.raises(CDCError, match=r"cannot be locked \(Input/output error\)"), lock_folder(tmp_path):
+        pass
 
 
 def test_temporary_files_of_a_killed_run_are_removed(fit, tmp_path):
@@ -217,11 +226,11 @@ def test_every_command_that_reopens_a_run_refuses_foreign_code_unless_told_other
         lambda: on_device.main([str(own_run)]),
     ):
         assert command() == 2
-        assert f"evil_module.Head. If you trust the run and that code, set {IMPORTS}=evil_module" in (
+        assert f"evil_module.Head. If you trust the run and that code, set {IMPORTS_VARIABLE}=evil_module" in (
             capsys.readouterr().err
         )
     assert not (tmp_path / "exploded").exists()
-    monkeypatch.setenv(IMPORTS, "other,evil_module")
+    monkeypatch.setenv(IMPORTS_VARIABLE, "other,evil_module")
     assert predict.main([f"--run={own_run}", f"--video={clip}", "--question=what?"]) == 2  # not a head
     assert (tmp_path / "exploded").exists()
 
@@ -237,10 +246,10 @@ def test_predict_names_the_runs_that_are_finished(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("results.json", "{", "results.json: damaged"),
+        ("results.json", "{", "results.json: cannot be used"),
         ("config.yaml", "a: [", "not the configuration of a run"),
         ("config.yaml", "- 1", "holds a list"),
-        ("config.yaml", "{}", "another configuration"),
+        ("config.yaml", "{}", "Repeat that run's command to see that it is finished"),
         ("inputs.json", "{", "inputs.json: damaged"),
         ("inputs.json", "[]", "holds a list"),
     ],
@@ -250,7 +259,11 @@ def test_a_damaged_file_of_a_run_is_named(name, content, words, own_run, fit, tm
     assert main([*fit("fine_tuning"), "--trainer.log_every_n_steps=7"]) == 2
     assert words in capsys.readouterr().err
     if name == "results.json":
-        with pytest.raises(CheckpointError, match=r"results\.json is damaged"):
+        with pytest.raises(CheckpointError, match=r"\(results\.json cannot be used\)"):
+            load_finished_results(own_run)
+    elif content == "{}":
+        (own_run / "best.ckpt").unlink()
+        with pytest.raises(CheckpointError, match=r"not a finished run \(no best\.ckpt\)"):
             load_finished_results(own_run)
     else:
         with pytest.raises(ConfigError, match=name):
@@ -336,7 +349,7 @@ def test_a_closed_terminal_stops_the_run_after_the_step_and_saves(fit, tmp_path)
     kill(process, signal.SIGHUP)
     assert finish(process) == 129, (tmp_path / "log").read_text()
     assert list((tmp_path / "msvd" / "fine_tuning" / "seed0" / RESUME).glob("*.ckpt"))
-    assert "stopped by SIGHUP; run the same command again to resume" in (tmp_path / "log").read_text()
+    assert "stopped by SIGHUP; run the same command again (training" in (tmp_path / "log").read_text()
 
 
 def run_under_nohup(command: list[str]) -> int:
@@ -437,5 +450,5 @@ def test_the_message_about_a_signal_is_logged_last(caplog):
     assert run_to_exit_code(train) == 130
     assert [record.message for record in caplog.records] == [
         "the bar is closed",
-        "stopped by SIGINT; run the same command again to resume",
+        "stopped by SIGINT; run the same command again (training and decoding resume",
     ]

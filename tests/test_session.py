@@ -307,7 +307,7 @@ def test_the_number_of_axes_is_estimated():
 
 def test_axes_need_devices():
     anchors, pools = draw_device_anchors(2)
-    with pytest.raises(DataError, match="2 devices have two unlabelled clips"):
+    with pytest.raises(DataError, match="2 devices have two or more unlabelled clips"):
         DeviceAxes(2).fit(anchors, [*pools, [0], []])
 
 

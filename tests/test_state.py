@@ -96,6 +96,7 @@ def test_locked_state_does_not_block_answers(deployed, fake, clips, tmp_path, ca
     assert device.answer(clips[0], QUESTION).origin == "adapted"
     os.close(descriptor)
     assert caplog.text.count("cannot be written") == 1
+    assert "(another process has held its lock for 0.5 s)" in caplog.text
 
 
 def count_warnings(caplog: pytest.LogCaptureFixture) -> int:

@@ -68,13 +68,13 @@ def test_non_finite_loss_stops_the_run_and_names_its_samples(step, value):
     losses = [1.0] * STEPS
     losses[step] = value
     samples = rf"\[{2 * step}, {2 * step + 1}\]"
-    message = rf"loss is {value} at epoch 0, step {step}, on the training samples {samples}.*\(0\.25\)"
+    message = rf"loss is {value} in epoch 1, step {step}, on training samples {samples} .*now 0\.25\)"
     with pytest.raises(DivergedError, match=message):
         fit(losses, StepCheck())
 
 
 def test_non_finite_loss_of_an_accumulated_batch_names_that_batch():
-    with pytest.raises(DivergedError, match=r"loss is nan at epoch 0, step 1, on the training samples \[8, 9\]"):
+    with pytest.raises(DivergedError, match=r"loss is nan in epoch 1, step 1, on training samples \[8, 9\]"):
         fit([1.0] * 4 + [float("nan"), 1.0], StepCheck(), accumulated=3)
 
 

@@ -23,7 +23,7 @@ from cdc_mmpg.commands import sweep
 from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.plan import Step
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.results import fingerprint
+from cdc_mmpg.results import hash_command
 from cdc_mmpg.training import loggers as dashboard
 from cdc_mmpg.training.cli import main
 from processes import finish, start
@@ -76,7 +76,7 @@ def runs(folder, monkeypatch):
             return 6
         Path(step.folder).mkdir(parents=True)
         results = {"method": method, "metrics": {"val/accuracy": ACCURACY[method][epochs]}, "best_epoch": 3,
-                   "fingerprint": fingerprint(step.words)}  # fmt: skip
+                   "fingerprint": hash_command(step.words)}  # fmt: skip
         Path(step.folder, "results.json").write_text(json.dumps(results))
         return 0
 
@@ -247,7 +247,7 @@ def test_offline_sweep_trains_and_a_signal_stops_the_current_run(folder, fit):
             {"parameters": {"METHOD": {"value": "linear"}, "DEVICES": {"values": [1, 2]}}},
             "parameters.DEVICES is not allowed: all runs share the machine",
         ),
-        ({"parameters": {"METHOD": {"value": "linaer"}}}, "METHOD=linaer is none of"),
+        ({"parameters": {"METHOD": {"value": "linaer"}}}, "METHOD=linaer: no such method or variant; did you mean"),
     ],
 )
 def test_wrong_sweep_files_are_refused_with_key_and_file(folder, changed, message, capfd):

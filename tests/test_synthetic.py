@@ -40,7 +40,7 @@ from data_modules.synthetic_clips import (
     draw_scene,
     make_annotations,
     name_hue,
-    plan,
+    plan_clips,
     render,
 )
 from processes import build_recorder_arguments, count_steps, finish, kill, start, wait_until
@@ -49,7 +49,7 @@ from processes import build_recorder_arguments, count_steps, finish, kill, start
 @pytest.fixture(scope="module")
 def annotations() -> dict[str, list[dict[str, object]]]:
     """Content of all annotation files of the full dataset, by file name."""
-    texts = make_annotations(0, plan(DatasetCounts()), DatasetCounts().questions)
+    texts = make_annotations(0, plan_clips(DatasetCounts()), DatasetCounts().questions)
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()}
 
 
@@ -145,23 +145,23 @@ def test_no_question_asks_for_the_color_of_a_pole(memory_scenes):
 def test_worlds_share_captioned_clips_but_no_clip_names(tmp_path):
     tiny = DatasetCounts(seen=2, unseen=1, val=1, captioned=3)
     worlds = [("sky", 0), ("sky", 1), ("memory", 0), ("rooms", 0)]
-    names = [[clip.name for clip in plan(tiny, seed, world)] for world, seed in worlds]
+    names = [[clip.name for clip in plan_clips(tiny, seed, world)] for world, seed in worlds]
     assert len({name for world_names in names for name in world_names}) == sum(map(len, names))
     assert [sum(name.startswith("web") for name in world_names) for world_names in names] == [3, 0, 0, 0]
     for world, seed in worlds[1:]:
-        texts = make_annotations(seed, plan(tiny, seed, world), 3, world)
+        texts = make_annotations(seed, plan_clips(tiny, seed, world), 3, world)
         assert not texts.keys() & {"captions.json", "pretraining_qa.json", "vocab.txt"}
         groups = {row["device"][:4] for row in json.loads(texts["devices.json"]).values()}
         assert groups == {"seen", "unse", "val0"}
         assert json.loads(texts["test_seen_qa.json"])
     minimal = DatasetCounts(seen=1, unseen=1, val=1, labelled=1, history=1, test_seen=1, test=1)
     arguments = [str(tmp_path / "world"), "--world", "memory", "--seed", "3"]
-    synthetic_clips.make(tmp_path / "world", minimal, 3, "memory")
+    synthetic_clips.render_dataset(tmp_path / "world", minimal, 3, "memory")
     record = json.loads((tmp_path / "world" / "digests.json").read_text())
     assert (record["world"], record["seed"]) == ("memory", 3)
     assert synthetic_clips.main(arguments) == 3  # another size is refused
-    with pytest.raises(DataError, match="'world': 'memory'"):
-        synthetic_clips.make(tmp_path / "world", minimal, 3)
+    with pytest.raises(DataError, match=r"other settings \(world: memory there, sky requested\): delete"):
+        synthetic_clips.render_dataset(tmp_path / "world", minimal, 3)
 
 
 def test_every_word_is_in_the_vocabulary(annotations):
@@ -208,18 +208,21 @@ def test_clips_are_reproduced_exactly(synthetic, tmp_path):
     shutil.copy(clips[0], folder)
     modified_ns = (folder / clips[0].name).stat().st_mtime_ns
     (folder / f".{clips[1].stem}.123.tmp").write_bytes(b"half")
-    synthetic_clips.make(second, TINY)
+    synthetic_clips.render_dataset(second, TINY)
     assert (second / "digests.json").read_bytes() == (synthetic / "digests.json").read_bytes()
     assert (folder / clips[0].name).stat().st_mtime_ns == modified_ns
     assert not list(folder.glob(".*"))
-    synthetic_clips.make(second, TINY)  # checks the existing files
-    with pytest.raises(DataError, match="requested"):
-        synthetic_clips.make(second, TINY._replace(seen=9))
+    synthetic_clips.render_dataset(second, TINY)  # checks the existing files
+    with pytest.raises(DataError, match=rf"\(seen: {TINY.seen} there, 9 requested\)"):
+        synthetic_clips.render_dataset(second, TINY._replace(seen=9))
     with (second / "train_qa.json").open("a") as file:
         file.write(" ")
     (folder / clips[2].name).write_bytes(b"other")
     with pytest.raises(DataError, match=r"YouTubeClips, train_qa.json changed"):
-        synthetic_clips.make(second, TINY)
+        synthetic_clips.render_dataset(second, TINY)
+    (second / "digests.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot be compared .*'files'.*: delete the folder and render it again"):
+        synthetic_clips.render_dataset(second, TINY)
 
 
 def build_data(root: Path, folder: Path, **arguments: object) -> Synthetic:
@@ -376,7 +379,7 @@ def test_datasets_without_devices_or_captions_are_refused(msvd, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("devices.json", '{"a": {"device": "x"}}', "devices.json: 'a'"),
+        ("devices.json", '{"a": {"device": "x"}}', "devices.json: 'a' (.|\n)*delete .* and render it again: cdc-mmpg"),
         ("devices.json", "[1]", "not {device"),
         ("captions.json", "{}", "sentences"),
         ("captions.json", '{"sentences": []}', "empty list"),

@@ -1001,7 +1001,7 @@ def test_damaged_results_are_skipped_with_a_warning(damage, tmp_path, caplog):
     for arguments in ([str(root)], [str(root), "--paper"]):
         caplog.clear()
         assert tables.main(arguments) == 0
-        assert f"{folder / 'results.json'}: damaged (" in caplog.text
+        assert f"{folder / 'results.json'}: cannot be used (" in caplog.text
     assert "Fine-tuning" not in index_rows(root)
 
 
@@ -1034,7 +1034,7 @@ def test_damaged_table_of_answers_omits_only_the_differences(damage, tmp_path, c
     folder = write_answers(root, "linear")
     (folder / "predictions.test.csv").write_text(damage)
     assert tables.main([str(root), "--paper"]) == 0
-    assert f"{folder / 'predictions.test.csv'}: left out (" in caplog.text
+    assert f"{folder / 'predictions.test.csv'}: cannot be used (" in caplog.text
     assert index_rows(root)["F-linear"]["vs fine-tuning"] == ""
     assert f"delete {folder} and train anew: it has no" in (root / "tables.md").read_text()
 

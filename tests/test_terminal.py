@@ -66,13 +66,19 @@ def test_broken_pipe_of_another_file_is_raised():
         run_to_exit_code(fail)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_failed_write_to_any_file_is_reported_with_its_path(number, capsys):
+@pytest.mark.parametrize(
+    ("number", "failure"),
+    [
+        (errno.ENOSPC, "cannot be written"), (errno.EROFS, "cannot be written"),
+        (errno.EACCES, "cannot be opened or written"), (errno.EMFILE, "cannot be opened or written"),
+    ],
+)  # fmt: skip
+def test_failed_access_to_any_file_is_reported_with_its_path(number, failure, capsys):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "place/metrics.csv")
 
     assert run_to_exit_code(fail) == 1
-    assert f"CDCError: place/metrics.csv: cannot be written ({os.strerror(number)})" in capsys.readouterr().err
+    assert f"CDCError: place/metrics.csv: {failure} ({os.strerror(number)})" in capsys.readouterr().err
 
 
 def test_control_characters_in_messages_are_escaped(capsys):

@@ -149,7 +149,7 @@ def test_vocabulary_includes_the_held_out_training_answers(copy_folder, caplog):
             "clipbert",
             '"answer": "red"',
             '"answer": 7',
-            r"frameqa_test\.jsonl, line \d: answer is 7, not a str",
+            r"frameqa_test\.jsonl, line \d: answer is 7, not a text",
         ),
         ("frameqa", "clipbert", '"question"', '"frage"', r"frameqa_test\.jsonl, line 1: question is missing"),
         ("frameqa", "clipbert", '"color"', '"colour"', r"line 3: type or answer_type is 'colour'"),

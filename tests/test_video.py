@@ -13,7 +13,14 @@ from av.video.reformatter import VideoReformatter
 
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.media import video
-from cdc_mmpg.media.frames import MAX_RATIO, candidate_indices, crop, middle_candidates, resize, shorter_side
+from cdc_mmpg.media.frames import (
+    MAX_RATIO,
+    choose_candidates,
+    choose_middle_candidates,
+    compute_shorter_side,
+    crop,
+    resize,
+)
 from cdc_mmpg.media.video import Decoder, read_frames
 from conftest import write_clip
 
@@ -159,8 +166,8 @@ def test_decord_refuses_clips_with_skipped_frames(tmp_path):
     ("count", "expected"), [(1, [0, 0, 0]), (2, [0, 1, 1]), (3, [0, 1, 2]), (9, [1, 4, 7]), (300, [50, 150, 250])]
 )
 def test_evaluation_takes_the_middle_of_every_segment(count, expected):
-    candidates = candidate_indices(count, 3)
-    assert [candidates[place] for place in middle_candidates(3)] == expected
+    candidates = choose_candidates(count, 3)
+    assert [candidates[place] for place in choose_middle_candidates(3)] == expected
     assert candidates == sorted(candidates)
     assert max(candidates) < count
 
@@ -170,21 +177,21 @@ def test_evaluation_takes_the_middle_of_every_segment(count, expected):
     [(1, [30, 90], [0, 1]), (2, [15, 45, 75, 105], [1, 3]), (4, [7, 22, 37, 52, 67, 82, 97, 112], [2, 6])],
 )
 def test_candidates_with_other_numbers_per_segment(candidates, expected, middle):
-    assert candidate_indices(120, 2, candidates) == expected
-    assert middle_candidates(2, candidates) == middle
+    assert choose_candidates(120, 2, candidates) == expected
+    assert choose_middle_candidates(2, candidates) == middle
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_short_clips_repeat_frames(tmp_path, frames):
     clip = write_clip(tmp_path / "brief.mp4", frames=frames, codec="libx264")
-    assert len(read_frames(clip, lambda count: candidate_indices(count, 3), 32)) == 9
+    assert len(read_frames(clip, lambda count: choose_candidates(count, 3), 32)) == 9
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (66, 50), (140, 40)])
 def test_the_shorter_side_decides_the_size(tmp_path, size):
     clip = write_clip(tmp_path / "clip.mp4", frames=2, size=size, codec="libx264")
     frames = read_frames(clip, lambda count: [0], 32)
-    assert min(frames.shape[1:3]) == shorter_side(32) == 38
+    assert min(frames.shape[1:3]) == compute_shorter_side(32) == 38
     assert (frames.shape[1] < frames.shape[2]) == (size[1] < size[0])
     longer = min(max(size), 4 * min(size))  # longer frames are cropped to their center
     assert max(frames.shape[1:3]) == round(longer * 38 / min(size))
@@ -215,7 +222,7 @@ def test_crops_are_central_or_uniformly_random():
 
 
 def test_shorter_side_at_the_papers_size():
-    assert shorter_side(224) == 268
+    assert compute_shorter_side(224) == 268
 
 
 @pytest.mark.parametrize(
@@ -435,7 +442,7 @@ def test_every_odd_file_gives_frames_or_a_named_error(real, decoder, capfd):
 
         def choose(count, counts=counts):
             counts.append(count)
-            return candidate_indices(count, 3)
+            return choose_candidates(count, 3)
 
         try:
             assert len(read_frames(path, choose, 224, decoder)) == 9
@@ -454,7 +461,7 @@ def test_both_decoders_give_the_same_frames(real):
     folders = real / "msvd" / "YouTubeClips", real / "msrvtt" / "videos"
     for path in odd_files + [path for folder in folders for path in sorted(folder.iterdir())[:3]]:
         pyav_frames, decord_frames = (
-            read_frames(path, lambda count: candidate_indices(count, 3), 224, decoder) for decoder in ("pyav", "decord")
+            read_frames(path, lambda count: choose_candidates(count, 3), 224, decoder) for decoder in ("pyav", "decord")
         )
         assert pyav_frames.shape == decord_frames.shape
         assert np.abs(pyav_frames.astype(int) - decord_frames).mean((1, 2, 3)).max() < 5, path

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 
 Unit = Literal["static", "sample", "session"]
 
-EMBEDDED = "synthetic"  # the dataset that is generated here, with its vocabulary and its encoder
+SYNTHETIC = "synthetic"  # the dataset that is generated here, with its vocabulary and its encoder
 # World by dataset name, see `data_modules.synthetic_clips`. All share one configuration, vocabulary and encoder.
-WORLDS = {EMBEDDED: "sky", f"{EMBEDDED}_memory": "memory", f"{EMBEDDED}_rooms": "rooms"}
-COMPARED_WORLDS = (EMBEDDED, f"{EMBEDDED}_memory")  # of `make train`, and in the table of worlds
+WORLDS = {SYNTHETIC: "sky", f"{SYNTHETIC}_memory": "memory", f"{SYNTHETIC}_rooms": "rooms"}
+COMPARED_WORLDS = (SYNTHETIC, f"{SYNTHETIC}_memory")  # of `make train`, and in the table of worlds
 
 PRETRAINING = "encoder_pretraining"  # the run that trains the synthetic dataset's encoder
 BASELINE = "fine_tuning"  # the method that all others are compared with
@@ -225,7 +225,7 @@ STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.ite
 STUDY_SEEDS = range(5)
 
 
-def knowledge_of(row: Row) -> str:
+def find_knowledge(row: Row) -> str:
     """Return the information that a row's method uses, as letters of `KNOWLEDGE`."""
     labels = "l" if (row.condition or "").startswith("labels_") else ""
     return (BY_NAME[row.method].knows if row.method in BY_NAME else "") + labels
@@ -236,40 +236,40 @@ def is_trained(name: str) -> bool:
     return name not in BY_NAME or BY_NAME[name].program == "fit"
 
 
-def color_of(name: str) -> str:
+def choose_color(name: str) -> str:
     """Return the color of a method's points; a default color for one that is not in the catalogue."""
     return BY_NAME[name].color if name in BY_NAME else Method._field_defaults["color"]
 
 
-def list_methods(embedded: bool, main: bool = False) -> list[str]:
+def list_methods(has_devices: bool, main: bool = False) -> list[str]:
     """Return the methods of METHOD=all in the order of their runs; with `main` those of METHOD=main."""
-    kinds = ("any", "devices" if embedded else "published")
+    kinds = ("any", "devices" if has_devices else "published")
     chosen = [method for method in METHODS if method.turn and method.datasets in kinds and (method.main or not main)]
     return [method.name for method in sorted(chosen, key=lambda method: method.turn)]
 
 
-def with_frames(method: str, number: int) -> str:
+def name_frames_variant(method: str, number: int) -> str:
     """Return the name of a method's runs on `number` frames of a clip."""
     return method if number == RECIPE_FRAMES else f"{method}.frames{number}"
 
 
-def variants_of(method: Method) -> list[str]:
+def list_variants(method: Method) -> list[str]:
     """Return the names of a method's variants."""
     if method.program != "fit":
         return []
     variants = [f"{method.name}.{name}" for name, variant in VARIANTS.items() if method.name in variant.methods]
     if method.datasets == "devices":
         return variants
-    variants += [with_frames(method.name, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
+    variants += [name_frames_variant(method.name, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
     return variants + [f"{method.name}.{variant}" for variant in REASONERS if method.name in REASONER_METHODS]
 
 
-def pretraining_of(variant: str) -> str:
+def find_pretraining_variant(variant: str) -> str:
     """Return the pretraining variant that a variant of a method builds on; empty for the usual pretraining."""
     return variant if variant in VARIANTS and PRETRAINING in VARIANTS[variant].methods else ""
 
 
-def variant_arguments(method: str, variant: str) -> list[str]:
+def list_variant_arguments(method: str, variant: str) -> list[str]:
     """Return the arguments that make a variant of a method."""
     if variant in VARIANTS:
         changed = VARIANTS[variant]

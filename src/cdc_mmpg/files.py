@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"  # in a folder with one writer at a time: names the process that holds or last held it
 INVALID_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.ELOOP)
 NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system supports no locks
-HOST = "".join(letter for letter in socket.gethostname() if letter.isalnum()) or "host"
+# Letters and digits of the host name: part of the names of temporary files.
+HOST_TAG = "".join(letter for letter in socket.gethostname() if letter.isalnum()) or "host"
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CDCError: the file cannot be written; an existing file at `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST_TAG}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -107,7 +108,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process, which is named, holds the lock; or the path is invalid.
-        CDCError: the folder cannot be written.
+        CDCError: the folder cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,13 +123,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_LOCK_ERRORS:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace").strip() or "another process"
                 raise ConfigError(
                     f"{folder} is in use by {holder}: wait until that command ends, or stop it; two commands may not "
                     "write to one folder"
                 ) from error
+            if error.errno not in NO_LOCK_ERRORS:
+                raise CDCError(f"{folder}: cannot be locked ({error.strerror}): check its file system") from error
             logger.warning("%s: the file system has no locks (%s): do not start a second command here", folder, error)
         else:
             remove_leftovers(folder, locked=True)
@@ -141,7 +144,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
     """Delete this machine's temporaries in `folder` whose process has ended; if the folder is `locked`, delete all."""
-    for temporary in folder.glob(f".*.{'*' if locked else HOST}.*.tmp"):
+    for temporary in folder.glob(f".*.{'*' if locked else HOST_TAG}.*.tmp"):
         pid = temporary.name.split(".")[-2]
         if pid.isdigit() and (locked or not _is_running(int(pid))):
             with suppress(OSError):  # the folder is read-only

@@ -37,10 +37,10 @@ def check_environment() -> None:
 class Launch(NamedTuple):
     """Launch of this process: the launcher, and the numbers of processes and machines."""
 
-    by: Literal["torchrun", "srun", "the environment", ""]  # "": no launcher; Lightning starts further processes
+    launcher: Literal["torchrun", "srun", "the environment", ""]  # "": no launcher; Lightning starts further processes
     rank: int = 0  # of this process
     processes: int = 1  # on all machines
-    here: int = 1  # processes on this machine, if the launcher tells
+    local_processes: int = 1  # processes on this machine, if the launcher tells
     nodes: int = 1  # number of machines
 
     def check_arguments(self, given: Mapping[str, str | None]) -> None:
@@ -52,8 +52,8 @@ class Launch(NamedTuple):
         Raises:
             ConfigError: the numbers differ; names both.
         """
-        started = {"devices": self.here, "num_nodes": self.nodes}
-        for name, number in started.items() if self.by == "torchrun" else ():
+        started = {"devices": self.local_processes, "num_nodes": self.nodes}
+        for name, number in started.items() if self.launcher == "torchrun" else ():
             if (value := given[name]) is not None and value not in (*AUTOMATIC_COUNTS, str(number)):
                 unit = "processes on each machine" if name == "devices" else "machines"
                 raise ConfigError(
@@ -73,18 +73,18 @@ class Launch(NamedTuple):
         Raises:
             ConfigError: the number of processes differs by machine, or several machines lack MASTER_ADDR and the like.
         """
-        if self.by == "torchrun" or (self.by == "srun" and devices in AUTOMATIC_COUNTS):
-            if self.here * self.nodes != self.processes:
+        if self.launcher == "torchrun" or (self.launcher == "srun" and devices in AUTOMATIC_COUNTS):
+            if self.local_processes * self.nodes != self.processes:
                 raise ConfigError(
-                    f"{self.by} started {self.processes} processes on {self.nodes} machines, {self.here} on this one: "
-                    "a run needs the same number on each"
+                    f"{self.launcher} started {self.processes} processes on {self.nodes} machines, "
+                    f"{self.local_processes} on this one: a run needs the same number on each"
                 )
-            return self.here, self.nodes
+            return self.local_processes, self.nodes
         lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
-        if not self.by and num_nodes > 1 and lacking:
+        if not self.launcher and num_nodes > 1 and lacking:
             raise ConfigError(
-                f"{num_nodes} machines (NODES=), but {' and '.join(lacking)} not set in the environment: set all three "
-                "on every machine, or start the run with torchrun or srun"
+                f"{num_nodes} machines (NODES=), but {' and '.join(lacking)} not set in the environment: set "
+                "MASTER_ADDR, MASTER_PORT and NODE_RANK on every machine, or start the run with torchrun or srun"
             )
         return devices, num_nodes
 
@@ -99,21 +99,21 @@ class Launch(NamedTuple):
         Raises:
             ConfigError: the numbers differ; names both.
         """
-        if self.by == "srun" and world == 1 and alone:
+        if self.launcher == "srun" and world == 1 and alone:
             return
         needed, started = f"{world} processes on {nodes} machines", f"{self.processes} on {self.nodes}"
-        if self.by == "srun" and (world, nodes) != (self.processes, self.nodes):
+        if self.launcher == "srun" and (world, nodes) != (self.processes, self.nodes):
             raise ConfigError(
-                f"the run takes {needed}, srun started {started}: DEVICES={self.here} "
+                f"the run takes {needed}, srun started {started}: DEVICES={self.local_processes} "
                 f"NODES={self.nodes} trains one run on all of them"
                 + (", DEVICES=1 a separate run in each" if alone else "; so did the command before")
             )
-        if self.by in ("torchrun", "the environment") and world != self.processes:
+        if self.launcher in ("torchrun", "the environment") and world != self.processes:
             raise ConfigError(
-                f"the run takes {needed}, but {self.by} started {self.processes} processes: DEVICES={self.processes}, "
-                f"or start it without {self.by}"
+                f"the run takes {needed}, but {self.launcher} started {self.processes} processes: "
+                f"DEVICES={self.processes}, or start it without {self.launcher}"
             )
-        if not self.by and world > 1 and "LOCAL_RANK" in os.environ:
+        if not self.launcher and world > 1 and "LOCAL_RANK" in os.environ:
             raise ConfigError(
                 f"LOCAL_RANK={os.environ['LOCAL_RANK']} in the environment: a launcher seems to start the {world} "
                 f"processes of the run, but WORLD_SIZE={world}, MASTER_ADDR or MASTER_PORT is missing: unset "

@@ -17,9 +17,9 @@ from multiprocessing import resource_tracker
 from cdc_mmpg.errors import CDCError, ConfigError, DataError
 from cdc_mmpg.launchers import find_launch, requeue
 
-# Errors that any write of a run can raise: a full disk, a quota, a read-only place, too many open files.
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-                  errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)  # fmt: skip
+# Errors that any write of a run can raise, and those that reading a file can raise, too.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG)
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 SPELL_OUT_HANDLER = "cdc_mmpg.spelled_out"  # name of the codec error handler `spell_out`
 # ASCII for the symbols of tables and messages; dropping them would change the figures.
 ASCII_SPELLINGS = {"±": "+-", "−": "-", "–": "-", "×": "x", "·": "-", "→": "->", "≤": "<=", "≥": ">=", "°": " degrees",
@@ -39,7 +39,7 @@ def run_to_exit_code(function: Callable[[], None]) -> int:
     try:
         function()
     except Stopped as error:  # handled here because all progress bars have ended
-        how = "run the same command again to resume"
+        how = "run the same command again (training and decoding resume where they stopped)"
         if error.number == REQUEUE_SIGNAL:
             leads = find_launch().rank == 0 if error.leads is None else error.leads
             how = requeue() if leads else "the first process asks SLURM to start the job again"
@@ -71,7 +71,10 @@ def _find_cause(error: BaseException | None) -> CDCError | None:
             # An error from a loader process has that process's traceback in its text.
             return type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2])
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
-            return DataError(f"a loader process hung or was killed: {error}")
+            return DataError(
+                f"a loader process hung or was killed: {error}; free memory, or use fewer loader processes "
+                "(ARGS=--data.init_args.num_workers=1), and run the same command again"
+            )
         if failure := _explain_machine(error):
             return failure
         error = error.__cause__ or error.__context__
@@ -91,12 +94,17 @@ def _explain_machine(error: BaseException) -> CDCError | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return ConfigError(
             "the machine is out of memory: accumulate smaller batches (ARGS=--data.init_args.per_device=64), use fewer "
-            "loader processes (--data.init_args.num_workers=1), or end other programs"
+            "loader processes (ARGS=--data.init_args.num_workers=1), or end other programs"
         )
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return CDCError(
             f"{error.filename or 'a file'}: cannot be written ({error.strerror}): make room, or make the place "
             "writable, and run the same command again"
+        )
+    if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
+        return CDCError(
+            f"{error.filename or 'a file'}: cannot be opened or written ({error.strerror}): check its permissions, its "
+            "disk and the limit of open files (ulimit -n), and run the same command again"
         )
     return None
 
@@ -124,11 +132,11 @@ def log_to_terminal() -> None:
         logging.getLogger(name).propagate = False
 
 
-# Signals that end a program: SIGTERM, SIGINT, SIGHUP of a closed terminal, SLURM's SIGUSR1
+# Handling of the signals that end a program: SIGTERM, SIGINT, SIGHUP of a closed terminal, SLURM's SIGUSR1
 
 
 class Stopped(SystemExit):
-    """End of a command by a signal, with exit code 128 + its number; `run_to_exit_code` prints how to resume.
+    """End of a command by a signal, with exit code 128 + its number; `run_to_exit_code` prints how to go on.
 
     Args:
         number: number of the signal.
@@ -201,7 +209,7 @@ def _exit_on_signal(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
-# Standard output and error: characters they cannot encode are spelled out, and a reader that exits is no error
+# Output: characters that a stream cannot encode are spelled out, and a reader that exits is no error
 
 
 def spell_out(error: UnicodeError) -> tuple[str, int]:

@@ -74,7 +74,7 @@ def _replace_non_finite(content: Any, place: str, lost: list[str]) -> Any:
     return content
 
 
-def fingerprint(arguments: Sequence[str]) -> str:
+def hash_command(arguments: Sequence[str]) -> str:
     """Return a digest of a command: its arguments, and the weights, configurations and annotations that they name."""
     digest = hashlib.sha256(repr(list(arguments)).encode())
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -119,7 +119,7 @@ def find_results(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_results(run: Path) -> dict[str, Any] | None:
-    """Return the results of a finished run, else None; log a warning for a damaged file and return None."""
+    """Return the results of a finished run, else None; log a warning for an unusable file and return None."""
     path = run / RESULTS
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +128,11 @@ def read_results(run: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s: damaged (%s): ignored; delete the folder and train anew", path, error)
+        logger.warning(
+            "%s: cannot be used (%s), so this run is ignored: restore the file or its permissions, or delete the "
+            "folder and train anew",
+            path, error,
+        )  # fmt: skip
         return None
     checked: dict[str, Any] = results
     return checked
@@ -199,7 +203,7 @@ def read_inputs(run: Path) -> dict[str, str]:
     return inputs
 
 
-def provenance() -> dict[str, Any]:
+def describe_provenance() -> dict[str, Any]:
     """Return the commit and the package versions that produce a result."""
     here = Path(__file__).parent
     commit = _run_git(here, "rev-parse", "HEAD")

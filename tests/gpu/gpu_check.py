@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
 
 def clips() -> dict[str, Any]:
     """Render some hundred clips of the synthetic dataset, encoded as real videos."""
-    from data_modules.synthetic_clips import DatasetCounts, make
+    from data_modules.synthetic_clips import DatasetCounts, render_dataset
 
     started = time.perf_counter()
     small = DatasetCounts(
@@ -70,7 +70,7 @@ def clips() -> dict[str, Any]:
     large = DatasetCounts(
         seen=12, unseen=6, val=4, labelled=8, history=6, test_seen=2, test=4, captioned=40, questions=3
     )
-    make(WORK / "clips", small if SMALL else large)
+    render_dataset(WORK / "clips", small if SMALL else large)
     number = len(list((WORK / "clips" / "YouTubeClips").iterdir()))
     return {"clips": number, "seconds": round(time.perf_counter() - started, 1)}
 

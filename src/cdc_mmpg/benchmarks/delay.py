@@ -58,7 +58,7 @@ from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
-from cdc_mmpg.results import provenance, write_json
+from cdc_mmpg.results import describe_provenance, write_json
 from cdc_mmpg.wire.messages import LayerKind, Versions
 
 logger = logging.getLogger("cdc_mmpg.benchmarks.delay")  # not `__name__`, which differs when run as a program
@@ -191,7 +191,7 @@ def measure_delay(
         return {
             "answers": answers,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            **provenance(),
+            **describe_provenance(),
             "machine": {"processor": read_processor_name(), "processors": count_processors(),
                         "kernel": platform.release(), **network.read_settings()},
             "link": network.kind,

@@ -37,7 +37,7 @@ from cdc_mmpg.models.fda import Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
-from cdc_mmpg.results import provenance, write_json
+from cdc_mmpg.results import describe_provenance, write_json
 from cdc_mmpg.wire.messages import Layout, Versions
 
 BENCHMARK_REPORT = "benchmark.json"
@@ -88,7 +88,7 @@ def benchmark(bundles: Path | None, seconds: float) -> None:
         console.print(make_size_table(report["bytes"]))
         report["generator"] = measure_generator(seconds)
         console.print(make_generator_table(report["generator"]))
-        write_json({**report, **provenance()}, bundles / BENCHMARK_REPORT)
+        write_json({**report, **describe_provenance()}, bundles / BENCHMARK_REPORT)
 
 
 def prepare_cloud_bundles(bundles: Path, scratch: Path) -> dict[str, Path]:

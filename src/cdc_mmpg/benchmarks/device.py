@@ -44,8 +44,8 @@ def compare_encoders(bundles: Path, seconds: float) -> Report:
         for threads in sorted({1, count_processors()}):
             torch.set_num_threads(threads)
             runs: dict[str, Callable[[], Any]] = {
-                "float32": partial(DeviceModel(bundles / "device", threads).features, frames, [text]),
-                "int8": partial(DeviceModel(bundles / "device-int8", threads).features, frames, [text]),
+                "float32": partial(DeviceModel(bundles / "device", threads).encode, frames, [text]),
+                "int8": partial(DeviceModel(bundles / "device-int8", threads).encode, frames, [text]),
                 "torch": make_torch_encoder(bundles),
             }
             times = time_in_turns(runs, 3 * seconds)
@@ -127,7 +127,7 @@ def print_peak(bundles: str, name: str) -> None:
     else:
         frames, text = make_example(Path(bundles))
         folder = Path(bundles) / ("device" if name == "float32" else "device-int8")
-        run = partial(DeviceModel(folder).features, frames, [text])
+        run = partial(DeviceModel(folder).encode, frames, [text])
     run()
     peak = read_memory("VmHWM")
     print("nan" if peak is None else peak)

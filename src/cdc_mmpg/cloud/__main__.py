@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve a bundle until SIGTERM or SIGINT; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description="cloud service: features in, weights of last layers out")
     parser.add_argument("bundle", type=Path, help="the cloud/ folder of an export")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; default: 8000")
     parser.add_argument("--workers", type=int, default=1, help="processes; with 2 or more, a crashed one restarts")
     parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="maximum requests in flight per process")
     parser.add_argument(

@@ -165,7 +165,8 @@ class Service:
         try:
             generated = await self.batcher.generate(content, upload)
         except DataError as error:
-            return self.refuse(422, "finite", f"{error}: request a float32 layer")
+            remedy = "" if upload.layout.kind == "float32" else ": request a float32 layer"
+            return self.refuse(422, "finite", f"{error}{remedy}")
         milliseconds = 1000 * (perf_counter() - start)
         kind = upload.layout.kind
         self.metrics.replies.labels(200).inc()
@@ -199,7 +200,7 @@ class Refused(Exception):
 
 
 class ClientLeft(Exception):
-    """The client closed the connection before its upload was complete."""
+    """End of a connection before its upload was complete."""
 
 
 class Gate:
@@ -297,7 +298,7 @@ def app() -> Gate:
 
     @api.exception_handler(Exception)
     async def fail(_: Request, error: Exception) -> Response:
-        return service.refuse(500, "failed", type(error).__name__)
+        return service.refuse(500, "failed", f"the service failed ({type(error).__name__}): see its log")
 
     return Gate(service, api)
 

@@ -23,7 +23,7 @@ class GeneratedLayer(NamedTuple):
 
 
 class Batcher:
-    """Generates the layers of queued uploads in batches, in a separate thread.
+    """Queue of uploads whose layers are generated in batches, in a separate thread.
 
     Args:
         served: model whose generator is used.

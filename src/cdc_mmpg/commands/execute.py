@@ -24,7 +24,7 @@ from cdc_mmpg.program import REQUEUE_SIGNAL, Stopped, escape_controls, exit_on_s
 from cdc_mmpg.results import read_results
 from cdc_mmpg.training.cli import is_finished, refuse_other_settings
 
-SHARED_THREADS = "OMP_NUM_THREADS"
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 PRELOADED_MODULE = "cdc_mmpg.training.experiment"  # imports torch, Lightning and the methods' base class
 STOP_SECONDS = 90.0  # that runs have to save their state after a stop signal
 
@@ -78,7 +78,7 @@ class Executor:
         """
         if step.alone or self.plan.jobs == 1:
             return {}
-        added = {SHARED_THREADS: os.environ.get(SHARED_THREADS) or str(self.plan.count_processors_per_run())}
+        added = {THREADS_VARIABLE: os.environ.get(THREADS_VARIABLE) or str(self.plan.count_processors_per_run())}
         if self.plan.gpus:
             added["CUDA_VISIBLE_DEVICES"] = self.plan.gpus[slot]
         return added
@@ -202,7 +202,7 @@ class Executor:
         added = self.environment_of(step, slot)
         process: _ForkedProcess | _Subprocess
         if self.forks and len(self.runs) > 1:
-            threads = int(added[SHARED_THREADS]) if added else None
+            threads = int(added[THREADS_VARIABLE]) if added else None
             process = self._start_forked(step.program, step.arguments, threads, side_by_side)
         else:
             process = _Subprocess(self.command_of(step), added, piped=side_by_side)
@@ -264,7 +264,8 @@ class _Subprocess:
                 command, env=os.environ | added, text=True, errors="replace", bufsize=1, **output
             )  # type: ignore[call-overload]
         except OSError as error:
-            raise CDCError(f"{command[0]}: cannot be run ({error.strerror or error})") from error
+            remedy = "" if command[0] == sys.executable else ": check LAUNCH="
+            raise CDCError(f"{command[0]}: cannot be run ({error.strerror or error}){remedy}") from error
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of its output, if it is piped to this process."""
@@ -338,7 +339,7 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
     if threads is not None:
         import torch  # noqa: PLC0415  already imported by the fork server
 
-        os.environ[SHARED_THREADS] = str(threads)
+        os.environ[THREADS_VARIABLE] = str(threads)
         torch.set_num_threads(threads)
     sys.exit(run_program(program, arguments))
 

@@ -30,7 +30,7 @@ PROGRAMS = {
     "serve": ("cdc_mmpg.cloud.__main__", "the cloud's service, of an export"),
     "device": ("cdc_mmpg.device.__main__", "answer on the device's client, with an export and the service"),
     "demo": ("cdc_mmpg.deployment.demo", "a session of an unseen device, through service and client"),
-    "delay": ("cdc_mmpg.benchmarks.delay", "Table 6 by measurement, on a shaped link"),
+    "delay": ("cdc_mmpg.benchmarks.delay", "measure the delays of the paper's Table 6 on a rate-limited link"),
     "sweep": ("cdc_mmpg.commands.sweep", "learning rates, by W&B's agent or, without a server, on this machine"),
     "checkpoint": ("cdc_mmpg.commands.checkpoint", "which weights of a checkpoint the encoder loads, drops and lacks"),
     "benchmark": ("cdc_mmpg.benchmarks.training", "training speed at the paper's size"),
@@ -38,8 +38,8 @@ PROGRAMS = {
     "benchmark_adapting": ("cdc_mmpg.benchmarks.adapting", "time and memory of adapting on the device"),
     "benchmark_deployment": ("cdc_mmpg.benchmarks.deployment", "speed of service and device"),
     "fit": ("cdc_mmpg.training.cli", "one training run: Lightning's command line"),
-    "validate": ("cdc_mmpg.training.cli", "Lightning's subcommand"),
-    "test": ("cdc_mmpg.training.cli", "Lightning's subcommand"),
+    "validate": ("cdc_mmpg.training.cli", "evaluate on the validation split (Lightning's subcommand)"),
+    "test": ("cdc_mmpg.training.cli", "evaluate on the test split (Lightning's subcommand)"),
     "check": ("cdc_mmpg.training.cli", "parse the arguments of several runs, separated by `--`"),
     "clips": ("data_modules.synthetic_clips", "make the synthetic dataset"),
     "prompts": ("cdc_mmpg.controls.prompts", "FOA's prompts on the device, from a finished run"),
@@ -63,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_on_signals()
     _add_checkout_to_path()
     given, lists_only = read_make(os.environ.get("MAKEFLAGS", "")) if rest == [MAKE_FLAG] else (read_words(rest), False)
+    if given is None and not PROGRAMS[word][0]:
+        wrong = next(argument for argument in rest if read_words([argument]) is None)
+        print_error(f"ConfigError: {wrong}: not a variable; write NAME=value, such as METHOD=cdc_mmpg")
+        return ConfigError.exit_code
     if word not in COMMAND_VARIABLES or given is None:
         return run_program(word, rest)
     log_to_terminal()
@@ -90,7 +94,10 @@ def run_program(word: str, arguments: Sequence[str]) -> int:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        print_error(f"ConfigError: `cdc-mmpg {word}` needs {error.name}, which is not installed in this environment")
+        print_error(
+            f"ConfigError: `cdc-mmpg {word}` needs {error.name}, which is not installed in this environment: run "
+            "`make environment` in a checkout, or install it with pip"
+        )
         return ConfigError.exit_code
     code: int = module.main([*first_arguments.get(word, []), *arguments])
     return code

@@ -12,18 +12,18 @@ from typing import NamedTuple
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
-    EMBEDDED,
     FRAME_COUNTS,
     PRETRAINING,
     REASONERS,
     RECIPE_FRAMES,
     STUDY_SEEDS,
+    SYNTHETIC,
     VARIANT_RUNS,
     WORLDS,
+    find_pretraining_variant,
     list_methods,
-    pretraining_of,
-    variant_arguments,
-    with_frames,
+    list_variant_arguments,
+    name_frames_variant,
 )
 from cdc_mmpg.commands.request import METHOD_GROUPS, Request
 from cdc_mmpg.errors import ConfigError
@@ -117,11 +117,11 @@ class Plan:
                     "two variables"
                 )
             return min(number or len(self.gpus), len(self.gpus))
-        return number or (2 if request.embedded else 1)
+        return number or (2 if request.is_synthetic else 1)
 
     def name_of(self, run: RunName) -> str:
         """Return the name of a run's step, which starts with the dataset's name in all worlds but the first."""
-        further = self.request.embedded and self.request.root_of(run.method) != self.request.root_of(PRETRAINING)
+        further = self.request.is_synthetic and self.request.root_of(run.method) != self.request.root_of(PRETRAINING)
         return f"{self.request.dataset}/{run.name}" if further else run.name
 
     def add(self, step: Step) -> str:
@@ -146,7 +146,7 @@ class Plan:
             seed: seed of the run's encoder, and so of its world.
         """
         request = self.request
-        if not request.embedded:
+        if not request.is_synthetic:
             return []
         names = self.add_clips(request.first_data, "sky", 0)  # which has the vocabulary, too
         if (folder := request.data_of(seed)) != request.first_data and method != PRETRAINING:
@@ -167,7 +167,7 @@ class Plan:
         waits = method.features and request.method in METHOD_GROUPS
         after = self.add_run(run._replace(method=method.features, variant="")) if waits else ""
         if method.encoder and request.pretrains:
-            needs.append(self.add_run(RunName(PRETRAINING, source, source, pretraining_of(run.variant))))
+            needs.append(self.add_run(RunName(PRETRAINING, source, source, find_pretraining_variant(run.variant))))
         folder = f"{request.root_of(run.method)}/{run.name}"
         if method.program == "fit":
             first_alone = run.method == PRETRAINING and not request["SEEDS"] and request.command != "tables"
@@ -204,14 +204,14 @@ class Plan:
             yield f"--data.init_args.frame_cache={request['FRAME_CACHE']}"
         if self.jobs > 1 and not alone:
             yield "--trainer.enable_progress_bar=false"
-        pretraining = pretraining_of(run.variant)
+        pretraining = find_pretraining_variant(run.variant)
         if encoder := request.encoder_of(method.encoder, run.encoder_seed, pretraining):
             yield f"--model.init_args.encoder.checkpoint={encoder}"
         if method.adr:
             yield f"--model.init_args.adr={request.root}/{run._replace(method=method.adr).name}/adr.safetensors"
         if method.uses_reading and request.pretrains:
             yield f"--model.init_args.reading={request.reading_of(run.encoder_seed, pretraining)}"
-        yield from variant_arguments(run.method, run.variant) if run.variant else ()
+        yield from list_variant_arguments(run.method, run.variant) if run.variant else ()
         yield from request.words("ARGS")
         yield from request.words(f"ARGS_{run.method}")
 
@@ -240,7 +240,7 @@ def _plan_world(request: Request) -> Plan:
     plan = Plan(request)
     if request.pretrains and not request["SEEDS"]:  # first, since it uses all processors
         source = request.encoder_seed(request.seed)
-        plan.add_run(RunName(PRETRAINING, source, source, pretraining_of(request.method.partition(".")[2])))
+        plan.add_run(RunName(PRETRAINING, source, source, find_pretraining_variant(request.method.partition(".")[2])))
     for name, seed in [(name, seed) for name in request.methods for seed in request.seeds]:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
     if any(BY_NAME[name.partition(".")[0]].label and BY_NAME[name.partition(".")[0]].program == "fit"
@@ -274,12 +274,12 @@ def plan_tables(request: Request) -> Plan:
 def _plan_tables_of_world(request: Request) -> Plan:
     """Plan the tables of one dataset."""
     plan = Plan(request)
-    if request.embedded:
+    if request.is_synthetic:
         full = request["FULL"] == "1"
         methods = list_methods(True)
         repeated = methods if full else [name for name in methods if BY_NAME[name].several_seeds]
-        first = request.dataset == EMBEDDED  # the paper's studies are repeated in one world only
-        frames = [with_frames(BASELINE, number) for number in FRAME_COUNTS if first and number != RECIPE_FRAMES]
+        first = request.dataset == SYNTHETIC  # the paper's studies are repeated in one world only
+        frames = [name_frames_variant(BASELINE, number) for number in FRAME_COUNTS if first and number != RECIPE_FRAMES]
         for seed in range(5 if full else 3):
             for name in [*repeated, *(frames if full else [])]:
                 plan.add_run(find_run(name, seed, seed))
@@ -292,7 +292,7 @@ def _plan_tables_of_world(request: Request) -> Plan:
                     plan.add_run(RunName(method, seed, 0, variant))
     elif request.has_domains:  # synthetic devices in place of unseen cameras
         for name in list_methods(True):
-            if BY_NAME[name].program == "fit":
+            if BY_NAME[name].program != "privacy":  # which needs to know what clips show
                 plan.add_run(find_run(name, request.seed, request.encoder_seed(request.seed)))
     plan.add(Step(f"tables of {request.dataset}", "tables", (request.root,)))
     return plan
@@ -315,7 +315,7 @@ def plan_data(request: Request) -> Plan:
 def plan_demo(request: Request) -> Plan:
     """Plan a session of an unseen device, after the run (on the synthetic dataset) and the export if missing."""
     plan, run = Plan(request), request.served_run
-    if request.embedded and not Path(run, "results.json").is_file():
+    if request.is_synthetic and not Path(run, "results.json").is_file():
         plan.add_run(find_run(request.served, request.seed, request.encoder_seed(request.seed)))
     if not Path(run, "deployment", "export.json").is_file():
         plan.add(Step("export", "export", (run,), tuple(plan.steps)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment
-from cdc_mmpg.media.frames import candidate_indices, crop, middle_candidates
+from cdc_mmpg.media.frames import choose_candidates, choose_middle_candidates, crop
 from cdc_mmpg.media.text import TextEncoder, pad
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.program import log_to_terminal, run_to_exit_code
@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the best answers with their probabilities; return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a finished run")
-    parser.add_argument("--video", required=True)
-    parser.add_argument("--question", default="")
+    parser.add_argument("--video", required=True, help="path of the clip")
+    parser.add_argument("--question", default="", help="question; may be empty with --choices")
     parser.add_argument("--choices", default="", help="candidates or captions, separated by |")
     parser.add_argument("--vocab", help="path of vocab.txt, if it has moved since training")
     options = parser.parse_args(arguments)
@@ -66,9 +66,9 @@ def predict(
     model, data = experiment.model, experiment.settings["data"]["init_args"]
     model.eval()
     kept, size = (data["num_frames"], data["candidates"]), data["image_size"]
-    candidates = read_frames(video, lambda count: candidate_indices(count, *kept), size, data["decoder"],
+    candidates = read_frames(video, lambda count: choose_candidates(count, *kept), size, data["decoder"],
                              data["resize"])  # fmt: skip
-    frames = torch.from_numpy(crop(candidates[middle_candidates(*kept)], size).copy())[None]
+    frames = torch.from_numpy(crop(candidates[choose_middle_candidates(*kept)], size).copy())[None]
     text = TextEncoder(data["vocab"], data["text_length"])
     words = list(choices)
     if task == "open_ended":

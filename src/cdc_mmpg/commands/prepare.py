@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cdc_mmpg.errors import DataError, format_names
 from cdc_mmpg.program import escape_controls, exit_on_signals, log_to_terminal, run_to_exit_code
-from cdc_mmpg.results import provenance, write_json
+from cdc_mmpg.results import describe_provenance, write_json
 from cdc_mmpg.training.cli import check_paths
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     found = dataset.check()
     if not found["splits"]:
         raise DataError(_join_problems(found["problems"], dataset.remedy()))
-    write_json({**found, "configuration": settings, **provenance()}, folder / "data.json")
+    write_json({**found, "configuration": settings, **describe_provenance()}, folder / "data.json")
     console = Console(soft_wrap=True, markup=False, emoji=False)  # file names may look like markup
     console.print(build_table(found, dataset.task))
     for row in found["published"]:
@@ -68,7 +68,8 @@ def prepare(dataset: Any, settings: dict[str, Any], folder: Path) -> None:
     print(f"written: {folder / 'data.json'}")
     problems, rest = list(found["problems"]), ", all named in data.json"
     for pair, names in found["shared_between_splits"].items():
-        problems.append(f"{pair} share {len(names)} clips:{format_names(names, rest)}")
+        remedy = "fix the annotation files, or fetch them again"
+        problems.append(f"{pair} share {len(names)} clips, but splits must not: {remedy}:{format_names(names, rest)}")
     lost = dataset.list_lost(found["missing"], found["unreadable"])
     if len(lost) > dataset.max_missing:
         problems.append(dataset.describe_lost(lost, found["clips"]))

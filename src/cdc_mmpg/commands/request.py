@@ -15,15 +15,13 @@ from pathlib import Path
 from cdc_mmpg.catalogue import (
     BY_NAME,
     COMPARED_WORLDS,
-    EMBEDDED,
     METHODS,
     PRETRAINING,
-    REASONERS,
     SESSION,
-    VARIANTS,
+    SYNTHETIC,
     WORLDS,
     list_methods,
-    variants_of,
+    list_variants,
 )
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import expand_home
@@ -33,15 +31,16 @@ WHOLE_NUMBER = "[1-9][0-9]{0,2}"
 # For variables with a restricted value: regular expression of the value, whether it may be empty, description.
 VALUE_FORMS = {
     "OUT": (r'[^-"$`\\][^"$`\\]*', False,
-            'the folder of the runs; its name must not start with "-" or contain a quote, dollar or backslash'),
-    "JOBS": (WHOLE_NUMBER, True, "the number of parallel runs, an integer of at least 1"),
-    "SEED": ("0|[1-9][0-9]{0,8}", False, "an integer of at least 0"),
-    "ENCODER_SEED": ("0|[1-9][0-9]{0,8}", True, "the seed whose encoder is loaded, an integer of at least 0"),
-    "SEEDS": (WHOLE_NUMBER, True, "the number of seeds, counted from 0: an integer of at least 1"),
-    "NODES": (WHOLE_NUMBER, True, "the number of machines that train together, an integer of at least 1"),
-    "EPOCHS": (rf"{WHOLE_NUMBER}|[1-9][0-9]{{3}}", True, "an integer of at least 1"),
+            'the folder of the runs; its name must not start with "-" or contain a double quote, backquote, dollar or '
+            'backslash'),
+    "JOBS": (WHOLE_NUMBER, True, "the number of parallel runs, an integer from 1 to 999"),
+    "SEED": ("0|[1-9][0-9]{0,8}", False, "an integer from 0 to 999999999"),
+    "ENCODER_SEED": ("0|[1-9][0-9]{0,8}", True, "the seed whose encoder is loaded, an integer from 0 to 999999999"),
+    "SEEDS": (WHOLE_NUMBER, True, "the number of seeds, counted from 0: an integer from 1 to 999"),
+    "NODES": (WHOLE_NUMBER, True, "the number of machines that train together, an integer from 1 to 999"),
+    "EPOCHS": (rf"{WHOLE_NUMBER}|[1-9][0-9]{{3}}", True, "an integer from 1 to 9999"),
     "DEVICES": (rf"auto|-1|{WHOLE_NUMBER}|[0-9]+,|\[?[0-9]+(,[0-9]+)+\]?", True,
-                'the number of processes or GPUs that train together: an integer of at least 1, "auto" (all GPUs), or '
+                'the number of processes or GPUs that train together: an integer from 1 to 999, "auto" (all GPUs), or '
                 'their indices ("0,1")'),
     "MATMUL": ("highest|high", True,
                'the precision of float32 products: "highest" (float32) or "high" (TensorFloat-32 on a GPU)'),
@@ -108,23 +107,25 @@ class Request:
             value = self.given.get(name, "" if may_be_empty else None)
             if value is not None and not (value == "" and may_be_empty) and not re.fullmatch(form, value):
                 raise ConfigError(f"{name}={value}: {name} is {meaning}")
-        self.dataset = find_dataset_name(self["DATASET"] or EMBEDDED)
-        self.embedded = self.dataset in WORLDS
-        self.configuration = EMBEDDED if self.embedded else self.dataset  # the name of its YAML files
+        self.dataset = find_dataset_name(self["DATASET"] or SYNTHETIC)
+        self.is_synthetic = self.dataset in WORLDS
+        self.configuration = SYNTHETIC if self.is_synthetic else self.dataset  # the name of its YAML files
         self.out = expand_home(self["OUT"] or "checkpoints" + (f"/{self['SIZE']}" if self["SIZE"] else ""))
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"OUT={self.out} is a file: OUT is the folder of the runs")
         # The tasks of MSRVTT, and of TGIF, use the same clips and share their folder and frames. The synthetic worlds
         # share captioned clips.
-        family = re.sub(rf"^(msrvtt|tgif|{EMBEDDED})_.*", r"\1", self.dataset)
+        family = re.sub(rf"^(msrvtt|tgif|{SYNTHETIC})_.*", r"\1", self.dataset)
         self.root = f"{self.out}/{self.dataset}"  # of the runs
         self.cache = expand_home(self["CACHE"] or f"{self.out}/{family}/data")
-        self.first_data = expand_home(self["DATA"] or (f"{self.cache}/clips" if self.embedded else f"data/{family}"))
-        self.vocab = self["VOCAB"] or (f"{self.first_data}/vocab.txt" if self.embedded else "")
+        self.first_data = expand_home(
+            self["DATA"] or (f"{self.cache}/clips" if self.is_synthetic else f"data/{family}")
+        )
+        self.vocab = self["VOCAB"] or (f"{self.first_data}/vocab.txt" if self.is_synthetic else "")
         self.seed = int(self["SEED"] or 0)
         self.seeds = list(range(int(self["SEEDS"]))) if self["SEEDS"] else [self.seed]
-        self.pretrains = self.embedded and not self["CHECKPOINT"]
-        self.method = self["METHOD"] or ("main" if self.embedded else "cdc_mmpg")
+        self.pretrains = self.is_synthetic and not self["CHECKPOINT"]
+        self.method = self["METHOD"] or ("main" if self.is_synthetic else "cdc_mmpg")
         if "DATASET" in reads:
             self._check_pair()
 
@@ -157,12 +158,13 @@ class Request:
 
     def _check_pair(self) -> None:
         """Refuse a dataset or a method that does not exist."""
-        names = [*BY_NAME, *(variant for method in METHODS for variant in variants_of(method))]
+        names = [*BY_NAME, *(variant for method in METHODS for variant in list_variants(method))]
         if self.method not in (*METHOD_GROUPS, *names):
+            near = difflib.get_close_matches(self.method, [*METHOD_GROUPS, *names], n=1)
             raise ConfigError(
-                f"METHOD={self.method} is none of: {' '.join([*METHOD_GROUPS, *BY_NAME])}, nor a variant: "
-                f"<method>.frames2 (4, 5), {', '.join(f'cdc_mmpg_frozen.{name}' for name in REASONERS)}, "
-                f"{', '.join(f'{variant.methods[0]}.{name}' for name, variant in VARIANTS.items())}"
+                f"METHOD={self.method}: no such method or variant{f'; did you mean {near[0]}?' if near else '.'} "
+                f"Groups: {', '.join(METHOD_GROUPS)}. Methods: {', '.join(BY_NAME)}. "
+                "Variants: see experiments/README.md"
             )
         known = sorted({path.stem for path in Path("experiments/datasets").glob("*.yaml")} | WORLDS.keys())
         if known == sorted(WORLDS):
@@ -179,12 +181,12 @@ class Request:
     def methods(self) -> list[str]:
         """Methods, or the single variant, that METHOD selects."""
         if self.method in METHOD_GROUPS:
-            return list_methods(self.embedded, main=self.method == "main")
+            return list_methods(self.is_synthetic, main=self.method == "main")
         return [self.method]
 
     def in_all_worlds(self) -> list["Request"]:
         """Return this request for each of the compared worlds; only itself if DATASET is given."""
-        if not self.embedded or self["DATASET"]:
+        if not self.is_synthetic or self["DATASET"]:
             return [self]
         return [Request(self.command, self.given | {"DATASET": dataset}, {}) for dataset in COMPARED_WORLDS]
 
@@ -236,7 +238,7 @@ class Request:
 
     def root_of(self, method: str) -> str:
         """Return the folder of a method's runs; the pretraining, which all worlds share, is in the first world's."""
-        return f"{self.out}/{EMBEDDED}" if method == PRETRAINING else self.root
+        return f"{self.out}/{SYNTHETIC}" if method == PRETRAINING else self.root
 
 
 def find_dataset_name(typed: str) -> str:
@@ -249,7 +251,7 @@ def find_dataset_name(typed: str) -> str:
         (r"^tgif_?qa_", "tgif_"),
         (r"^msrvtt_(mc|multiple_choice|mc_?qa)$", "msrvtt_choice"),
         (r"^msrvtt_ret$", "msrvtt_retrieval"),
-        (r"^embedded$", EMBEDDED),
+        (r"^embedded$", SYNTHETIC),
     ):
         name = re.sub(pattern, replacement, name)
     return name

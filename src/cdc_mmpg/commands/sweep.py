@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cdc_mmpg.catalogue import EMBEDDED, PRETRAINING
+from cdc_mmpg.catalogue import PRETRAINING, SYNTHETIC
 from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.main import run_program
 from cdc_mmpg.commands.plan import Plan, plan_training
@@ -86,7 +86,7 @@ class Score(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sweep; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("path", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("path", type=Path, metavar="SWEEP.yaml", help="file of the sweep")
     parser.add_argument("--out", type=Path, default=Path(DEFAULT_FOLDER), help="folder of the runs without a server")
     options = parser.parse_args(arguments)
     log_to_terminal()
@@ -320,7 +320,7 @@ def plan_grid(sweep: Sweep, combinations: Sequence[Combination], place: Path) ->
 
 def plan_pretraining(sweep: Sweep) -> Plan | None:
     """Plan the pretraining of the synthetic dataset's encoder of seed 0; None if it exists or the runs use another."""
-    encoder = f"checkpoints/{EMBEDDED}/{PRETRAINING}/seed0/encoder.safetensors"
+    encoder = f"checkpoints/{SYNTHETIC}/{PRETRAINING}/seed0/encoder.safetensors"
     if sweep.variables.get("CHECKPOINT") != encoder or Path(encoder).is_file():
         return None
     return plan_training(Request("train", {"METHOD": PRETRAINING}, {}))

@@ -37,17 +37,17 @@ from cdc_mmpg.controls.forward_only import (
     smooth_over_neighbours,
 )
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, Split, VideoTextBatch
-from cdc_mmpg.data.interface import Controls, SampleOrigin
+from cdc_mmpg.data.interface import LabelsDevices, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import (
     describe_evaluation,
-    folder_of,
+    identify_run,
     is_done,
     load_finished_results,
-    provenance_of,
+    locate_evaluation,
     reopen,
     run_evaluation,
 )
@@ -60,12 +60,12 @@ LABEL_COUNTS = (2, 5, 15)  # labelled questions of a device; smaller sets are su
 # Parameters that train on labels: all or a part of those after the encoder's blocks. Training the encoder on 15 labels
 # of the synthetic dataset made validation devices worse (59.7 % fell to 57.8 % or less), its last block was no better.
 PARTS = {"layer": ("layer.",), "head": ("head.", "layer."), "pooler": ("encoder.pooler.", "head.", "layer.")}
-RATES = (1e-4, 3e-4, 1e-3)
+LABEL_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 STEPS = (10, 30, 100)  # steps of AdamW on all labels at once
 
 # Settings of forward-only methods: members of a support set (0 is all), neighbours, strength of the shift.
 FORWARD_ONLY = {"t3a": (1, 5, 20, 0), "lame": (1, 3, 5), "foa": (0.25, 0.5, 1.0)}
-TENT_RATES = (1e-3, 1e-2)
+TENT_LEARNING_RATES = (1e-3, 1e-2)
 TENT_QUESTIONS = (5, 15)  # questions per batch; each batch is one step
 
 
@@ -109,11 +109,11 @@ def evaluate_fine_tuned(
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
-        ConfigError: the run is not fine-tuning on open-ended questions, or the dataset has no labels for devices.
+        ConfigError: the run is not fine-tuning on open-ended questions, or the dataset does not know its devices.
         DataError: fewer than two devices have enough labels, or files of the dataset changed.
     """
     results = load_finished_results(run)
-    folder, source = folder_of(run, name), provenance_of(run)
+    folder, source = locate_evaluation(run, name), identify_run(run)
     if is_done(folder, source):
         return
     experiment = reopen(run)
@@ -121,11 +121,9 @@ def evaluate_fine_tuned(
     model, data = experiment.model, experiment.dataset
     if not isinstance(model, FineTuning):
         raise ConfigError(f"{run}: not a fine-tuning run, which devices start from (make train METHOD=fine_tuning)")
-    knows_labels = isinstance(data, Controls)
-    if not knows_labels:
-        raise ConfigError(
-            f"{type(data).__name__} has no labels for clips of its devices: only the synthetic dataset has"
-        )
+    labels_devices = isinstance(data, LabelsDevices)
+    if not labels_devices:
+        raise ConfigError(f"{type(data).__name__} asks no open-ended questions, which devices adapt to")
     data.prepare_data()
     data.setup("test")
     comparison = compare(model, data)
@@ -152,7 +150,7 @@ def evaluate_fine_tuned(
 
 
 class Comparison:
-    """Test cases of a fine-tuned model on a dataset with labels for its devices (`interface.Controls`).
+    """Test cases of a fine-tuned model on a dataset with labels for its devices (`interface.LabelsDevices`).
 
     Args:
         model: model with the run's weights, which every method restores.
@@ -238,7 +236,7 @@ class Comparison:
     ) -> tuple[list[Recipe], "NDArray[np.int64]", list[dict[str, "Tensor"]]]:
         """Return all recipes, the number of correct answers to further questions (R, D), and the adapted weights."""
         recipes, correct, weights = [], [], []
-        for parts, rate in product(PARTS, RATES):
+        for parts, rate in product(PARTS, LABEL_LEARNING_RATES):
             for steps, adapted in zip(STEPS, self.fine_tune(features, labels, chosen, parts, rate, STEPS), strict=True):
                 recipes.append(Recipe(parts, rate, steps))
                 weights.append(adapted)
@@ -340,7 +338,7 @@ class Comparison:
         validation, devices = self.data.dataset("val", augment=False), group_by_device(self.data.origins("val"))
         labels = self.data.labels("val")
         grid = []
-        for recipe in (TentRecipe(*values) for values in product(TENT_RATES, TENT_QUESTIONS)):
+        for recipe in (TentRecipe(*values) for values in product(TENT_LEARNING_RATES, TENT_QUESTIONS)):
             correct = self._tent_by_device(validation, devices, recipe).argmax(-1) == labels
             grid.append({**recipe._asdict(), "accuracy": float(correct.float().mean())})
         best = max(grid, key=lambda point: point["accuracy"])

@@ -30,16 +30,16 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from cdc_mmpg.data.interface import Content, Controls
+from cdc_mmpg.data.interface import Content, DescribesClips
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.results import RESULTS, write_json
 from cdc_mmpg.training.reopen import (
     describe_evaluation,
-    folder_of,
+    identify_run,
     is_done,
     load_finished_results,
-    provenance_of,
+    locate_evaluation,
     reopen,
     run_evaluation,
 )
@@ -51,7 +51,7 @@ NAME = "privacy"
 
 UPLOAD_SIZES = (1, 4, 8, 16)  # clips per upload
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weights of the L2 penalty relative to the mean loss
-FOLDS = 4
+CROSS_VALIDATION_FOLDS = 4
 MAX_STEPS = 1000  # L-BFGS steps per probe
 BOOTSTRAP_DRAWS = 1000  # draws over devices
 TRAINING_SHARE = 1 / 3  # share of a seen device's clips that train the identity probe; the others test it
@@ -88,7 +88,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
         ConfigError: the run answers no questions, or the dataset does not know what its clips show.
     """
     load_finished_results(run)
-    folder, source = folder_of(run, NAME), provenance_of(run)
+    folder, source = locate_evaluation(run, NAME), identify_run(run)
     if is_done(folder, source):
         return
     experiment = reopen(run)
@@ -96,7 +96,7 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     model, data = experiment.model, experiment.dataset
     if not isinstance(model, Answering):
         raise ConfigError(f"{run}: answers no questions, so it has no uploads to probe (use METHOD=cdc_mmpg_session)")
-    knows_contents = isinstance(data, Controls)
+    knows_contents = isinstance(data, DescribesClips)
     if not knows_contents:
         raise ConfigError(f"{type(data).__name__} does not know what its clips show: only the synthetic dataset does")
     start = perf_counter()
@@ -174,7 +174,7 @@ AFTER_AVERAGING = ("shape present", "look present", "background")  # content tar
 def _list_targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Target]:
     """Return all targets except the identity of the device."""
     shapes = sorted({shape for content in shown for shape in content.shapes})
-    colors = sorted({color for content in shown for color in (*content.colors, *content.looks)})
+    colors = sorted({color for content in shown for color in (*content.colors, *content.seen_colors)})
     alone = np.array([len(content.shapes) == 1 for content in shown])
 
     def classes(name: str, names: Sequence[str], values: Sequence[str]) -> Target:
@@ -188,10 +188,10 @@ def _list_targets(casts: Sequence[float], shown: Sequence["Content"]) -> list[Ta
         Target("count", "classes", np.array([len(content.shapes) - 1 for content in shown]), 2),
         classes("shape", shapes, [content.shapes[0] for content in shown]),
         classes("true color", colors, [content.colors[0] for content in shown]),
-        classes("look", colors, [content.looks[0] for content in shown]),
+        classes("look", colors, [content.seen_colors[0] for content in shown]),
         Target("background", "angle", np.array([content.background for content in shown])),
         presence("shape present", shapes, [content.shapes for content in shown]),
-        presence("look present", colors, [content.looks for content in shown]),
+        presence("look present", colors, [content.seen_colors for content in shown]),
     ]
 
 
@@ -253,7 +253,7 @@ def _probe(target: Target, train: Uploads, test: Uploads, number: int, seed: int
         test = Uploads(test.features[kept], test.first[kept], test.devices[kept])
     wanted, true = (target.values[part.devices if target.of_device else part.first] for part in (train, test))
     groups = train.first if target.name == "device" else train.devices
-    folds = min(FOLDS, len(np.unique(groups)))
+    folds = min(CROSS_VALIDATION_FOLDS, len(np.unique(groups)))
     splits = (
         GroupKFold(folds, shuffle=True, random_state=seed).split(train.features, groups=groups) if folds > 1 else ()
     )

@@ -69,16 +69,21 @@ class Content(NamedTuple):
     seen: bool  # whether its device trains
     shapes: tuple[str, ...]  # shapes of its objects
     colors: tuple[str, ...]  # their true colours
-    looks: tuple[str, ...]  # their colours as the device sees them
+    seen_colors: tuple[str, ...]  # their colours as the device sees them
     background: float  # hue in degrees as the device sees it
 
 
 @runtime_checkable
-class Controls(Protocol):
-    """A dataset with labels of the devices' unlabelled clips, which no method reads: for controls only."""
+class LabelsDevices(Protocol):
+    """Dataset that can label the devices' unlabelled clips, which no method reads: for controls only."""
 
     def device_labels(self) -> DeviceLabels:
         """Return questions with answers about unlabelled clips of test devices."""
+
+
+@runtime_checkable
+class DescribesClips(Protocol):
+    """Dataset that knows what its clips show: for controls only."""
 
     def contents(self) -> dict[str, Content]:
         """Return the content of every anchor of `VideoTextData.sessions`, by clip."""

@@ -40,7 +40,7 @@ from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import hash_file
 from cdc_mmpg.methods.answering import Answering
-from cdc_mmpg.results import provenance
+from cdc_mmpg.results import describe_provenance
 from cdc_mmpg.wire.messages import compute_digest
 
 MAX_SCORE_DIFFERENCE = 1e-4  # largest absolute difference of the float32 bundle's scores from torch's
@@ -63,7 +63,7 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     unit = "session" if method.reads == "sessions" else "sample"
     cloud = write_cloud_bundle(served.generator, digest_device_weights(method), source.name, out / "cloud")
     versions = {"encoder": cloud.versions.encoder.hex(), "generator": cloud.versions.generator.hex()}
-    origin = {"name": source.name, "made": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+    origin = {"name": source.name, "made": datetime.now(UTC).isoformat(timespec="seconds"), **describe_provenance()}
 
     settings = {
         "format": BUNDLE_FORMAT,

@@ -52,8 +52,9 @@ def compare_with_torch(source: Source, bundle: Path) -> float:
                     method.fuse(encoded), lambda hidden: hidden @ layer[:, :-1].T + layer[:, -1]
                 ).flatten()
                 upload = method.upload(method.head.condition(encoded)).flatten()
-            features = model.features(frames, texts.tolist())
-            for ours, theirs in ((model.scores(features, model.shared), scores), (model.upload(features), upload)):
+            features = model.encode(frames, texts.tolist())
+            pairs = ((model.compute_scores(features, model.shared), scores), (model.compute_upload(features), upload))
+            for ours, theirs in pairs:
                 largest = max(largest, float(np.abs(ours - theirs.numpy()).max()))
     return largest
 
@@ -123,18 +124,20 @@ def answer_on_device(
         chosen = np.random.default_rng((data.seed, device)).permutation(sessions.pools[device])[:SESSION_ANCHORS]
         if not len(chosen):
             return model.shared
-        return generate_layer(np.mean([model.anchor(anchors.frames(0, i).numpy()) for i in chosen.tolist()], axis=0))
+        return generate_layer(
+            np.mean([model.encode_anchor(anchors.frames(0, i).numpy()) for i in chosen.tolist()], axis=0)
+        )
 
     answers = []
     for i in track(drawn, description=f"answering with {model.layout.kind} layers"):
         texts = [[new_ids.get(word, unknown) for word in text] for text in test.texts[i]]
-        features = model.features(np.ascontiguousarray(test.frames(0, i).numpy()), texts)
+        features = model.encode(np.ascontiguousarray(test.frames(0, i).numpy()), texts)
         if sessions is None:
-            layer = generate_layer(model.upload(features))
+            layer = generate_layer(model.compute_upload(features))
         else:
             device = sessions.devices["test"][i]
             if device not in layers:
                 layers[device] = generate_session_layer(device)
             layer = layers[device]
-        answers.append(int(model.scores(features, layer).argmax()))
+        answers.append(int(model.compute_scores(features, layer).argmax()))
     return answers

@@ -15,7 +15,7 @@ from cdc_mmpg.deployment.bundle_files import CLOUD_SETTINGS, GENERATOR, SIGNING_
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.models.generator import Generator
-from cdc_mmpg.results import provenance
+from cdc_mmpg.results import describe_provenance
 from cdc_mmpg.wire.messages import Versions, compute_digest
 
 TIMED_MIN_WEIGHTS = 1_000_000  # number of weights from which their precision affects a generator's speed
@@ -49,7 +49,9 @@ def write_cloud_bundle(generator: "Generator", encoder: bytes, name: str, folder
     speed = choose_weight_precision(folder / GENERATOR)
     digests = {name: value.hex() for name, value in versions._asdict().items()}
     public = key.public_key().public_bytes_raw().hex()
-    write_settings({"name": name, "public_key": public, **digests, **speed, **provenance()}, folder / CLOUD_SETTINGS)
+    write_settings(
+        {"name": name, "public_key": public, **digests, **speed, **describe_provenance()}, folder / CLOUD_SETTINGS
+    )
     return WrittenCloudBundle(key, versions, speed)
 
 
@@ -72,9 +74,14 @@ def load_or_create_key(path: Path) -> "Ed25519PrivateKey":
             path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a key ({error}): restore it, or delete it and export again") from error
+        raise CheckpointError(
+            f"{path}: cannot be used as the signing key ({error}): restore it, or delete it and export again; devices "
+            "then need the new bundle"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise CheckpointError(f"{path}: not an Ed25519 key: delete it and export again")
+        raise CheckpointError(
+            f"{path}: not an Ed25519 key: delete it and export again; devices then need the new bundle"
+        )
     return key
 
 

@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished, exported run on the synthetic dataset")
     parser.add_argument("--data", type=Path, required=True, help="folder of the synthetic dataset's clips")
     parser.add_argument("--device", help="device of the session; default: a random unseen one")
-    parser.add_argument("--bundle", default="device-int8", choices=["device", "device-int8"])
+    parser.add_argument(
+        "--bundle",
+        default="device-int8",
+        choices=["device", "device-int8"],
+        help="bundle of the export; default: device-int8",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice")
     options = parser.parse_args(arguments)
     exit_on_signals()

@@ -19,7 +19,7 @@ from typing import Any
 from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, EXPORT_REPORT
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.errors import ConfigError
-from cdc_mmpg.media.frames import shorter_side
+from cdc_mmpg.media.frames import compute_shorter_side
 from cdc_mmpg.media.text import BERT_VOCABULARY_SIZE, TextEncoder
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import write_json
@@ -166,7 +166,10 @@ def check_servable(method: Any, task: str) -> None:
     if task == "retrieval":
         raise ConfigError(RETRIEVAL_REFUSAL)
     if method.head.layers > 1:
-        raise ConfigError("one layer per candidate cannot be served, only one per upload: set per_candidate: false")
+        raise ConfigError(
+            "one layer per candidate cannot be served, only one per upload: train again with "
+            "ARGS=--model.init_args.head.init_args.per_candidate=false"
+        )
     method.deployment_parts()
 
 
@@ -174,7 +177,7 @@ def _read_frame_settings(settings: dict[str, Any]) -> dict[str, int]:
     """Return the frame settings of the encoder: number, candidates, size and side in pixels."""
     size = settings["image_size"]
     return {"number": settings["num_frames"], "candidates": settings["candidates"], "size": size,
-            "side": settings["resize"] or shorter_side(size)}  # fmt: skip
+            "side": settings["resize"] or compute_shorter_side(size)}  # fmt: skip
 
 
 def select_words(words: Sequence[str], counts: dict[int, int]) -> list[int]:

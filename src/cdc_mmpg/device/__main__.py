@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Answer one question, print the best answers and return the exit code (see `errors`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, help="the device/ or device-int8/ folder of an export")
-    parser.add_argument("--video", type=Path, required=True)
-    parser.add_argument("--question", default="")
+    parser.add_argument("--video", type=Path, required=True, help="path of the clip")
+    parser.add_argument("--question", default="", help="question; may be empty with --choices")
     parser.add_argument("--choices", default="", help="multiple-choice options, separated by |")
     parser.add_argument("--cloud", help=f"URL of the service; if it requires a key, set ${KEY_VARIABLE}")
     parser.add_argument("--state", type=Path, help="folder that stores the session and its layer between runs")

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class LayerUnavailable(CDCError):
-    """No layer was received: the cloud was not reached in time, refused the request, or sent an unusable layer."""
+    """Failure to get a layer: the cloud was not reached in time, refused the request, or sent an unusable layer."""
 
 
 class Device:
@@ -116,22 +116,22 @@ class Device:
         clock = StageClock()
         end = time.monotonic() + self.deadline
         with self._lock:
-            texts = self.model.texts(question, choices)
+            texts = self.model.tokenize(question, choices)
             before = self._bytes
             with clock("decode"):
-                frames = self.model.frames(Path(video))
+                frames = self.model.decode_frames(Path(video))
             with clock("encode"):
-                features = self.model.features(frames, texts)
+                features = self.model.encode(frames, texts)
             if self.model.unit == "session":
                 with clock("anchor"):
-                    self._add_anchor(self.model.anchor(frames))
+                    self._add_anchor(self.model.encode_anchor(frames))
                 self._adapt(end, clock)
                 layer = self._layer
             else:
-                layer = self._fetch_sample_layer(self.model.upload(features), end, clock)
+                layer = self._fetch_sample_layer(self.model.compute_upload(features), end, clock)
             with clock("answer"):
-                scores = self.model.scores(features, layer.matrix)
-            plain = self.model.scores(features, self.model.shared)
+                scores = self.model.compute_scores(features, layer.matrix)
+            plain = self.model.compute_scores(features, self.model.shared)
             up, down = (now - then for now, then in zip(self._bytes, before, strict=True))
             trouble = self._trouble
         words = self.model.answers or list(choices)
@@ -140,7 +140,7 @@ class Device:
         best = np.argsort(-likely, kind="stable")[:RANKED_ANSWERS].tolist()
         ranked = [(words[i], float(likely[i])) for i in best]
         return Answer(ranked[0][0], ranked, layer.origin, layer.anchors, words[int(plain.argmax())], up, down,
-                      dict(clock.milliseconds), trouble, self.model.unknown_words(question, choices))  # fmt: skip
+                      dict(clock.milliseconds), trouble, self.model.find_unknown_words(question, choices))  # fmt: skip
 
     def observe(self, video: str | Path) -> None:
         """Add a clip to the session without a question; the next question requests a layer if one is due.
@@ -149,9 +149,9 @@ class Device:
             DataError: the clip is missing or cannot be decoded.
         """
         if self.model.unit == "session":
-            frames = self.model.frames(Path(video))
+            frames = self.model.decode_frames(Path(video))
             with self._lock:
-                self._add_anchor(self.model.anchor(frames))
+                self._add_anchor(self.model.encode_anchor(frames))
 
     def new_session(self) -> None:
         """Discard the clips and the layer, because the camera or its location changed."""

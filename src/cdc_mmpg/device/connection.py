@@ -110,9 +110,9 @@ class Connection:
         except CDCError:
             raise
         except (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError) as error:
-            raise Unreachable(f"{type(error).__name__}: {error}{self.route}") from error
+            raise Unreachable(f"{self._url.host}: {type(error).__name__}: {error}{self.route}") from error
         except Exception as error:  # no failure of the environment or the cloud may stop the device
-            raise CDCError(f"{type(error).__name__}: {error}{self.route}") from error
+            raise CDCError(f"{self._url.host}: {type(error).__name__}: {error}{self.route}") from error
 
     @property
     def route(self) -> str:
@@ -259,7 +259,8 @@ def _load_certificates() -> Any:
         return httpcore2.default_ssl_context()
     except (OSError, ValueError) as error:
         variables = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
-        raise CDCError(f"CA certificates cannot be loaded ({error}) {' '.join(variables)}".rstrip()) from error
+        remedy = f"check {' and '.join(variables)}" if variables else "install the system's CA certificates"
+        raise CDCError(f"CA certificates cannot be loaded ({error}): {remedy}") from error
 
 
 def make_printable(text: str) -> str:
@@ -297,7 +298,7 @@ class _DeadlineBackend(httpcore2.NetworkBackend):
         try:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise httpcore2.ConnectError(f"{host}: {error}") from error
+            raise httpcore2.ConnectError(f"no address found for {host} ({error})") from error
         for others, (*_, address) in zip(range(len(addresses) - 1, -1, -1), addresses, strict=True):
             share = self.seconds_left(httpcore2.ConnectTimeout) / (others + 1)
             try:
@@ -306,7 +307,7 @@ class _DeadlineBackend(httpcore2.NetworkBackend):
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 if not others:
                     raise
-        raise httpcore2.ConnectError(f"{host}: the host name has no address")
+        raise httpcore2.ConnectError(f"no address found for {host}")
 
 
 class _DeadlineStream(httpcore2.NetworkStream):

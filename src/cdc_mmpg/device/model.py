@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.files import hash_file, hash_json
-from cdc_mmpg.media.frames import Frames, candidate_indices, crop, middle_candidates
+from cdc_mmpg.media.frames import Frames, choose_candidates, choose_middle_candidates, crop
 from cdc_mmpg.media.text import TextEncoder
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.processors import count_processors
@@ -81,23 +81,26 @@ class DeviceModel:
         if self.layout.kind == "basis":
             self._basis = np.load(bundle / BASIS_FILE, allow_pickle=False).astype(np.float32)
             if self._basis.shape != (self.layout.number, *shape):
-                raise CheckpointError(f"{bundle / BASIS_FILE}: {self._basis.shape}, not {(self.layout.number, *shape)}")
+                raise _misfit_error(bundle / BASIS_FILE, self._basis.shape, (self.layout.number, *shape))
         if self.shared.shape != shape:
-            raise CheckpointError(f"{bundle / SHARED_FILE}: {self.shared.shape}, but layers are {shape}")
-        if len(self.answers) != (self.layout.outputs if self.task == "open_ended" else 0):
-            raise CheckpointError(f"{bundle / ANSWERS_FILE}: {len(self.answers)} answers of {self.layout.outputs}")
+            raise _misfit_error(bundle / SHARED_FILE, self.shared.shape, shape)
+        expected = self.layout.outputs if self.task == "open_ended" else 0
+        if len(self.answers) != expected:
+            raise CheckpointError(
+                f"{bundle / ANSWERS_FILE}: {len(self.answers)} answers, but this bundle needs {expected}: export again"
+            )
 
-    def frames(self, video: Path) -> Frames:
+    def decode_frames(self, video: Path) -> Frames:
         """Decode the frames of a clip for the encoder: (T, S, S, 3) uint8 RGB.
 
         Raises:
             DataError: the clip is missing or cannot be decoded.
         """
         kept, size = (self._frames["number"], self._frames["candidates"]), self._frames["size"]
-        frames = read_frames(video, lambda count: candidate_indices(count, *kept), size, "pyav", self._frames["side"])
-        return np.ascontiguousarray(crop(frames[middle_candidates(*kept)], size))
+        frames = read_frames(video, lambda count: choose_candidates(count, *kept), size, "pyav", self._frames["side"])
+        return np.ascontiguousarray(crop(frames[choose_middle_candidates(*kept)], size))
 
-    def texts(self, question: str, choices: Sequence[str] = ()) -> list[list[int]]:
+    def tokenize(self, question: str, choices: Sequence[str] = ()) -> list[list[int]]:
         """Tokenize the question, or for multiple choice the question with each choice.
 
         Raises:
@@ -114,25 +117,25 @@ class DeviceModel:
             raise ConfigError("this bundle answers multiple-choice questions: give at least two choices")
         return self._text.encode_choices([(question, choices)])[0]
 
-    def unknown_words(self, question: str, choices: Sequence[str] = ()) -> list[str]:
+    def find_unknown_words(self, question: str, choices: Sequence[str] = ()) -> list[str]:
         """Return the words that are not in this bundle's vocabulary and are encoded as [UNK]."""
         return self._text.unknown_words([question, *choices])
 
-    def anchor(self, frames: Frames) -> NDArray[np.float32]:
+    def encode_anchor(self, frames: Frames) -> NDArray[np.float32]:
         """Return a clip's anchor feature (192,): its middle frame encoded with the neutral prompt."""
         middle = len(frames) // 2
-        return self.upload(self.features(frames[middle : middle + 1], [self._text.neutral()]))
+        return self.compute_upload(self.encode(frames[middle : middle + 1], [self._text.neutral()]))
 
-    def features(self, frames: Frames, texts: Sequence[Sequence[int]]) -> Features:
+    def encode(self, frames: Frames, texts: Sequence[Sequence[int]]) -> Features:
         """Encode a clip (T, S, S, 3) with each of K texts: (K, T, 192)."""
         batch = [{"frames": frames, "ids": np.array([text], dtype=np.int64)} for text in texts]
         return np.stack([self._encoder.run(None, inputs)[0] for inputs in batch])
 
-    def upload(self, features: Features) -> NDArray[np.float32]:
+    def compute_upload(self, features: Features) -> NDArray[np.float32]:
         """Compute the upload (192,) from features (K, T, 192)."""
         return self._run("upload", features, self.shared)
 
-    def scores(self, features: Features, layer: Matrix) -> NDArray[np.float32]:
+    def compute_scores(self, features: Features, layer: Matrix) -> NDArray[np.float32]:
         """Compute the scores of all answers or choices with a last layer (L, D + 1)."""
         return self._run("scores", features, layer)
 
@@ -211,7 +214,15 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 def _damaged_error(path: Path, error: Exception) -> CheckpointError:
     """Return the error for a bundle that cannot be read."""
-    return CheckpointError(f"{path}: not a complete device bundle ({type(error).__name__}: {error}): copy it again")
+    return CheckpointError(
+        f"{path}: not a complete device bundle ({type(error).__name__}: {error}): write one with make export, or copy "
+        "it again"
+    )
+
+
+def _misfit_error(path: Path, shape: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+    """Return the error for a file whose array has another shape than the layers of its bundle."""
+    return CheckpointError(f"{path}: shape {shape}, but this bundle needs {expected}: export again")
 
 
 def _is_text(text: str) -> bool:

@@ -204,9 +204,9 @@ class State:
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
-                    except BlockingIOError:
+                    except BlockingIOError as error:
                         if time.monotonic() > end:
-                            raise
+                            raise OSError(f"another process has held its lock for {LOCK_SECONDS} s") from error
                         time.sleep(0.005)
                 yield
             finally:

@@ -79,7 +79,7 @@ class Run:
 
     @cached_property
     def answers(self) -> RunAnswers | None:
-        """Answers of the run; None if the file is missing or, with a warning, damaged."""
+        """Answers of the run; None if the file is missing or, with a warning, unusable."""
         path = self.path / PREDICTIONS
         try:
             with path.open(newline="", encoding="utf-8") as file:
@@ -90,7 +90,11 @@ class Run:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, IndexError, csv.Error) as error:
-            logger.warning("%s: left out (%s): delete the folder and train anew", path, error)
+            logger.warning(
+                "%s: cannot be used (%s), so its answers are left out: restore the file or its permissions, or delete "
+                "the folder and train anew",
+                path, error,
+            )  # fmt: skip
             return None
 
     def _read_answers(self, header: list[str], rows: list[list[str]]) -> RunAnswers:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, METHOD_LABELS, SESSION_METHODS
+from cdc_mmpg.catalogue import BASELINE, SESSION_METHODS
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, cite, escape_braces, join_texts
@@ -30,7 +30,7 @@ def load_comparable(folder: Path, may_be_empty: bool = False, quoted_from: Path 
             + ": write the runs of each protocol to a separate folder with OUT="
         )
     if not runs and not may_be_empty:
-        raise ConfigError(f"{folder}: no finished run of {', '.join(METHOD_LABELS)}; train one first (make train)")
+        raise ConfigError(f"{folder}: no finished run that answers questions; train one first (make train)")
     return evidence
 
 

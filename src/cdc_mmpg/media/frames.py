@@ -19,7 +19,7 @@ MAX_RATIO = 4  # maximum ratio of a frame's sides; the rest is cut off on both s
 CANDIDATES = 3  # default frames kept per segment of a clip: training uses any of them, evaluation the middle one
 
 
-def candidate_indices(count: int, num_frames: int, candidates: int = CANDIDATES) -> list[int]:
+def choose_candidates(count: int, num_frames: int, candidates: int = CANDIDATES) -> list[int]:
     """Return the indices of the frames to keep of `count`: `candidates` evenly spaced ones in each of T equal segments.
 
     A clip with fewer frames repeats some; one with fewer than T frames repeats its last.
@@ -28,12 +28,12 @@ def candidate_indices(count: int, num_frames: int, candidates: int = CANDIDATES)
     return [min(int((part + 0.5) * count / parts), count - 1) for part in range(parts)]
 
 
-def middle_candidates(num_frames: int, candidates: int = CANDIDATES) -> list[int]:
+def choose_middle_candidates(num_frames: int, candidates: int = CANDIDATES) -> list[int]:
     """Return the candidates that evaluation uses: the middle of every segment; with an even number, the later one."""
     return [segment * candidates + candidates // 2 for segment in range(num_frames)]
 
 
-def shorter_side(image_size: int) -> int:
+def compute_shorter_side(image_size: int) -> int:
     """Return the pixels to which a frame's shorter side is resized before the crop: 268 for 224, proportionally."""
     return round(image_size * 268 / 224)
 

@@ -137,7 +137,7 @@ class TextEncoder:
             if windows is None:
                 raise DataError(
                     f"{text!r} with {list(options)}: within {self.length} WordPieces the candidates cannot be told "
-                    "apart; increase --data.init_args.text_length"
+                    "apart: shorten them, or train with a larger --data.init_args.text_length"
                 )
             start = [*self._cls, *kept, *self._sep] if question else self._cls
             cut = dict(zip(different, windows, strict=True))

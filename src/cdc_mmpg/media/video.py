@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.media.frames import Frames, resize, shorter_side
+from cdc_mmpg.media.frames import Frames, compute_shorter_side, resize
 
 Decoder = Literal["pyav", "decord"]
 
@@ -53,14 +53,14 @@ def read_frames(
         choose: function from the number of frames in the clip (at least 1) to the K requested indices, ascending.
         image_size: side of the square that the model sees, in pixels.
         decoder: "pyav", or "decord", which cannot read GIF or AV1 but is faster on some files.
-        side: pixels to which the shorter side of a frame is resized; None is `shorter_side(image_size)`.
+        side: pixels to which the shorter side of a frame is resized; None is `compute_shorter_side(image_size)`.
 
     Raises:
         DataError: the clip is absent, empty, without video, or cannot be decoded. If only decord fails, the message
             says so; PyAV is never substituted silently. With decord also: several video streams, or missing frames.
     """
     _check_file(path)
-    side = side or shorter_side(image_size)
+    side = side or compute_shorter_side(image_size)
     try:
         return _read(path, choose, decoder, side)
     except DataError:
@@ -68,7 +68,7 @@ def read_frames(
     except (av.FFmpegError, OSError, RuntimeError, ValueError, IndexError) as error:
         remedy = "fetch the clip again"
         if decoder == "decord" and _is_readable(path, choose, side):
-            remedy = "PyAV reads it: use --data.init_args.decoder=pyav"
+            remedy = "PyAV reads it: use ARGS=--data.init_args.decoder=pyav"
         raise DataError(
             f"{path}: {decoder} cannot decode it ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {remedy}"
         ) from error
@@ -192,7 +192,9 @@ def _import_decord() -> Any:
     try:
         import decord  # noqa: PLC0415  optional: it lacks wheels for some platforms
     except ImportError as error:
-        raise DataError("decord is not installed (it lacks wheels for some platforms): use decoder=pyav") from error
+        raise DataError(
+            "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
+        ) from error
     decord.logging.set_level(decord.logging.QUIET)  # its FFmpeg writes to stderr what is also raised
     return decord
 

@@ -79,7 +79,7 @@ class Method(LightningModule):
         super().__init__()
         check_rate("learning_rate", learning_rate)
         if not 0 <= weight_decay < float("inf"):
-            raise ConfigError(f"weight_decay {weight_decay} must not be negative")
+            raise ConfigError(f"weight_decay is {weight_decay}: must be at least 0 and finite")
         self.encoder = encoder.requires_grad_(train_encoder)
         self.head = head
         self.train_encoder = train_encoder

@@ -50,7 +50,9 @@ class CDCMMPG(Generating):
         virtual: int = 0,
     ) -> None:
         if adr is None:
-            raise ConfigError("phase two needs phase one's reasoner: set model.init_args.adr to its adr.safetensors")
+            raise ConfigError(
+                "CDC-MMPG needs the reasoner of METHOD=adr_pretraining: set model.init_args.adr to its adr.safetensors"
+            )
         fda = FDA(head.inputs, head.outputs, init, project)
         super().__init__(encoder, head, fda, recipe == "paper", learning_rate, weight_decay, seed)
         if encoder_learning_rate is not None:

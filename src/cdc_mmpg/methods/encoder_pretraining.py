@@ -79,7 +79,7 @@ class EncoderPretraining(Method):
         if least < 0 or not 0 <= anchor_weight < float("inf") or not 0 <= question_share <= 1:
             raise ConfigError(
                 f"caption_epochs {caption_epochs}, whole_epochs {whole_epochs} and anchor_weight {anchor_weight} must "
-                f"not be negative and question_share {question_share} be in [0, 1]"
+                f"be at least 0 and finite, and question_share {question_share} from 0 to 1"
             )
         self.caption_epochs, self.question_share, self.whole_epochs = caption_epochs, question_share, whole_epochs
         self.anchor_weight = anchor_weight

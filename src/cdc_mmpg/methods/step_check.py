@@ -107,8 +107,9 @@ class StepCheck(Callback):
             loss, samples = next((batch for batch in gathered if not isfinite(batch[0])), gathered[0])
             rate = getattr(trainer.lightning_module, "learning_rate", None)
             raise DivergedError(
-                f"the loss is {loss} at epoch {pending.epoch}, step {pending.step}, on the training samples {samples}: "
-                f"inspect them, or lower the learning rate ({rate})"
+                f"the loss is {loss} in epoch {pending.epoch + 1}, step {pending.step}, on training samples {samples} "
+                f"(indices from 0): lower the learning rate (--model.init_args.learning_rate, now {rate}), or inspect "
+                "these samples"
             )
         return float(total) / trainer.world_size  # Lightning has already divided by the number of accumulated batches
 

@@ -60,7 +60,9 @@ class ReasonerLosses(NamedTuple):
 
 
 class ADR(nn.Module):
-    """VAE over anchor features: f -> latent distribution -> decoded f̃ -> f re-normalised to the statistics of f̃, g.
+    """Reasoner of the paper, a variational autoencoder of anchor features.
+
+    It encodes f, decodes f̃, and returns g, which is f re-normalised to the statistics of f̃.
 
     Source: eq. 8-10 and 12-18.
 

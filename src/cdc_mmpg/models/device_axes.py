@@ -34,7 +34,10 @@ class DeviceAxes(nn.Module):
     def __init__(self, number: int | None) -> None:
         super().__init__()
         if number is not None and not 1 <= number < FEATURE_DIM:
-            raise ConfigError(f"axes {number}: use a number from 1 to {FEATURE_DIM - 1}, found, or null for all values")
+            raise ConfigError(
+                f'axes is {number}: must be from 1 to {FEATURE_DIM - 1}, "found" (estimated from the training '
+                f"devices), or null (all {FEATURE_DIM} values)"
+            )
         self.number = number
         # Fitted, not trained; parameters, so that they are counted. Unused axes are zeros.
         self.mean = nn.Parameter(torch.zeros(FEATURE_DIM), requires_grad=False)
@@ -44,14 +47,14 @@ class DeviceAxes(nn.Module):
         """Fit the axes to anchor features (A, 192), with the rows of each device; return the number of axes.
 
         Raises:
-            DataError: the number of devices with two clips is not larger than the number of axes.
+            DataError: the number of devices with two or more clips is not larger than the number of axes.
         """
         rows = [list(clips) for clips in devices if len(clips) > 1]
         most = self.axes.shape[1]
         if len(rows) <= (self.number or 1):
             raise DataError(
-                f"{len(rows)} devices have two unlabelled clips: fitting {self.number or 1} axes needs more than "
-                f"{self.number or 1} such devices (--model.init_args.axes)"
+                f"{len(rows)} devices have two or more unlabelled clips: fitting {self.number or 1} axes needs more "
+                f"than {self.number or 1} such devices (--model.init_args.axes)"
             )
         values = anchors[[clip for clips in rows for clip in clips]].double()
         sizes = [len(clips) for clips in rows]

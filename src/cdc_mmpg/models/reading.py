@@ -61,7 +61,10 @@ class Reading(nn.Module):
         """
         pairs = select_pairs(captions, self.MIN_PAIR_SHARE)
         if not pairs:
-            raise DataError(f"{len(captions)} captions have no pair of words that only a part of them contains")
+            raise DataError(
+                f"no pair of neighbouring words is in at least {100 * self.MIN_PAIR_SHARE:g} %, but not all, of "
+                f"{len(captions)} captions"
+            )
         targets = torch.tensor([[pair in words for pair in pairs] for words in map(collect_pairs, captions)]).float()
         targets = F.pad(targets, (0, FEATURE_DIM - len(pairs)))
         generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cdc_mmpg.catalogue import BASELINE, CONCATENATED, SESSION, color_of
+from cdc_mmpg.catalogue import BASELINE, CONCATENATED, SESSION, choose_color
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import CitedText
@@ -28,14 +28,14 @@ ANCHORS_LABEL = "n, number of anchors (other clips of the device)"
 
 # Reference lines: method, condition (None: the run's first), label, color.
 REFERENCES = (
-    (BASELINE, None, "Fine-tuning", color_of(BASELINE)),
-    ("cdc_mmpg", None, "CDC-MMPG per sample", color_of("cdc_mmpg")),
+    (BASELINE, None, "Fine-tuning", choose_color(BASELINE)),
+    ("cdc_mmpg", None, "CDC-MMPG per sample", choose_color("cdc_mmpg")),
     (SESSION, "shuffled_n16", "another device's 16 anchors", "#8250df"),
-    (CONCATENATED, None, "concatenated", color_of(CONCATENATED)),
-    ("session_oracle", None, "oracle: the true cast", color_of("session_oracle")),
+    (CONCATENATED, None, "concatenated", choose_color(CONCATENATED)),
+    ("session_oracle", None, "oracle: the true cast", choose_color("session_oracle")),
 )
 # Curves of the session: type of questions, label, color.
-CURVES = (("all", "session, all questions", color_of(SESSION)), ("color", "session, color questions", "#cf3f2e"))
+CURVES = (("all", "session, all questions", choose_color(SESSION)), ("color", "session, color questions", "#cf3f2e"))
 
 
 class AnchorCurve(NamedTuple):

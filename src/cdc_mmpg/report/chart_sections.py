@@ -12,8 +12,8 @@ from cdc_mmpg.catalogue import (
     SAMPLE_METHODS,
     SESSION_METHODS,
     VARIANTS,
-    color_of,
-    with_frames,
+    choose_color,
+    name_frames_variant,
 )
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Fact, Table, cite
@@ -54,13 +54,13 @@ def add_bytes(page: Page, evidence: Evidence) -> None:
         down = evidence.cite_value(runs[0], "bytes", "down") if runs else None
         if down and accuracy:
             point = _mark_point(page, f"plots/bytes/{label}", down, accuracy, label, "per question")
-            series.append(Series(label, color_of(method), [point], square=method in SAMPLE_METHODS))
+            series.append(Series(label, choose_color(method), [point], square=method in SAMPLE_METHODS))
     for payload in list_payloads(evidence):
         method, label = payload.side.name, payload.label
         per_sample = method in SAMPLE_METHODS
         accuracy, unit = evidence.cite_accuracy(payload.side), "per question" if per_sample else "per session"
         point = _mark_point(page, f"plots/bytes/{label}", payload.bytes, accuracy, label, unit)
-        series.append(Series(label, color_of(method), [point], square=per_sample))
+        series.append(Series(label, choose_color(method), [point], square=per_sample))
     if not series:
         page.add_paragraph("No run has both an accuracy and a download size.")
         return
@@ -104,12 +104,12 @@ def add_frames(page: Page, evidence: Evidence) -> None:
         points = []
         for number in FRAME_COUNTS:
             seeds = find_frame_seeds(evidence, method)
-            if accuracy := evidence.cite_accuracy(Side(with_frames(method, number)), seeds=seeds):
+            if accuracy := evidence.cite_accuracy(Side(name_frames_variant(method, number)), seeds=seeds):
                 page.keep_all(f"plots/frames/{METHOD_LABELS[method]}/{number}", accuracy)
                 title = f"{METHOD_LABELS[method]}, {number} frames: {accuracy.text} %"
                 points.append(make_point(number, accuracy, title))
         if len(points) > 1:
-            series.append(Series(METHOD_LABELS[method], color_of(method), points))
+            series.append(Series(METHOD_LABELS[method], choose_color(method), points))
     if series:
         page.begin("frames", "Accuracy and frames")
         page.add_chart(
@@ -134,7 +134,7 @@ def add_history(page: Page, evidence: Evidence) -> None:
                 title = f"{METHOD_LABELS[method]}, {number} devices: {accuracy.text} %"
                 points.append(make_point(number, accuracy, title))
         if len(points) > 1:
-            series.append(Series(METHOD_LABELS[method], color_of(method), points))
+            series.append(Series(METHOD_LABELS[method], choose_color(method), points))
             most = max(most, len(trained))
     if series:
         page.begin("history", "Accuracy and number of training devices")
@@ -197,7 +197,7 @@ def add_devices(page: Page, evidence: Evidence) -> None:
                 for device in order
             ],
             f"{evidence.group} devices, in the same order", "accuracy, %",
-            (static, adapted), (color_of(second.name), color_of(first.name)),
+            (static, adapted), (choose_color(second.name), choose_color(first.name)),
         ),
         "The same devices in the same order: accuracy of both methods, in %.",
     )  # fmt: skip
@@ -226,7 +226,7 @@ def add_curves(page: Page, evidence: Evidence) -> None:
         page.keep(f"plots/curves/{name}", Fact(shown, "", "column", sources, {"times": 100, "epochs": list(values)}))
         points = [Point(epoch + 1, y, f"{label}, epoch {epoch + 1}: {y:.1f} %")
                   for epoch, y in zip(values, shown, strict=True)]  # fmt: skip
-        series.append(Series(label, color_of(name), points))
+        series.append(Series(label, choose_color(name), points))
     if series:
         page.begin("training", "Training")
         page.add_chart(

@@ -1,6 +1,6 @@
 """Table of methods: accuracies, differences to fine-tuning and costs of all methods."""
 
-from cdc_mmpg.catalogue import Row, knowledge_of
+from cdc_mmpg.catalogue import Row, find_knowledge
 from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Table, cite, join_texts
@@ -33,7 +33,7 @@ def build_method_table(evidence: Evidence) -> Table:
     quotes = PaperQuotes(evidence)
     types = find_question_types(evidence)
     listed = [row for row in evidence.rows if evidence.find_runs(row.method, row.condition)]
-    knows = [KNOWLEDGE_HEADER] if any(map(knowledge_of, listed)) else []
+    knows = [KNOWLEDGE_HEADER] if any(map(find_knowledge, listed)) else []
     header = ["method", *_build_accuracy_header(evidence, types), *knows, "val %", *COST_HEADERS]
     runs = find_method_runs(evidence)
     rows: list[tuple[str, list[CitedText]]] = [
@@ -45,7 +45,7 @@ def build_method_table(evidence: Evidence) -> Table:
     for row, gain in zip(listed, gains, strict=True):
         seeds = evidence.find_runs(row.method, row.condition)
         accuracies = _build_accuracy_cells(evidence, row, seeds, gain, types, quotes)
-        letters = [cite(knowledge_of(row))] if knows else []
+        letters = [cite(find_knowledge(row))] if knows else []
         rows.append((row.label, [*accuracies, *letters, *_build_cost_cells(evidence, row, seeds)]))
     return Table("methods", "Methods side by side", header, rows, quotes.write_notes())
 

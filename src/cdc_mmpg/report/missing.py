@@ -7,24 +7,24 @@ from pathlib import Path
 from cdc_mmpg.catalogue import (
     BASELINE,
     BY_NAME,
-    EMBEDDED,
     FRAME_COUNTS,
     PAPER_METHODS,
     PRETRAINING,
     RECIPE_FRAMES,
     STUDY,
     STUDY_SEEDS,
+    SYNTHETIC,
     VARIANT_RUNS,
     WORLDS,
     list_methods,
-    with_frames,
+    name_frames_variant,
 )
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS
 from cdc_mmpg.evidence.selection import find_method_runs
 from cdc_mmpg.report.paper_tables import build_frames_table
 
-FURTHER_WORLDS = WORLDS.keys() - {EMBEDDED}  # worlds in which the paper's reasoner is not studied
+FURTHER_WORLDS = WORLDS.keys() - {SYNTHETIC}  # worlds in which the paper's reasoner is not studied
 
 
 def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
@@ -33,11 +33,11 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
     The seeds of a study are those that any of its runs has, independent of the number of seeds in the main rows.
     """
     has_devices = evidence.groups != [ALL_GROUPS]
-    trained = [BY_NAME[name] for name in list_methods(embedded=has_devices) if BY_NAME[name].label]
+    trained = [BY_NAME[name] for name in list_methods(has_devices) if BY_NAME[name].label]
     main = [method.name for method in trained if method.several_seeds or not has_devices]
     once = [method.name for method in trained if method.name not in main]  # `make tables` trains one seed
     sessions = [method.name for method in trained if method.datasets == "devices" and method.program == "fit"]
-    other_frames = [with_frames(BASELINE, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
+    other_frames = [name_frames_variant(BASELINE, number) for number in FRAME_COUNTS if number != RECIPE_FRAMES]
     listed_frames = other_frames if build_frames_table(evidence) else []
     variants = list(VARIANT_RUNS) if has_devices else []
     has_study = has_devices and evidence.dataset not in FURTHER_WORLDS

@@ -11,7 +11,7 @@ from cdc_mmpg.catalogue import (
     SESSION,
     SESSION_METHODS,
     is_trained,
-    with_frames,
+    name_frames_variant,
 )
 from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.evidence.comparisons import Evidence
@@ -165,11 +165,11 @@ def build_frames_table(evidence: Evidence) -> Table | None:
     if evidence.is_retrieval or evidence.find_task() == "multiple_choice":
         return None
     others = [number for number in FRAME_COUNTS if number != RECIPE_FRAMES]
-    shown = [name for name in ("cdc_mmpg",) if any(evidence.find_runs(with_frames(name, n)) for n in others)]
-    baselines = [run for number in others for run in evidence.find_runs(with_frames(BASELINE, number))]
+    shown = [name for name in ("cdc_mmpg",) if any(evidence.find_runs(name_frames_variant(name, n)) for n in others)]
+    baselines = [run for number in others for run in evidence.find_runs(name_frames_variant(BASELINE, number))]
     runs = [*find_method_runs(evidence), *baselines]
     has_paper = evidence.cite_paper("frames", "2", "accuracy") and is_comparable_with_paper(evidence, runs)
-    if shown or has_paper or any(evidence.find_runs(with_frames(BASELINE, n)) for n in FRAME_COUNTS):
+    if shown or has_paper or any(evidence.find_runs(name_frames_variant(BASELINE, n)) for n in FRAME_COUNTS):
         shown.append(BASELINE)
     quotes = PaperQuotes(evidence)
     header = ["frames"]
@@ -180,7 +180,7 @@ def build_frames_table(evidence: Evidence) -> Table | None:
     for number in FRAME_COUNTS:
         cells = []
         for method in shown:
-            name, seeds = with_frames(method, number), find_frame_seeds(evidence, method)
+            name, seeds = name_frames_variant(method, number), find_frame_seeds(evidence, method)
             runs = [run for run in evidence.find_runs(name) if run.seed in seeds and run.find("epochs")]
             runs = [run for run in runs if run.find("seconds", "train") is not None]
             cells.append(evidence.cite_accuracy(Side(name), seeds=seeds) or NOT_RUN)
@@ -198,7 +198,7 @@ def build_frames_table(evidence: Evidence) -> Table | None:
 
 def find_frame_seeds(evidence: Evidence, method: str) -> Collection[int]:
     """Return the seeds that all trained numbers of frames share: rows with different seeds are not comparable."""
-    trained = [{run.seed for run in evidence.find_runs(with_frames(method, number))} for number in FRAME_COUNTS]
+    trained = [{run.seed for run in evidence.find_runs(name_frames_variant(method, number))} for number in FRAME_COUNTS]
     return set.intersection(*(seeds for seeds in trained if seeds)) if any(trained) else set()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from cdc_mmpg.catalogue import BASELINE, COMPARED_WORLDS, KNOWLEDGE, ROWS, SESSION, WORLDS, Row, knowledge_of
+from cdc_mmpg.catalogue import BASELINE, COMPARED_WORLDS, KNOWLEDGE, ROWS, SESSION, WORLDS, Row, find_knowledge
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, Table, cite, join_texts
 from cdc_mmpg.evidence.pairing import Side
@@ -45,7 +45,7 @@ def build_worlds_table(worlds: Sequence[Evidence]) -> Table:
         gains = [world.compare(Side(SESSION), side) if side.name != SESSION else None for world in worlds]
         over = [gain.format() if gain else cite("–") for gain in gains]
         rows.append((labels[side], [
-            cite(knowledge_of(Row("", *side))),
+            cite(find_knowledge(Row("", *side))),
             cite_result(worlds[first], runs[first][0], "bytes", "down"),
             *(world.cite_accuracy(side) or NO_TEXT for world in worlds),
             join_texts(" / ".join("{}" for _ in over), *over) if any(gains) else NO_TEXT,
@@ -64,15 +64,15 @@ def write_worlds_caption(worlds: Sequence[Evidence]) -> str:
         f"±: standard deviation over {seeds} seeds, each with its own world and pretraining; in brackets: 95 % "
         "interval, of differences paired by question (resampling seeds, then devices, then clips)."
         if seeds > 1
-        else "One world of each kind and one pretraining; in brackets: 95 % interval, of differences paired by question "
-        "(resampling devices, then clips)."
+        else "One world of each kind and one pretraining; in brackets: 95 % interval, of differences paired by "
+        "question (resampling devices, then clips)."
     )
-    known = {letter for side in SIDES for letter in knowledge_of(Row("", *side))}
+    known = {letter for side in SIDES for letter in find_knowledge(Row("", *side))}
     knows = "; ".join(f"{letter} = {meaning}" for letter, meaning in KNOWLEDGE.items() if letter in known)
     knows = f"Knows (beyond the training questions and answers): {knows}."
     setting = (
-        "Accuracy on devices unseen in training. Down: payload of a layer, for every question of CDC-MMPG and once for a "
-        "session. The session, in-context and grey-world rows use 16 unlabelled clips of the device (n = 16)."
+        "Accuracy on devices unseen in training. Down: payload of a layer, for every question of CDC-MMPG and once for "
+        "a session. The session, in-context and grey-world rows use 16 unlabelled clips of the device (n = 16)."
     )
     sentences = (setting, spread, knows, describe_headroom(worlds), f"Commit {', '.join(commits)}.")
     return " ".join(filter(None, sentences))

@@ -87,7 +87,7 @@ def find_newest_state(run: Path) -> Path | None:
         try:
             load_checkpoint(state)
         except CheckpointError as error:
-            logger.warning("%s; resuming from the previous state", error)
+            logger.warning("%s; trying the state saved before it", error)
             continue
         for old in states[place + 2 :]:
             old.unlink(missing_ok=True)  # other processes of this run delete it, too

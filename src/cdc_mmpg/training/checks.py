@@ -18,7 +18,7 @@ from cdc_mmpg.results import (
 )
 from cdc_mmpg.training.parser import flatten
 
-# Weights stay float32, since the generated layer and the loss are computed in float32.
+# Supported values of trainer.precision; weights stay float32, in which generated layers and losses are computed.
 TRAINER_PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 
 
@@ -39,7 +39,9 @@ def has_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> 
     if not (folder / CONFIG).is_file() or not (finished or any(folder.glob(f"{RESUME}/*.ckpt"))):
         return False
     if finished and read_results(folder) is None:
-        raise ConfigError(f"{folder / RESULTS}: damaged: delete {folder} to train anew, or restore the file")
+        raise ConfigError(
+            f"{folder / RESULTS}: cannot be used: restore the file or its permissions, or delete {folder} to train anew"
+        )
     saved = dict(flatten(read_settings(folder) | read_inputs(folder)))
     requested = dict(flatten(settings | files))
     # A resumed run checks its data while training; a finished one does not, so here they must be the same.
@@ -53,7 +55,8 @@ def has_begun(folder: Path, settings: dict[str, Any], files: dict[str, str]) -> 
     if lines:
         raise ConfigError(
             f"{folder} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
-            "Repeat that run's command to resume it, or delete or rename the folder."
+            f"Repeat that run's command to {'see that it is finished' if finished else 'resume it'}, or delete or "
+            "rename the folder."
         )
     if finished:
         print(f"{folder}: finished; delete the folder to train anew")

@@ -24,7 +24,7 @@ from cdc_mmpg.results import (
     RESUME,
     RUNTIME_ONLY_KEYS,
     find_dataset_config,
-    fingerprint,
+    hash_command,
     read_results,
     read_settings,
 )
@@ -84,7 +84,7 @@ def is_finished(arguments: Sequence[str]) -> bool:
         return False
     run = Path(expand_home(folder))
     results = read_results(run)
-    if results is None or results.get("fingerprint") != fingerprint(arguments):
+    if results is None or results.get("fingerprint") != hash_command(arguments):
         return False
     # Left behind by a kill right after the results were written.
     shutil.rmtree(run / RESUME, ignore_errors=True)

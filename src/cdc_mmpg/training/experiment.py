@@ -39,10 +39,10 @@ from cdc_mmpg.results import (
     INPUTS,
     RESULTS,
     RESUME,
+    describe_provenance,
     find_dataset_config,
-    fingerprint,
     hash_annotations,
-    provenance,
+    hash_command,
     read_inputs,
     write_json,
 )
@@ -56,7 +56,7 @@ from cdc_mmpg.training.checkpointing import (
 from cdc_mmpg.training.checks import check_pair, check_trainer, has_begun
 from cdc_mmpg.training.corrections import CorrectedDataModule
 from cdc_mmpg.training.features import FeatureDataModule
-from cdc_mmpg.training.group import GROUPS, GroupStrategy, choose_cluster_environment, leave_group
+from cdc_mmpg.training.group import GROUPS_VARIABLE, GroupStrategy, choose_cluster_environment, leave_group
 from cdc_mmpg.training.loggers import ExampleTable, build_loggers, finish_loggers
 from cdc_mmpg.training.matmul import Matmul, set_matmul
 from cdc_mmpg.training.parser import LINKED_KEYS, Parser, explain_unknown_key, flatten, list_given_paths
@@ -183,7 +183,7 @@ class Experiment(LightningCLI):
         if self.subcommand == "fit":
             if trainer["max_steps"] < 1 and trainer["max_epochs"] is not None and trainer["max_epochs"] < 1:
                 raise ConfigError(f"max_epochs is {trainer['max_epochs']}: max_epochs must be at least 1 (EPOCHS=)")
-            self.identity = {"fingerprint": fingerprint(self.arguments), **provenance()}
+            self.identity = {"fingerprint": hash_command(self.arguments), **describe_provenance()}
 
     def _lock_folder(self, trainer: Trainer) -> None:
         """Lock the run's folder, refuse it if it has another run, and write the configuration of a new run.
@@ -265,7 +265,7 @@ class Experiment(LightningCLI):
                 raise ConfigError(str(error)) from error
             raise
         if self.subcommand:
-            launch.check_processes(trainer.world_size, trainer.num_nodes, alone=GROUPS not in os.environ)
+            launch.check_processes(trainer.world_size, trainer.num_nodes, alone=GROUPS_VARIABLE not in os.environ)
             self.until_end.enter_context(leave_group(trainer))
         trainer.accumulate_grad_batches = self._count_accumulated(trainer.world_size)
         rank_zero_only.rank = trainer.global_rank
@@ -317,8 +317,8 @@ class Experiment(LightningCLI):
         """Train or resume; test the best epoch; export the files that later runs need; write the results last."""
         if model.reads != "captions" and self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
             logger.warning(
-                "no CHECKPOINT: the encoder starts from random weights. The paper's is All-in-One, pretrained on "
-                "millions of clips; accuracies from scratch are far below it and say little about the methods."
+                "no CHECKPOINT: the encoder starts from random weights, and accuracies will be far below the paper's. "
+                "Set CHECKPOINT= to All-in-One-Ti's weights (https://github.com/showlab/all-in-one)"
             )
         trainer, parameters = self.trainer, model.parameter_counts()
         logger.info(

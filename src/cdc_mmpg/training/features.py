@@ -155,7 +155,7 @@ class FeatureDataModule(EpochDataModule):
             frame: index of the only frame to encode; None for all frames.
 
         Raises:
-            DataError: the machines of the run do not share the cache folder.
+            DataError: the cached file cannot be read, as when the machines of the run do not share the folder.
         """
         key = hashlib.sha256(f"{self.head.task} {self._weights} {fingerprint} {frame}".encode()).hexdigest()
         path = self.data.cache_dir / "features" / f"{name}.{key[:16]}.safetensors"
@@ -165,7 +165,8 @@ class FeatureDataModule(EpochDataModule):
         features = self._read(path)
         if features is None:
             raise DataError(
-                f"{path} is missing, though the first process has written it: all machines must share the folder"
+                f"{path} cannot be read, though the first process has written or read it: check the disk; the machines "
+                "of a run must share this folder (CACHE=)"
             )
         return features
 

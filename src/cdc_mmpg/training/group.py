@@ -16,7 +16,8 @@ from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.launchers import Launch
 from cdc_mmpg.program import Stopped
 
-GROUPS = "CDC_MMPG_GROUPS"  # environment variable for processes that Lightning starts: number of earlier groups
+# Environment variable for the processes that Lightning starts: number of earlier groups.
+GROUPS_VARIABLE = "CDC_MMPG_GROUPS"
 # Variables that Lightning sets in the environment for a run.
 LIGHTNING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 EXIT_SECONDS = 60  # that processes have to exit before they are killed
@@ -54,9 +55,9 @@ def choose_cluster_environment(launch: Launch, several: bool) -> ClusterEnvironm
     Lightning reads the variables of the job: it would treat a shell of the job, or a task that is a separate run, as a
     task of one run.
     """
-    if launch.by == "torchrun" or "SLURM_NTASKS" not in os.environ:
+    if launch.launcher == "torchrun" or "SLURM_NTASKS" not in os.environ:
         return None
-    return SlurmTasks() if launch.by == "srun" and several else LightningEnvironment()
+    return SlurmTasks() if launch.launcher == "srun" and several else LightningEnvironment()
 
 
 class GroupStrategy(DDPStrategy):
@@ -85,7 +86,7 @@ class GroupStrategy(DDPStrategy):
                     _stores[address], _, _ = next(distributed.rendezvous("env://", rank, world, timeout=self._timeout))
                 distributed.init_process_group(
                     self._get_process_group_backend(),
-                    store=distributed.PrefixStore(f"group {os.environ.get(GROUPS, '0')}", _stores[address]),
+                    store=distributed.PrefixStore(f"group {os.environ.get(GROUPS_VARIABLE, '0')}", _stores[address]),
                     rank=rank,
                     world_size=world,
                     timeout=self._timeout,
@@ -141,7 +142,7 @@ def leave_group(trainer: Trainer) -> Iterator[None]:
         if torch.distributed.is_initialized():
             trainer.strategy.barrier("parting")
             torch.distributed.destroy_process_group()
-            os.environ[GROUPS] = str(int(os.environ.get(GROUPS, "0")) + 1)
+            os.environ[GROUPS_VARIABLE] = str(int(os.environ.get(GROUPS_VARIABLE, "0")) + 1)
         end_child_processes(trainer.strategy, EXIT_SECONDS)
     except BaseException as error:
         if isinstance(error, Stopped):

@@ -59,7 +59,10 @@ def build_loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
         folder.mkdir(parents=True, exist_ok=True)
         wandb_run = _start_wandb_run(run, config, awaited)
     except Exception as error:  # the client raises many unrelated types
-        logger.warning("W&B cannot be used (%s): logging offline; `wandb sync` uploads later", _describe_error(error))
+        logger.warning(
+            "W&B cannot be used (%s): logging offline; upload later with `wandb sync %s/wandb/offline-run-*`",
+            _describe_error(error), run,
+        )  # fmt: skip
         # So that the next run of this process neither waits again nor reads the invalid settings.
         for name in [name for name in os.environ if name.startswith("WANDB_") and name not in PRESERVED_VARIABLES]:
             del os.environ[name]
@@ -167,7 +170,9 @@ def finish_loggers(boards: Sequence[Logger], results: dict[str, Any]) -> None:
                 board.experiment.summary.update(results["metrics"] | figures | costs | best)
                 board.experiment.finish()
             except Exception as error:  # results.json is already written, so a server error is only logged
-                logger.warning("W&B could not finish the run (%s): `wandb sync` uploads the rest", error)
+                logger.warning(
+                    "W&B could not finish the run (%s): `wandb sync` uploads the rest", _describe_error(error)
+                )
 
 
 def publish(folder: Path, page: str, figures: Mapping[str, float]) -> None:
@@ -187,7 +192,9 @@ def publish(folder: Path, page: str, figures: Mapping[str, float]) -> None:
                 board.experiment.summary.update(dict(figures))
                 board.experiment.finish()
             except Exception as error:  # the page is already written, so a server error is only logged
-                logger.warning("W&B could not save the report (%s): `wandb sync` uploads the rest", error)
+                logger.warning(
+                    "W&B could not save the report (%s): `wandb sync` uploads the rest", _describe_error(error)
+                )
 
 
 class ExampleTable(Callback):
@@ -234,5 +241,7 @@ class ExampleTable(Callback):
                 try:
                     board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], table)
                 except Exception as error:  # a table is sent at once, and the server may be unreachable by now
-                    logger.warning("W&B could not save a table (%s): this run logs no more tables", error)
+                    logger.warning(
+                        "W&B could not save a table (%s): this run logs no more tables", _describe_error(error)
+                    )
                     self.tables = False

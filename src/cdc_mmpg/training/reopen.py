@@ -18,9 +18,9 @@ from cdc_mmpg.results import (
     ANNOTATIONS_KEY,
     CONFIG,
     RESULTS,
+    describe_provenance,
     find_results,
     hash_annotations,
-    provenance,
     read_inputs,
     read_results,
     read_settings,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "best.ckpt"
 ALLOWED_PACKAGES = ("cdc_mmpg", "data_modules")  # packages whose classes a run's configuration may name
-IMPORTS = "CDC_MMPG_IMPORTS"  # environment variable: further allowed packages, separated by commas
+IMPORTS_VARIABLE = "CDC_MMPG_IMPORTS"  # environment variable: further allowed packages, separated by commas
 
 
 def run_evaluation(
@@ -44,7 +44,7 @@ def run_evaluation(
     """Evaluate the run that a command line names; return the exit code (see `errors`).
 
     Args:
-        name: name of the evaluation, see `folder_of`.
+        name: name of the evaluation, see `locate_evaluation`.
         description: description of the command.
         needed: kind of run that is needed, for the help.
         evaluate: function that evaluates the run in a folder and writes the results, with the command's arguments.
@@ -59,7 +59,7 @@ def run_evaluation(
 
     def evaluate_alone() -> None:
         load_finished_results(run)  # fails before the evaluation's folder is created
-        with lock_folder(folder_of(run, name)):
+        with lock_folder(locate_evaluation(run, name)):
             evaluate(run, arguments)
 
     return run_to_exit_code(evaluate_alone)
@@ -74,10 +74,10 @@ def load_finished_results(run: Path) -> dict[str, Any]:
     results = read_results(run)
     lacking = [name for name in (RESULTS, CONFIG, WEIGHTS) if not (run / name).is_file()]
     if results is None or lacking:
-        damaged = f"{RESULTS} is damaged" if RESULTS not in lacking else ""
+        unusable = f"{RESULTS} cannot be used" if results is None and RESULTS not in lacking else ""
         others = _list_finished_runs(run)
         raise CheckpointError(
-            f"{run}: not a finished run ({', '.join(filter(None, [damaged, *(f'no {name}' for name in lacking)]))}); "
+            f"{run}: not a finished run ({', '.join(filter(None, [unusable, *(f'no {name}' for name in lacking)]))}); "
             + (
                 "finished runs of the dataset:"
                 + "".join(f"\n  METHOD={other.parent.name} SEED={other.name.removeprefix('seed')}" for other in others)
@@ -100,13 +100,13 @@ def _list_finished_runs(run: Path) -> list[Path]:
     return [other for _, other in sorted(dated, reverse=True)]
 
 
-def folder_of(run: Path, evaluation: str) -> Path:
+def locate_evaluation(run: Path, evaluation: str) -> Path:
     """Return the folder of an evaluation: beside the methods' folders, by the evaluation's name and the run's seed."""
     run = run.absolute()
     return run.parents[1] / evaluation / run.name
 
 
-def provenance_of(run: Path) -> dict[str, str]:
+def identify_run(run: Path) -> dict[str, str]:
     """Return the name of a run and the digest of its weights, by which `is_done` recognizes an evaluation."""
     run = run.absolute()
     return {"run": f"{run.parent.name}/{run.name}", WEIGHTS: hash_file(run / WEIGHTS)}
@@ -176,13 +176,13 @@ def _refuse_foreign_classes(run: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the classes, and how to allow them.
     """
-    allowed = {*ALLOWED_PACKAGES, *filter(None, os.environ.get(IMPORTS, "").split(","))}
+    allowed = {*ALLOWED_PACKAGES, *filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(","))}
     foreign = sorted({path for path in _list_class_paths(settings) if path.partition(".")[0] not in allowed})
     if foreign:
         packages = ",".join(sorted({path.partition(".")[0] for path in foreign}))
         raise ConfigError(
             f"{run / CONFIG} names classes outside this project, whose code would run: {', '.join(foreign)}. If you "
-            f"trust the run and that code, set {IMPORTS}={packages} in the environment"
+            f"trust the run and that code, set {IMPORTS_VARIABLE}={packages} in the environment"
         )
 
 
@@ -204,9 +204,9 @@ def describe_evaluation(
     """Return the first entries of an evaluation's results: what was evaluated, where, when and by which command.
 
     Args:
-        folder: folder of the evaluation, see `folder_of`.
+        folder: folder of the evaluation, see `locate_evaluation`.
         experiment: experiment of the run.
-        source: name and digest of the run, see `provenance_of`.
+        source: name and digest of the run, see `identify_run`.
         arguments: arguments of the command.
     """
     data = experiment.dataset
@@ -223,5 +223,5 @@ def describe_evaluation(
         "devices": "1 x cpu",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "arguments": list(arguments),
-        **provenance(),
+        **describe_provenance(),
     }

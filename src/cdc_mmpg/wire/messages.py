@@ -40,6 +40,7 @@ UPLOAD_BYTES = HEADER.size + 4 * FEATURE_DIM
 FRAMING_BYTES = HEADER.size + SIGNATURE_BYTES  # bytes of a layer message beside its payload
 
 MAX_FEATURE_MAGNITUDE = 1.0
+SAME_EXPORT = "use device and cloud bundles of the same export"  # remedy for messages of other weights or keys
 Reason = Literal[
     "length",
     "magic",
@@ -70,11 +71,11 @@ class Rejected(CDCError):
 
 
 class UploadRejected(Rejected):
-    """The cloud rejected an upload."""
+    """Upload that the cloud refuses."""
 
 
 class WeightsRejected(Rejected):
-    """The device rejected a layer and keeps the one in use; never fatal."""
+    """Layer that the device refuses, keeping the one in use; never fatal."""
 
 
 class Layout(NamedTuple):
@@ -213,7 +214,7 @@ def decode_layer(
     except InvalidSignature as error:
         raise WeightsRejected(
             "signature",
-            "changed in transit, or signed by another cloud: use device and cloud bundles of the same export",
+            f"changed in transit, or signed by another cloud: {SAME_EXPORT}",
         ) from error
     try:
         return decode_matrices(body, layout.shapes, layout.precision)
@@ -247,9 +248,11 @@ def _read_header(
     if number != MESSAGES.index(message):
         raise error("message", f"message type {number}, expected {MESSAGES.index(message)} ({message})")
     if encoder != versions.encoder:
-        raise error("encoder", f"the message is for encoder {encoder.hex()}, expected {versions.encoder.hex()}")
+        different = f"encoder {encoder.hex()}, expected {versions.encoder.hex()}"
+        raise error("encoder", f"the message is for {different}: {SAME_EXPORT}")
     if generator != versions.generator:
-        raise error("generator", f"the message is for generator {generator.hex()}, expected {versions.generator.hex()}")
+        different = f"generator {generator.hex()}, expected {versions.generator.hex()}"
+        raise error("generator", f"the message is for {different}: {SAME_EXPORT}")
     known = {LAYER_KINDS.index(layout.kind): layout for layout in layouts}
     if kind not in known:
         offered = ", ".join(f"{number} ({layout.kind})" for number, layout in known.items())
