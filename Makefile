@@ -24,7 +24,7 @@ environment: .venv/.ready ## build .venv (uv, requirements.txt): PYTHON=
 	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 
-data: ## check a dataset and decode its clips into the cache: DATASET= DATA= ARGS= OUT=
+data: ## check a dataset and decode its clips into the cache: DATASET= DATA= VOCAB= ARGS= OUT=
 train: ## train and test: DATASET= DATA= METHOD=<name>|main|all SEED= SEEDS= CHECKPOINT= VOCAB= SIZE= JOBS= DEVICES= NODES= LAUNCH= PRECISION= MATMUL= COMPILE=1 FRAME_CACHE= EPOCHS= ARGS= ARGS_<method>= CACHE= OUT=
 tables: ## write all tables of the paper with our figures beside them: DATASET= DATA= FULL=1 JOBS= CACHE= OUT=
 table: ## compare the methods of a dataset, in the terminal and as Markdown: DATASET= OUT=

@@ -51,7 +51,8 @@ class Answers:
         else:
             counts = Counter(training_answers)
             words = sorted(counts, key=lambda word: (-counts[word], word))[: num_classes - 1]
-            _warn_of_ties(path, len(words), len(counts))
+            if len(words) < len(counts):
+                _warn_of_ties(path, len(words), len(counts))
         if (distinct := len(set(words))) < len(words):
             raise DataError(
                 f"{path}: {distinct} different answers in {len(words)} lines: remove the repeated lines, or fetch the "
@@ -85,8 +86,8 @@ def _read_lines(path: Path) -> list[str]:
 def _warn_of_ties(path: Path, taken: int, different: int) -> None:
     """Warn once per process that the vocabulary is counted, not read (a run reads it several times)."""
     logger.warning(
-        "%s is absent: using the %d most frequent of %d training answers instead, ties in alphabetical order; the "
-        "distributed file may break ties differently, so a few classes may differ",
+        "%s is absent: the classes are the %d most frequent of %d training answers (num_classes - 1), ties in "
+        "alphabetical order; where the file is distributed, a few of its classes may differ",
         path, taken, different,
     )  # fmt: skip
 

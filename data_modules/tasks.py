@@ -31,8 +31,14 @@ class VideoQADataModule(VideoTextDataModule):
         """Read the vocabulary of `self.num_classes` - 1 answers; counting `training_answers` is the fallback."""
 
     def check_samples(self, split: Split, samples: Sequence[Sample]) -> None:
-        """Refuse answers with line feeds or other control characters: answers are stored one per line."""
+        """Refuse blank questions and answers, and control characters in answers, which are stored one per line."""
         for place, sample in enumerate(samples):
+            if not sample.question.strip() or not sample.answer.strip():
+                lacking = "answer" if sample.question.strip() else "question"
+                raise DataError(
+                    f"{self.root}, split {split}: sample {place}, of clip {sample.clip}, has no {lacking}: fix the "
+                    "annotation file, or fetch it again"
+                )
             if CONTROL_CHARACTERS.search(sample.answer):
                 raise DataError(
                     f"{self.root}, split {split}: the answer of sample {place}, of clip {sample.clip}, is "

@@ -20,7 +20,7 @@ import pytest
 
 from cdc_mmpg.commands.prepare import prepare
 from cdc_mmpg.errors import CDCError, DataError
-from cdc_mmpg.files import HOST
+from cdc_mmpg.files import HOST_TAG
 from cdc_mmpg.media.frames import choose_candidates, choose_middle_candidates
 from cdc_mmpg.media.video import read_frames
 from conftest import TINY, write_clip
@@ -206,7 +206,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path, monkeypatch):
     """A decoder may live a moment longer than its killed run: its file is removed only after it has ended."""
     cache, decoder = make_cache(tmp_path), subprocess.Popen(["sleep", "60"])
     cache.folder.mkdir(parents=True)
-    abandoned_file, decoder_file = (cache.folder / f".c.npy.{HOST}.{pid}.tmp" for pid in (4194999, decoder.pid))
+    abandoned_file, decoder_file = (cache.folder / f".c.npy.{HOST_TAG}.{pid}.tmp" for pid in (4194999, decoder.pid))
     abandoned_file.touch()
     decoder_file.touch()
 
@@ -227,7 +227,7 @@ def test_a_truncated_index_and_a_half_written_array_are_repaired(tmp_path):
     cache.fill(clips, 1)
     written, index = read_write_times(cache), cache.folder / "index.jsonl"
     index.write_bytes(index.read_bytes()[:-30])
-    temporary = cache.folder / f".c1.000000000000.13.npy.{HOST}.4194999.tmp"
+    temporary = cache.folder / f".c1.000000000000.13.npy.{HOST_TAG}.4194999.tmp"
     temporary.write_bytes(b"half")
     reader = make_cache(tmp_path)
     reader.load()

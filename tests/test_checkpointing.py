@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.files import HOST
+from cdc_mmpg.files import HOST_TAG
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training.checkpointing import (
@@ -47,7 +47,7 @@ def test_the_newest_state_is_the_one_with_the_most_steps(tmp_path):
         save_state(folder / f"epoch={epoch}-step={step}.ckpt", step)
     stopped = save_state(folder / "stopped-step=99.ckpt", 99)
     save_state(folder / "last.ckpt", 1000)  # not ours: no step in its name
-    leftovers = [parent / f".state.ckpt.{HOST}.999999999.tmp" for parent in (tmp_path, folder)]
+    leftovers = [parent / f".state.ckpt.{HOST_TAG}.999999999.tmp" for parent in (tmp_path, folder)]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
     newest = find_newest_state(tmp_path)

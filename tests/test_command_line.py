@@ -192,6 +192,25 @@ def test_a_split_smaller_than_the_processes_is_refused(msvd, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {init_args: {encoder: {dept: 2}}}", "model.init_args.encoder.dept: there is no such key; the nearest"),
+        ("modle: {init_args: {encoder: {depth: 2}}}", "that exists is model.init_args.encoder.depth"),
+        (
+            "data:\n  init_args:\n    resize 64\n    batch_size: 8",
+            "mine.yaml: not a configuration (mapping values are not",
+        ),
+    ],
+)
+def test_bad_configurations_are_refused_with_their_place(content, message, fit, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(content)
+    assert main([*fit("linear"), f"--config={tmp_path / 'mine.yaml'}"]) == 2
+    captured = capsys.readouterr().err
+    assert message in captured, captured
+    assert "Traceback" not in captured
+
+
+@pytest.mark.parametrize(
     ("argument", "message", "code"),
     [
         ("--model.init_args.learnin_rate=1", "the nearest that exists is model.init_args.learning_rate", 2),

@@ -11,7 +11,7 @@ import torch
 
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, normalise
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.files import HOST
+from cdc_mmpg.files import HOST_TAG
 from conftest import write_clip
 from data_modules.clip_dataset import Sample
 from data_modules.msvd_qa import MSVDQA
@@ -113,7 +113,7 @@ def test_a_changed_clip_is_refused_until_the_data_are_checked_again(writable_msv
 def test_a_half_written_array_is_never_read(writable_msvd, tmp_path):
     data = prepare_module(writable_msvd, tmp_path)
     (path,) = data.cache.folder.glob("t_0_1.*.npy")
-    leftover = path.with_name(f".{path.name}.{HOST}.999999999.tmp")  # left by a killed process
+    leftover = path.with_name(f".{path.name}.{HOST_TAG}.999999999.tmp")  # left by a killed process
     leftover.write_bytes(path.read_bytes()[:100])
     path.unlink()
     prepare_module(writable_msvd, tmp_path)
@@ -287,6 +287,9 @@ def test_answers_with_line_feeds_are_refused_before_anything_is_decoded(writable
     data = build_module(writable_msvd, tmp_path)
     with pytest.raises(DataError, match=r"split val: the answer of sample 1, of clip c, is 'a\\nb'"):
         data.check_samples("val", [Sample("c", "what?", answer) for answer in ("a", "a\nb")])
+    for question, answer, lacking in (("what?", " ", "answer"), ("", "a", "question")):
+        with pytest.raises(DataError, match=f"sample 1, of clip d, has no {lacking}"):
+            data.check_samples("train", [Sample("c", "what?", "a"), Sample("d", question, answer)])
 
 
 def test_a_split_without_any_known_answer_is_refused_with_an_example(writable_msvd, tmp_path):

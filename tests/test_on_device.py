@@ -100,7 +100,7 @@ def test_the_recipe_records_the_picked_settings_and_the_grid(evaluated):
     recipe = read_results(evaluated)["recipe"]
     for number in (2, 5, 15):
         picked = recipe[f"labels_{number}"]
-        assert len(picked["grid"]) == len(on_device.PARTS) * len(on_device.RATES) * len(on_device.STEPS)
+        assert len(picked["grid"]) == len(on_device.PARTS) * len(on_device.LABEL_LEARNING_RATES) * len(on_device.STEPS)
         assert any(all(picked[key] == point[key] for key in ("parts", "rate", "steps")) for point in picked["grid"])
         assert picked["picked_on"] == 2 * (18 - 15)  # two unseen devices with six clips of three questions
     best = max(recipe["tent"]["grid"], key=lambda point: point["accuracy"])

@@ -17,7 +17,7 @@ from cdc_mmpg.commands import predict
 from cdc_mmpg.controls import on_device
 from cdc_mmpg.deployment import export
 from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError
-from cdc_mmpg.files import HOST, LOCK_NAME, lock_folder
+from cdc_mmpg.files import HOST_TAG, LOCK_NAME, lock_folder
 from cdc_mmpg.program import Stopped, run_to_exit_code
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training import loggers as dashboard
@@ -92,7 +92,7 @@ def test_a_lock_ends_with_its_process_and_the_next_one_removes_leftovers(tmp_pat
 
     with pytest.raises(ConfigError, match=f"in use by process {process.pid} on .* since 20"):
         write()
-    for host in (HOST, "another"):
+    for host in (HOST_TAG, "another"):
         (folder / f".config.yaml.{host}.{process.pid}.tmp").touch()
     (folder / ".kept").touch()
     kill(process)
@@ -247,7 +247,7 @@ def test_predict_names_the_runs_that_are_finished(trained, tmp_path, capsys):
     ("name", "content", "words"),
     [
         ("results.json", "{", "results.json: cannot be used"),
-        ("config.yaml", "a: [", "not the configuration of a run"),
+        ("config.yaml", "a: [", "not a configuration"),
         ("config.yaml", "- 1", "holds a list"),
         ("config.yaml", "{}", "Repeat that run's command to see that it is finished"),
         ("inputs.json", "{", "inputs.json: damaged"),

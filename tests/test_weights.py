@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cdc_mmpg.errors import CDCError, CheckpointError
-from cdc_mmpg.files import HOST, atomic_write, remove_leftovers
+from cdc_mmpg.files import HOST_TAG, atomic_write, remove_leftovers
 from cdc_mmpg.models.weights import load_checkpoint, read_metadata, read_state_dict, save_safetensors, strip_prefix
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
@@ -114,12 +114,12 @@ def test_interrupted_atomic_write_keeps_the_old_file(tmp_path):
 
 
 def test_leftovers_are_removed_unless_their_process_runs(tmp_path):
-    for host in (HOST, "elsewhere"):
+    for host in (HOST_TAG, "elsewhere"):
         for pid in (os.getpid(), 999_999_999, os.getppid()):
             (tmp_path / f".file.{host}.{pid}.tmp").touch()
     remove_leftovers(tmp_path)
     others = {f".file.elsewhere.{pid}.tmp" for pid in (os.getpid(), 999_999_999, os.getppid())}
-    assert {path.name for path in tmp_path.iterdir()} == {f".file.{HOST}.{os.getppid()}.tmp"} | others
+    assert {path.name for path in tmp_path.iterdir()} == {f".file.{HOST_TAG}.{os.getppid()}.tmp"} | others
 
 
 def test_uncreatable_folder_is_reported_with_its_path(tmp_path):
@@ -135,7 +135,7 @@ def test_uncreatable_folder_is_reported_with_its_path(tmp_path):
 
 def test_leftovers_of_an_unreaped_dead_process_are_removed(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
-    leftover = tmp_path / f".array.npy.{HOST}.{child.pid}.tmp"
+    leftover = tmp_path / f".array.npy.{HOST_TAG}.{child.pid}.tmp"
     leftover.touch()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but stays in the process table
     remove_leftovers(tmp_path)

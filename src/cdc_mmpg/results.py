@@ -174,16 +174,28 @@ def read_settings(run: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or damaged.
     """
+    return read_configuration(run / CONFIG, "restore it, or train anew")
+
+
+def read_configuration(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Args:
+        path: the file.
+        remedy: advice in the error.
+
+    Raises:
+        ConfigError: the file is missing or damaged; names the line.
+    """
     import yaml  # noqa: PLC0415  not installed on a device
 
-    path = run / CONFIG
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise TypeError(f"holds a {type(settings).__name__}")
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not the configuration of a run ({reason}): restore it, or train anew") from error
+        reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise ConfigError(f"{path}: not a configuration ({reason}): {remedy}") from error
     return settings
 
 

@@ -160,6 +160,8 @@ class Request:
         """Refuse a dataset or a method that does not exist."""
         names = [*BY_NAME, *(variant for method in METHODS for variant in list_variants(method))]
         if self.method not in (*METHOD_GROUPS, *names):
+            if (path := Path(f"experiments/methods/{self.method}.yaml")).is_file():
+                raise ConfigError(f"{path} exists, but METHODS in src/cdc_mmpg/catalogue.py has no entry for it")
             near = difflib.get_close_matches(self.method, [*METHOD_GROUPS, *names], n=1)
             raise ConfigError(
                 f"METHOD={self.method}: no such method or variant{f'; did you mean {near[0]}?' if near else '.'} "
@@ -170,7 +172,9 @@ class Request:
         if known == sorted(WORLDS):
             raise ConfigError("experiments/datasets not found: run `cdc-mmpg` in a checkout of the project")
         if self.dataset not in known:
-            raise ConfigError(f"DATASET={self.dataset} is none of: {' '.join(known)}")
+            near = difflib.get_close_matches(self.dataset, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"DATASET={self.dataset} is none of: {' '.join(known)}{hint}")
 
     @property
     def has_domains(self) -> bool:

@@ -119,6 +119,10 @@ class Answering(Method):
         """
         return {"own": self(batch.frame_features)}
 
+    def training_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss that training minimises: the task's, unless a method defines another."""
+        return self.head.loss(outputs, batch)
+
     def _step(self, batch: Batch, split: Split) -> Tensor:
         encoded = self.encode(batch)
         with self.float32():
@@ -128,7 +132,8 @@ class Answering(Method):
         """Return the loss of a batch returned by `encode`, and record its outcomes; see `_step`."""
         cases = self.scores(encoded, split)
         samples = encoded.samples if isinstance(encoded, SessionBatch) else encoded
-        loss = self.head.loss(next(iter(cases.values())), samples)
+        outputs = next(iter(cases.values()))
+        loss = self.training_loss(outputs, samples) if split == "train" else self.head.loss(outputs, samples)
         if split != "train":
             if self.head.has_sample_loss:
                 # A float: Lightning truncates integer batch sizes when it averages over processes.

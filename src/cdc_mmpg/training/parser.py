@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,6 +15,7 @@ from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.methods.base import Method
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
+from cdc_mmpg.results import read_configuration
 
 LINKED_KEYS = {  # keys that get the value of another key, by target
     "data.init_args.seed": "seed_everything",
@@ -44,7 +44,9 @@ class Parser(LightningArgumentParser):
         raise ConfigError("\n".join(line for line in message.strip().splitlines() if not re.search(noise, line)))
 
 
-UNKNOWN_KEY = re.compile(r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nrecognized arguments?: --([\w.]+)")
+UNKNOWN_KEY = re.compile(
+    r"(?:[Kk]ey|Option) ['\"]([\w.]+)['\"] is not|[Uu]nrecognized arguments?: --([\w.]+)|not accept option '([\w.]+)'"
+)
 
 
 def explain_unknown_key(message: str, given: Sequence[str]) -> str:
@@ -57,7 +59,7 @@ def explain_unknown_key(message: str, given: Sequence[str]) -> str:
     unknown = UNKNOWN_KEY.search(message)
     if not unknown:
         return message
-    name, known = unknown[1] or unknown[2], _list_known_paths()
+    name, known = unknown[1] or unknown[2] or unknown[3], _list_known_paths()
     path = next((key for key in given if f".{key}".endswith(f".{name}") and key not in known), name)
     leaves: dict[str, list[str]] = {}
     for key in known:
@@ -98,7 +100,11 @@ def _list_known_paths() -> list[str]:
 
 
 def list_given_paths(arguments: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Return the dotted paths of all keys that a command line, with its files, or a configuration gives."""
+    """Return the dotted paths of all keys that a command line, with its files, or a configuration gives.
+
+    Raises:
+        ConfigError: a file is damaged; names it.
+    """
     if isinstance(arguments, dict):
         return [path for path, _ in flatten(arguments)]
     paths = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
@@ -106,7 +112,7 @@ def list_given_paths(arguments: Sequence[str] | dict[str, Any]) -> list[str]:
         name, equals, value = argument.partition("=")
         file = Path(value if equals else following)
         if name in ("--config", "-c") and file.is_file():
-            paths += [path for path, _ in flatten(yaml.safe_load(file.read_text(encoding="utf-8")))]
+            paths += [path for path, _ in flatten(read_configuration(file, "fix it"))]
     return paths
 
 
