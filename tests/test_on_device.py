@@ -149,7 +149,7 @@ def test_other_runs_than_fine_tuning_are_refused(run, fit, tmp_path, capsys):
     assert "not a fine-tuning run" in capsys.readouterr().err
     assert train(fit("fine_tuning")) == 0
     assert on_device.main([str(tmp_path / "msvd" / "fine_tuning" / "seed0")]) == 2
-    assert "no labels for clips of its devices" in capsys.readouterr().err
+    assert "methods on the device need devices: define domains" in capsys.readouterr().err
     damaged = tmp_path / "damaged" / "fine_tuning" / "seed0"
     shutil.copytree(run, damaged)
     (damaged / "best.ckpt").write_bytes(b"cut short")

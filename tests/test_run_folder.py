@@ -450,5 +450,5 @@ def test_the_message_about_a_signal_is_logged_last(caplog):
     assert run_to_exit_code(train) == 130
     assert [record.message for record in caplog.records] == [
         "the bar is closed",
-        "stopped by SIGINT; run the same command again (training and decoding resume",
+        "stopped by SIGINT; run the same command again (training and decoding resume where they stopped)",
     ]

@@ -126,6 +126,7 @@ def evaluate_fine_tuned(
         raise ConfigError(f"{type(data).__name__} asks no open-ended questions, which devices adapt to")
     data.prepare_data()
     data.setup("test")
+    data.device_labels()  # early, since it refuses a dataset that does not know its devices
     comparison = compare(model, data)
     outcomes = comparison.outcomes()
     summary, parameters = data.summary(), model.parameter_counts()
