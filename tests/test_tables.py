@@ -757,10 +757,14 @@ def test_findings_on_adaptation_follow_the_sign_of_the_difference(share, verdict
     root = tmp_path / "synthetic"
     write_answers(root, "fine_tuning", cases={"own": 0.6})
     write_answers(root, "cdc_mmpg", cases={"own": share, "bypassed": share})
+    write_answers(root, "fine_tuning_virtual", cases={"own": 0.6})
+    write_answers(root, "cdc_mmpg_virtual", cases={"own": share})
     write_answers(root, "cdc_mmpg_session", cases={"n16": share, "shuffled_n16": 0.1})
     sentences = [text.text for text in list_findings(Evidence(root))]
     assert sum(text.startswith(f"Per-sample adaptation (CDC-MMPG) {verdict}: ") for text in sentences) == 1
     assert sum(text.startswith(f"Per-session adaptation (Session, n = 16) {verdict}: ") for text in sentences) == 1
+    virtual = f"Per-sample adaptation (CDC-MMPG, virtual devices) {verdict} with the same virtual devices: "
+    assert sum(text.startswith(virtual) for text in sentences) == 1
     assert any(text.startswith("The reasoner (ADR) makes no significant difference in CDC-MMPG") for text in sentences)
 
 

@@ -31,7 +31,11 @@ OPPONENTS = {
     Side("corrected_hue_mode"): "rotating hues back by the most frequent hue (given the kind of shift)",
     Side("corrected_true_cast"): "rotating hues back by the true cast (an upper bound)",
 }
-REFERENCES = {BASELINE: "fine-tuning", CONCATENATED: "concatenation, which generates no weights"}
+REFERENCES = {
+    BASELINE: "fine-tuning",
+    f"{BASELINE}_virtual": "fine-tuning with the same virtual devices",
+    CONCATENATED: "concatenation, which generates no weights",
+}
 
 
 class Payload(NamedTuple):
@@ -61,7 +65,11 @@ def list_findings(evidence: Evidence) -> list[CitedText]:
 def list_claims(evidence: Evidence) -> list[CitedText]:
     """Return sentences on the gain from adaptation, the parts that it needs, and its cost in bytes."""
     claims = [
-        *(_compare_with(evidence, method, Side(BASELINE)) for method in SAMPLE_METHODS if method.startswith("cdc")),
+        *(
+            _compare_with(evidence, method, Side(f"{BASELINE}_virtual" if method.endswith("_virtual") else BASELINE))
+            for method in SAMPLE_METHODS
+            if method.startswith("cdc")
+        ),
         *(_compare_with(evidence, method, Side(BASELINE)) for method in SESSION_METHODS),
         _compare_with(evidence, SESSION, Side(CONCATENATED)),
         *_compare_with_opponents(evidence),
