@@ -11,7 +11,7 @@ from cdc_mmpg.data.batch import SPLITS, Split, Task, View
 from cdc_mmpg.data.interface import Captions
 from cdc_mmpg.data.sampling import EpochDataModule
 from cdc_mmpg.errors import ConfigError, DataError
-from data_modules.annotations import Published, is_outside_folder
+from data_modules.annotations import PLAIN_NAME, Published, is_outside_folder
 from data_modules.checks import check_categories, check_root, describe_held_out
 from data_modules.clip_dataset import Sample
 from data_modules.domains import DomainKind, Shift, choose_held_out
@@ -146,8 +146,8 @@ class AnnotatedSplits(EpochDataModule):
             for sample in samples:
                 if is_outside_folder(sample.clip):
                     raise DataError(
-                        f"{self.root}, split {split}: the clip name {sample.clip!r} is not a plain file name (no "
-                        "slash, not empty): fix the file, or fetch it again"
+                        f"{self.root}, split {split}: the clip name {sample.clip!r} is not {PLAIN_NAME}: fix the "
+                        "file, or fetch it again"
                     )
             self._annotated[split] = samples
         return self._annotated[split]

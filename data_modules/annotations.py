@@ -36,6 +36,7 @@ FILE_BEGINNINGS = {  # pattern of the beginning of a file, by kind of file
 }
 KIND_NAMES: dict[type, str] = {str: "a text", int: "an integer", float: "a number", bool: "a truth value",
                                list: "a list", dict: "an object"}  # fmt: skip
+PLAIN_NAME = "a plain file name (no slash, not empty)"
 WHERE_FORMATS = "the dataset's file in data_modules/ lists the supported formats (docstring of its class)"
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
@@ -101,7 +102,7 @@ class AnnotationRow(NamedTuple):
         """
         name = self.field(str, *keys)
         if is_outside_folder(name):
-            raise self.refusal(keys, "a plain file name (no slash, not empty)")
+            raise self.refusal(keys, PLAIN_NAME)
         return name
 
     def index_below(self, number: int, *keys: str) -> int:

@@ -30,7 +30,7 @@ from rich.progress import track
 from cdc_mmpg.errors import CDCError, DataError, format_names
 from cdc_mmpg.files import hash_file, remove_leftovers, write_listing
 from cdc_mmpg.media.frames import CANDIDATES, Frames, choose_candidates, compute_shorter_side
-from cdc_mmpg.media.video import Decoder
+from cdc_mmpg.media.video import NO_DECORD, Decoder
 from data_modules.decoding import DecodingSettings, decode_clips
 from data_modules.frame_index import NOT_DECODED, Entry, FrameIndex
 
@@ -227,9 +227,7 @@ class FrameCache:
 
     def _check_room(self, clips: int) -> None:
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
-            raise DataError(
-                "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
-            )
+            raise DataError(NO_DECORD)
         needed = self.estimate(clips)
         logger.info("decoding %d clips into %s, about %s", clips, self.folder, decimal(needed))
         if (free := shutil.disk_usage(self.folder).free) < needed:

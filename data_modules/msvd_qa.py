@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from cdc_mmpg.data.batch import Split
 from cdc_mmpg.errors import DataError
 from data_modules.annotations import (
+    PLAIN_NAME,
     Published,
     as_rows,
     choose_file,
@@ -109,10 +110,7 @@ class MSVDQA(VideoQADataModule):
                 raise DataError(f"{path}, line {number}: {line!r} is not '<clip> vid<number>'; fetch it again")
             name, vid = parts[1], int(parts[2])
             if is_outside_folder(name):
-                raise DataError(
-                    f"{path}, line {number}: {name!r} is not a plain file name (no slash, not empty): fix the file, or "
-                    "fetch it again"
-                )
+                raise DataError(f"{path}, line {number}: {name!r} is not {PLAIN_NAME}: fix the file, or fetch it again")
             if names.setdefault(vid, name) != name:
                 raise DataError(f"{path}, line {number}: vid{vid} is {name!r}, but {names[vid]!r} above; fix the file")
         return names

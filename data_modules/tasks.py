@@ -95,7 +95,7 @@ class VideoQADataModule(VideoTextDataModule):
             if shift.is_unseen(sample.clip) and self.is_ready(sample.clip) and self._answers.label(sample.answer) >= 0
         ]
         origins = [
-            SampleOrigin(sample.clip, shift.domain(sample.clip), "unseen", sample.type, sample.question, sample.answer)
+            SampleOrigin(sample.clip, *self._find_device(sample.clip), sample.type, sample.question, sample.answer)
             for sample in samples
         ]
         return DeviceLabels(self.build(samples), origins)

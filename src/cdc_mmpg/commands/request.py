@@ -80,6 +80,12 @@ COMMAND_VARIABLES = {
 MAKE_ONLY_VARIABLES = ("PYTHON",)  # read by make, not by `cdc-mmpg`
 
 
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """Return a question with the most similar known name; "" if none is similar."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Request:
     """Variables of a command, checked, and the paths and methods that they select.
 
@@ -162,9 +168,9 @@ class Request:
         if self.method not in (*METHOD_GROUPS, *names):
             if (path := Path(f"experiments/methods/{self.method}.yaml")).is_file():
                 raise ConfigError(f"{path} exists, but METHODS in src/cdc_mmpg/catalogue.py has no entry for it")
-            near = difflib.get_close_matches(self.method, [*METHOD_GROUPS, *names], n=1)
             raise ConfigError(
-                f"METHOD={self.method}: no such method or variant{f'; did you mean {near[0]}?' if near else '.'} "
+                f"METHOD={self.method}: no such method or variant"
+                f"{_suggest(self.method, [*METHOD_GROUPS, *names]) or '.'} "
                 f"Groups: {', '.join(METHOD_GROUPS)}. Methods: {', '.join(BY_NAME)}. "
                 "Variants: see experiments/README.md"
             )
@@ -172,9 +178,7 @@ class Request:
         if known == sorted(WORLDS):
             raise ConfigError("experiments/datasets not found: run `cdc-mmpg` in a checkout of the project")
         if self.dataset not in known:
-            near = difflib.get_close_matches(self.dataset, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"DATASET={self.dataset} is none of: {' '.join(known)}{hint}")
+            raise ConfigError(f"DATASET={self.dataset} is none of: {' '.join(known)}{_suggest(self.dataset, known)}")
 
     @property
     def has_domains(self) -> bool:

@@ -37,7 +37,7 @@ from cdc_mmpg.controls.forward_only import (
     smooth_over_neighbours,
 )
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, FeatureBatch, Split, VideoTextBatch
-from cdc_mmpg.data.interface import LabelsDevices, SampleOrigin
+from cdc_mmpg.data.interface import DeviceLabels, LabelsDevices, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
@@ -97,14 +97,14 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
 
 
 def evaluate_fine_tuned(
-    name: str, run: Path, compare: Callable[[FineTuning, Any], "Comparison"], arguments: Sequence[str]
+    name: str, run: Path, compare: Callable[[FineTuning, Any, DeviceLabels], "Comparison"], arguments: Sequence[str]
 ) -> None:
     """Evaluate a control on a fine-tuning run and write its results, unless they exist.
 
     Args:
         name: name of the evaluation's folder.
         run: folder of the run.
-        compare: creates the comparison from the run's model and dataset.
+        compare: creates the comparison from the run's model, dataset and labels of devices.
         arguments: arguments of the command, which the results record.
 
     Raises:
@@ -126,8 +126,7 @@ def evaluate_fine_tuned(
         raise ConfigError(f"{type(data).__name__} asks no open-ended questions, which devices adapt to")
     data.prepare_data()
     data.setup("test")
-    data.device_labels()  # early, since it refuses a dataset that does not know its devices
-    comparison = compare(model, data)
+    comparison = compare(model, data, data.device_labels())  # refuses a dataset that does not know its devices
     outcomes = comparison.outcomes()
     summary, parameters = data.summary(), model.parameter_counts()
     trained = max(recipe["trained"] for recipe in comparison.recipe.values())
@@ -156,14 +155,15 @@ class Comparison:
     Args:
         model: model with the run's weights, which every method restores.
         data: dataset after `setup`.
+        labelled: its labels of devices (`interface.DeviceLabels`); None where nothing is fine-tuned on them.
 
     Attributes:
         recipe: by case, the selected settings and the grid with its accuracies.
         seconds: `train` for selection and adaptation, `test` for the unadapted answers.
     """
 
-    def __init__(self, model: "FineTuning", data: Any) -> None:
-        self.model, self.data = model.eval().requires_grad_(False), data
+    def __init__(self, model: "FineTuning", data: Any, labelled: Any = None) -> None:
+        self.model, self.data, self.labelled = model.eval().requires_grad_(False), data, labelled
         self.recipe: dict[str, Any] = {}
         self.seconds = {"train": 0.0, "test": 0.0}
 
@@ -204,7 +204,7 @@ class Comparison:
         Args:
             test: (N, T, 192) features of the test questions.
         """
-        questions, origins = self.data.device_labels()
+        questions, origins = self.labelled
         labelled, tested = group_by_device(origins), group_by_device(self.data.origins("test"))
         devices = [device for device in labelled if device in tested and len(labelled[device]) > max(LABEL_COUNTS)]
         if len(devices) < 2:

@@ -187,14 +187,15 @@ def _decode_pyav(path: Path) -> Iterator[av.VideoFrame]:
         yield from container.decode(stream)
 
 
+NO_DECORD = "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
+
+
 def _import_decord() -> Any:
     """Import decord and silence its log; refuse if it is not installed."""
     try:
         import decord  # noqa: PLC0415  optional: it lacks wheels for some platforms
     except ImportError as error:
-        raise DataError(
-            "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
-        ) from error
+        raise DataError(NO_DECORD) from error
     decord.logging.set_level(decord.logging.QUIET)  # its FFmpeg writes to stderr what is also raised
     return decord
 
