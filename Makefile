@@ -8,7 +8,7 @@ PY     := .venv/bin/python
 CDC    := if [ -x .venv/bin/cdc-mmpg ]; then exec .venv/bin/cdc-mmpg "$$@"; else PYTHONPATH=src exec $(PYTHON) -m cdc_mmpg "$$@"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help environment data train tables report predict export serve device delay demo table figures checkpoint sweep benchmark test test-slow lint check clean
+.PHONY: help environment data train tables report predict export web serve device delay demo table figures checkpoint sweep benchmark test test-slow lint check clean
 
 help: ## list the targets and their variables
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,16 +32,17 @@ report: ## write one HTML page with all figures, and their sources as JSON: DATA
 figures: ## draw the README's pictures from a dataset's runs: DATASET= DATA= OUT=
 predict: ## answer a question about a file, or choose a text: VIDEO= QUESTION= CHOICES='a | b' METHOD= DATASET= SEED= VOCAB= OUT=
 export: ## write bundles of a run for device and cloud: METHOD= DATASET= SEED= ARGS= OUT=
-serve: ## start the cloud service of an export: METHOD= DATASET= SEED= HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
+web: ## install the libraries of the browser's page (npm)
+serve: ## start the cloud service of an export, with WEB=1 and the browser's page: METHOD= DATASET= SEED= WEB=1 HOST= PORT= WORKERS= KEYS= CERTIFICATE= CERTIFICATE_KEY= ARGS= OUT=
 device: ## ask the device client, with an export and a running service: VIDEO= QUESTION= CHOICES= CLOUD= INT8=1 ARGS=--new-session METHOD= DATASET= SEED= ARGS= OUT=
-demo: ## play a session of an unseen device through service and client: SEED= ARGS='--device unseen003' OUT=
+demo: ## play a session of an unseen device in the browser: DEMO=terminal SEED= PORT= ARGS='--device unseen003' OUT=
 delay: ## measure the delays of Table 6 on a rate-limited link: DATASET= ARGS= OUT=
 sweep: ## tune learning rates, with W&B or locally: experiments/sweep.yaml
 checkpoint: ## list which weights of a checkpoint the encoder uses, drops and lacks: FILE=
 benchmark: ## measure speed at the paper's size: training, or OF=loading, deployment (service and device), adapting (on the device): ARGS='--batch-size 8 --steps 5' on a small machine
 
 # Variables arrive through MAKEFLAGS verbatim, so neither make nor the shell can alter a question.
-data train tables table report figures predict export serve device demo delay sweep checkpoint benchmark: .venv/.ready
+data train tables table report figures predict export web serve device demo delay sweep checkpoint benchmark: .venv/.ready
 	+@set -- $@ --make; $(CDC)
 
 # Tests often wait for processes and time limits, so three workers suit two processors.

@@ -21,7 +21,7 @@ import pytest
 from cdc_mmpg.cloud.model import load_model, read_cloud_bundle
 from cdc_mmpg.device import Answer
 from cdc_mmpg.device.__main__ import main
-from cdc_mmpg.device.model import DeviceModel, read_bundle
+from cdc_mmpg.device.model import BUNDLE_FORMAT, DeviceModel, read_bundle
 from cdc_mmpg.device.state import State
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import hash_file, hash_json
@@ -342,7 +342,7 @@ def test_several_threads_may_ask(deployed, fake, clips):
     assert len(device._anchors) == len(clips)
 
 
-@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx", "shared.npy", "vocab.txt", "answers.json"])
+@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx", "shared.bin", "tokenizer.json", "answers.json"])
 def test_a_bundle_that_changed_is_refused_by_name(deployed, tmp_path, name):
     bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "bundle"))
     content = bytearray((bundle / name).read_bytes())
@@ -363,7 +363,7 @@ def test_damaged_or_foreign_bundles_are_refused(tmp_path, deployed):
     for wrong, message in (
         ({**settings, "format": 9}, "format 9"),
         ([], "not a complete"),
-        ({"format": 2}, "changed since"),
+        ({"format": BUNDLE_FORMAT}, "changed since"),
         ({**settings, "files": {}}, "changed since"),
         ({**settings, "unit": "sample"}, "changed since"),
         ({name: value for name, value in settings.items() if name != "digest"}, "changed since"),
@@ -422,7 +422,7 @@ def test_settings_of_a_wrong_type_are_refused_though_their_digest_is_right(deplo
             (bundle / "bundle.json").write_text(json.dumps({**wrong, "digest": hash_json(wrong)}))
             with contextlib.suppress(CheckpointError):  # accepted settings must work
                 DeviceModel(bundle, threads=1).encode_anchor(np.zeros((3, 32, 32, 3), np.uint8))
-    del settings["files"]["shared.npy"]
+    del settings["files"]["shared.bin"]
     (bundle / "bundle.json").write_text(json.dumps({**settings, "digest": hash_json(settings)}))
     with pytest.raises(CheckpointError, match=r"bundle\.json.*files"):
         DeviceModel(bundle)

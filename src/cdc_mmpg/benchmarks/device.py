@@ -157,7 +157,7 @@ def time_swaps(bundles: Path, clouds: Mapping[str, Path], seconds: float) -> Rep
     served = {kind: load_model(folder) for kind, folder in clouds.items()}
     messages = {kind: make_message(served.get(kind, served["float32"]), kind)
                 for kind in ("float32", "float16", "int8", "low_rank", "basis")}  # fmt: skip
-    # A bundle for basis layers has this array in basis.npy.
+    # A bundle for basis layers has this array in basis.bin.
     adaptor: Any = served["basis"].generator.adaptor
     model._basis = adaptor.basis.detach().cpu().numpy()
     device = SimpleNamespace(layer=Layer(model.shared, 0, "shared"))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -50,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHT_PRECISIONS, default="", help="default: the bundle's precision")
     parser.add_argument("--certificate", help="certificate for HTTPS (PEM)")
     parser.add_argument("--certificate-key", help="private key for HTTPS (PEM)")
+    parser.add_argument(
+        "--web", type=Path, help="folder of the export: also serve the browser's page, its device bundles and demo"
+    )
+    parser.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        help="another origin whose pages may request layers, such as https://lab.example; repeatable; default: none",
+    )
     options = parser.parse_args(arguments)
     return run_to_exit_code(lambda: serve(options))
 
@@ -70,6 +80,11 @@ def serve(options: argparse.Namespace) -> None:
         )
     check_certificate(options.certificate, options.certificate_key)
     read_keys(options.keys)
+    check_origins(options.origin)
+    if options.web:
+        from cdc_mmpg.cloud.pages import Page  # noqa: PLC0415  it imports the device's packages
+
+        Page(options.web)
     load_model(options.bundle, options.weights)
     listener = listen(options.host, options.port)
     configure_logs()
@@ -79,7 +94,16 @@ def serve(options: argparse.Namespace) -> None:
     supervisor = os.getpid() if options.workers > 1 else 0
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http{'s' if options.certificate else ''}://{host}:{listener.getsockname()[1]}"
-    settings = Settings(str(options.bundle), options.keys, options.places, options.weights, supervisor, address)
+    settings = Settings(
+        str(options.bundle),
+        options.keys,
+        options.places,
+        options.weights,
+        supervisor,
+        address,
+        str(options.web or ""),
+        tuple(options.origin),
+    )
     os.environ[SETTINGS_VARIABLE] = json.dumps(settings._asdict())
     config = uvicorn.Config(
         "cdc_mmpg.cloud.app:app",
@@ -132,6 +156,17 @@ def check_certificate(certificate: str | None, key: str | None) -> None:
             f"{certificate} and {key} are not a certificate and its unencrypted key in PEM format ({error}): check "
             "CERTIFICATE= and CERTIFICATE_KEY="
         ) from error
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse an origin that no browser would send.
+
+    Raises:
+        ConfigError: it is not https://<host> or http://<host>, with a port if it is not the scheme's.
+    """
+    for origin in origins:
+        if not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin):
+            raise ConfigError(f"--origin={origin}: write https://<host>[:<port>] in lower case, without a path or *")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@
     GET  /health     200 while the process answers
     GET  /ready      200 once the weights are loaded, 503 before
     GET  /metrics    counts in the Prometheus format
+    GET  /           with `--web`: the browser's page and its files (see `pages`)
 
 The body is read first, limited to the length of an upload and to `BODY_SECONDS`; then the request takes one of
 `--places` places, of which no client (a key or an address) can take all, or is refused (503, Retry-After). Invalid
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +28,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdc_mmpg.cloud.batcher import Batcher
 from cdc_mmpg.cloud.keys import find_key, read_keys
@@ -58,6 +60,8 @@ class Settings(NamedTuple):
     weights: str  # "float32" or "bfloat16"; "" for the bundle's choice
     supervisor: int  # process ID of the supervisor; 0 without one
     address: str = ""  # URL of the service, for the log
+    web: str = ""  # folder of the export whose files browsers may load; with "", there is no page
+    origins: tuple[str, ...] = ()  # other origins whose pages may request layers
 
 
 class Metrics:
@@ -97,13 +101,19 @@ class Service:
         settings: settings of this process.
 
     Raises:
-        ConfigError: the file of keys cannot be used.
+        ConfigError: the file of keys, or the page, cannot be used.
+        CheckpointError: the page's export has no device bundle.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.keys, self.metrics = settings, read_keys(settings.keys), Metrics()
         self.door = Door(settings.places, compute_connection_limit(), self.metrics.replies)
         self.batcher: Batcher | None = None
+        self.send_page: Callable[[Request], Awaitable[Response]] | None = None
+        if settings.web:
+            from cdc_mmpg.cloud.pages import Page  # noqa: PLC0415  it imports the device's packages
+
+            self.send_page = Page(Path(settings.web)).send
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -277,7 +287,7 @@ class BackpressuredResponse(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def app() -> Gate:
+def app() -> ASGIApp:
     """Return the ASGI application for a process started by `cdc_mmpg.cloud.__main__`."""
     configure_logs()
     service = Service(Settings(**json.loads(os.environ[SETTINGS_VARIABLE])))
@@ -289,6 +299,8 @@ def app() -> Gate:
     ):
         api.add_api_route(path, endpoint, methods=["GET", "HEAD"])
     api.add_api_route(LAYER_PATH, service.answer_upload, methods=["POST"])
+    if service.send_page:
+        api.add_api_route("/{path:path}", service.send_page, methods=["GET", "HEAD"])
 
     @api.exception_handler(HTTPException)
     async def refuse(_: Request, error: HTTPException) -> Response:
@@ -300,7 +312,17 @@ def app() -> Gate:
     async def fail(_: Request, error: Exception) -> Response:
         return service.refuse(500, "failed", f"the service failed ({type(error).__name__}): see its log")
 
-    return Gate(service, api)
+    gate = Gate(service, api)
+    origins = service.settings.origins
+    if not origins:
+        return gate
+    return CORSMiddleware(
+        gate,
+        allow_origins=origins,
+        allow_methods=["POST"],
+        allow_headers=["Authorization", "Content-Type"],
+        expose_headers=["Server-Timing", "Retry-After"],
+    )
 
 
 def check_length(headers: Sequence[tuple[bytes, bytes]]) -> None:

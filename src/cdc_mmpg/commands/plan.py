@@ -4,6 +4,7 @@ A step runs a program of `cdc-mmpg` with arguments: `cdc-mmpg fit ...`. The depe
 catalogue; `make -n` prints the steps in their order.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -319,8 +320,22 @@ def plan_demo(request: Request) -> Plan:
         plan.add_run(find_run(request.served, request.seed, request.encoder_seed(request.seed)))
     if not Path(run, "deployment", "export.json").is_file():
         plan.add(Step("export", "export", (run,), tuple(plan.steps)))
-    arguments = (run, "--data", request.data, *request.words("ARGS"))
+    place = ["--terminal"] if request["DEMO"] == "terminal" else []
+    arguments = (run, "--data", request.data, *place, *_options(request, port="PORT"), *request.words("ARGS"))
     plan.add(Step("demo", "demo", arguments, tuple(plan.steps)))
+    return plan
+
+
+def plan_with_page(request: Request) -> Plan:
+    """Plan an export or the service, after the installation of the page's libraries if they are wanted.
+
+    An export is tried as a browser runs it, if npm is there.
+    """
+    plan, exports = Plan(request), request.command == "export"
+    if request["WEB"] == "1" or (exports and shutil.which("npm")):
+        plan.add(Step("web", "web", ("--optional",) if exports else ()))
+    arguments = tuple(ARGUMENTS[request.command](request))
+    plan.add(Step(request.command, request.command, arguments, tuple(plan.steps)))
     return plan
 
 
@@ -355,12 +370,14 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
         f"--run={request.served_run}", *_question_options(request),
         *([f"--vocab={request.vocab}"] if request.vocab else []),
     ],
+    "web": lambda request: [],
     "export": lambda request: [request.served_run, *request.words("ARGS")],
     "serve": lambda request: [
         f"{request.served_run}/deployment/cloud", "--host", request["HOST"] or "127.0.0.1",
         "--port", request["PORT"] or "8000",
         *_options(request, workers="WORKERS", keys="KEYS", certificate="CERTIFICATE",
                   certificate_key="CERTIFICATE_KEY"),
+        *(["--web", f"{request.served_run}/deployment"] if request["WEB"] == "1" else []),
         *request.words("ARGS"),
     ],
     "device": lambda request: [
@@ -379,4 +396,6 @@ PLANS: dict[str, Callable[[Request], Plan]] = {
     "data": plan_data,
     "demo": plan_demo,
     **dict.fromkeys(ARGUMENTS, plan_one),
+    "export": plan_with_page,
+    "serve": plan_with_page,
 }

@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cdc_mmpg.files import atomic_write, hash_json
 from cdc_mmpg.results import write_json
 
@@ -16,7 +13,6 @@ CLOUD_SETTINGS, GENERATOR, SIGNING_KEY, EXPORT_REPORT = (
     "signing_key.pem",
     "export.json",
 )
-DEVICE_FOLDERS = {"float32": "device", "int8": "device-int8"}
 
 
 def write_settings(settings: dict[str, Any], path: Path) -> None:
@@ -29,12 +25,6 @@ def write_content(path: Path, content: bytes) -> None:
     """Write bytes to a file atomically."""
     with atomic_write(path) as file:
         file.write(content)
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy atomically."""
-    with atomic_write(path) as file:
-        np.save(file, array, allow_pickle=False)
 
 
 def count_folder_bytes(folder: Path) -> int:

@@ -12,16 +12,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
-from cdc_mmpg.deployment.bundle_files import (
-    DEVICE_FOLDERS,
-    count_folder_bytes,
-    write_array,
-    write_content,
-    write_settings,
-)
+from cdc_mmpg.deployment.bundle_files import count_folder_bytes, write_content, write_settings
 from cdc_mmpg.deployment.checks import compare_with_torch
 from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
 from cdc_mmpg.deployment.graphs import export_encoder, export_head, quantise
@@ -33,12 +26,15 @@ from cdc_mmpg.device.model import (
     BUNDLE_FORMAT,
     ENCODER_FILE,
     HEAD_FILE,
+    LAYER_DTYPES,
     SHARED_FILE,
-    VOCABULARY_FILE,
+    TOKENIZER_FILE,
 )
+from cdc_mmpg.device.page import DEVICE_FOLDERS
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import hash_file
+from cdc_mmpg.media.text import build_tokenizer
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.results import describe_provenance
 from cdc_mmpg.wire.messages import compute_digest
@@ -83,27 +79,18 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
     ordered += [word for i, word in enumerate(source.words) if i not in kept]
     for precision, name in DEVICE_FOLDERS.items():
         folder = out / name
-        dtype = np.float16 if precision == "int8" else np.float32
         with tempfile.TemporaryDirectory() as scratch:
             for file, model in models.items():
                 content = model.SerializeToString()
                 if precision == "int8" and file == ENCODER_FILE:
                     content = quantise(content, Path(scratch))
                 write_content(folder / file, content)
-        write_array(folder / SHARED_FILE, served.offline.numpy().astype(dtype))
-        if basis is not None:
-            write_array(folder / BASIS_FILE, basis.detach().numpy().astype(dtype))
-        write_content(folder / VOCABULARY_FILE, "\n".join(ordered).encode() + b"\n")
+        arrays = {SHARED_FILE: served.offline} | ({BASIS_FILE: basis.detach()} if basis is not None else {})
+        for file, array in arrays.items():
+            write_content(folder / file, array.numpy().astype(LAYER_DTYPES[precision]).tobytes())
+        write_content(folder / TOKENIZER_FILE, build_tokenizer(ordered).to_str().encode())
         write_content(folder / ANSWERS_FILE, json.dumps(source.answers).encode())
-        files = [
-            ENCODER_FILE,
-            HEAD_FILE,
-            SHARED_FILE,
-            *([BASIS_FILE] if basis is not None else []),
-            VOCABULARY_FILE,
-            ANSWERS_FILE,
-        ]
-        digests = {file: hash_file(folder / file) for file in files}
+        digests = {file: hash_file(folder / file) for file in (*models, *arrays, TOKENIZER_FILE, ANSWERS_FILE)}
         write_settings({**settings, "precision": precision, "files": digests}, folder / BUNDLE_FILE)
 
     difference = compare_with_torch(source, out / DEVICE_FOLDERS["float32"])

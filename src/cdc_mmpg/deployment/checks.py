@@ -1,9 +1,13 @@
 """Checks of exported bundles: scores against torch's, and accuracy on the run's test questions."""
 
 import csv
-from collections.abc import Sequence
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +16,18 @@ from rich.progress import track
 
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
-from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, GENERATOR
+from cdc_mmpg.deployment.bundle_files import GENERATOR
 from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.device.page import DEVICE_FOLDERS, PAGE, are_installed
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.evaluation.metrics import RIGHT
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
 MAX_TEST_QUESTIONS = 1_000  # number of test questions on which bundles are evaluated
+MAX_WASM_QUESTIONS = 100  # of them, number that are also asked as a browser asks them
+MAX_WASM_DIFFERENCE = 1e-4  # largest absolute difference of a float32 bundle's features in wasm
 SESSION_ANCHORS = 16  # number of clips per session
 
 
@@ -90,11 +97,13 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
                               "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
     for name in DEVICE_FOLDERS.values():
         model = DeviceModel(out / name)
-        predicted = dict(zip(drawn, answer_on_device(model, source, data, drawn, generator), strict=True))
+        cases = [*make_cases(model, source, data, drawn, generator)]
+        predicted = dict(zip(drawn, answer_on_device(model, cases), strict=True))
         words = {i: data.word("test", i, predicted[i]) for i in drawn}
         report[name] = {
             "accuracy": float(np.mean([predicted[i] == labels[i] for i in drawn])),
             "agreement": float(np.mean([words[i] == given[i] for i in drawn])),
+            "wasm": run_in_wasm(model, out / name, cases[:MAX_WASM_QUESTIONS]),
         }
     counts = data.word_counts("test")
     kept = set(source.kept)
@@ -102,10 +111,26 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     return report
 
 
-def answer_on_device(
+class Case(NamedTuple):
+    """A test question as a device asks it."""
+
+    frames: NDArray[np.uint8]  # (T, S, S, 3)
+    texts: list[list[int]]  # ids of the question, or of the question with each choice
+    layer: NDArray[np.float32]  # (L, D + 1), generated for the question's session or for the question
+
+
+def answer_on_device(model: DeviceModel, cases: Iterable[Case]) -> list[int]:
+    """Return a device's answers to test questions."""
+    return [
+        int(model.compute_scores(model.encode(case.frames, case.texts), case.layer).argmax())
+        for case in track(cases, description=f"answering with {model.layout.kind} layers")
+    ]
+
+
+def make_cases(
     model: DeviceModel, source: Source, data: "VideoTextData", drawn: Sequence[int], generator: "Generator"
-) -> list[int]:
-    """Return a device's answers to the drawn test questions, with layers from the cloud's generator."""
+) -> Iterator[Case]:
+    """Yield the drawn test questions, with layers from the cloud's generator."""
     test: Any = data.dataset("test", augment=False)
     new_ids = {old: new for new, old in enumerate(source.kept)}
     unknown = new_ids[source.words.index("[UNK]")]
@@ -128,16 +153,53 @@ def answer_on_device(
             np.mean([model.encode_anchor(anchors.frames(0, i).numpy()) for i in chosen.tolist()], axis=0)
         )
 
-    answers = []
-    for i in track(drawn, description=f"answering with {model.layout.kind} layers"):
+    for i in drawn:
         texts = [[new_ids.get(word, unknown) for word in text] for text in test.texts[i]]
-        features = model.encode(np.ascontiguousarray(test.frames(0, i).numpy()), texts)
+        frames = np.ascontiguousarray(test.frames(0, i).numpy())
         if sessions is None:
-            layer = generate_layer(model.compute_upload(features))
+            layer = generate_layer(model.compute_upload(model.encode(frames, texts)))
         else:
             device = sessions.devices["test"][i]
             if device not in layers:
                 layers[device] = generate_session_layer(device)
             layer = layers[device]
-        answers.append(int(model.compute_scores(features, layer).argmax()))
-    return answers
+        yield Case(frames, texts, layer)
+
+
+def run_in_wasm(model: DeviceModel, bundle: Path, cases: Sequence[Case]) -> dict[str, Any] | None:
+    """Run a bundle as browsers do, in wasm under Node.js, and compare it with the native runtime.
+
+    Returns:
+        The largest difference of the features and the number of equal answers; None without Node.js or the libraries
+        of the page (`make web`).
+
+    Raises:
+        CheckpointError: wasm refuses the graphs; or in float32 the features or an answer differ.
+    """
+    node = shutil.which("node")
+    if node is None or not are_installed():
+        return None
+    layers = list({id(case.layer): case.layer for case in cases}.values())
+    places = {id(layer): i for i, layer in enumerate(layers)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "frames.bin").write_bytes(b"".join(case.frames.tobytes() for case in cases))
+        (folder / "layers.bin").write_bytes(b"".join(layer.astype("<f4").tobytes() for layer in layers))
+        content = {"texts": [case.texts for case in cases], "layers": [places[id(case.layer)] for case in cases]}
+        (folder / "cases.json").write_text(json.dumps(content), encoding="utf-8")
+        command = [node, str(PAGE / "check.mjs"), str(bundle.absolute()), scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckpointError(f"{bundle}: browsers cannot run its graphs:\n{done.stderr.strip()[-2000:]}")
+        answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+        features = np.fromfile(folder / "features.bin", "<f4")
+    ours = [model.encode(case.frames, case.texts) for case in cases]
+    scores = [model.compute_scores(values, case.layer) for values, case in zip(ours, cases, strict=True)]
+    difference = float(np.abs(features - np.concatenate([values.ravel() for values in ours])).max())
+    equal = sum(int(row.argmax()) == answer for row, answer in zip(scores, answers, strict=True))
+    if bundle.name == DEVICE_FOLDERS["float32"] and not (difference <= MAX_WASM_DIFFERENCE and equal == len(cases)):
+        raise CheckpointError(
+            f"{bundle}: in wasm the features differ by {difference:.1e}, and {len(cases) - equal} of {len(cases)} "
+            "answers"
+        )
+    return {"questions": len(cases), "equal_answers": equal, "largest_difference": difference}

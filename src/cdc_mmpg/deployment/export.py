@@ -1,8 +1,9 @@
 """Export of a trained run as bundles: one for the cloud and two for a device (float32 and with an int8 encoder).
 
     cloud/         generator.safetensors, cloud.json, signing_key.pem (mode 0600)
-    device/        bundle.json, encoder.onnx, head.onnx, shared.npy, basis.npy, vocab.txt, answers.json
+    device/        bundle.json, encoder.onnx, head.onnx, shared.bin, basis.bin, tokenizer.json, answers.json
     device-int8/   the same files
+    demo/          clips and questions of an unseen device, only of the synthetic dataset
     export.json    results of checks and measurements
 
 The word table is half of the model at the paper's size, so only the `MAX_WORDS` most frequent words of the training
@@ -16,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cdc_mmpg.deployment.bundle_files import DEVICE_FOLDERS, EXPORT_REPORT
+from cdc_mmpg.deployment.bundle_files import EXPORT_REPORT
+from cdc_mmpg.deployment.demo import read_session, write_session
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
+from cdc_mmpg.device.page import DEMO_FOLDER, DEVICE_FOLDERS
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.media.frames import compute_shorter_side
 from cdc_mmpg.media.text import BERT_VOCABULARY_SIZE, TextEncoder
@@ -100,6 +103,9 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
     report = write_bundles(source, out)
     report["seed"] = results["seed"]
     report["test"] = evaluate_bundles(source, data, run, out)
+    clips = Path(settings["root"])
+    if (clips / "devices.json").is_file():  # only the synthetic dataset has it
+        write_session(read_session(run, clips, None, 0), clips, out / DEMO_FOLDER)
     write_json(report, out / EXPORT_REPORT)
     return report
 
@@ -198,10 +204,15 @@ def format_summary(report: dict[str, Any], out: Path) -> str:
             if test
             else ""
         )
+        if test and test["wasm"]:
+            wasm = test["wasm"]
+            accuracy += f"; in a browser for {wasm['equal_answers']} of {wasm['questions']}"
         lines.append(f"  {name + '/':12} {size:8.2f} MB{accuracy}")
     if "test" in report:
         test = report["test"]
         lines.append(f"  the run: accuracy {test['run']['accuracy']:.1%} on {test['questions']} test questions")
+        if not test[DEVICE_FOLDERS["float32"]]["wasm"]:
+            lines.append("  not tried as a browser runs it: that needs Node.js and make web")
     kept = report["words"]
     unknown = f"; {report['test']['unknown_words']:.2%} of the test words are unknown" if "test" in report else ""
     lines.append(f"  words: {kept['kept']:,} of {kept['vocabulary']:,} kept{unknown}")

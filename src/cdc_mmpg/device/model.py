@@ -1,6 +1,7 @@
 """Inference with a device bundle on onnxruntime: clips and questions -> features -> answers; the layer is an input."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import onnxruntime
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
 from cdc_mmpg.files import hash_file, hash_json
@@ -20,10 +22,12 @@ from cdc_mmpg.wire.messages import LAYER_KINDS, Layout, Versions, WeightsRejecte
 from cdc_mmpg.wire.payloads import Matrix
 
 BUNDLE_FILE = "bundle.json"
-ENCODER_FILE, HEAD_FILE, SHARED_FILE, BASIS_FILE, VOCABULARY_FILE, ANSWERS_FILE = (
-    "encoder.onnx", "head.onnx", "shared.npy", "basis.npy", "vocab.txt", "answers.json"
+ENCODER_FILE, HEAD_FILE, SHARED_FILE, BASIS_FILE, TOKENIZER_FILE, ANSWERS_FILE = (
+    "encoder.onnx", "head.onnx", "shared.bin", "basis.bin", "tokenizer.json", "answers.json"
 )  # fmt: skip
-BUNDLE_FORMAT = 2
+BUNDLE_FORMAT = 3
+# Type of the numbers in SHARED_FILE and BASIS_FILE, by the precision of the bundle.
+LAYER_DTYPES = {"float32": "<f4", "int8": "<f2"}
 MAX_DIMENSION = 4096  # largest pixels per side, frames per clip and WordPieces per text in a bundle
 
 Features = NDArray[np.float32]  # (T, 192) for a clip with one text; (K, T, 192) with K texts
@@ -66,7 +70,8 @@ class DeviceModel:
         self.versions = Versions(bytes.fromhex(settings["encoder"]), bytes.fromhex(settings["generator"]))
         self.cloud = Ed25519PublicKey.from_public_bytes(bytes.fromhex(settings["public_key"]))
         self._frames = settings["frames"]
-        self._text = TextEncoder(bundle / VOCABULARY_FILE, settings["text"]["length"], settings["text"]["known"])
+        tokenizer = Tokenizer.from_file(str(bundle / TOKENIZER_FILE))
+        self._text = TextEncoder(tokenizer, settings["text"]["length"], settings["text"]["known"])
         self.answers: list[str] = json.loads((bundle / ANSWERS_FILE).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or count_processors()
@@ -75,15 +80,11 @@ class DeviceModel:
             onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
             for name in (ENCODER_FILE, HEAD_FILE)
         )
-        self.shared: Matrix = np.load(bundle / SHARED_FILE, allow_pickle=False).astype(np.float32)
+        dtype, shape = LAYER_DTYPES[settings["precision"]], self.layout[1:3]
+        self.shared: Matrix = read_numbers(bundle / SHARED_FILE, dtype, shape)
         self._basis: Matrix | None = None
-        shape = self.layout[1:3]
         if self.layout.kind == "basis":
-            self._basis = np.load(bundle / BASIS_FILE, allow_pickle=False).astype(np.float32)
-            if self._basis.shape != (self.layout.number, *shape):
-                raise _misfit_error(bundle / BASIS_FILE, self._basis.shape, (self.layout.number, *shape))
-        if self.shared.shape != shape:
-            raise _misfit_error(bundle / SHARED_FILE, self.shared.shape, shape)
+            self._basis = read_numbers(bundle / BASIS_FILE, dtype, (self.layout.number, *shape))
         expected = self.layout.outputs if self.task == "open_ended" else 0
         if len(self.answers) != expected:
             raise CheckpointError(
@@ -196,7 +197,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ValueError, KeyError, TypeError: a setting is missing, has the wrong type or an invalid value.
     """
     layout, frames, text = Layout(*settings["layout"]), settings["frames"], settings["text"]
-    files = {ENCODER_FILE, HEAD_FILE, SHARED_FILE, VOCABULARY_FILE, ANSWERS_FILE} | (
+    files = {ENCODER_FILE, HEAD_FILE, SHARED_FILE, TOKENIZER_FILE, ANSWERS_FILE} | (
         {BASIS_FILE} if layout.kind == "basis" else set()
     )
     sizes = [*layout[1:3], *(frames[name] for name in ("number", "candidates", "size", "side")), text["length"],
@@ -206,6 +207,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("unit", settings["unit"] in ("session", "sample")),
         ("layout", layout.kind in LAYER_KINDS and type(layout.number) is int and layout.number >= 0),
         ("size", all(type(size) is int and size > 0 for size in sizes) and max(sizes[2:-1]) <= MAX_DIMENSION),
+        ("precision", settings["precision"] in LAYER_DTYPES),
         ("files", settings["files"].keys() == files),
     ):
         if not is_valid:
@@ -220,9 +222,16 @@ def _damaged_error(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _misfit_error(path: Path, shape: Sequence[int], expected: Sequence[int]) -> CheckpointError:
-    """Return the error for a file whose array has another shape than the layers of its bundle."""
-    return CheckpointError(f"{path}: shape {shape}, but this bundle needs {expected}: export again")
+def read_numbers(path: Path, dtype: str, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Read an array from a file of raw numbers.
+
+    Raises:
+        CheckpointError: the file has another length.
+    """
+    values = np.fromfile(path, dtype)
+    if values.nbytes != path.stat().st_size or values.size != math.prod(shape):
+        raise CheckpointError(f"{path}: not {' x '.join(map(str, shape))} numbers of type {dtype}: export again")
+    return values.reshape(shape).astype(np.float32)
 
 
 def _is_text(text: str) -> bool:

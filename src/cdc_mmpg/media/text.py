@@ -54,11 +54,17 @@ def _check_lines(words: Sequence[str], vocab: str | Path) -> None:
             raise DataError(f"{vocab}, line {number}: {word!r:.80} {problem}; {REMEDY}")
 
 
+def build_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Build bert-base-uncased's tokenizer with another vocabulary: WordPieces by id."""
+    tokenizer: Tokenizer = BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)._tokenizer
+    return tokenizer
+
+
 class TextEncoder:
     """A tokenizer of texts into ids, [CLS] first and [SEP] last, cut to a length.
 
     Args:
-        vocab: a `vocab.txt`, one WordPiece per line; None downloads bert-base-uncased's from the hub.
+        vocab: a `vocab.txt`, one WordPiece per line, or a tokenizer; None downloads bert-base-uncased's from the hub.
         length: maximum number of tokens in a text, including [CLS] and [SEP].
         known: number of WordPieces at the start of the vocabulary that are known; others become [UNK]. None is all.
 
@@ -66,7 +72,7 @@ class TextEncoder:
         DataError: the vocabulary is absent or invalid.
     """
 
-    def __init__(self, vocab: str | Path | None = None, length: int = 40, known: int | None = None) -> None:
+    def __init__(self, vocab: str | Path | Tokenizer | None = None, length: int = 40, known: int | None = None) -> None:
         if vocab is None:
             logger.info("downloading the vocabulary of %s unless it is cached", HUB_NAME)
             try:
@@ -75,6 +81,8 @@ class TextEncoder:
                 raise DataError(
                     f"cannot download the vocabulary of {HUB_NAME} ({type(error).__name__}): {REMEDY}"
                 ) from error
+        elif isinstance(vocab, Tokenizer):
+            self._tokenizer = vocab
         else:
             if not Path(vocab).is_file():
                 raise DataError(f"{vocab}: no such vocabulary; {REMEDY}")
@@ -82,7 +90,7 @@ class TextEncoder:
             if missing := [token for token in SPECIAL_TOKENS if token not in words]:
                 raise DataError(f"{vocab}: not a WordPiece vocabulary, it lacks {' '.join(missing)}; {REMEDY}")
             _check_lines(words, vocab)
-            self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)._tokenizer
+            self._tokenizer = build_tokenizer(words)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.length = length

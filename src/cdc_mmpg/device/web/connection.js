@@ -1,0 +1,133 @@
+/** Requests for layers: one upload is retried until its deadline. */
+import { DeviceError, describe } from "./errors.js";
+import { LAYER_PATH, concatenate } from "./wire.js";
+
+const BACKOFF_MS = 50; // before the first retry, doubled for each further one
+const MAX_SHOWN_CHARACTERS = 200;
+
+/** No layer: the cloud was not reached in time, or refused the upload. */
+export class LayerUnavailable extends DeviceError {}
+
+/**
+ * Sends uploads to a cloud, and counts the bytes of bodies in both directions.
+ */
+export class Connection {
+  constructor() {
+    /** @type {string | null} URL of the service's root; null sends nothing */
+    this.url = null;
+    /** @type {string | null} */
+    this.key = null;
+    this.bytesUp = 0;
+    this.bytesDown = 0;
+  }
+
+  /**
+   * Returns the reply to an upload, at most one part longer than `limit`.
+   * @param {import("./wire.js").Bytes} upload
+   * @param {number} limit bytes
+   * @param {number} end deadline on the clock of `performance.now`
+   * @param {(stage: string, milliseconds: number) => void} addTime
+   * @param {(trouble: string) => void} onTrouble called before each retry
+   * @throws {LayerUnavailable} no reply in time, or a refusal
+   */
+  async request(upload, limit, end, addTime, onTrouble) {
+    let [wait, problem] = [BACKOFF_MS, "the deadline passed before the request was sent"];
+    while (end > performance.now()) {
+      let pause = wait * (0.5 + Math.random());
+      const { status, headers, content, failure } = await this.post(upload, limit, end, addTime);
+      if (status === 200) {
+        return content;
+      }
+      if (status === 0) {
+        problem = failure;
+      } else {
+        problem = `${status} ${readDetail(content)}`.trim();
+        if (status !== 408 && status !== 429 && status < 500) {
+          throw new LayerUnavailable(`the cloud refused: ${problem}`);
+        }
+        pause = Math.max(pause, 1000 * (Number(headers.get("retry-after")) || 0));
+      }
+      onTrouble(`the cloud has not answered yet (${problem})`);
+      wait *= 2;
+      await new Promise((resolve) => setTimeout(resolve, Math.max(0, Math.min(pause, end - performance.now()))));
+    }
+    throw new LayerUnavailable(`no layer before the deadline (${problem})`);
+  }
+
+  /**
+   * Posts an upload once; status 0 means that no complete reply came.
+   * @param {import("./wire.js").Bytes} upload
+   * @param {number} limit
+   * @param {number} end
+   * @param {(stage: string, milliseconds: number) => void} addTime
+   */
+  async post(upload, limit, end, addTime) {
+    const start = performance.now();
+    try {
+      /** @type {Record<string, string>} */
+      const authorization = this.key === null ? {} : { Authorization: `Bearer ${this.key}` };
+      const reply = await fetch(new URL(LAYER_PATH, new URL(this.url ?? "", globalThis.location?.href)), {
+        method: "POST",
+        body: upload,
+        headers: { "Content-Type": "application/octet-stream", ...authorization },
+        credentials: "omit",
+        cache: "no-store",
+        redirect: "error",
+        signal: AbortSignal.timeout(Math.max(1, Math.ceil(end - start))),
+      });
+      this.bytesUp += upload.length;
+      const opened = performance.now();
+      const generating = sumServerTiming(reply.headers.get("server-timing") ?? "");
+      const content = await this.readBody(reply, limit);
+      if (reply.status === 200) {
+        addTime("upload", opened - start - generating);
+        addTime("generate", generating);
+        addTime("download", performance.now() - opened);
+      }
+      return { status: reply.status, headers: reply.headers, content, failure: "" };
+    } catch (error) {
+      return { status: 0, headers: new Headers(), content: new Uint8Array(), failure: describe(error) };
+    }
+  }
+
+  /**
+   * Reads a body up to a limit.
+   * @param {Response} reply
+   * @param {number} limit
+   */
+  async readBody(reply, limit) {
+    const parts = [];
+    let length = 0;
+    const reader = reply.body?.getReader();
+    for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
+      parts.push(part.value);
+      length += part.value.length;
+      this.bytesDown += part.value.length;
+      if (length > limit) {
+        await reader?.cancel();
+        break;
+      }
+    }
+    return concatenate(...parts);
+  }
+}
+
+/**
+ * Returns the reason in a refusal of the service; "" if the body is another server's.
+ * @param {import("./wire.js").Bytes} content
+ */
+function readDetail(content) {
+  try {
+    return String(JSON.parse(new TextDecoder().decode(content)).detail ?? "").slice(0, MAX_SHOWN_CHARACTERS);
+  } catch {
+    return "";
+  }
+}
+
+/**
+ * Returns the sum of the durations in a Server-Timing header, in milliseconds.
+ * @param {string} header
+ */
+function sumServerTiming(header) {
+  return [...header.matchAll(/dur=([0-9.]{1,18})/g)].reduce((sum, [, value]) => sum + (Number(value) || 0), 0);
+}

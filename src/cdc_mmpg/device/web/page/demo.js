@@ -1,0 +1,158 @@
+/** The demo: a recorded session of a camera, with questions and their correct answers. */
+import { askAbout, beginSession, keepClip, requireDevice } from "./asking.js";
+import { drawLines, formatShare } from "./charts.js";
+import { countOf, create, find, setText } from "./elements.js";
+import { DeviceError } from "../errors.js";
+import { breathe, say } from "./operations.js";
+
+/** @typedef {{clip: string, question?: string, answer?: string, choices?: string[]}} Step */
+/** @typedef {{device: string, steps: Step[]}} Demo */
+/** @typedef {{clip: string, question: string, answer: string, unadapted: string, text: string}} Row */
+
+const TABLE_ROWS = 4; // last questions that are shown
+
+const demoStop = find("demo-stop", HTMLButtonElement);
+let demo = /** @type {Demo | null} */ (null);
+let stopping = false;
+let lines = /** @type {Parameters<typeof drawLines>[1]} */ ([]); // of the chart
+let total = 1; // questions of the chart
+
+/** Loads the demo session, if there is one. */
+export async function loadDemo() {
+  const reply = await fetch("demo/session.json").catch(() => null);
+  const loaded = /** @type {Demo | null} */ (reply?.ok ? await reply.json().catch(() => null) : null);
+  if (!Array.isArray(loaded?.steps) || !loaded.steps.length) {
+    return;
+  }
+  const asked = loaded.steps.flatMap((step) => step.question || []);
+  const examples = [...new Set(asked)].slice(0, 20);
+  find("examples", HTMLElement).replaceChildren(...examples.map((text) => new Option("", text)));
+  find("question", HTMLInputElement).placeholder = examples[0] ?? "";
+  [demo, total] = [loaded, Math.max(asked.length, 1)];
+  const unlabelled = loaded.steps.length - asked.length;
+  setText("demo-about", `Device ${loaded.device}: ${countOf(unlabelled, "clip")} without a question and ` +
+    `${countOf(asked.length, "question")}. Playing it begins a new session.`);
+  find("demo", HTMLElement).hidden = find("demo-hint", HTMLElement).hidden = false;
+  showChart();
+}
+
+/**
+ * Plays the demo session: observes or asks step by step.
+ * @returns {Promise<string>}
+ */
+export async function playDemo() {
+  const open = requireDevice();
+  const rows = /** @type {Row[]} */ ([]);
+  const steps = demo?.steps ?? [];
+  await beginSession();
+  stopping = false;
+  find("demo-about", HTMLElement).hidden = true;
+  find("demo-state", HTMLElement).hidden = false;
+  demoStop.setAttribute("aria-disabled", "false");
+  find("answer-live", HTMLElement).setAttribute("aria-live", "off"); // the record is announced at the end
+  showRecord(rows, false);
+  let [file, clipsShown] = [new File([], ""), 0];
+  try {
+    for (const [i, step] of steps.entries()) {
+      if (stopping) {
+        return `The demo was stopped after ${countOf(rows.length, "question")}.`;
+      }
+      const name = step.clip;
+      if (file.name !== name) {
+        file = await fetchClip(name);
+      }
+      if (!step.question) {
+        clipsShown += 1;
+        setText("demo-step", `clip ${clipsShown}, without a question`);
+        await keepClip(open, name, () => open.observe(file));
+      } else {
+        setText("demo-step", `question ${rows.length + 1} of ${total}`);
+        const answer = await askAbout(open, file, name, step.question, step.choices ?? []);
+        const { ranked: _, unknownWords: __, frame: ___, ...rest } = answer;
+        rows.push({ clip: name, question: step.question, answer: step.answer ?? "", ...rest });
+        showRecord(rows, false);
+      }
+      const progress = find("demo-progress", HTMLProgressElement);
+      [progress.max, progress.value] = [steps.length, i + 1];
+      await breathe();
+    }
+    showRecord(rows, true);
+    return `The demo has ended. ${describeScore()}`;
+  } finally {
+    demoStop.setAttribute("aria-disabled", "true");
+    find("answer-live", HTMLElement).setAttribute("aria-live", "polite");
+  }
+}
+
+/**
+ * Fetches a clip of the demo.
+ * @param {string} name
+ * @returns {Promise<File>}
+ */
+async function fetchClip(name) {
+  const reply = await fetch(`demo/${name.split("/").map(encodeURIComponent).join("/")}`).catch(() => null);
+  if (!reply?.ok) {
+    throw new DeviceError(`The demo's clip ${name} could not be loaded.`);
+  }
+  const blob = await reply.blob();
+  return new File([blob], name, { type: blob.type });
+}
+
+/**
+ * Shows the record of the demo: chart, accuracies, last questions.
+ * @param {Row[]} rows
+ * @param {boolean} finished
+ */
+function showRecord(rows, finished) {
+  /** @param {(row: Row) => string} pick */
+  const accuracies = (pick) => {
+    let right = 0;
+    return rows.map((row, i) => (right += Number(pick(row) === row.answer)) / (i + 1));
+  };
+  lines = [
+    { name: "static", style: "static", values: accuracies((row) => row.unadapted) },
+    { name: "adapted", style: "adapted", values: accuracies((row) => row.text) },
+  ];
+  showChart();
+  const table = find("demo-table", HTMLTableElement);
+  table.hidden = !rows.length;
+  table.tBodies[0]?.replaceChildren(...rows.slice(-TABLE_ROWS).reverse().map((row) => create(
+    "tr", "", create("th", row.question), create("td", row.answer),
+    ...[row.unadapted, row.text].map((text) => {
+      const right = text === row.answer;
+      const [mark, word] = [create("span", right ? " ✓" : " ✗"), create("span", right ? " right" : " wrong")];
+      mark.setAttribute("aria-hidden", "true");
+      mark.className = right ? "" : "problem";
+      word.className = "visually-hidden";
+      return create("td", text, mark, word);
+    }),
+  )));
+  find("demo-record", HTMLElement).textContent = JSON.stringify({ finished, rows });
+}
+
+/**
+ * Describes the accuracies in words.
+ * @returns {string}
+ */
+function describeScore() {
+  const scores = lines.map(({ name, values }) => `${name} ${formatShare(values.at(-1) ?? 0)}`);
+  return `Right: ${scores.join(", ")}.`;
+}
+
+/** Draws the chart of the demo. */
+function showChart() {
+  const chart = find("demo-chart", SVGSVGElement);
+  drawLines(chart, lines, total);
+  const count = lines[0]?.values.length ?? 0;
+  setText("demo-score", count ? describeScore() : "");
+  const after = count ? `After ${countOf(count, "question")}: ${describeScore()}` : "No question yet.";
+  chart.setAttribute("aria-label", `Chart of the share of right answers over the questions. ${after}`);
+}
+
+demoStop.addEventListener("click", () => {
+  if (demoStop.getAttribute("aria-disabled") === "false") {
+    stopping = true;
+    say("Stopping after this step.");
+  }
+});
+new ResizeObserver(() => showChart()).observe(find("demo", HTMLElement));

@@ -1,0 +1,178 @@
+/** The session that the browser keeps across reloads: anchor features and the last valid layer, still signed. */
+import { describe } from "./errors.js";
+import {
+  FEATURE_DIM, WeightsRejected, areEqual, computeDigest, concatenate, decodeLayer, encodeUpload, readNonce, toHex,
+} from "./wire.js";
+
+export const MAX_SESSION_CLIPS = 64; // most recent clips in the mean; also the most new clips before a layer is due
+const SALT_BYTES = 16;
+
+/** @typedef {import("./wire.js").Bytes} Bytes */
+/** @typedef {{matrix: Float32Array, anchors: number, origin: "adapted" | "kept" | "shared"}} Layer */
+/** @typedef {{message: Bytes, upload: Bytes, salt: Bytes, anchors: number}} Receipt a layer as it was received */
+/** @typedef {{session: string, anchors: Float32Array[], receipt: Receipt | null}} StoredRecord */
+
+/**
+ * Encodes an upload whose nonce commits to its number of clips, and returns it with the salt that hides this number.
+ *
+ * The layer's signature covers the whole upload, so the number stored with a layer cannot be changed.
+ * @param {Float32Array} feature
+ * @param {number} anchors
+ * @param {import("./model.js").DeviceModel} model
+ */
+export async function encodeCountedUpload(feature, anchors, model) {
+  const salt = crypto.getRandomValues(new Uint8Array(SALT_BYTES));
+  const nonce = await computeDigest(concatenate(salt, encodeCount(anchors)));
+  return { upload: encodeUpload(feature, model.layout, model.versions, nonce), salt };
+}
+
+/**
+ * Encodes a number of clips.
+ * @param {number} count
+ */
+function encodeCount(count) {
+  const bytes = new Uint8Array(4);
+  new DataView(bytes.buffer).setUint32(0, count, true);
+  return bytes;
+}
+
+/**
+ * A record in IndexedDB that belongs to one encoder and one generator. Failures are kept in `trouble` and never thrown.
+ *
+ * Tabs share it; once one of them begins a new session, the others stop writing.
+ */
+export class StoredSession {
+  /** @param {import("./model.js").DeviceModel} model */
+  constructor(model) {
+    this.model = model;
+    this.name = [model.versions.encoder, model.versions.generator].map((part) => toHex(part).slice(0, 8)).join(".");
+    this.session = "";
+    this.trouble = "";
+    /** @type {Promise<IDBDatabase> | null} */
+    this.database = null;
+  }
+
+  /**
+   * Loads the anchors and the layer, as far as they are valid.
+   * @returns {Promise<{anchors: Float32Array[], layer: Layer | null}>}
+   */
+  async load() {
+    const record = await this.attempt(() => this.transact("readonly", (store) => store.get(this.name)));
+    if (record === undefined) {
+      return { anchors: [], layer: null };
+    }
+    this.session = record.session;
+    const anchors = record.anchors.filter(isFeature).slice(-MAX_SESSION_CLIPS);
+    return { anchors, layer: record.receipt && (await this.verify(record.receipt)) };
+  }
+
+  /**
+   * Verifies a stored layer; returns null if it is not valid.
+   * @param {Receipt} receipt
+   * @returns {Promise<Layer | null>}
+   */
+  async verify({ message, upload, salt, anchors }) {
+    const { model } = this;
+    try {
+      const matrices = await decodeLayer(message, upload, model.layout, model.versions, model.cloud);
+      const committed = await computeDigest(concatenate(salt, encodeCount(anchors)));
+      return areEqual(readNonce(upload), committed) ? { matrix: model.install(matrices), anchors, origin: "kept" } : null;
+    } catch (error) {
+      if (error instanceof WeightsRejected) {
+        return null;
+      }
+      throw error;
+    }
+  }
+
+  /**
+   * Stores the anchors of the session.
+   * @param {Float32Array[]} anchors
+   */
+  async saveAnchors(anchors) {
+    await this.update((record) => ({ ...record, anchors }));
+  }
+
+  /**
+   * Stores a layer in place of the previous one.
+   * @param {Receipt} receipt
+   */
+  async saveReceipt(receipt) {
+    await this.update((record) => ({ ...record, receipt }));
+  }
+
+  /** Deletes what is stored and begins a new session. */
+  async clear() {
+    this.session = toHex(crypto.getRandomValues(new Uint8Array(SALT_BYTES)));
+    const record = { session: this.session, anchors: [], receipt: null };
+    await this.attempt(() => this.transact("readwrite", (store) => store.put(record, this.name)));
+  }
+
+  /**
+   * Changes the record in one transaction, unless another tab has begun a new session.
+   * @param {(record: StoredRecord) => StoredRecord} change
+   */
+  async update(change) {
+    await this.attempt(() =>
+      this.transact("readwrite", (store) => {
+        const reading = store.get(this.name);
+        reading.onsuccess = () => {
+          const record = reading.result ?? { session: this.session, anchors: [], receipt: null };
+          if (record.session === this.session) {
+            store.put(change(record), this.name);
+          } else {
+            this.trouble = "Another tab has begun a new session: this one is not stored.";
+          }
+        };
+        return reading;
+      }),
+    );
+  }
+
+  /**
+   * Runs a transaction and returns the result of its request.
+   * @param {IDBTransactionMode} mode
+   * @param {(store: IDBObjectStore) => IDBRequest} start
+   * @returns {Promise<any>}
+   */
+  async transact(mode, start) {
+    this.database ??= openDatabase();
+    const transaction = (await this.database).transaction("sessions", mode);
+    const request = start(transaction.objectStore("sessions"));
+    return new Promise((resolve, reject) => {
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onerror = transaction.onabort = () => reject(transaction.error ?? request.error);
+    });
+  }
+
+  /**
+   * Runs an operation on the storage; a failure is kept in `trouble`.
+   * @param {() => Promise<any>} operation
+   */
+  async attempt(operation) {
+    try {
+      return await operation();
+    } catch (error) {
+      this.trouble = `The session is not stored in this browser (${describe(error)}): a reload will lose it.`;
+      return undefined;
+    }
+  }
+}
+
+/**
+ * Returns whether a stored value is an anchor feature.
+ * @param {unknown} value
+ */
+function isFeature(value) {
+  return value instanceof Float32Array && value.length === FEATURE_DIM && value.every((part) => Math.abs(part) <= 1);
+}
+
+/** Opens the database. */
+function openDatabase() {
+  return new Promise((/** @type {(database: IDBDatabase) => void} */ resolve, reject) => {
+    const opening = indexedDB.open("cdc-mmpg", 1);
+    opening.onupgradeneeded = () => opening.result.createObjectStore("sessions");
+    opening.onsuccess = () => resolve(opening.result);
+    opening.onerror = () => reject(opening.error);
+  });
+}
