@@ -7,6 +7,8 @@ PY     := .venv/bin/python
 # `make -n` works without .venv.
 CDC    := if [ -x .venv/bin/cdc-mmpg ]; then exec .venv/bin/cdc-mmpg "$$@"; else PYTHONPATH=src exec $(PYTHON) -m cdc_mmpg "$$@"; fi
 
+TSC    := src/cdc_mmpg/device/web/node_modules/.bin/tsc
+
 .DEFAULT_GOAL := help
 .PHONY: help environment data train tables report predict export web serve device delay demo table figures checkpoint sweep benchmark test test-slow lint check clean
 
@@ -53,10 +55,11 @@ test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
 test-slow: .venv/.ready ## run the slow tests (fresh interpreters, many processes): ARGS= for pytest
 	$(PYTEST) -m slow $(ARGS)
 
-lint: .venv/.ready ## run ruff and mypy
+lint: .venv/.ready ## run ruff, mypy and, after make web, tsc
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	! test -x $(TSC) || $(TSC) --project src/cdc_mmpg/device/web/jsconfig.json
 
 check: lint test test-slow ## run all that CI runs
 

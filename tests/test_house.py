@@ -233,7 +233,7 @@ def run_tiny(log: Path, program: str, arguments: list[str]) -> int:
 
 def commands_to_try() -> list[tuple[str, dict[str, str]]]:
     """The different commands of all pages, each a target with its variables, that have no tests of their own."""
-    elsewhere = ("test", "check", "serve", "device", "delay", "benchmark", "sweep")
+    elsewhere = ("test", "check", "web", "serve", "device", "delay", "benchmark", "sweep")
     processes = {"DEVICES": "1", "LAUNCH": "", "COMPILE": "0"}  # several, and compiling, have tests, too
     listed = [command for page in PAGES for command in commands(page)]
     assert listed[:2] == [["train"], ["test"]]
@@ -270,6 +270,8 @@ def test_the_commands_of_the_pages_run(tmp_path, msvd, synthetic):
         named["SEED"] = seeds.get(embedded, "0")
         if not embedded:
             named["VOCAB"] = str(msvd / "vocab.txt")
+        if target == "demo":
+            named["DEMO"] = "terminal"  # the browser has tests of its own
         if target == "data":
             named["ARGS"] = small
         if target == "train":
@@ -351,7 +353,7 @@ def test_predict_export_and_serve_take_the_same_run():
     ran = [make(target, "-s") for target in ("predict", "export", "serve")]
     run = "checkpoints/synthetic/cdc_mmpg_session/seed0"
     assert f"--run={run}" in ran[0][0]
-    assert run in ran[1][0]
+    assert run in ran[1][-1]
     assert f"{run}/deployment/cloud" in ran[2][0]
     assert "--run=checkpoints/msvd/cdc_mmpg/seed0" in make("predict", "DATASET=msvd")[0]
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import webbrowser
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from cdc_mmpg.device import Device
 from cdc_mmpg.device.page import DEMO_FILE, DEMO_FOLDER, DEVICE_FOLDERS, install
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import atomic_write
-from cdc_mmpg.program import exit_on_signals, run_to_exit_code
+from cdc_mmpg.program import Stopped, exit_on_signals, run_to_exit_code
 from cdc_mmpg.results import write_json
 
 UNLABELLED_CLIPS = 2  # number of clips that the device records before each clip with questions
@@ -91,7 +92,8 @@ def play(options: argparse.Namespace) -> None:
             address = f"{service.url}/?bundle={options.bundle}"
             opened = "opened in your browser" if webbrowser.open(address) else "open it in a browser"
             print(f"{address}: {opened}. Ctrl-C ends the service.", flush=True)
-            signal.pause()
+            with suppress(Stopped):
+                signal.pause()
 
 
 def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: str) -> None:
