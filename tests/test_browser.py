@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +104,31 @@ def read_steps(export: Path) -> list[Step]:
     """Return the steps of an export's demo."""
     steps = json.loads((export / DEMO_FOLDER / "session.json").read_text())["steps"]
     return [Step(**step) for step in steps]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_opens_a_page_and_ends_its_service(context, export, synthetic, tmp_path, number):
+    """The command, with the folders that a run on the synthetic dataset leaves."""
+    run = tmp_path / "cdc_mmpg_session" / "seed0"
+    shutil.copytree(export, run / "deployment")
+    (run / "deployment" / "export.json").write_text("{}")
+    owners = json.loads((synthetic / "devices.json").read_text())
+    rows = [f"{name},{row['device']},unseen,what is it?,red" for name, row in owners.items() if row["role"] == "test"]
+    (run / "predictions.test.csv").write_text("\n".join(["clip,device,group,question,answer", *rows]) + "\n")
+    device = next(row["device"] for row in owners.values() if row["role"] == "test")
+    command = [sys.executable, "-m", "cdc_mmpg", "demo", str(run), "--data", str(synthetic), "--device", device]
+    environment = {**os.environ, "BROWSER": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline()
+        assert "opened in your browser. Ctrl-C ends the service." in address
+        url = address.partition("/?")[0]
+        page = open_page(context, url)
+        assert device in page.text_content("#demo-about")
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+        pass
 
 
 def test_a_session_survives_a_reload_and_an_outage(context, service, clips):

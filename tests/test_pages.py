@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from browsers import require_libraries
 
 from cdc_mmpg.cloud.__main__ import main
 from cdc_mmpg.cloud.pages import Page
+from cdc_mmpg.deployment.checks import Case, run_in_wasm
 from cdc_mmpg.device import page as device_page
+from cdc_mmpg.device.model import DeviceModel
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.wire.messages import LAYER_PATH, SIGNATURE_BYTES, UPLOAD_BYTES
+from cdc_mmpg.wire.messages import LAYER_PATH, SIGNATURE_BYTES, UPLOAD_BYTES, encode_upload
 from deployments import Cloud, open_device
 
 LAB = "https://lab.example"
@@ -115,10 +118,6 @@ def test_only_listed_origins_may_request_layers(service, deployed):
 
 def make_upload(deployed: Path) -> bytes:
     """Return an upload of the tiny session model."""
-    import numpy as np
-
-    from cdc_mmpg.wire.messages import encode_upload
-
     model = open_device(deployed, None).model
     return encode_upload(np.zeros(192, np.float32), model.layout, model.versions)
 
@@ -143,3 +142,31 @@ def test_a_missing_bundle_and_missing_libraries_are_named(deployed, tmp_path, mo
     assert device_page.main([]) == 2
     assert "install Node.js 18 or newer" in capsys.readouterr().err
     assert device_page.main(["--optional"]) == 0
+
+
+def test_an_export_is_tried_as_a_browser_runs_it(deployed, tmp_path):
+    require_libraries()
+    generator = np.random.default_rng(0)
+    for kind, texts in (("session", [[2, 5, 7, 3]]), ("choice", [[2, 5, 3], [2, 6, 3], [2, 7, 8, 3]])):
+        for name in ("device", "device-int8"):
+            model = DeviceModel(deployed / kind / name, threads=1)
+            layers = [model.shared + generator.normal(size=model.shared.shape).astype(np.float32) for _ in range(3)]
+            frames = generator.integers(256, size=(8, 3, 32, 32, 3), dtype=np.uint8)
+            cases = [Case(frames[i], texts, layers[i % 3]) for i in range(8)]
+            result = run_in_wasm(model, deployed / kind / name, cases)
+            assert result is not None
+            assert (result["questions"], result["equal_answers"]) == (8, 8)
+            assert result["largest_difference"] < (1e-4 if name == "device" else 0.1)
+    bundle = Path(shutil.copytree(deployed / "session" / "device", tmp_path / "device"))
+    (bundle / "head.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match="browsers cannot run its graphs"):
+        run_in_wasm(DeviceModel(deployed / "session" / "device", threads=1), bundle, cases[:1])
+
+
+def test_features_that_differ_in_a_browser_fail_the_export(deployed, tmp_path):
+    require_libraries()
+    model = DeviceModel(deployed / "session" / "device", threads=1)
+    bundle = Path(shutil.copytree(deployed / "session" / "device-int8", tmp_path / "device"))
+    frames = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(CheckpointError, match="in wasm the features differ by"):
+        run_in_wasm(model, bundle, [Case(frames, [[2, 5, 7, 3]], model.shared)])
