@@ -19,6 +19,7 @@ REQUIRED = "CDC_MMPG_BROWSER"  # environment variable: fail instead of skipping 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
+    "--host-resolver-rules=MAP lab.example 127.0.0.1",  # a name that is not localhost, so http is not secure there
 ]  # fmt: skip
 PATIENCE = 60_000  # milliseconds until a wait fails
 

@@ -243,6 +243,33 @@ def test_a_damaged_bundle_and_an_old_one_are_named(context, service, export):
         assert message in open_page(context, service.url).text_content("#load-error")
 
 
+def test_plain_http_is_explained(context, service):
+    page = open_page(context, f"http://lab.example:{service.port}")
+    assert page.is_visible("#insecure")
+    assert "start the service with CERTIFICATE=" in page.text_content("#insecure")
+    assert "Use https" in read_message(page)
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_page_of_another_origin_needs_to_be_listed(console, service, export, clips, tmp_path, is_listed):
+    options = ("--origin", service.url) if is_listed else ()
+    console.set_input_files("#file", str(clips[0]))
+    with Cloud(export / "cloud", tmp_path / "log", *options) as other:
+        answer = console.evaluate(
+            """async ([cloud, question]) => {
+              const { Device } = await import("./device.js");
+              const device = await Device.open("device/", cloud);
+              const { frame, ...answer } = await device.answer(document.getElementById("file").files[0], question);
+              return answer;
+            }""",
+            [other.url, QUESTION],
+        )
+    expected = (
+        ("adapted", True, "") if is_listed else ("shared", False, "the cloud has not answered yet (Failed to fetch)")
+    )
+    assert (answer["origin"], answer["milliseconds"].get("generate", 0) > 0, answer["trouble"]) == expected
+
+
 def test_denied_storage_is_said_and_the_page_goes_on(context, service, clips):
     context.add_init_script("indexedDB.open = () => { throw new DOMException('denied by a test'); }")
     page = open_page(context, service.url)
@@ -296,11 +323,10 @@ def test_choices_and_samples_are_served_too(context, browser, deployed, clips, t
 
 @pytest.fixture
 def console(context: Any, service: Cloud) -> Any:
-    """An empty page of the service's origin with a file input, to call the modules in."""
-    body = (200, {"Content-Type": "text/html"}, "<!doctype html><input type=file id=file>")
-    context.route("**/blank", lambda route: route.fulfill(status=body[0], headers=body[1], body=body[2]))
+    """A page of the service's origin without its policy, but with a file input, to call the modules in."""
     page = context.new_page()
-    page.goto(f"{service.url}/blank")
+    page.goto(f"{service.url}/ready")
+    page.evaluate("document.body.append(Object.assign(document.createElement('input'), {type: 'file', id: 'file'}))")
     return page
 
 
