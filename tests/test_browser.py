@@ -157,6 +157,54 @@ def test_a_session_survives_a_reload_and_an_outage(context, service, clips):
     assert ask(page, clips[2], QUESTION)["origin"] == "shared"
 
 
+@pytest.mark.parametrize("control", ["new-session", "use-cloud"])
+def test_no_upload_follows_a_new_session_or_a_cloud_that_is_switched_off(context, service, clips, control):
+    sent = []
+    context.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    context.route("**/v1/layer", lambda route: route.abort())
+    page = open_page(context, service.url)
+    assert "the cloud has not answered yet" in ask(page, clips[0], QUESTION)["trouble"]
+    page.evaluate(f"document.getElementById('{control}').click()")
+    wait_until_idle(page)
+    count = len(sent)
+    assert count > 1
+    page.wait_for_timeout(4_000)  # the next one would have followed after 3.2 seconds at most, as often before
+    assert len(sent) == count
+
+
+def test_a_damaged_record_and_a_failed_deletion_do_no_harm(context, service, clips):
+    store = """(record) => new Promise((resolve) => {
+      indexedDB.open("cdc-mmpg").onsuccess = (event) => {
+        const records = event.target.result.transaction("sessions", "readwrite").objectStore("sessions");
+        records.getAllKeys().onsuccess = ({ target }) => target.result.forEach((key) => records.put(record, key));
+        records.transaction.oncomplete = resolve;
+      };
+    })"""
+    page = open_page(context, service.url)
+    ask(page, clips[0], QUESTION)
+    for record in ({"session": "", "anchors": None}, {"session": "", "anchors": [[1]], "receipt": {"message": 3}}, 7):
+        page.evaluate(store, record)
+        page.reload()
+        wait_until_idle(page)
+        assert page.text_content("#model-name") == "test/cdc_mmpg_session", record
+    page.click("#new-session")
+    wait_until_idle(page)
+    ask(page, clips[0], QUESTION)
+    page.evaluate(
+        """const put = IDBObjectStore.prototype.put;
+        IDBObjectStore.prototype.put = () => { IDBObjectStore.prototype.put = put; throw new Error("full"); };
+        null"""
+    )
+    page.click("#new-session")
+    wait_until_idle(page)
+    assert "not stored in this browser (full)" in page.text_content("#storage-trouble")
+    ask(page, clips[1], QUESTION)  # the next write begins the session
+    assert not page.is_visible("#storage-trouble")
+    page.reload()
+    wait_until_idle(page)
+    assert ask(page, clips[1], QUESTION)["anchors"] == 1
+
+
 def test_the_page_works_without_a_network(context, service, clips):
     page = open_page(context, service.url)
     wait_until(page, "navigator.serviceWorker.controller !== null")

@@ -66,6 +66,18 @@ def test_a_session_is_adapted_by_the_real_service(deployed, clips, tmp_path):
         assert device.answer(clips[0], QUESTION).bytes_up == 0  # the session keeps its layer
 
 
+def test_no_upload_follows_a_new_session(deployed, fake, clips):
+    """The clips before it are no longer this session's."""
+    fake.change = lambda layer: (503, {}, b"")
+    device = open_device(deployed, fake.url, deadline=0.3)
+    assert "503" in device.answer(clips[0], QUESTION).trouble
+    device.new_session()
+    count = len(fake.uploads)
+    assert count > 1
+    time.sleep(1)  # the next one would follow after 0.6 s at most
+    assert len(fake.uploads) <= count + 1  # one may have been on its way
+
+
 def test_a_new_layer_is_requested_when_the_number_of_clips_has_doubled(deployed, fake, clips):
     device = open_device(deployed, fake.url)
     request_counts = []

@@ -32,7 +32,7 @@ LOG_SECONDS = 1.0  # interval of the log lines about refusals of one kind
 HEADER_SECONDS = 5.0  # time limit for headers, from the connection or the first byte of a further request
 KEEP_ALIVE_SECONDS = 60.0  # time that an idle connection stays open, since a new one costs round trips
 MAX_REPLY_SECONDS = 60.0  # time limit from the headers to the last byte of the reply, which a client may read slowly
-MAX_FILE_SECONDS = 600.0  # the same for the files of the page, of which a phone loads 8 MB
+MAX_FILE_SECONDS = 600.0  # the same for a GET: a phone loads 8 MB of the page's files
 
 JSON_HEADER = (b"content-type", b"application/json")
 CLOSE_HEADER = (b"connection", b"close")

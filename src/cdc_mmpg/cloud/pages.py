@@ -5,6 +5,7 @@ browsers refuse threads.
 """
 
 import mimetypes
+import re
 from http import HTTPStatus
 from pathlib import Path
 
@@ -72,9 +73,9 @@ class Page:
         compressed = path.with_name(f"{path.name}.gz")
         if compressed.is_file():
             headers["Vary"] = "Accept-Encoding"
-            if "gzip" in request.headers.get("accept-encoding", ""):
+            if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
                 path, headers["Content-Encoding"] = compressed, "gzip"
         response = FileResponse(path, headers=headers, media_type=media_type, stat_result=path.stat())
-        if request.headers.get("if-none-match") == response.headers["etag"]:
+        if response.headers["etag"] in re.findall(r'"[^"]*"', request.headers.get("if-none-match", "")):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={**headers, "ETag": response.headers["etag"]})
         return response

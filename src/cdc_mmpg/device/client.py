@@ -25,6 +25,7 @@ BACKOFF_SECONDS = 0.05  # delay before the first retry of a request, doubled for
 FAILURE_PAUSE_SECONDS = (1.0, 300.0)  # first and longest pause after failed requests; doubled after each failure
 MAX_LAYER_SECONDS = 30.0  # time limit of a request for a session's layer that no answer waits for any more
 DEFAULT_DEADLINE_SECONDS, MAX_DEADLINE_SECONDS = 2.0, 86_400.0
+MAX_REASON_BYTES = 2_000  # of a refusal; shown shorter, but only after secrets are replaced
 RANKED_ANSWERS = 5  # number of answers in `Answer.ranked`
 
 
@@ -37,8 +38,8 @@ class Answer(NamedTuple):
     origin: LayerOrigin
     anchors: int  # number of clips whose features the layer was generated from
     unadapted: str  # answer of the shared layer
-    bytes_up: int  # request bodies sent during this call
-    bytes_down: int  # response bodies received during this call
+    bytes_up: int  # bodies of the requests that were answered during this call
+    bytes_down: int  # bodies of the replies that arrived during this call
     milliseconds: dict[str, float]  # by stage
     trouble: str  # why there is no newer layer; "" if nothing failed. Printable, without keys or passwords
     unknown_words: list[str]  # words of the question and the choices that are not in this bundle's vocabulary
@@ -300,7 +301,7 @@ class Device:
         """
         assert self._connection is not None
         wait, problem = BACKOFF_SECONDS, "the deadline passed before the request was sent"
-        while end > time.monotonic():
+        while end > time.monotonic() and session == self._session:
             pause = wait * random.uniform(0.5, 1.5)
             try:
                 reply = self._connection.post(upload, self.model.layout.message_bytes, end)
@@ -313,7 +314,8 @@ class Device:
                     clock.add("generate", generating)
                     clock.add("download", 1000 * reply.read_seconds)
                     return reply.content
-                problem = f"{reply.status} {reply.content[:200].decode('utf-8', 'replace')}{self._connection.route}"
+                reason = reply.content[:MAX_REASON_BYTES].decode("utf-8", "replace")
+                problem = f"{reply.status} {reason}{self._connection.route}"
                 if 300 <= reply.status < 400:
                     problem += f" to {reply.headers.get('location', '')}, not followed: check the cloud's URL (CLOUD=)"
                 if reply.status not in (408, 429) and reply.status < 500:

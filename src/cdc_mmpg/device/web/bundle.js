@@ -3,6 +3,7 @@ import { DeviceError, describe } from "./errors.js";
 import { LAYER_KINDS, fromHex, hash, toHex } from "./wire.js";
 
 const BUNDLE_FORMAT = 3;
+const FILES = ["encoder.onnx", "head.onnx", "shared.bin", "tokenizer.json", "answers.json"];
 
 /**
  * @typedef {object} Settings content of bundle.json
@@ -102,8 +103,9 @@ async function readSettings(folder) {
   if (toHex(await hash(new TextEncoder().encode(encodeCanonically(rest)))) !== digest) {
     throw new DeviceError("bundle.json was changed since the export: export again.");
   }
-  if (!LAYER_KINDS.includes(rest.layout[0])) {
-    throw new DeviceError(`The bundle asks for layers of an unknown kind, ${rest.layout[0]}: load the page again.`);
+  const expected = [...FILES, ...(rest.layout[0] === "basis" ? ["basis.bin"] : [])];
+  if (!LAYER_KINDS.includes(rest.layout[0]) || expected.some((name) => !(name in rest.files))) {
+    throw new DeviceError("bundle.json was not written by this version of make export: export again.");
   }
   return rest;
 }

@@ -3,10 +3,12 @@ import { DeviceError, describe } from "./errors.js";
 import { LAYER_PATH, concatenate } from "./wire.js";
 
 const BACKOFF_MS = 50; // before the first retry, doubled for each further one
-const MAX_SHOWN_CHARACTERS = 200;
 
 /** No layer: the cloud was not reached in time, or refused the upload. */
 export class LayerUnavailable extends DeviceError {}
+
+/** A request that this device stopped, because of another session, cloud or key. */
+export class RequestStopped extends LayerUnavailable {}
 
 /**
  * Sends uploads to a cloud, and counts the bytes of bodies in both directions.
@@ -17,8 +19,15 @@ export class Connection {
     this.url = null;
     /** @type {string | null} */
     this.key = null;
+    this.stopping = new AbortController();
     this.bytesUp = 0;
     this.bytesDown = 0;
+  }
+
+  /** Stops the request that is under way. */
+  stop() {
+    this.stopping.abort();
+    this.stopping = new AbortController();
   }
 
   /**
@@ -28,13 +37,17 @@ export class Connection {
    * @param {number} end deadline on the clock of `performance.now`
    * @param {(stage: string, milliseconds: number) => void} addTime
    * @param {(trouble: string) => void} onTrouble called before each retry
-   * @throws {LayerUnavailable} no reply in time, or a refusal
+   * @throws {LayerUnavailable} no reply in time, a refusal, or `stop` was called
    */
   async request(upload, limit, end, addTime, onTrouble) {
+    const { signal } = this.stopping;
     let [wait, problem] = [BACKOFF_MS, "the deadline passed before the request was sent"];
-    while (end > performance.now()) {
+    while (end > performance.now() && !signal.aborted) {
       let pause = wait * (0.5 + Math.random());
-      const { status, headers, content, failure } = await this.post(upload, limit, end, addTime);
+      const { status, headers, content, failure } = await this.post(upload, limit, end, signal, addTime);
+      if (signal.aborted) {
+        break;
+      }
       if (status === 200) {
         return content;
       }
@@ -51,7 +64,9 @@ export class Connection {
       wait *= 2;
       await new Promise((resolve) => setTimeout(resolve, Math.max(0, Math.min(pause, end - performance.now()))));
     }
-    throw new LayerUnavailable(`no layer before the deadline (${problem})`);
+    throw signal.aborted
+      ? new RequestStopped("the request was stopped")
+      : new LayerUnavailable(`no layer before the deadline (${problem})`);
   }
 
   /**
@@ -59,22 +74,27 @@ export class Connection {
    * @param {import("./wire.js").Bytes} upload
    * @param {number} limit
    * @param {number} end
+   * @param {AbortSignal} stopped
    * @param {(stage: string, milliseconds: number) => void} addTime
    */
-  async post(upload, limit, end, addTime) {
+  async post(upload, limit, end, stopped, addTime) {
     const start = performance.now();
+    const timeout = AbortSignal.timeout(Math.max(1, Math.ceil(end - start)));
     try {
       /** @type {Record<string, string>} */
       const authorization = this.key === null ? {} : { Authorization: `Bearer ${this.key}` };
-      const reply = await fetch(new URL(LAYER_PATH, new URL(this.url ?? "", globalThis.location?.href)), {
+      const reply = await fetch(new URL(LAYER_PATH, this.url ?? undefined), {
         method: "POST",
         body: upload,
         headers: { "Content-Type": "application/octet-stream", ...authorization },
         credentials: "omit",
         cache: "no-store",
-        redirect: "error",
-        signal: AbortSignal.timeout(Math.max(1, Math.ceil(end - start))),
+        redirect: "manual",
+        signal: AbortSignal.any([stopped, timeout]),
       });
+      if (reply.type === "opaqueredirect") {
+        throw new LayerUnavailable("the cloud redirects to another address, which is not followed: check its address");
+      }
       this.bytesUp += upload.length;
       const opened = performance.now();
       const generating = sumServerTiming(reply.headers.get("server-timing") ?? "");
@@ -86,6 +106,9 @@ export class Connection {
       }
       return { status: reply.status, headers: reply.headers, content, failure: "" };
     } catch (error) {
+      if (error instanceof LayerUnavailable) {
+        throw error;
+      }
       return { status: 0, headers: new Headers(), content: new Uint8Array(), failure: describe(error) };
     }
   }
@@ -118,10 +141,32 @@ export class Connection {
  */
 function readDetail(content) {
   try {
-    return String(JSON.parse(new TextDecoder().decode(content)).detail ?? "").slice(0, MAX_SHOWN_CHARACTERS);
+    return String(JSON.parse(new TextDecoder().decode(content)).detail ?? "");
   } catch {
     return "";
   }
+}
+
+/**
+ * Returns the address of a service's root.
+ * @param {string} url relative to the page, or absolute
+ * @throws {DeviceError} the address cannot be used; the message does not repeat it, as it may contain a password
+ */
+export function parseAddress(url) {
+  let parsed;
+  try {
+    parsed = new URL(url, globalThis.location?.href);
+  } catch {
+    throw new DeviceError("The cloud's address is not valid: use https://<host>[:<port>].");
+  }
+  if (!["http:", "https:"].includes(parsed.protocol) || parsed.username || parsed.password) {
+    throw new DeviceError("The cloud's address must begin with https:// or http://, without a user or password.");
+  }
+  if (!parsed.pathname.endsWith("/")) {
+    parsed.pathname += "/";
+  }
+  parsed.search = parsed.hash = "";
+  return parsed.href;
 }
 
 /**

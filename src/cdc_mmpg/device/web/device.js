@@ -1,6 +1,6 @@
 /** `await device.answer(file, question)`: sessions, layer requests, and what happens without a cloud. */
 import { loadBundle } from "./bundle.js";
-import { Connection, LayerUnavailable } from "./connection.js";
+import { Connection, LayerUnavailable, RequestStopped, parseAddress } from "./connection.js";
 import { DeviceError, describe } from "./errors.js";
 import { decodeFrames } from "./media.js";
 import { DeviceModel } from "./model.js";
@@ -10,6 +10,8 @@ import { WeightsRejected, areEqual, decodeLayer } from "./wire.js";
 const FAILURE_PAUSE_MS = [1_000, 300_000]; // first and longest pause after failed requests; doubled after each failure
 const MAX_LAYER_MS = 30_000; // limit of a request for a session's layer that no answer waits for any more
 const DEFAULT_DEADLINE_SECONDS = 2;
+const MAX_DEADLINE_SECONDS = 86_400;
+const MAX_SHOWN_CHARACTERS = 300;
 const RANKED_ANSWERS = 5;
 
 /** @typedef {import("./session.js").Layer} Layer */
@@ -22,8 +24,8 @@ const RANKED_ANSWERS = 5;
  * @property {"adapted" | "kept" | "shared"} origin generated now, loaded from this browser, or shared by all devices
  * @property {number} anchors number of clips that the layer was generated from
  * @property {string} unadapted answer of the shared layer
- * @property {number} bytesUp request bodies sent during this call
- * @property {number} bytesDown reply bodies received during this call
+ * @property {number} bytesUp bodies of the requests that were answered during this call
+ * @property {number} bytesDown bodies of the replies that arrived during this call
  * @property {Record<string, number>} milliseconds by stage
  * @property {string} trouble why there is no newer layer; "" if nothing failed
  * @property {string[]} unknownWords words of the question and the choices that are read as [UNK]
@@ -72,6 +74,9 @@ export class Device {
    * @param {number} [deadline] seconds
    */
   constructor(model, deadline = DEFAULT_DEADLINE_SECONDS) {
+    if (!(deadline > 0 && deadline <= MAX_DEADLINE_SECONDS)) {
+      throw new DeviceError(`A deadline of ${deadline} seconds: it must be above 0 and at most ${MAX_DEADLINE_SECONDS}.`);
+    }
     this.model = model;
     this.deadline = deadline;
     /** @type {StoredSession | null} */
@@ -141,7 +146,8 @@ export class Device {
   }
 
   set cloud(url) {
-    this.connection.url = url === null ? null : new URL(url, globalThis.location?.href).href.replace(/\/?$/, "/");
+    this.connection.url = url === null ? null : parseAddress(url);
+    this.connection.stop();
     this.clearFailure();
   }
 
@@ -154,7 +160,18 @@ export class Device {
       throw new DeviceError("The key is empty, or has a blank or a letter that is not ASCII: copy it again.");
     }
     this.connection.key = key;
+    this.connection.stop();
     this.clearFailure();
+  }
+
+  /** Bytes in the bodies of all requests that were answered. */
+  get bytesUp() {
+    return this.connection.bytesUp;
+  }
+
+  /** Bytes in the bodies of all replies. */
+  get bytesDown() {
+    return this.connection.bytesDown;
   }
 
   /**
@@ -223,6 +240,7 @@ export class Device {
    * @returns {Promise<void>}
    */
   newSession() {
+    this.connection.stop();
     return this.enqueue(async () => {
       this.features = [];
       this.clipsSeen = this.clipsAtRequest = 0;
@@ -232,6 +250,12 @@ export class Device {
       this.clearFailure();
       await this.stored?.clear();
     });
+  }
+
+  /** Stops requests, and frees the memory of the model; the device cannot be used afterwards. */
+  close() {
+    this.connection.stop();
+    return this.enqueue(() => this.model.close());
   }
 
   /**
@@ -367,6 +391,9 @@ export class Device {
    * @param {unknown} error
    */
   recordFailure(error) {
+    if (error instanceof RequestStopped) {
+      return;
+    }
     const text = describe(error);
     const isLayer = error instanceof WeightsRejected;
     const isKnown = isLayer || error instanceof LayerUnavailable;
@@ -391,7 +418,7 @@ export class Device {
    */
   makeSafe(text) {
     const safe = this.key === null ? text : text.replaceAll(this.key, "[secret]");
-    return safe.replace(/\p{C}/gu, "?");
+    return safe.replace(/\p{C}/gu, "?").slice(0, MAX_SHOWN_CHARACTERS);
   }
 
   /**

@@ -1,10 +1,11 @@
 /** The frames of a clip for the encoder: every clip is decoded from its start, as in `cdc_mmpg.media.video`. */
-import { DeviceError, describe } from "./errors.js";
+import { DeviceError } from "./errors.js";
 import { chooseCandidates, cropMiddle, resize, rotate } from "./pixels.js";
 import { ALL_FORMATS, BlobSource, EncodedPacketSink, Input, VideoSampleSink } from "./vendor/mediabunny.mjs";
 
 export const MAX_CLIP_BYTES = 512 * 2 ** 20;
 const MAX_PIXELS = 8192 * 8192; // of a frame
+const MAX_PASSES = 3; // of decoding
 const MAX_RATIO = 4; // of a frame's sides; the rest is cut off on both sides
 /** Of the formats whose planes are read: luma samples per chroma sample across and down, and bits per sample. */
 const FORMATS = {
@@ -38,7 +39,8 @@ export async function decodeFrames(file, settings) {
     if (error instanceof DeviceError) {
       throw error;
     }
-    throw new DeviceError(`${name} cannot be decoded in this browser (${describe(error)}).`, { cause: error });
+    console.info(error);
+    throw new DeviceError(`${name} is damaged, or of a kind that this browser cannot decode.`, { cause: error });
   } finally {
     input.dispose();
   }
@@ -66,7 +68,7 @@ async function decode(input, name, settings) {
     throw new DeviceError(`${name} has frames of more than ${MAX_PIXELS} pixels.`);
   }
   let expected = await countPackets(track);
-  for (;;) { // a second time if some packets are not frames
+  for (let pass = 0; pass < MAX_PASSES; pass++) { // a second one if some packets are not frames
     const chosen = chooseCandidates(expected, settings.number, settings.candidates);
     const middle = Array.from({ length: settings.number }, (_, segment) => {
       return chosen[segment * settings.candidates + Math.floor(settings.candidates / 2)];
@@ -86,6 +88,7 @@ async function decode(input, name, settings) {
     }
     expected = count;
   }
+  throw new DeviceError(`${name}: each decoding gives another number of frames.`);
 }
 
 /**

@@ -38,6 +38,7 @@ export class DeviceModel {
     this.task = settings.task;
     this.unit = settings.unit;
     this.name = settings.name;
+    this.precision = settings.precision;
     this.frames = settings.frames;
     this.layout = layout;
     this.versions = versions;
@@ -46,6 +47,9 @@ export class DeviceModel {
     this.threads = env.wasm.numThreads ?? 1;
     /** @type {string[]} */
     this.answers = JSON.parse(new TextDecoder().decode(files["answers.json"]));
+    if (this.answers.length !== (this.task === "open_ended" ? layout.outputs : 0)) {
+      throw new DeviceError(`The bundle has ${this.answers.length} answers, not ${layout.outputs}`);
+    }
     this.encoder = encoder;
     this.head = head;
     this.questions = new QuestionEncoder(files["tokenizer.json"], settings.text.length, settings.text.known);
@@ -56,6 +60,11 @@ export class DeviceModel {
     this.basis = layout.kind === "basis" ? readNumbers(files["basis.bin"], 0, layout.number * size, precision) : null;
   }
 
+  /** Frees the memory of the graphs. */
+  async close() {
+    await Promise.all([this.encoder.release(), this.head.release()]);
+  }
+
   /**
    * Returns the ids of the question, or for multiple choice of the question with each choice.
    * @param {string} question
@@ -63,6 +72,9 @@ export class DeviceModel {
    * @throws {DeviceError} the question is empty, or the choices do not match the bundle's task
    */
   tokenize(question, choices) {
+    if (![question, ...choices].every((text) => typeof text === "string" && text.isWellFormed())) {
+      throw new DeviceError("A question or a choice is not text.");
+    }
     if (this.task === "open_ended") {
       if (choices.length || !question.trim()) {
         throw new DeviceError("This model answers open-ended questions: ask one, and give no choices.");

@@ -1,10 +1,9 @@
 /**
  * Keeps the page and its bundle for use without a network. The network comes first, so a new export is seen at once.
- *
- * Files of the demo are not kept: they may be many.
  */
 const CACHE = "cdc-mmpg";
-const NOT_KEPT = ["/v1/", "/demo/"];
+// Paths of the page below this worker's folder; nothing else of the same host is kept.
+const KEPT = /^(index\.html|icon\.svg|[a-z-]+\.js|(page|vendor|device|device-int8)\/[\w.-]+|demo\/session\.json)?$/;
 
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -14,7 +13,7 @@ self.addEventListener("message", (event) => event.waitUntil(Promise.allSettled(e
 
 self.addEventListener("fetch", (event) => {
   if (isKept(event.request)) {
-    event.respondWith(fetchAndKeep(event.request));
+    event.respondWith(answer(event));
   }
 });
 
@@ -23,29 +22,38 @@ self.addEventListener("fetch", (event) => {
  * @param {Request} request
  */
 function isKept({ method, url, cache }) {
-  const { origin, pathname } = new URL(url);
-  const isPage = origin === self.location.origin && !NOT_KEPT.some((part) => pathname.includes(part));
-  return method === "GET" && cache !== "no-store" && isPage;
+  const { scope } = self.registration;
+  const path = url.slice(scope.length).replace(/[?#].*$/s, "");
+  return method === "GET" && cache !== "no-store" && url.startsWith(scope) && KEPT.test(path);
 }
 
 /**
  * Fetches a file and keeps it; without a network, returns the kept one.
- * @param {Request} request
+ * @param {FetchEvent} event
  */
-async function fetchAndKeep(request) {
-  const cache = await caches.open(CACHE);
+async function answer(event) {
+  const { request } = event;
   try {
     const reply = await fetch(request);
-    if (reply.status === 200) {
-      await cache.put(request, reply.clone()).catch(() => {}); // the storage may be full
-    }
+    event.waitUntil(keep(request, reply.clone()));
     return reply;
   } catch (error) {
-    const kept = await cache.match(request, { ignoreSearch: request.mode === "navigate" });
+    const kept = await caches.match(request, { ignoreSearch: request.mode === "navigate" }).catch(() => undefined);
     if (kept === undefined) {
       throw error;
     }
     return kept;
+  }
+}
+
+/**
+ * Keeps a complete reply, if the storage has room.
+ * @param {Request} request
+ * @param {Response} reply
+ */
+async function keep(request, reply) {
+  if (reply.status === 200) {
+    await caches.open(CACHE).then((cache) => cache.put(request, reply)).catch(() => {});
   }
 }
 
@@ -56,6 +64,6 @@ async function fetchAndKeep(request) {
 async function keepMissing(url) {
   const request = new Request(url);
   if (isKept(request) && !(await caches.match(request))) {
-    await fetchAndKeep(request);
+    await keep(request, await fetch(request));
   }
 }

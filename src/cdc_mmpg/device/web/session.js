@@ -37,16 +37,18 @@ function encodeCount(count) {
 }
 
 /**
- * A record in IndexedDB that belongs to one encoder and one generator. Failures are kept in `trouble` and never thrown.
+ * A record in IndexedDB that belongs to one bundle. Failures are kept in `trouble` and never thrown.
  *
- * Tabs share it; once one of them begins a new session, the others stop writing.
+ * Tabs write the same record, the last one wins; once one of them begins a new session, the others stop writing.
  */
 export class StoredSession {
   /** @param {import("./model.js").DeviceModel} model */
   constructor(model) {
     this.model = model;
-    this.name = [model.versions.encoder, model.versions.generator].map((part) => toHex(part).slice(0, 8)).join(".");
+    const versions = [model.versions.encoder, model.versions.generator].map((part) => toHex(part).slice(0, 8));
+    this.name = [...versions, model.precision].join(".");
     this.session = "";
+    this.isCleared = true; // whether the record of the session before was deleted
     this.trouble = "";
     /** @type {Promise<IDBDatabase> | null} */
     this.database = null;
@@ -57,13 +59,16 @@ export class StoredSession {
    * @returns {Promise<{anchors: Float32Array[], layer: Layer | null}>}
    */
   async load() {
-    const record = await this.attempt(() => this.transact("readonly", (store) => store.get(this.name)));
-    if (record === undefined) {
-      return { anchors: [], layer: null };
-    }
-    this.session = record.session;
-    const anchors = record.anchors.filter(isFeature).slice(-MAX_SESSION_CLIPS);
-    return { anchors, layer: record.receipt && (await this.verify(record.receipt)) };
+    const found = await this.attempt(async () => {
+      const record = await this.transact("readonly", (store) => store.get(this.name));
+      if (record === undefined) {
+        return undefined;
+      }
+      this.session = String(record.session);
+      const anchors = record.anchors.filter(isFeature).slice(-MAX_SESSION_CLIPS);
+      return { anchors, layer: record.receipt && (await this.verify(record.receipt)) };
+    });
+    return found ?? { anchors: [], layer: null };
   }
 
   /**
@@ -76,7 +81,8 @@ export class StoredSession {
     try {
       const matrices = await decodeLayer(message, upload, model.layout, model.versions, model.cloud);
       const committed = await computeDigest(concatenate(salt, encodeCount(anchors)));
-      return areEqual(readNonce(upload), committed) ? { matrix: model.install(matrices), anchors, origin: "kept" } : null;
+      const isValid = areEqual(readNonce(upload), committed) && anchors > 0 && anchors <= MAX_SESSION_CLIPS;
+      return isValid ? { matrix: model.install(matrices), anchors, origin: "kept" } : null;
     } catch (error) {
       if (error instanceof WeightsRejected) {
         return null;
@@ -90,7 +96,7 @@ export class StoredSession {
    * @param {Float32Array[]} anchors
    */
   async saveAnchors(anchors) {
-    await this.update((record) => ({ ...record, anchors }));
+    await this.attempt(() => this.update({ anchors }));
   }
 
   /**
@@ -98,35 +104,46 @@ export class StoredSession {
    * @param {Receipt} receipt
    */
   async saveReceipt(receipt) {
-    await this.update((record) => ({ ...record, receipt }));
+    await this.attempt(() => this.update({ receipt }));
   }
 
-  /** Deletes what is stored and begins a new session. */
+  /** Deletes what is stored and begins a new session; if this fails now, it is done before the next write. */
   async clear() {
-    this.session = toHex(crypto.getRandomValues(new Uint8Array(SALT_BYTES)));
-    const record = { session: this.session, anchors: [], receipt: null };
-    await this.attempt(() => this.transact("readwrite", (store) => store.put(record, this.name)));
+    this.isCleared = false;
+    await this.attempt(() => this.beginSession());
+  }
+
+  /** Replaces the record by one of a new session. */
+  async beginSession() {
+    const session = toHex(crypto.getRandomValues(new Uint8Array(SALT_BYTES)));
+    await this.transact("readwrite", (store) => store.put({ session, anchors: [], receipt: null }, this.name));
+    this.session = session;
+    this.isCleared = true;
   }
 
   /**
    * Changes the record in one transaction, unless another tab has begun a new session.
-   * @param {(record: StoredRecord) => StoredRecord} change
+   * @param {Partial<StoredRecord>} change
    */
   async update(change) {
-    await this.attempt(() =>
-      this.transact("readwrite", (store) => {
-        const reading = store.get(this.name);
-        reading.onsuccess = () => {
-          const record = reading.result ?? { session: this.session, anchors: [], receipt: null };
-          if (record.session === this.session) {
-            store.put(change(record), this.name);
-          } else {
-            this.trouble = "Another tab has begun a new session: this one is not stored.";
-          }
-        };
-        return reading;
-      }),
-    );
+    if (!this.isCleared) {
+      await this.beginSession();
+    }
+    let isOurs = true;
+    await this.transact("readwrite", (store) => {
+      const reading = store.get(this.name);
+      reading.onsuccess = () => {
+        const record = reading.result ?? { session: this.session, anchors: [], receipt: null };
+        isOurs = record.session === this.session;
+        if (isOurs) {
+          store.put({ ...record, ...change }, this.name);
+        }
+      };
+      return reading;
+    });
+    if (!isOurs) {
+      throw new Error("another tab has begun a new session");
+    }
   }
 
   /**
@@ -151,9 +168,12 @@ export class StoredSession {
    */
   async attempt(operation) {
     try {
-      return await operation();
+      const result = await operation();
+      this.trouble = "";
+      return result;
     } catch (error) {
-      this.trouble = `The session is not stored in this browser (${describe(error)}): a reload will lose it.`;
+      this.trouble = `The session is not stored in this browser (${describe(error)}).`;
+      this.database = null; // it is opened again
       return undefined;
     }
   }

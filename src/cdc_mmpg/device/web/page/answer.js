@@ -1,5 +1,6 @@
 /** The card with an answer, and words for layers. */
 import { drawFrame, formatShare, showBars } from "./charts.js";
+import { isKeyRefused } from "./cloud.js";
 import { countOf, find, setText } from "./elements.js";
 
 /** @typedef {Awaited<ReturnType<import("../device.js").Device["answer"]>>} Answer */
@@ -7,6 +8,19 @@ import { countOf, find, setText } from "./elements.js";
 const FRAME_PIXELS = 192;
 const LONG_ANSWER = 11; // characters from which an answer is set smaller
 const CLOUD_STAGES = ["upload", "generate", "download"];
+/** @type {Record<string, string>} */
+const STAGE_TITLES = {
+  decode: "Read frames of the clip",
+  encode: "Turn frames and question into features",
+  anchor: "Turn the clip into 192 numbers",
+  upload: "Send the mean of the clips, and wait for the network",
+  generate: "Generate a layer in the cloud",
+  download: "Receive the layer",
+  verify: "Check the layer's signature",
+  swap: "Install the layer",
+  keep: "Store the layer in this browser",
+  answer: "Score the answers with the layer",
+};
 
 /**
  * Shows an answer.
@@ -28,8 +42,7 @@ export function showAnswer(answer, name, text, unit) {
   setText("answer-layer", `Answered with ${describeOrigin(answer.origin, unit, answer.anchors)}.`);
   setText("answer-bytes", traffic);
   setText("answer-unknown", answer.unknownWords.length ? `Unknown words: ${answer.unknownWords.join(", ")}.` : "");
-  const locked = /\b401\b/.test(answer.trouble) ? " (type the access key in Settings)" : "";
-  setText("answer-trouble", answer.trouble ? `No newer layer: ${answer.trouble}${locked}.`.replace("..", ".") : "");
+  setText("answer-trouble", describeTrouble(answer));
   showBars(find("ranked", HTMLTableElement), answer.ranked.map(([label, value]) => (
     { label, value, text: (100 * value).toFixed(1), style: "adapted" }
   )), 1);
@@ -38,15 +51,47 @@ export function showAnswer(answer, name, text, unit) {
   setText("stages-title", `Milliseconds, ${sum.toFixed(0)} in all`);
   showBars(find("stages", HTMLTableElement), stages.map(([stage, value]) => {
     const cloud = CLOUD_STAGES.includes(stage);
-    return { label: cloud ? `${stage} *` : stage, value, text: value.toFixed(1), style: cloud ? "cloud" : "plain" };
+    const [label, style] = cloud ? [`${stage} *`, "cloud"] : [stage, "plain"];
+    return { label, value, text: value.toFixed(1), style, title: STAGE_TITLES[stage] ?? stage };
   }));
   find("stages-note", HTMLElement).hidden = !stages.some(([stage]) => CLOUD_STAGES.includes(stage));
-  find("answer-empty", HTMLElement).hidden = find("answer-how", HTMLElement).hidden = true;
-  find("verdict", HTMLElement).hidden = find("evidence", HTMLElement).hidden = false;
-  find("answer-frame", HTMLElement).hidden = false;
+  showParts(true, unit);
   drawFrame(find("answer-frame", HTMLCanvasElement), answer.frame, FRAME_PIXELS);
   const { frame: _, ...rest } = answer;
   find("last-answer", HTMLElement).textContent = JSON.stringify({ clip: name, question: text, ...rest });
+}
+
+/**
+ * Clears the card.
+ * @param {string} unit
+ */
+export function clearAnswer(unit) {
+  showParts(false, unit);
+  find("last-answer", HTMLElement).textContent = "";
+}
+
+/**
+ * Shows either an answer, or what answers are.
+ * @param {boolean} answered
+ * @param {string} unit
+ */
+function showParts(answered, unit) {
+  for (const id of ["verdict", "evidence", "answer-frame"]) {
+    find(id, HTMLElement).hidden = !answered;
+  }
+  find("answer-empty", HTMLElement).hidden = answered;
+  find("answer-how", HTMLElement).hidden = answered || unit === "sample"; // it describes sessions
+}
+
+/**
+ * Describes why an answer has no newer layer.
+ * @param {Answer} answer
+ * @returns {string}
+ */
+function describeTrouble({ trouble, origin }) {
+  const missing = origin === "shared" ? "No layer from the cloud" : "No newer layer";
+  return isKeyRefused(trouble) ? "The service needs an access key: type it in Settings."
+    : trouble ? `${missing}: ${trouble}.`.replace("..", ".") : "";
 }
 
 /**

@@ -1,23 +1,18 @@
 /** The device that the page uses, its session, and asking it. */
-import { describeOrigin, showAnswer } from "./answer.js";
+import { clearAnswer, describeOrigin, showAnswer } from "./answer.js";
 import { drawFrame } from "./charts.js";
+import { noteTrouble } from "./cloud.js";
 import { countOf, create, find, setText } from "./elements.js";
 import { DeviceError } from "../errors.js";
 
 /** @typedef {import("../device.js").Device} Device */
 /** @typedef {import("./answer.js").Answer} Answer */
 
-export const CLOUD = "."; // the service that served this page
-export const DEADLINE_SECONDS = 5; // maximum time that an answer waits for a layer
-const CHECK_PAUSE_MS = 5000; // least time between two checks of the cloud while questions are answered
 const MAX_THUMBNAILS = 64; // as many clips as a session has
 const THUMBNAIL_PIXELS = 80;
 
 const thumbnails = find("thumbnails", HTMLElement);
-const useCloud = find("use-cloud", HTMLInputElement);
 let device = /** @type {Device | null} */ (null);
-let bytes = { up: 0, down: 0 }; // since the session began or the page was opened
-let checkedAt = 0; // when the cloud was last checked
 let session = 0; // number of sessions that began on this page
 
 /** Returns the device, or null while there is none. */
@@ -50,20 +45,6 @@ export function requireDevice() {
   return device;
 }
 
-/** Shows whether the cloud is reachable. */
-export async function checkCloud() {
-  const state = find("cloud-state", HTMLElement);
-  checkedAt = performance.now();
-  if (useCloud.checked) {
-    const options = { cache: /** @type {const} */ ("no-store"), signal: AbortSignal.timeout(1000 * DEADLINE_SECONDS) };
-    const ready = await fetch("ready", options).then((reply) => reply.ok, () => false);
-    state.textContent = ready ? "reachable" : "not reachable";
-  }
-  if (!useCloud.checked) {
-    state.textContent = "switched off";
-  }
-}
-
 /**
  * Asks a question about a clip, shows the answer, and returns it.
  * @param {Device} open
@@ -77,13 +58,9 @@ export async function askAbout(open, file, name, text, listed) {
   let answer = /** @type {Answer | null} */ (null);
   await keepClip(open, name, async () => (answer = await open.answer(file, text, listed)).frame);
   const given = /** @type {Answer} */ (/** @type {unknown} */ (answer));
-  bytes = { up: bytes.up + given.bytesUp, down: bytes.down + given.bytesDown };
   showAnswer(given, name, text, open.unit);
   showSession();
-  const isKnown = !given.trouble && find("cloud-state", HTMLElement).textContent === "reachable";
-  if (!isKnown && performance.now() - checkedAt > CHECK_PAUSE_MS) {
-    void checkCloud();
-  }
+  noteTrouble(given.trouble);
   return given;
 }
 
@@ -92,13 +69,13 @@ export async function askAbout(open, file, name, text, listed) {
  * @param {Device} open
  * @param {string} name of the clip
  * @param {() => Promise<ImageData>} show returns the clip's middle frame
+ * @returns {Promise<boolean>} whether the session has grown
  */
 export async function keepClip(open, name, show) {
-  const before = open.anchors;
+  const before = open.clipsSeen;
   const frame = await show();
-  const newest = thumbnails.querySelector("canvas")?.getAttribute("aria-label");
-  const grown = open.anchors > before || (before >= MAX_THUMBNAILS && newest !== name);
-  if (open.unit === "session" && grown) {
+  const grown = open.unit === "session" && open.clipsSeen > before;
+  if (grown) {
     const canvas = document.createElement("canvas");
     drawFrame(canvas, frame, THUMBNAIL_PIXELS);
     canvas.setAttribute("role", "img");
@@ -110,20 +87,21 @@ export async function keepClip(open, name, show) {
     }
   }
   showSession();
+  return grown;
 }
 
 /** Shows the clips, the layer and the bytes of the session. */
 function showSession() {
-  setText("session-up", bytes.up.toLocaleString("en"));
-  setText("session-down", bytes.down.toLocaleString("en"));
   if (!device) {
     return;
   }
+  setText("session-up", device.bytesUp.toLocaleString("en"));
+  setText("session-down", device.bytesDown.toLocaleString("en"));
   const [shown, sample] = [thumbnails.children.length, device.unit === "sample"];
-  const count = device.anchors ? `${countOf(device.anchors, "clip")} of this camera.` : "No clips yet.";
+  const before = device.anchors - shown;
+  const visited = before > 0 ? `, ${shown ? before : "all"} from an earlier visit` : "";
+  const count = device.anchors ? `${countOf(device.anchors, "clip")} of this camera${visited}.` : "No clips yet.";
   setText("session-about", sample ? "This model adapts to each question alone and keeps no session." : count);
-  const before = sample ? 0 : device.anchors - shown;
-  setText("session-before", before > 0 ? `${countOf(before, "clip")} from before` : "");
   setText("session-layer", sample ? "one for each question" : describeOrigin(device.origin, device.unit));
   setText("storage-trouble", device.storageTrouble);
   thumbnails.hidden = !shown;
@@ -135,9 +113,10 @@ function showSession() {
  * @returns {Promise<string>}
  */
 export async function beginSession() {
-  await requireDevice().newSession();
+  const open = requireDevice();
+  await open.newSession();
   thumbnails.replaceChildren();
-  bytes = { up: 0, down: 0 };
+  clearAnswer(open.unit);
   session += 1;
   showSession();
   return "A new session has begun: the clips and the layer of the last one are forgotten.";

@@ -2,26 +2,36 @@
 import { addFiles, showClips, showPreview } from "./clips.js";
 import { find } from "./elements.js";
 import { DeviceError } from "../errors.js";
-import { say } from "./operations.js";
+import { describeError, isBusy, run, say, sayWait } from "./operations.js";
 
 const RECORDING_MS = 2000;
 const RECORDING_TYPES = ["video/webm;codecs=vp8", "video/webm", "video/mp4"];
 
 const preview = find("preview", HTMLVideoElement);
 let stream = /** @type {MediaStream | null} */ (null); // while the camera is open
+let opening = false; // while the browser asks the user
 let recordings = 0;
 
-/**
- * Opens the camera; if it is open, records a clip.
- * @returns {Promise<string>}
- */
+/** Opens the camera; if it is open, records a clip. The page is not busy while the browser asks the user. */
 export async function useCamera() {
   if (stream) {
-    return recordClip(stream);
+    const camera = stream;
+    await run("Recording two seconds.", () => recordClip(camera));
+  } else if (isBusy()) {
+    sayWait();
+  } else if (!opening) {
+    opening = true;
+    await openCamera().catch((error) => say(describeError(error), true));
+    opening = false;
   }
+}
+
+/** Opens the camera and shows its picture. */
+async function openCamera() {
   if (!navigator.mediaDevices || !window.MediaRecorder) {
     throw new DeviceError("This browser gives this page no camera.");
   }
+  say("Allow the camera in the browser's prompt.");
   try {
     const video = { facingMode: "environment", width: { ideal: 640 } };
     stream = await navigator.mediaDevices.getUserMedia({ video, audio: false });
@@ -41,12 +51,15 @@ export async function useCamera() {
   find("camera-close", HTMLElement).hidden = false;
   find("clip", HTMLElement).classList.remove("empty");
   find("camera", HTMLElement).textContent = "Record two seconds";
-  await preview.play().catch(() => {}); // a preview that does not play can still be recorded
-  return "The camera is open. Point it at something and record.";
+  showPreview();
+  void preview.play().catch(() => {}); // a preview that does not play can still be recorded
+  if (!isBusy()) {
+    say("The camera is open. Point it at something and record.");
+  }
 }
 
 /**
- * Records a clip from the camera, selects it, and closes the camera.
+ * Records a clip from the camera, and selects it.
  * @param {MediaStream} camera
  * @returns {Promise<string>}
  */
@@ -57,10 +70,11 @@ async function recordClip(camera) {
   recorder.addEventListener("dataavailable", (event) => parts.push(event.data));
   const stopped = new Promise((resolve) => recorder.addEventListener("stop", resolve, { once: true }));
   recorder.start();
-  say("Recording two seconds.");
   setTimeout(() => recorder.state === "recording" && recorder.stop(), RECORDING_MS);
   await stopped;
-  closeCamera();
+  if (stream !== camera) {
+    return "The camera was closed, and the unfinished clip discarded.";
+  }
   const type = (recorder.mimeType || mimeType).split(";")[0] ?? "";
   const blob = new Blob(parts, { type });
   if (!blob.size) {
@@ -68,7 +82,7 @@ async function recordClip(camera) {
   }
   recordings += 1;
   addFiles([new File([blob], `camera-${recordings}.${type === "video/mp4" ? "mp4" : "webm"}`, { type })]);
-  return "Recorded. Ask a question about the new clip.";
+  return "Recorded. Ask a question about the new clip, or record another one.";
 }
 
 /** Closes the camera, and shows the selected clip again. */

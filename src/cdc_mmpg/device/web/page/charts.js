@@ -6,7 +6,7 @@ const MARGIN = { left: 34, right: 108, top: 24, bottom: 20 }; // pixels around i
 const LABEL_DISTANCE = 17; // least pixels between the labels of two lines
 const MAX_MARKERS = 60; // with more questions, only the last one has a marker
 
-/** @typedef {{label: string, value: number, text: string, style: string}} Bar */
+/** @typedef {{label: string, value: number, text: string, style: string, title?: string}} Bar */
 /** @typedef {{name: string, style: string, values: number[]}} Line values: shares from 0 to 1 */
 
 /**
@@ -36,7 +36,7 @@ export function showBars(table, bars, full = Math.max(...bars.map((bar) => bar.v
     const row = document.createElement("tr");
     const label = document.createElement("th");
     label.scope = "row";
-    label.textContent = label.title = bar.label;
+    [label.textContent, label.title] = [bar.label, bar.title ?? bar.label];
     const svg = createShape("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
     svg.append(
       createShape("rect", { width: 100, height: 10, class: "track" }),
@@ -144,10 +144,10 @@ export function drawFrame(canvas, frame, size) {
 }
 
 /**
- * Formats a share as percent.
+ * Formats a share as percent; one that is not quite all gets a decimal.
  * @param {number} share
  * @returns {string}
  */
 export function formatShare(share) {
-  return `${Math.round(100 * share)} %`;
+  return `${(100 * share).toFixed(share > 0.99 && share < 1 ? 1 : 0)} %`;
 }

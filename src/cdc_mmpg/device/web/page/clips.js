@@ -4,7 +4,7 @@ import { countOf, create, find, setText } from "./elements.js";
 import { DeviceError } from "../errors.js";
 import { breathe, describeError, isBusy, say, showProgress } from "./operations.js";
 
-/** @typedef {{file: File, session: number}} Clip session: the last one that it was shown in, or -1 */
+/** @typedef {{file: File, session: number, failed: boolean}} Clip session: the last one that saw it, or -1 */
 
 const VIDEO_NAME = /\.(mp4|m4v|webm|mov|mkv|avi)$/i;
 
@@ -21,10 +21,22 @@ export function getSelected() {
 export function clearClips() {
   clips = [];
   select(null);
+  if (!isBusy()) {
+    say("The list is empty. Choose clips.");
+  }
 }
 
 /**
- * Adds files to the list, and selects the first of them.
+ * Adds files that the user chose to the list.
+ * @param {Iterable<File>} files
+ */
+function chooseFiles(files) {
+  document.dispatchEvent(new Event("clips")); // the camera closes
+  addFiles(files);
+}
+
+/**
+ * Adds files to the list unless they are in it, and selects the first of them.
  * @param {Iterable<File>} files
  */
 export function addFiles(files) {
@@ -32,17 +44,30 @@ export function addFiles(files) {
   for (const file of files) {
     (file.type.startsWith("video/") || VIDEO_NAME.test(file.name) ? videos : others).push(file);
   }
-  const added = videos.map((file) => ({ file, session: -1 }));
+  const chosen = videos.map((file) => findClip(file) ?? { file, session: -1, failed: false });
+  const added = chosen.filter((clip) => !clips.includes(clip));
   clips.push(...added);
-  if (added[0]) {
-    document.dispatchEvent(new Event("clips")); // the camera closes
-    select(added[0]);
+  const first = added[0] ?? chosen[0];
+  if (first) {
+    select(first);
   }
-  if (others.length) {
-    say(`Not added, since no video: ${others.map(({ name }) => name).join(", ")}.`, true);
-  } else if (added.length && !isBusy()) {
-    say(`${countOf(added.length, "clip")} chosen. Ask a question.`);
+  const known = chosen.length - added.length;
+  const sentences = [
+    added.length ? `${countOf(added.length, "clip")} chosen. Ask a question.` : "",
+    known ? `Already in the list: ${countOf(known, "clip")}.` : "",
+    others.length ? `Not a video: ${others.map(({ name }) => name).join(", ")}.` : "",
+  ];
+  if (others.length || !isBusy()) {
+    say(sentences.filter(Boolean).join(" "), others.length > 0);
   }
+}
+
+/**
+ * Returns the clip of the list that was made from the same file.
+ * @param {File} file
+ */
+function findClip({ name, size, lastModified }) {
+  return clips.find(({ file }) => file.name === name && file.size === size && file.lastModified === lastModified);
 }
 
 /**
@@ -53,11 +78,14 @@ function select(clip) {
   selected = clip;
   showPreview();
   showClips();
+  document.querySelector("#clip-list label:has(:checked)")?.scrollIntoView({ block: "nearest" });
 }
 
-/** Shows the selected clip in the preview, unless it shows the camera. */
+/** Shows the selected clip in the preview; if that shows the camera, says which clip is selected. */
 export function showPreview() {
   if (preview.srcObject) {
+    const about = selected ? `Ask is about ${selected.file.name}.` : "Record a clip to ask about it.";
+    setText("preview-note", `Live picture. ${about}`);
     return;
   }
   URL.revokeObjectURL(preview.src);
@@ -82,8 +110,8 @@ export function showClips() {
     });
     const name = create("span", clip.file.name);
     [name.className, name.title] = ["file", clip.file.name];
-    const mark = create("span", isInSession(clip) ? "in session" : "");
-    mark.className = "soft";
+    const mark = create("span", clip.failed ? "failed" : isInSession(clip) ? "in session" : "");
+    mark.className = clip.failed ? "trouble" : "soft";
     return create("label", "", radio, name, mark);
   });
   const focused = [...document.querySelectorAll("#clip-list input")].indexOf(document.activeElement ?? preview);
@@ -128,31 +156,38 @@ function showObserve() {
 export async function observeClips() {
   const open = requireDevice();
   const failures = /** @type {string[]} */ ([]);
+  let added = 0;
   const waiting = listUnlabelled();
   for (const [i, clip] of waiting.entries()) {
     showProgress(i, waiting.length);
     say(`Adding clip ${i + 1} of ${waiting.length} to the session.`);
     try {
-      await keepClip(open, clip.file.name, () => open.observe(clip.file));
-      clip.session = getSession();
+      added += Number(await keepClip(open, clip.file.name, () => open.observe(clip.file)));
+      [clip.session, clip.failed] = [getSession(), false];
     } catch (error) {
+      clip.failed = true;
       const [name, text] = [clip.file.name, describeError(error)];
       failures.push(text.includes(name) ? text : `${name}: ${text}`);
     }
     showClips();
     await breathe();
   }
-  const count = waiting.length - failures.length;
-  const added = count ? [`${countOf(count, "clip")} added to the session.`] : [];
+  const known = waiting.length - failures.length - added;
+  const sentences = [
+    added ? `${countOf(added, "clip")} added to the session.` : "",
+    known ? `Already in the session: ${countOf(known, "clip")}.` : "",
+    ...failures,
+  ];
+  const text = sentences.filter(Boolean).join(" ");
   if (failures.length) {
-    throw new DeviceError([...added, ...failures].join(" "));
+    throw new DeviceError(text);
   }
-  return added.join("") || "All clips are in the session.";
+  return text || "All clips are in the session.";
 }
 
 find("files", HTMLInputElement).addEventListener("change", (event) => {
   const input = /** @type {HTMLInputElement} */ (event.currentTarget);
-  addFiles(input.files ?? []);
+  chooseFiles(input.files ?? []);
   input.value = ""; // the same file can be chosen again
 });
 for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
@@ -163,7 +198,7 @@ for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
     event.preventDefault();
     document.body.classList.toggle("dragging", type === "dragenter" || type === "dragover");
     if (type === "drop") {
-      addFiles(event.dataTransfer.files);
+      chooseFiles(event.dataTransfer.files);
     }
   });
 }

@@ -1,6 +1,7 @@
 /** The demo: a recorded session of a camera, with questions and their correct answers. */
 import { askAbout, beginSession, keepClip, requireDevice } from "./asking.js";
 import { drawLines, formatShare } from "./charts.js";
+import { checkCloud } from "./cloud.js";
 import { countOf, create, find, setText } from "./elements.js";
 import { DeviceError } from "../errors.js";
 import { breathe, say } from "./operations.js";
@@ -10,15 +11,20 @@ import { breathe, say } from "./operations.js";
 /** @typedef {{clip: string, question: string, answer: string, unadapted: string, text: string}} Row */
 
 const TABLE_ROWS = 4; // last questions that are shown
+const FETCH_MS = 10_000; // time for a try to fetch a clip, and from the first try to the last
+const RETRY_PAUSE_MS = 1000;
 
 const demoStop = find("demo-stop", HTMLButtonElement);
 let demo = /** @type {Demo | null} */ (null);
-let stopping = false;
+let stop = new AbortController(); // of the last time that it was played
 let lines = /** @type {Parameters<typeof drawLines>[1]} */ ([]); // of the chart
 let total = 1; // questions of the chart
 
-/** Loads the demo session, if there is one. */
+/** Loads the demo session, if there is one and it has not been loaded. */
 export async function loadDemo() {
+  if (demo) {
+    return;
+  }
   const reply = await fetch("demo/session.json").catch(() => null);
   const loaded = /** @type {Demo | null} */ (reply?.ok ? await reply.json().catch(() => null) : null);
   if (!Array.isArray(loaded?.steps) || !loaded.steps.length) {
@@ -29,9 +35,10 @@ export async function loadDemo() {
   find("examples", HTMLElement).replaceChildren(...examples.map((text) => new Option("", text)));
   find("question", HTMLInputElement).placeholder = examples[0] ?? "";
   [demo, total] = [loaded, Math.max(asked.length, 1)];
-  const unlabelled = loaded.steps.length - asked.length;
-  setText("demo-about", `Device ${loaded.device}: ${countOf(unlabelled, "clip")} without a question and ` +
-    `${countOf(asked.length, "question")}. Playing it begins a new session.`);
+  const [all, some] = [loaded.steps, loaded.steps.filter((step) => step.question)]
+    .map((steps) => new Set(steps.map((step) => step.clip)).size);
+  setText("demo-about", `Device ${loaded.device}: ${countOf(all ?? 0, "clip")}; ` +
+    `${countOf(asked.length, "question")} about ${some} of them. Playing it begins a new session.`);
   find("demo", HTMLElement).hidden = find("demo-hint", HTMLElement).hidden = false;
   showChart();
 }
@@ -44,22 +51,28 @@ export async function playDemo() {
   const open = requireDevice();
   const rows = /** @type {Row[]} */ ([]);
   const steps = demo?.steps ?? [];
-  await beginSession();
-  stopping = false;
+  stop = new AbortController();
+  const { signal } = stop;
   find("demo-about", HTMLElement).hidden = true;
   find("demo-state", HTMLElement).hidden = false;
   demoStop.setAttribute("aria-disabled", "false");
   find("answer-live", HTMLElement).setAttribute("aria-live", "off"); // the record is announced at the end
-  showRecord(rows, false);
   let [file, clipsShown] = [new File([], ""), 0];
   try {
     for (const [i, step] of steps.entries()) {
-      if (stopping) {
+      const name = step.clip;
+      const progress = find("demo-progress", HTMLProgressElement);
+      [progress.max, progress.value] = [steps.length, i];
+      if (file.name !== name) {
+        file = await fetchClip(name, signal);
+      }
+      if (signal.aborted) {
+        setText("demo-step", "stopped");
         return `The demo was stopped after ${countOf(rows.length, "question")}.`;
       }
-      const name = step.clip;
-      if (file.name !== name) {
-        file = await fetchClip(name);
+      if (i === 0) { // clips can be fetched, so the last session may go
+        await beginSession();
+        showRecord(rows, false);
       }
       if (!step.question) {
         clipsShown += 1;
@@ -72,30 +85,51 @@ export async function playDemo() {
         rows.push({ clip: name, question: step.question, answer: step.answer ?? "", ...rest });
         showRecord(rows, false);
       }
-      const progress = find("demo-progress", HTMLProgressElement);
-      [progress.max, progress.value] = [steps.length, i + 1];
+      progress.value = i + 1;
       await breathe();
     }
     showRecord(rows, true);
     return `The demo has ended. ${describeScore()}`;
   } finally {
     demoStop.setAttribute("aria-disabled", "true");
+    find("demo-about", HTMLElement).hidden = false;
     find("answer-live", HTMLElement).setAttribute("aria-live", "polite");
   }
 }
 
 /**
- * Fetches a clip of the demo.
+ * Fetches a clip of the demo, and tries again while the service does not answer; stopped, returns an empty file.
  * @param {string} name
+ * @param {AbortSignal} signal
  * @returns {Promise<File>}
  */
-async function fetchClip(name) {
-  const reply = await fetch(`demo/${name.split("/").map(encodeURIComponent).join("/")}`).catch(() => null);
-  if (!reply?.ok) {
-    throw new DeviceError(`The demo's clip ${name} could not be loaded.`);
+async function fetchClip(name, signal) {
+  const path = `demo/${name.split("/").map(encodeURIComponent).join("/")}`;
+  const end = performance.now() + FETCH_MS;
+  setText("demo-step", "loading a clip");
+  while (!signal.aborted) {
+    try {
+      const reply = await fetch(path, { signal: AbortSignal.any([signal, AbortSignal.timeout(FETCH_MS)]) });
+      if (reply.ok) {
+        return new File([await reply.blob()], name);
+      }
+      if (reply.status < 500) {
+        throw new DeviceError(`The service has no clip ${name} of the demo (status ${reply.status}).`);
+      }
+    } catch (error) {
+      if (error instanceof DeviceError) {
+        throw error;
+      }
+    }
+    if (!signal.aborted && performance.now() > end) {
+      void checkCloud();
+      setText("demo-step", "interrupted");
+      throw new DeviceError("The service does not answer, so the demo has ended.");
+    }
+    setText("demo-step", "the service does not answer, trying again");
+    await new Promise((resolve) => setTimeout(resolve, RETRY_PAUSE_MS));
   }
-  const blob = await reply.blob();
-  return new File([blob], name, { type: blob.type });
+  return new File([], name);
 }
 
 /**
@@ -151,8 +185,9 @@ function showChart() {
 
 demoStop.addEventListener("click", () => {
   if (demoStop.getAttribute("aria-disabled") === "false") {
-    stopping = true;
+    stop.abort();
     say("Stopping after this step.");
   }
 });
+document.addEventListener("reachable", () => void loadDemo());
 new ResizeObserver(() => showChart()).observe(find("demo", HTMLElement));

@@ -2,8 +2,11 @@
 import { find } from "./elements.js";
 import { DeviceError } from "../errors.js";
 
+const WAIT_SHOWN_MS = 2500; // time after which a hint gives way to the operation's message
+
 const progress = find("operation-progress", HTMLProgressElement);
 let busy = false;
+let doing = ""; // message of the operation that runs
 
 /** Returns whether an operation runs. */
 export function isBusy() {
@@ -39,6 +42,16 @@ export function describeError(error) {
   return error instanceof DeviceError ? text : `Unexpected failure: ${text}`;
 }
 
+/** Asks the user to wait for the operation that runs, and shows its message again a little later. */
+export function sayWait() {
+  const message = find("message", HTMLElement);
+  const [before, hint] = [message.textContent ?? "", `Wait until this has ended: ${doing}`];
+  if (before !== hint) {
+    say(hint);
+    setTimeout(() => message.textContent === hint && say(before), WAIT_SHOWN_MS);
+  }
+}
+
 /**
  * Runs an operation unless another one runs; shows its message, and its failure as a sentence.
  * @param {string} text message during the operation
@@ -46,13 +59,18 @@ export function describeError(error) {
  */
 export async function run(text, operation) {
   if (busy) {
+    sayWait();
     return;
   }
+  doing = text;
   setBusy(true);
   say(text);
   try {
     say(await operation());
   } catch (error) {
+    if (!(error instanceof DeviceError)) {
+      console.error(error);
+    }
     say(describeError(error), true);
   } finally {
     setBusy(false);

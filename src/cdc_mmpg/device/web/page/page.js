@@ -1,8 +1,8 @@
 /** The page: opens the device, and connects buttons and settings to what they do. */
 import { describeLayout } from "./answer.js";
-import { CLOUD, DEADLINE_SECONDS, askAbout, beginSession, checkCloud, getDevice, getSession, requireDevice, setDevice }
-  from "./asking.js";
+import { askAbout, beginSession, getDevice, getSession, requireDevice, setDevice } from "./asking.js";
 import { closeCamera, useCamera } from "./camera.js";
+import { DEADLINE_SECONDS, checkCloud, noteTrouble } from "./cloud.js";
 import { clearClips, getSelected, observeClips, showClips } from "./clips.js";
 import { loadDemo, playDemo } from "./demo.js";
 import { find, setText } from "./elements.js";
@@ -10,9 +10,11 @@ import { DeviceError } from "../errors.js";
 import { describeError, run, say } from "./operations.js";
 
 const BUNDLES = ["device-int8", "device"];
+const CLOUD = "."; // the service that served this page
 
 const [question, choices] = [find("question", HTMLInputElement), find("choices", HTMLTextAreaElement)];
 const [useCloud, key] = [find("use-cloud", HTMLInputElement), find("key", HTMLInputElement)];
+const settings = find("settings", HTMLDetailsElement);
 
 /**
  * Returns the bundle that the address asks for.
@@ -37,8 +39,8 @@ async function openDevice() {
   };
   try {
     const { Device } = await import("../device.js");
-    const settings = { key: key.value || null, state: true, deadline: DEADLINE_SECONDS, onProgress };
-    setDevice(await Device.open(`${chooseBundle()}/`, useCloud.checked ? CLOUD : null, settings));
+    const options = { key: key.value || null, state: true, deadline: DEADLINE_SECONDS, onProgress };
+    setDevice(await Device.open(`${chooseBundle()}/`, useCloud.checked ? CLOUD : null, options));
   } catch (error) {
     setText("model-name", "not loaded");
     setText("load-error", describeError(error));
@@ -80,10 +82,21 @@ async function ask() {
   if (!clip) {
     throw new DeviceError("Choose a clip first.");
   }
+  const [text, { name }] = [question.value.trim(), clip.file];
+  if (!text && open.task === "open_ended") {
+    question.focus();
+    throw new DeviceError("Type a question first.");
+  }
   const listed = choices.value.split("\n").map((choice) => choice.trim()).filter(Boolean);
-  await askAbout(open, clip.file, clip.file.name, question.value.trim(), open.task === "multiple_choice" ? listed : []);
-  clip.session = open.unit === "session" ? getSession() : -1;
-  showClips();
+  try {
+    await askAbout(open, clip.file, name, text, open.task === "multiple_choice" ? listed : []);
+    [clip.session, clip.failed] = [open.unit === "session" ? getSession() : -1, false];
+  } catch (error) {
+    clip.failed ||= describeError(error).startsWith(name); // else the question or the choices are wrong
+    throw error;
+  } finally {
+    showClips();
+  }
   if (matchMedia("(pointer: coarse)").matches) {
     question.blur(); // the screen keyboard would cover the answer
   }
@@ -103,7 +116,6 @@ async function keepForOfflineUse() {
 
 /** @type {[string, string, () => Promise<string>][]} */
 const operations = [
-  ["camera", "Using the camera.", useCamera],
   ["observe", "Adding to the session.", observeClips],
   ["new-session", "Beginning a new session.", beginSession],
   ["demo-play", "Playing the demo session.", playDemo],
@@ -111,6 +123,7 @@ const operations = [
 for (const [id, text, operation] of operations) {
   find(id, HTMLElement).addEventListener("click", () => void run(text, operation).then(showClips));
 }
+find("camera", HTMLElement).addEventListener("click", () => void useCamera());
 find("camera-close", HTMLElement).addEventListener("click", closeCamera);
 find("clear-clips", HTMLElement).addEventListener("click", () => {
   clearClips();
@@ -118,7 +131,8 @@ find("clear-clips", HTMLElement).addEventListener("click", () => {
 });
 find("ask-form", HTMLFormElement).addEventListener("submit", (event) => {
   event.preventDefault();
-  void run("Answering.", ask);
+  const wait = useCloud.checked ? `; the cloud is waited for at most ${DEADLINE_SECONDS} seconds` : "";
+  void run(`Answering${wait}.`, ask);
 });
 find("settings-form", HTMLFormElement).addEventListener("submit", (event) => event.preventDefault());
 useCloud.addEventListener("change", () => {
@@ -126,11 +140,12 @@ useCloud.addEventListener("change", () => {
   void checkCloud();
 });
 key.addEventListener("change", () => {
-  say(key.value ? "The access key is used from now on." : "No access key is used.");
+  say(key.value ? "The next answers show whether the service accepts this access key." : "No access key is sent.");
   applySettings();
+  noteTrouble("");
 });
-window.addEventListener("online", () => void checkCloud());
-window.addEventListener("offline", () => void checkCloud());
+document.addEventListener("reachable", applySettings); // so that the device tries again at once
+settings.addEventListener("toggle", () => settings.open && settings.scrollIntoView({ block: "nearest" }));
 
 for (const name of BUNDLES) {
   if (name === chooseBundle()) {
