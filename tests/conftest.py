@@ -73,6 +73,16 @@ def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
     return root
 
 
+# Files that take longest. They start first, so that no process is left alone with one at the end.
+LONG_FILES = ("test_house.py", "test_run_folder.py", "test_plan.py", "test_browser.py", "test_launchers.py",
+              "test_global_batch.py", "test_on_device.py", "test_cloud.py", "test_datasets.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests of the longest files to the front."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Restore the signal handlers after the test."""

@@ -158,6 +158,7 @@ def run_on_cpu(name: str, task: str, reasoner: str):
     return *train_and_test(name, task, method)[:2], getattr(method, "outcomes", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("name", "task"), PAIRS)
 def test_every_method_gives_the_results_of_the_cpu_on_the_device(name, task, precision, reasoner):

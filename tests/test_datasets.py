@@ -123,6 +123,7 @@ def test_make_data_prepares_the_clips_and_reports_counts(dataset, roots, out, ca
     assert "not the published splits" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dataset", ["msrvtt_choice", "msrvtt_retrieval", "msrvtt", "tgif"])
 def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_one):

@@ -137,6 +137,7 @@ def test_service_that_does_not_come_up_shows_its_log(monkeypatch):
         delay.measure_delay(TINY, [RATE], 1, Loopback())
 
 
+@pytest.mark.slow
 def test_measurement_over_the_proxy_writes_json_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(delay, "DELAY_CASES", TINY)
     monkeypatch.setattr(delay, "LINK_RATES", (RATE,))
@@ -239,6 +240,7 @@ def test_stopped_measurement_over_namespaces_leaves_nothing(tmp_path):
     assert not list((tmp_path / "msvd").iterdir())
 
 
+@pytest.mark.slow
 def test_answers_of_exported_runs_are_measured_by_stage(tmp_path, deployed):
     run = tmp_path / "synthetic" / "cdc_mmpg_session" / "seed0"
     shutil.copytree(deployed / "session", run / "deployment")

@@ -133,7 +133,7 @@ NEEDS_DEVICES = [name for name in METHODS if any(word in name for word in DEVICE
 # Datasets that know no devices refuse these. MSVD tries all, each of the others one: a parse takes half a second.
 REFUSED = [*NEEDS_DEVICES, "encoder_pretraining"]
 PAIRS = [
-    (dataset, method)
+    pytest.param(dataset, method, marks=() if dataset in ("synthetic", "msvd") else pytest.mark.slow)
     for number, dataset in enumerate(DATASETS)
     for method in METHODS
     if method not in REFUSED or dataset in ("synthetic", "msvd") or method == REFUSED[number % len(REFUSED)]

@@ -327,6 +327,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopping_while_decoding_keeps_finished_clips(number, run, fit, tmp_path):
     """Among many clips some are done and one is half done: none is lost, and no process is left behind."""

@@ -22,6 +22,8 @@ from cdc_mmpg.models.heads import OpenEnded
 from cdc_mmpg.training.cli import main as train
 from data_modules.synthetic import Synthetic
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -144,6 +144,7 @@ def test_a_missing_bundle_and_missing_libraries_are_named(deployed, tmp_path, mo
     assert device_page.main(["--optional"]) == 0
 
 
+@pytest.mark.slow
 def test_an_export_is_tried_as_a_browser_runs_it(deployed, tmp_path):
     require_libraries()
     generator = np.random.default_rng(0)
@@ -163,6 +164,7 @@ def test_an_export_is_tried_as_a_browser_runs_it(deployed, tmp_path):
         run_in_wasm(DeviceModel(deployed / "session" / "device", threads=1), bundle, cases[:1])
 
 
+@pytest.mark.slow
 def test_features_that_differ_in_a_browser_fail_the_export(deployed, tmp_path):
     require_libraries()
     model = DeviceModel(deployed / "session" / "device", threads=1)

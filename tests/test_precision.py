@@ -28,6 +28,8 @@ from cdc_mmpg.models.heads import MultipleChoice, OpenEnded, Retrieval
 from cdc_mmpg.training.cli import main
 from cdc_mmpg.wire.payloads import PAYLOAD_PRECISIONS
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 321  # bfloat16 has 8 significant bits: above 256 it skips every other integer, or more
 HEADS = {"open_ended": lambda: OpenEnded(CLASSES), "choice": MultipleChoice, "retrieval": lambda: Retrieval(64)}
 METHODS = {

@@ -27,6 +27,8 @@ from conftest import TINY
 from data_modules.synthetic import Synthetic
 from data_modules.synthetic_clips import make_annotations, plan_clips
 
+pytestmark = pytest.mark.slow
+
 SHAPES, COLORS = ("bar", "disk"), ("blue", "green", "red")
 
 

@@ -46,6 +46,7 @@ def build(name: str, head: Head, phase_one: Path, **arguments: float) -> Answeri
 HEADS = {"choice": MultipleChoice, "retrieval": Retrieval}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ANSWERING)
 def test_methods_overfit_two_samples(name, head, phase_one, tmp_path):
