@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -106,8 +107,7 @@ def read_steps(export: Path) -> list[Step]:
     return [Step(**step) for step in steps]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_opens_a_page_and_ends_its_service(context, export, synthetic, tmp_path, number):
+def test_the_demo_opens_a_page_and_ends_its_service(context, export, synthetic, tmp_path):
     """The command, with the folders that a run on the synthetic dataset leaves."""
     run = tmp_path / "cdc_mmpg_session" / "seed0"
     shutil.copytree(export, run / "deployment")
@@ -125,7 +125,7 @@ def test_the_demo_opens_a_page_and_ends_its_service(context, export, synthetic, 
         url = address.partition("/?")[0]
         page = open_page(context, url)
         assert device in page.text_content("#demo-about")
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
         pass
@@ -157,19 +157,31 @@ def test_a_session_survives_a_reload_and_an_outage(context, service, clips):
     assert ask(page, clips[2], QUESTION)["origin"] == "shared"
 
 
-@pytest.mark.parametrize("control", ["new-session", "use-cloud"])
-def test_no_upload_follows_a_new_session_or_a_cloud_that_is_switched_off(context, service, clips, control):
-    sent = []
-    context.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
-    context.route("**/v1/layer", lambda route: route.abort())
-    page = open_page(context, service.url)
-    assert "the cloud has not answered yet" in ask(page, clips[0], QUESTION)["trouble"]
-    page.evaluate(f"document.getElementById('{control}').click()")
-    wait_until_idle(page)
-    count = len(sent)
-    assert count > 1
-    page.wait_for_timeout(4_000)  # the next one would have followed after 3.2 seconds at most, as often before
-    assert len(sent) == count
+def test_no_upload_follows_a_new_session_or_a_cloud_that_is_switched_off(console, clips):
+    console.set_input_files("#file", str(clips[0]))
+    console.route("**/v1/layer", lambda route: route.abort())
+    before, after = console.evaluate(
+        """async (question) => {
+          const { Device } = await import("./device.js");
+          const post = window.fetch;
+          let sent = 0;
+          window.fetch = (url, ...rest) => (sent += String(url).includes("v1/layer"), post(url, ...rest));
+          const counts = [[], []];
+          for (const stop of [(device) => device.newSession(), (device) => (device.cloud = null)]) {
+            const device = await Device.open("device/", ".", { deadline: 1 });
+            await device.answer(document.getElementById("file").files[0], question);
+            await stop(device);
+            counts[0].push(sent);
+            await new Promise((resolve) => setTimeout(resolve, 2500)); // the next would follow after 2.4 s at most
+            counts[1].push(sent);
+            await device.close();
+          }
+          return counts;
+        }""",
+        QUESTION,
+    )
+    assert min(before) > 1
+    assert before == after
 
 
 def test_a_damaged_record_and_a_failed_deletion_do_no_harm(context, service, clips):
@@ -217,19 +229,23 @@ def test_the_page_works_without_a_network(context, service, clips):
     assert "Failed to fetch" in answer["trouble"]
 
 
-@pytest.mark.parametrize("place", [3, 8, 30, 45, 57, 100, -1])
-def test_a_tampered_reply_is_refused(context, service, clips, place):
+def test_a_tampered_reply_is_refused(context, service, clips):
+    places = iter((3, 8, 30, 45, 57, 100, -1))
+
     def tamper(route: Any) -> None:
         reply = route.fetch()
         body = bytearray(reply.body())
-        body[place] ^= 1
+        body[next(places)] ^= 1
         route.fulfill(response=reply, body=bytes(body))
 
     context.route("**/v1/layer", tamper)
     page = open_page(context, service.url)
-    answer = ask(page, clips[0], QUESTION)
-    assert (answer["origin"], answer["text"]) == ("shared", answer["unadapted"])
-    assert "the layer from the cloud was rejected" in answer["trouble"]
+    for reason in ("magic", "encoder", "generator", "nonce", "shape", "signature", "signature"):
+        page.click("#new-session")
+        wait_until_idle(page)
+        answer = ask(page, clips[0], QUESTION)
+        assert (answer["origin"], answer["text"]) == ("shared", answer["unadapted"])
+        assert f"the layer from the cloud was rejected ({reason}:" in answer["trouble"]
 
 
 def test_a_reply_that_ends_early_is_refused(context, service, clips):
@@ -260,7 +276,7 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(context, service, clips, t
     answer = ask(page, clips[0], "\N{GRINNING FACE}\N{GRINNING FACE}?")
     assert answer["unknownWords"] == ["\N{GRINNING FACE}\N{GRINNING FACE}"]
     ask(page, clips[0], "   ")
-    assert "This model answers open-ended questions: ask one" in read_message(page)
+    assert "Type a question first." in read_message(page)
     page.click("#camera")  # the profile has no permission
     wait_until_idle(page)
     assert "camera" in read_message(page).lower()
@@ -298,24 +314,20 @@ def test_plain_http_is_explained(context, service):
     assert "Use https" in read_message(page)
 
 
-@pytest.mark.parametrize("is_listed", [True, False])
-def test_a_page_of_another_origin_needs_to_be_listed(console, service, export, clips, tmp_path, is_listed):
-    options = ("--origin", service.url) if is_listed else ()
+def test_a_page_of_another_origin_needs_to_be_listed(console, service, export, clips, tmp_path):
     console.set_input_files("#file", str(clips[0]))
-    with Cloud(export / "cloud", tmp_path / "log", *options) as other:
-        answer = console.evaluate(
-            """async ([cloud, question]) => {
-              const { Device } = await import("./device.js");
-              const device = await Device.open("device/", cloud);
-              const { frame, ...answer } = await device.answer(document.getElementById("file").files[0], question);
-              return answer;
-            }""",
-            [other.url, QUESTION],
-        )
-    expected = (
-        ("adapted", True, "") if is_listed else ("shared", False, "the cloud has not answered yet (Failed to fetch)")
-    )
-    assert (answer["origin"], answer["milliseconds"].get("generate", 0) > 0, answer["trouble"]) == expected
+    code = """async ([cloud, question]) => {
+      const { Device } = await import("./device.js");
+      const device = await Device.open("device/", cloud);
+      const { frame, ...answer } = await device.answer(document.getElementById("file").files[0], question);
+      return answer;
+    }"""
+    refused = console.evaluate(code, [service.url.replace("127.0.0.1", "localhost"), QUESTION])
+    assert (refused["origin"], refused["trouble"]) == ("shared", "the cloud has not answered yet (Failed to fetch)")
+    with Cloud(export / "cloud", tmp_path / "log", "--origin", service.url) as other:
+        answer = console.evaluate(code, [other.url, QUESTION])
+    assert (answer["origin"], answer["trouble"]) == ("adapted", "")
+    assert answer["milliseconds"]["generate"] > 0  # the header of the times is readable there, too
 
 
 def test_denied_storage_is_said_and_the_page_goes_on(context, service, clips):
@@ -328,9 +340,10 @@ def test_denied_storage_is_said_and_the_page_goes_on(context, service, clips):
 def test_the_camera_records_a_clip(browser, service):
     context = browser.new_context(permissions=["camera"])
     page = open_page(context, service.url)
-    for _ in range(2):  # the first opens the camera
-        page.click("#camera")
-        wait_until_idle(page)
+    page.click("#camera")
+    page.wait_for_selector("#camera-close")  # the camera is open
+    page.click("#camera")
+    wait_until_idle(page)
     assert ask(page, None, QUESTION)["origin"] == "adapted"
     context.close()
 
@@ -344,15 +357,14 @@ def test_another_clip_is_added_without_a_question(context, service, clips):
     assert page.locator("#thumbnails canvas").count() == 3
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_cut(browser, service, clips, width):
-    context = browser.new_context(viewport={"width": width, "height": 844})
+def test_nothing_is_cut(context, service, clips):
     page = open_page(context, service.url)
-    for wait in (False, True):
-        if wait:
-            ask(page, clips[0], QUESTION)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
+    for question in ("", QUESTION, "x" * 500):
+        if question:
+            ask(page, clips[0], question)
+        for width in (320, 390, 1280):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_choices_and_samples_are_served_too(context, browser, deployed, clips, tmp_path):
@@ -476,6 +488,6 @@ def test_the_page_has_no_inline_code_and_names_no_host():
             assert "<style" not in content
             assert not [line for line in content.splitlines() if " style=" in line or " onclick=" in line]
         if path.name != "package-lock.json":  # which names the page of a package's sponsors
-            assert "https://" not in content, path
+            assert not re.search(r"https?://[a-z]", content.replace("http://www.w3.org/2000/svg", "")), path
     lock = json.loads((PAGE / "package-lock.json").read_text())
     assert not [name for name, package in lock["packages"].items() if "resolved" in package]

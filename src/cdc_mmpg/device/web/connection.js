@@ -62,7 +62,7 @@ export class Connection {
       }
       onTrouble(`the cloud has not answered yet (${problem})`);
       wait *= 2;
-      await new Promise((resolve) => setTimeout(resolve, Math.max(0, Math.min(pause, end - performance.now()))));
+      await sleep(Math.max(0, Math.min(pause, end - performance.now())), signal);
     }
     throw signal.aborted
       ? new RequestStopped("the request was stopped")
@@ -133,6 +133,18 @@ export class Connection {
     }
     return concatenate(...parts);
   }
+}
+
+/**
+ * Waits for a time, or until a signal.
+ * @param {number} milliseconds
+ * @param {AbortSignal} signal
+ */
+function sleep(milliseconds, signal) {
+  return new Promise((/** @type {(ended: unknown) => void} */ resolve) => {
+    setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", resolve, { once: true });
+  });
 }
 
 /**

@@ -147,8 +147,7 @@ export class Device {
 
   set cloud(url) {
     this.connection.url = url === null ? null : parseAddress(url);
-    this.connection.stop();
-    this.clearFailure();
+    this.stopRequest();
   }
 
   get key() {
@@ -160,8 +159,7 @@ export class Device {
       throw new DeviceError("The key is empty, or has a blank or a letter that is not ASCII: copy it again.");
     }
     this.connection.key = key;
-    this.connection.stop();
-    this.clearFailure();
+    this.stopRequest();
   }
 
   /** Bytes in the bodies of all requests that were answered. */
@@ -403,6 +401,13 @@ export class Device {
     this.trouble = this.makeSafe(isLayer ? `the layer from the cloud was rejected (${text})` : text);
     this.nextAttempt = performance.now() + this.pause;
     this.pause = Math.min(2 * this.pause, FAILURE_PAUSE_MS[1]);
+  }
+
+  /** Stops the request that is under way, and forgets failures. */
+  stopRequest() {
+    this.connection.stop();
+    this.pending = null;
+    this.clearFailure();
   }
 
   /** Clears the recorded failure and the pause. */

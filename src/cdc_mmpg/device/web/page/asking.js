@@ -118,6 +118,7 @@ export async function beginSession() {
   thumbnails.replaceChildren();
   clearAnswer(open.unit);
   session += 1;
+  document.dispatchEvent(new Event("session")); // no clip of the list is in this one
   showSession();
   return "A new session has begun: the clips and the layer of the last one are forgotten.";
 }

@@ -84,7 +84,7 @@ function select(clip) {
 /** Shows the selected clip in the preview; if that shows the camera, says which clip is selected. */
 export function showPreview() {
   if (preview.srcObject) {
-    const about = selected ? `Ask is about ${selected.file.name}.` : "Record a clip to ask about it.";
+    const about = selected ? `A question is about ${selected.file.name}.` : "Record a clip to ask about it.";
     setText("preview-note", `Live picture. ${about}`);
     return;
   }
@@ -190,6 +190,7 @@ find("files", HTMLInputElement).addEventListener("change", (event) => {
   chooseFiles(input.files ?? []);
   input.value = ""; // the same file can be chosen again
 });
+document.addEventListener("session", showClips);
 for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(type, (event) => {
     if (!(event instanceof DragEvent) || !event.dataTransfer?.types.includes("Files")) {

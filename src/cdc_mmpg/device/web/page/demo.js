@@ -107,7 +107,7 @@ async function fetchClip(name, signal) {
   const path = `demo/${name.split("/").map(encodeURIComponent).join("/")}`;
   const end = performance.now() + FETCH_MS;
   setText("demo-step", "loading a clip");
-  while (!signal.aborted) {
+  for (;;) {
     try {
       const reply = await fetch(path, { signal: AbortSignal.any([signal, AbortSignal.timeout(FETCH_MS)]) });
       if (reply.ok) {
@@ -121,7 +121,10 @@ async function fetchClip(name, signal) {
         throw error;
       }
     }
-    if (!signal.aborted && performance.now() > end) {
+    if (signal.aborted) {
+      break;
+    }
+    if (performance.now() > end) {
       void checkCloud();
       setText("demo-step", "interrupted");
       throw new DeviceError("The service does not answer, so the demo has ended.");

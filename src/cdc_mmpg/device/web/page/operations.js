@@ -2,11 +2,12 @@
 import { find } from "./elements.js";
 import { DeviceError } from "../errors.js";
 
-const WAIT_SHOWN_MS = 2500; // time after which a hint gives way to the operation's message
+const HINT_MS = 2500; // time for which a hint is shown
 
 const progress = find("operation-progress", HTMLProgressElement);
+const hint = find("hint", HTMLElement);
 let busy = false;
-let doing = ""; // message of the operation that runs
+let hintTimer = 0;
 
 /** Returns whether an operation runs. */
 export function isBusy() {
@@ -42,14 +43,11 @@ export function describeError(error) {
   return error instanceof DeviceError ? text : `Unexpected failure: ${text}`;
 }
 
-/** Asks the user to wait for the operation that runs, and shows its message again a little later. */
+/** Asks the user for a moment to wait for the operation that runs; its own message stays. */
 export function sayWait() {
-  const message = find("message", HTMLElement);
-  const [before, hint] = [message.textContent ?? "", `Wait until this has ended: ${doing}`];
-  if (before !== hint) {
-    say(hint);
-    setTimeout(() => message.textContent === hint && say(before), WAIT_SHOWN_MS);
-  }
+  hint.textContent = "Wait until this has ended.";
+  clearTimeout(hintTimer);
+  hintTimer = setTimeout(() => (hint.textContent = ""), HINT_MS);
 }
 
 /**
@@ -62,7 +60,6 @@ export async function run(text, operation) {
     sayWait();
     return;
   }
-  doing = text;
   setBusy(true);
   say(text);
   try {
@@ -85,6 +82,7 @@ function setBusy(state) {
   busy = state;
   find("main", HTMLElement).setAttribute("aria-busy", String(state));
   progress.hidden = !state;
+  hint.textContent = "";
   progress.removeAttribute("value");
   for (const button of document.querySelectorAll("[data-operation]")) {
     button.setAttribute("aria-disabled", String(state));

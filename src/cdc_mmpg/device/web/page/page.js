@@ -121,7 +121,7 @@ const operations = [
   ["demo-play", "Playing the demo session.", playDemo],
 ];
 for (const [id, text, operation] of operations) {
-  find(id, HTMLElement).addEventListener("click", () => void run(text, operation).then(showClips));
+  find(id, HTMLElement).addEventListener("click", () => void run(text, operation));
 }
 find("camera", HTMLElement).addEventListener("click", () => void useCamera());
 find("camera-close", HTMLElement).addEventListener("click", closeCamera);
