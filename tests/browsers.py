@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import sync_playwright
 
-from cdc_mmpg.device.page import install
-from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.device.page import are_installed
 
 REQUIRED = "CDC_MMPG_BROWSER"  # environment variable: fail instead of skipping where there is no browser
 FLAGS = [
@@ -25,11 +24,9 @@ PATIENCE = 60_000  # milliseconds until a wait fails
 
 
 def require_libraries() -> None:
-    """Install the page's libraries; skip the test where npm is missing or fails."""
-    try:
-        install()
-    except ConfigError as error:
-        refuse_or_skip(str(error))
+    """Skip the test where the page's libraries are not installed."""
+    if not are_installed():
+        refuse_or_skip("the libraries of the page are not installed: make web")
 
 
 def refuse_or_skip(missing: str) -> None:

@@ -140,7 +140,7 @@ def test_a_missing_bundle_and_missing_libraries_are_named(deployed, tmp_path, mo
     monkeypatch.setattr(device_page, "are_installed", lambda: False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert device_page.main([]) == 2
-    assert "install Node.js 18 or newer" in capsys.readouterr().err
+    assert "install Node.js 20 or newer" in capsys.readouterr().err
     assert device_page.main(["--optional"]) == 0
 
 

@@ -90,7 +90,7 @@ def run_npm() -> None:
     """
     npm = shutil.which("npm")
     if npm is None:
-        raise ConfigError("the browser's page needs libraries from npm: install Node.js 18 or newer (nodejs.org)")
+        raise ConfigError("the browser's page needs libraries from npm: install Node.js 20 or newer (nodejs.org)")
     try:
         subprocess.run(
             [npm, "ci"], cwd=PAGE, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS, env=os.environ
