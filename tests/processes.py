@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -117,6 +118,14 @@ def _run_as_rank(function: Callable[..., object], rank: int, world: int, port: i
     return function(*arguments)
 
 
+def find_lasting_port() -> int:
+    """Return a free port below those that the system gives to clients, one of which could take it before its use."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def start_ranks(
     folder: Path, function: Callable[..., object], *arguments: object, world: int = 2
 ) -> list[multiprocessing.process.BaseProcess]:
@@ -125,8 +134,7 @@ def start_ranks(
     The outputs go to `log<rank>` in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = find_lasting_port()
     return [
         start(folder / f"log{rank}", _run_as_rank, function, rank, world, port, *arguments) for rank in range(world)
     ]

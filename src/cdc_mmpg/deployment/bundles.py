@@ -17,7 +17,7 @@ import torch
 from cdc_mmpg.deployment.bundle_files import count_folder_bytes, write_content, write_settings
 from cdc_mmpg.deployment.checks import compare_with_torch
 from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
-from cdc_mmpg.deployment.graphs import export_encoder, export_head, quantise
+from cdc_mmpg.deployment.graphs import export_encoder, export_head, halve, quantise
 from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.device.model import (
     ANSWERS_FILE,
@@ -82,8 +82,8 @@ def write_bundles(source: Source, out: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             for file, model in models.items():
                 content = model.SerializeToString()
-                if precision == "int8" and file == ENCODER_FILE:
-                    content = quantise(content, Path(scratch))
+                if precision == "int8":
+                    content = halve(quantise(content, Path(scratch)) if file == ENCODER_FILE else content)
                 write_content(folder / file, content)
         arrays = {SHARED_FILE: served.offline} | ({BASIS_FILE: basis.detach()} if basis is not None else {})
         for file, array in arrays.items():

@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import optimizer
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.methods.answering import Answering
 from cdc_mmpg.models.all_in_one import AllInOne
 
+MIN_HALVED_NUMBERS = 10_000  # least number of elements of a tensor that is stored as float16 in the int8 bundle
 MAX_FOLDED_NUMBERS = 1 << 22  # largest number of elements of a constant that is folded at export
 
 
@@ -93,6 +96,23 @@ def _export_onnx(
         node.doc_string = ""
     del model.graph.value_info[:]
     return model
+
+
+def halve(content: bytes) -> bytes:
+    """Store the large float32 tensors of an ONNX model as float16; onnxruntime widens them when it loads the model."""
+    model = onnx.load_from_string(content)
+    casts = []
+    for tensor in list(model.graph.initializer):
+        if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) >= MIN_HALVED_NUMBERS:
+            name = f"{tensor.name}.half"
+            half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), name)
+            model.graph.initializer.remove(tensor)
+            model.graph.initializer.append(half)
+            casts.append(helper.make_node("Cast", [name], [tensor.name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
 
 
 def quantise(content: bytes, scratch: Path) -> bytes:
