@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from data_modules.clip_dataset import Sample
 from data_modules.msrvtt_choice import MSRVTTChoice
 from data_modules.msrvtt_qa import MSRVTTQA
 from data_modules.tgif_qa import TGIFAction
-from processes import finish, kill, run_separate_test, start, start_ranks, wait_until
+from processes import find_lasting_port, finish, kill, run_separate_test, start, start_ranks, wait_until
 
 METHODS = ("linear", "fine_tuning", "hyper", "cdc_mmpg")
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -458,8 +457,7 @@ def save_gradients(rank: int, world: int, port: int, path: str) -> int:
 def test_retrieval_has_the_same_gradient_on_any_number_of_processes(tmp_path):
     gradients = {}
     for world in (1, 2, 3):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = find_lasting_port()
         path = tmp_path / f"{world}.pt"
         ranks = [start(tmp_path / f"log{world}", save_gradients, rank, world, port, str(path)) for rank in range(world)]
         assert [finish(process, 60) for process in ranks] == [0] * world, (tmp_path / f"log{world}").read_text()

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,18 +19,22 @@ from cdc_mmpg.program import Stopped, exit_on_signals, ignore_stop_signals, run_
 from cdc_mmpg.results import RESUME
 from cdc_mmpg.training.cli import main
 from cdc_mmpg.training.group import SlurmTasks
-from processes import Witness, build_recorder_arguments, count_steps, finish, run_separate_test, start, wait_until
+from processes import (
+    Witness,
+    build_recorder_arguments,
+    count_steps,
+    find_lasting_port,
+    finish,
+    run_separate_test,
+    start,
+    wait_until,
+)
 
 STEP_PAUSE = 0.07  # seconds after each step: time to interrupt it, even on a busy machine
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 # The tests may run under make, which sets variables.
 CLEAN_ENV = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
-
-
-def find_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def task_variables(rank: int, tasks: int, port: int, tools: Path) -> dict[str, str]:
@@ -74,7 +77,7 @@ def run_as_task(command: list[str], environment: Mapping[str, str]) -> int:
 def start_tasks(folder: Path, tools: Path, *commands: list[str]) -> list:
     """Start a SLURM step with one task per command; their outputs go to `log<rank>` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = find_port()
+    port = find_lasting_port()
     return [start(folder / f"log{rank}", run_as_task, command, task_variables(rank, len(commands), port, tools))
             for rank, command in enumerate(commands)]  # fmt: skip
 
@@ -130,7 +133,10 @@ def test_independent_slurm_tasks_log_and_request_the_requeue_separately(fit, too
     os.killpg(ranks[1].pid, signal.SIGUSR1)
     assert [finish(process) for process in ranks] == [0, 138], read_logs(tmp_path)
     assert read_requests(tools) == ["requeue 4711"]
-    assert finish(start(tmp_path / "log1", run_as_task, commands[1], task_variables(1, 2, find_port(), tools))) == 0
+    assert (
+        finish(start(tmp_path / "log1", run_as_task, commands[1], task_variables(1, 2, find_lasting_port(), tools)))
+        == 0
+    )
     for task in range(2):
         folder = tmp_path / str(task) / "msvd" / "linear" / "seed0"
         assert json.loads((folder / "results.json").read_text())["devices"] == "1 x cpu"
@@ -139,7 +145,10 @@ def test_independent_slurm_tasks_log_and_request_the_requeue_separately(fit, too
 
 
 def test_a_signal_before_training_requests_the_requeue_and_exits(fit, tools, tmp_path):
-    environment = task_variables(0, 1, find_port(), tools) | {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "3"}
+    environment = task_variables(0, 1, find_lasting_port(), tools) | {
+        "SLURM_ARRAY_JOB_ID": "4700",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
     process = start(tmp_path / "log", run_as_task, fit("linear"), environment)
     wait_until((tmp_path / "msvd" / "linear" / "seed0" / "config.yaml").exists, process)
     os.killpg(process.pid, signal.SIGUSR1)
@@ -315,7 +324,7 @@ def test_torchrun_overrides_the_devices_of_the_dataset(fit, tmp_path):
 def test_two_launchers_train_one_run(fit, tmp_path):
     """Two machines are simulated: each launcher starts one process."""
     torchrun = [str(BIN / "torchrun"), "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{find_port()}", "--rdzv-id=run", "-m", "cdc_mmpg"]  # fmt: skip
+                f"--rdzv-endpoint=127.0.0.1:{find_lasting_port()}", "--rdzv-id=run", "-m", "cdc_mmpg"]  # fmt: skip
     both = [start(tmp_path / f"log{node}", run_program, tmp_path / f"out{node}", [*torchrun, *fit("fine_tuning")])
             for node in range(2)]  # fmt: skip
     codes = [finish(process, 300) for process in both]
@@ -414,7 +423,10 @@ def test_the_sbatch_job_trains_like_make(msvd, tools, tmp_path):
     if run_program(tmp_path / "log", ["make", "--question", "environment"]):
         pytest.skip("make would build the environment first")
     write_program(tools / "srun", SRUN.format(python=sys.executable))
-    environment = task_variables(0, 2, find_port(), tools) | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_STEP_NODELIST": ""}
+    environment = task_variables(0, 2, find_lasting_port(), tools) | {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_STEP_NODELIST": "",
+    }
     for name in ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
         del environment[name]
     small = ("data.init_args.num_classes=5", "data.init_args.image_size=32", "data.init_args.batch_size=4",

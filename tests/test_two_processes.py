@@ -1,7 +1,6 @@
 """Every method on two processes as Lightning starts them: new interpreters with different hash seeds."""
 
 import os
-import socket
 import subprocess
 import sys
 from itertools import chain
@@ -14,7 +13,7 @@ import torch
 
 from cdc_mmpg.results import read_results
 from communities import write_msrvtt_choice, write_msrvtt_retrieval
-from processes import Witness
+from processes import Witness, find_lasting_port
 
 pytestmark = pytest.mark.slow
 
@@ -100,8 +99,7 @@ def records(synthetic, tmp_path_factory) -> dict[str, tuple[Path, list[Any], Any
         (dataset, method) for dataset in roots for method in (METHODS if dataset == "synthetic" else OTHER_TASK_METHODS)
     ]
     commands = [build_arguments(roots[dataset], base, dataset, method) for dataset, method in runs]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = find_lasting_port()
     processes = [
         start_interpreter(
             commands, base / f"log{rank}", LOCAL_RANK=rank, NODE_RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
