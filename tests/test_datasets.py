@@ -166,6 +166,7 @@ def test_every_method_trains_and_is_tested(dataset, method, roots, out, phase_on
         assert cells["what"]["questions"] == 6 if dataset == "msrvtt" else cells["color"]["questions"] == 2
 
 
+@pytest.mark.slow
 def test_each_task_has_its_columns_in_the_table(roots, out, capsys):
     for dataset, header in (("msrvtt_choice", "paper %"), ("msrvtt_retrieval", "VR@1 | VR@5"), ("tgif", "location")):
         assert tables.main([str(out / dataset)]) == 0
@@ -178,6 +179,7 @@ def test_each_task_has_its_columns_in_the_table(roots, out, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_prediction_chooses_among_texts(roots, out, capsys):
     clip = roots["msrvtt_choice"] / "videos" / "video7010.mp4"
     texts = "a man | the man | what is it | in it | the dog"
