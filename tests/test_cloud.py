@@ -919,6 +919,7 @@ class Load:
             thread.join()
 
 
+@pytest.mark.slow
 def test_the_service_restarts_after_a_kill_and_finishes_its_requests_on_sigterm(models, tmp_path):
     model = models["full"]
     upload = model.make_upload(0)

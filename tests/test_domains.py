@@ -608,6 +608,7 @@ def test_make_data_reports_held_out_clips(folders, tmp_path, capsys):
     assert "train: without 16 questions about 4 clips of unseen domains (categories gaming" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cdc_mmpg_session", "session_concatenated"])
 @pytest.mark.parametrize("task", ["choice", "retrieval"])
 def test_sessions_train_on_the_other_tasks_too(folders, tmp_path, task, method):

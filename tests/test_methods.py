@@ -69,6 +69,7 @@ ANSWERING = ("linear", "fine_tuning", "hyper", "cdc_mmpg", "cdc_mmpg_frozen")
 TRAINING_ENCODERS = ("fine_tuning", "cdc_mmpg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERING)
 def test_every_method_can_memorize_two_samples(name, phase_one, tmp_path):
     method = train(build(name, phase_one, learning_rate=3e-3), make_batch(), 50, tmp_path)
@@ -157,6 +158,7 @@ def test_serving_is_reproducible_and_takes_the_middle_frame(phase_one):
     assert not torch.equal(method.generator_input(features), method.generator_input(features))
 
 
+@pytest.mark.slow
 def test_counts_and_bytes_at_the_papers_size(tmp_path):
     paper = AllInOne()
     phase_one = ADRPretraining(paper, OpenEnded(1001))  # the default sizes give the paper's counts

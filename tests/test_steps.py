@@ -486,6 +486,7 @@ def test_zero_anchor_weight_skips_the_anchor_loss(monkeypatch):
         assert_agree(method._step(batch, "train"), expected)
 
 
+@pytest.mark.slow
 def test_pretraining_mixes_caption_and_question_steps_at_the_set_shares(monkeypatch):
     method, steps = EncoderPretraining(build_encoder(), OpenEnded(5)), []
     method.trainer = build_trainer(max_epochs=9)
