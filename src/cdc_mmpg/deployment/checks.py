@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
 from cdc_mmpg.deployment.bundle_files import GENERATOR
 from cdc_mmpg.deployment.source import Source
-from cdc_mmpg.device.model import DeviceModel
+from cdc_mmpg.device.model import DeviceModel, Features
 from cdc_mmpg.device.page import DEVICE_FOLDERS, PAGE, are_installed
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.evaluation.metrics import RIGHT
@@ -97,13 +97,18 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
                               "run": {"accuracy": float(np.mean([right[i] for i in drawn]))}}  # fmt: skip
     for name in DEVICE_FOLDERS.values():
         model = DeviceModel(out / name)
-        cases = [*make_cases(model, source, data, drawn, generator)]
-        predicted = dict(zip(drawn, answer_on_device(model, cases), strict=True))
+        cases = make_cases(model, source, data, drawn, generator)
+        predicted: dict[int, int] = {}
+        tried: list[Case] = []  # some: the frames and layers of all cases would fill the memory
+        for i, case in zip(drawn, track(cases, f"answering with {model.layout.kind} layers", len(drawn)), strict=True):
+            predicted[i] = case.answer
+            if len(tried) < MAX_WASM_QUESTIONS:
+                tried.append(case)
         words = {i: data.word("test", i, predicted[i]) for i in drawn}
         report[name] = {
             "accuracy": float(np.mean([predicted[i] == labels[i] for i in drawn])),
             "agreement": float(np.mean([words[i] == given[i] for i in drawn])),
-            "wasm": run_in_wasm(model, out / name, cases[:MAX_WASM_QUESTIONS]),
+            "wasm": run_in_wasm(out / name, tried),
         }
     counts = data.word_counts("test")
     kept = set(source.kept)
@@ -112,19 +117,13 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
 
 
 class Case(NamedTuple):
-    """A test question as a device asks it."""
+    """A test question as a device asks it, and what the native runtime computes for it."""
 
     frames: NDArray[np.uint8]  # (T, S, S, 3)
     texts: list[list[int]]  # ids of the question, or of the question with each choice
     layer: NDArray[np.float32]  # (L, D + 1), generated for the question's session or for the question
-
-
-def answer_on_device(model: DeviceModel, cases: Iterable[Case]) -> list[int]:
-    """Return a device's answers to test questions."""
-    return [
-        int(model.compute_scores(model.encode(case.frames, case.texts), case.layer).argmax())
-        for case in track(cases, description=f"answering with {model.layout.kind} layers")
-    ]
+    features: Features  # (K, T, 192)
+    answer: int
 
 
 def make_cases(
@@ -156,17 +155,18 @@ def make_cases(
     for i in drawn:
         texts = [[new_ids.get(word, unknown) for word in text] for text in test.texts[i]]
         frames = np.ascontiguousarray(test.frames(0, i).numpy())
+        features = model.encode(frames, texts)
         if sessions is None:
-            layer = generate_layer(model.compute_upload(model.encode(frames, texts)))
+            layer = generate_layer(model.compute_upload(features))
         else:
             device = sessions.devices["test"][i]
             if device not in layers:
                 layers[device] = generate_session_layer(device)
             layer = layers[device]
-        yield Case(frames, texts, layer)
+        yield Case(frames, texts, layer, features, int(model.compute_scores(features, layer).argmax()))
 
 
-def run_in_wasm(model: DeviceModel, bundle: Path, cases: Sequence[Case]) -> dict[str, Any] | None:
+def run_in_wasm(bundle: Path, cases: Sequence[Case]) -> dict[str, Any] | None:
     """Run a bundle as browsers do, in wasm under Node.js, and compare it with the native runtime.
 
     Returns:
@@ -193,10 +193,8 @@ def run_in_wasm(model: DeviceModel, bundle: Path, cases: Sequence[Case]) -> dict
             raise CheckpointError(f"{bundle}: browsers cannot run its graphs:\n{done.stderr.strip()[-2000:]}")
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         features = np.fromfile(folder / "features.bin", "<f4")
-    ours = [model.encode(case.frames, case.texts) for case in cases]
-    scores = [model.compute_scores(values, case.layer) for values, case in zip(ours, cases, strict=True)]
-    difference = float(np.abs(features - np.concatenate([values.ravel() for values in ours])).max())
-    equal = sum(int(row.argmax()) == answer for row, answer in zip(scores, answers, strict=True))
+    difference = float(np.abs(features - np.concatenate([case.features.ravel() for case in cases])).max())
+    equal = sum(case.answer == answer for case, answer in zip(cases, answers, strict=True))
     if bundle.name == DEVICE_FOLDERS["float32"] and not (difference <= MAX_WASM_DIFFERENCE and equal == len(cases)):
         raise CheckpointError(
             f"{bundle}: in wasm the features differ by {difference:.1e}, and {len(cases) - equal} of {len(cases)} "

@@ -1,5 +1,5 @@
 /**
- * Runs a bundle in wasm under Node.js, for `cdc_mmpg.deployment.wasm`: node check.mjs <bundle> <folder>.
+ * Runs a bundle in wasm under Node.js, for `cdc_mmpg.deployment.checks`: node check.mjs <bundle> <folder>.
  *
  * The folder has cases.json: {texts: ids by case and choice, layers: index by case}, and frames.bin and layers.bin with
  * their numbers. The features of all cases are written to features.bin, the answers to answers.json.
@@ -11,9 +11,9 @@ import { DeviceModel } from "./model.js";
 import { env } from "./vendor/ort.mjs";
 
 const [bundle, folder] = process.argv.slice(2);
-const read = (/** @type {string} */ path) => new Uint8Array(readFileSync(path));
+const read = (/** @type {string | URL} */ path) => new Uint8Array(readFileSync(path));
 
-env.wasm.wasmBinary = read(new URL("./vendor/ort-wasm-simd-threaded.wasm", import.meta.url).pathname).buffer;
+env.wasm.wasmBinary = read(new URL("./vendor/ort-wasm-simd-threaded.wasm", import.meta.url)).buffer;
 const settings = JSON.parse(readFileSync(join(bundle, "bundle.json"), "utf8"));
 const files = Object.fromEntries(Object.keys(settings.files).map((name) => [name, read(join(bundle, name))]));
 const model = await DeviceModel.create(await parseBundle(settings, files));
