@@ -7,7 +7,6 @@ Apache-2.0, mediabunny MPL-2.0.
 import argparse
 import gzip
 import logging
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -92,9 +91,7 @@ def run_npm() -> None:
     if npm is None:
         raise ConfigError("the browser's page needs libraries from npm: install Node.js 20 or newer (nodejs.org)")
     try:
-        subprocess.run(
-            [npm, "ci"], cwd=PAGE, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS, env=os.environ
-        )
+        subprocess.run([npm, "ci"], cwd=PAGE, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"npm ci failed in {PAGE}:\n{error.stderr.strip()[-2000:]}") from error
     except subprocess.TimeoutExpired as error:

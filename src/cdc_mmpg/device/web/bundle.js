@@ -1,6 +1,7 @@
 /** Device bundles of `make export`, fetched and verified: every file has its SHA-256 in bundle.json. */
+import { readParts } from "./connection.js";
 import { DeviceError, describe } from "./errors.js";
-import { LAYER_KINDS, fromHex, hash, toHex } from "./wire.js";
+import { LAYER_KINDS, concatenate, fromHex, hash, toHex } from "./wire.js";
 
 const BUNDLE_FORMAT = 3;
 const FILES = ["encoder.onnx", "head.onnx", "shared.bin", "tokenizer.json", "answers.json"];
@@ -153,10 +154,9 @@ async function request(url) {
  */
 async function readBody(reply, onBytes) {
   const parts = [];
-  const reader = reply.body?.getReader();
-  for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
-    parts.push(part.value);
-    onBytes(part.value.length);
+  for await (const part of readParts(reply)) {
+    parts.push(part);
+    onBytes(part.length);
   }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  return concatenate(...parts);
 }

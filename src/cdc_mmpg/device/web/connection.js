@@ -121,17 +121,30 @@ export class Connection {
   async readBody(reply, limit) {
     const parts = [];
     let length = 0;
-    const reader = reply.body?.getReader();
-    for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
-      parts.push(part.value);
-      length += part.value.length;
-      this.bytesDown += part.value.length;
+    for await (const part of readParts(reply)) {
+      parts.push(part);
+      length += part.length;
+      this.bytesDown += part.length;
       if (length > limit) {
-        await reader?.cancel();
         break;
       }
     }
     return concatenate(...parts);
+  }
+}
+
+/**
+ * Yields the parts of a body as they arrive; streams themselves are not iterable in all browsers.
+ * @param {Response} reply
+ */
+export async function* readParts(reply) {
+  const reader = reply.body?.getReader();
+  try {
+    for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
+      yield part.value;
+    }
+  } finally {
+    await reader?.cancel();
   }
 }
 

@@ -99,34 +99,6 @@ export class Device {
     this.queue = Promise.resolve();
   }
 
-  get task() {
-    return this.model.task;
-  }
-
-  get unit() {
-    return this.model.unit;
-  }
-
-  get answers() {
-    return this.model.answers;
-  }
-
-  get name() {
-    return this.model.name;
-  }
-
-  get layout() {
-    return this.model.layout;
-  }
-
-  get messageBytes() {
-    return this.model.messageBytes;
-  }
-
-  get threads() {
-    return this.model.threads;
-  }
-
   /** Number of clips in the session. */
   get anchors() {
     return this.features.length;
@@ -244,8 +216,7 @@ export class Device {
       this.clipsSeen = this.clipsAtRequest = 0;
       this.layer = this.shared;
       this.session++;
-      this.pending = null;
-      this.clearFailure();
+      this.stopRequest();
       await this.stored?.clear();
     });
   }
@@ -273,8 +244,7 @@ export class Device {
    * @param {Float32Array} anchor
    */
   async addAnchor(anchor) {
-    const bytes = new Uint8Array(Float32Array.from(anchor).buffer);
-    if (this.features.some((known) => areEqual(new Uint8Array(Float32Array.from(known).buffer), bytes))) {
+    if (this.features.some((known) => areEqual(known, anchor))) {
       return;
     }
     this.features = [...this.features, Float32Array.from(anchor)].slice(-MAX_SESSION_CLIPS);

@@ -47,9 +47,10 @@ export function resize(picture, side) {
   const newWidth = Math.max(side, roundHalfToEven(width * scale));
   const newHeight = Math.max(side, roundHalfToEven(height * scale));
   // As in FFmpeg, two neighbours share their chroma, unless every pixel of the clip has its own or the width is odd.
-  const share = picture.planes[1].width < width && newWidth % 2 === 0 ? 2 : 1;
+  const isSubsampled = picture.planes[1].width < width;
+  const share = isSubsampled && newWidth % 2 === 0 ? 2 : 1;
   const chromaWidth = Math.ceil(newWidth / share);
-  const shift = picture.planes[1].width < width ? CHROMA_SHIFT : 0;
+  const shift = isSubsampled ? CHROMA_SHIFT : 0;
   const [first, second, third] = picture.planes.map((plane, i) =>
     resizePlane(plane, i > 0 ? chromaWidth : newWidth, newHeight, i > 0 ? shift : 0),
   );
@@ -173,6 +174,15 @@ function computeWeights(oldLength, newLength, shift) {
 }
 
 /**
+ * Returns the shares of the colors in luma.
+ * @param {string} matrix
+ */
+function findCoefficients(matrix) {
+  const [red, blue] = MATRICES[/** @type {keyof typeof MATRICES} */ (matrix)] ?? MATRICES.smpte170m;
+  return { red, green: 1 - red - blue, blue };
+}
+
+/**
  * Returns the conversion of the values in a picture's planes to RGB.
  * @param {Picture} picture
  * @returns {(first: number, second: number, third: number) => [number, number, number]}
@@ -181,8 +191,7 @@ function makeConversion({ matrix, isFullRange }) {
   if (matrix === "rgb") {
     return (...values) => values;
   }
-  const [red, blue] = MATRICES[/** @type {keyof typeof MATRICES} */ (matrix)] ?? MATRICES.smpte170m;
-  const green = 1 - red - blue;
+  const { red, green, blue } = findCoefficients(matrix);
   const [black, lumaGain, chromaGain] = isFullRange ? [0, 1, 1] : [16, 255 / 219, 255 / 224];
   return (y, u, v) => {
     const luma = (y - black) * lumaGain;
@@ -198,8 +207,7 @@ function makeConversion({ matrix, isFullRange }) {
  * @returns {(y: number, u: number, v: number) => [number, number, number]}
  */
 function makeCoarseConversion({ matrix, isFullRange }) {
-  const [red, blue] = MATRICES[/** @type {keyof typeof MATRICES} */ (matrix)] ?? MATRICES.smpte170m;
-  const green = 1 - red - blue;
+  const { red, green, blue } = findCoefficients(matrix);
   const lumaGain = isFullRange ? 1 : 255 / 219;
   const black = isFullRange ? 0 : 326 * lumaGain - 400; // FFmpeg's table begins at luma -326, and at -400
   const chromaGain = (isFullRange ? 1 : 255 / 224) / lumaGain;

@@ -93,9 +93,10 @@ export function concatenate(...parts) {
 }
 
 /**
- * Returns whether two byte arrays are equal.
- * @param {Bytes} left
- * @param {Bytes} right
+ * Returns whether two arrays hold the same numbers.
+ * @template {Uint8Array | Float32Array} T
+ * @param {T} left
+ * @param {T} right
  */
 export function areEqual(left, right) {
   return left.length === right.length && left.every((value, i) => value === right[i]);

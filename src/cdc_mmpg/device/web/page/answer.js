@@ -110,7 +110,7 @@ export function describeOrigin(origin, unit, anchors) {
 
 /**
  * Describes the layers that the cloud sends.
- * @param {import("../device.js").Device} device
+ * @param {import("../model.js").DeviceModel} model
  * @returns {string}
  */
 export function describeLayout({ layout, messageBytes }) {

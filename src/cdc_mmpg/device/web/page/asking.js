@@ -55,26 +55,36 @@ export function requireDevice() {
  * @returns {Promise<Answer>}
  */
 export async function askAbout(open, file, name, text, listed) {
-  let answer = /** @type {Answer | null} */ (null);
-  await keepClip(open, name, async () => (answer = await open.answer(file, text, listed)).frame);
-  const given = /** @type {Answer} */ (/** @type {unknown} */ (answer));
-  showAnswer(given, name, text, open.unit);
-  showSession();
-  noteTrouble(given.trouble);
-  return given;
+  const before = open.clipsSeen;
+  const answer = await open.answer(file, text, listed);
+  showAnswer(answer, name, text, open.model.unit);
+  keepClip(open, before, name, answer.frame);
+  noteTrouble(answer.trouble);
+  return answer;
 }
 
 /**
- * Runs what shows a clip to the device, and keeps a thumbnail if the session has grown.
+ * Adds a clip to the session without a question.
  * @param {Device} open
- * @param {string} name of the clip
- * @param {() => Promise<ImageData>} show returns the clip's middle frame
+ * @param {Blob} file
+ * @param {string} name
  * @returns {Promise<boolean>} whether the session has grown
  */
-export async function keepClip(open, name, show) {
+export async function observe(open, file, name) {
   const before = open.clipsSeen;
-  const frame = await show();
-  const grown = open.unit === "session" && open.clipsSeen > before;
+  return keepClip(open, before, name, await open.observe(file));
+}
+
+/**
+ * Keeps a thumbnail of a clip that the device has seen if the session has grown, and shows the session.
+ * @param {Device} open
+ * @param {number} before number of clips before this one
+ * @param {string} name of the clip
+ * @param {ImageData} frame its middle frame
+ * @returns {boolean} whether the session has grown
+ */
+function keepClip(open, before, name, frame) {
+  const grown = open.model.unit === "session" && open.clipsSeen > before;
   if (grown) {
     const canvas = document.createElement("canvas");
     drawFrame(canvas, frame, THUMBNAIL_PIXELS);
@@ -97,12 +107,12 @@ function showSession() {
   }
   setText("session-up", device.bytesUp.toLocaleString("en"));
   setText("session-down", device.bytesDown.toLocaleString("en"));
-  const [shown, sample] = [thumbnails.children.length, device.unit === "sample"];
+  const [shown, sample] = [thumbnails.children.length, device.model.unit === "sample"];
   const before = device.anchors - shown;
   const visited = before > 0 ? `, ${shown ? before : "all"} from an earlier visit` : "";
   const count = device.anchors ? `${countOf(device.anchors, "clip")} of this camera${visited}.` : "No clips yet.";
   setText("session-about", sample ? "This model adapts to each question alone and keeps no session." : count);
-  setText("session-layer", sample ? "one for each question" : describeOrigin(device.origin, device.unit));
+  setText("session-layer", sample ? "one for each question" : describeOrigin(device.origin, device.model.unit));
   setText("storage-trouble", device.storageTrouble);
   thumbnails.hidden = !shown;
   find("new-session", HTMLElement).hidden = sample;
@@ -116,7 +126,7 @@ export async function beginSession() {
   const open = requireDevice();
   await open.newSession();
   thumbnails.replaceChildren();
-  clearAnswer(open.unit);
+  clearAnswer(open.model.unit);
   session += 1;
   document.dispatchEvent(new Event("session")); // no clip of the list is in this one
   showSession();

@@ -1,5 +1,5 @@
 /** The list of clips: choosing, selecting, previewing, adding them to the session without a question. */
-import { getDevice, getSession, keepClip, requireDevice } from "./asking.js";
+import { getDevice, getSession, observe, requireDevice } from "./asking.js";
 import { countOf, create, find, setText } from "./elements.js";
 import { DeviceError } from "../errors.js";
 import { breathe, describeError, isBusy, say, showProgress } from "./operations.js";
@@ -143,7 +143,7 @@ function listUnlabelled() {
 function showObserve() {
   const [button, waiting] = [find("observe", HTMLButtonElement), listUnlabelled()];
   const others = waiting.some((clip) => clip !== selected);
-  button.hidden = getDevice()?.unit === "sample" || !waiting.length;
+  button.hidden = getDevice()?.model.unit === "sample" || !waiting.length;
   button.textContent = others
     ? `Add ${countOf(waiting.length, "other clip")} without a question`
     : "Add to session without a question";
@@ -162,7 +162,7 @@ export async function observeClips() {
     showProgress(i, waiting.length);
     say(`Adding clip ${i + 1} of ${waiting.length} to the session.`);
     try {
-      added += Number(await keepClip(open, clip.file.name, () => open.observe(clip.file)));
+      added += Number(await observe(open, clip.file, clip.file.name));
       [clip.session, clip.failed] = [getSession(), false];
     } catch (error) {
       clip.failed = true;

@@ -1,5 +1,5 @@
 /** The demo: a recorded session of a camera, with questions and their correct answers. */
-import { askAbout, beginSession, keepClip, requireDevice } from "./asking.js";
+import { askAbout, beginSession, observe, requireDevice } from "./asking.js";
 import { drawLines, formatShare } from "./charts.js";
 import { checkCloud } from "./cloud.js";
 import { countOf, create, find, setText } from "./elements.js";
@@ -77,7 +77,7 @@ export async function playDemo() {
       if (!step.question) {
         clipsShown += 1;
         setText("demo-step", `clip ${clipsShown}, without a question`);
-        await keepClip(open, name, () => open.observe(file));
+        await observe(open, file, name);
       } else {
         setText("demo-step", `question ${rows.length + 1} of ${total}`);
         const answer = await askAbout(open, file, name, step.question, step.choices ?? []);

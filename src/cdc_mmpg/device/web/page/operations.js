@@ -1,6 +1,6 @@
 /** Operations of the page, one at a time, and the message bar that tells about them. */
 import { find } from "./elements.js";
-import { DeviceError } from "../errors.js";
+import { DeviceError, describe } from "../errors.js";
 
 const HINT_MS = 2500; // time for which a hint is shown
 
@@ -39,8 +39,7 @@ export function say(text, problem = false) {
  * @returns {string}
  */
 export function describeError(error) {
-  const text = error instanceof Error ? error.message : String(error);
-  return error instanceof DeviceError ? text : `Unexpected failure: ${text}`;
+  return error instanceof DeviceError ? error.message : `Unexpected failure: ${describe(error)}`;
 }
 
 /** Asks the user for a moment to wait for the operation that runs; its own message stays. */

@@ -39,8 +39,7 @@ async function openDevice() {
   };
   try {
     const { Device } = await import("../device.js");
-    const options = { key: key.value || null, state: true, deadline: DEADLINE_SECONDS, onProgress };
-    setDevice(await Device.open(`${chooseBundle()}/`, useCloud.checked ? CLOUD : null, options));
+    setDevice(await Device.open(`${chooseBundle()}/`, null, { state: true, deadline: DEADLINE_SECONDS, onProgress }));
   } catch (error) {
     setText("model-name", "not loaded");
     setText("load-error", describeError(error));
@@ -49,11 +48,11 @@ async function openDevice() {
   }
   const device = requireDevice();
   progress.hidden = true;
-  setText("model-name", device.name);
-  setText("threads", String(device.threads));
-  setText("layer-kind", describeLayout(device));
-  find("choices-part", HTMLElement).hidden = device.task !== "multiple_choice";
-  find("answer-how", HTMLElement).hidden = device.unit === "sample"; // it describes sessions
+  setText("model-name", device.model.name);
+  setText("threads", String(device.model.threads));
+  setText("layer-kind", describeLayout(device.model));
+  find("choices-part", HTMLElement).hidden = device.model.task !== "multiple_choice";
+  find("answer-how", HTMLElement).hidden = device.model.unit === "sample"; // it describes sessions
   applySettings();
   showClips();
   return `The model is ready after ${((performance.now() - started) / 1000).toFixed(1)} seconds.`;
@@ -83,14 +82,14 @@ async function ask() {
     throw new DeviceError("Choose a clip first.");
   }
   const [text, { name }] = [question.value.trim(), clip.file];
-  if (!text && open.task === "open_ended") {
+  if (!text && open.model.task === "open_ended") {
     question.focus();
     throw new DeviceError("Type a question first.");
   }
   const listed = choices.value.split("\n").map((choice) => choice.trim()).filter(Boolean);
   try {
-    await askAbout(open, clip.file, name, text, open.task === "multiple_choice" ? listed : []);
-    [clip.session, clip.failed] = [open.unit === "session" ? getSession() : -1, false];
+    await askAbout(open, clip.file, name, text, open.model.task === "multiple_choice" ? listed : []);
+    [clip.session, clip.failed] = [open.model.unit === "session" ? getSession() : -1, false];
   } catch (error) {
     clip.failed ||= describeError(error).startsWith(name); // else the question or the choices are wrong
     throw error;
