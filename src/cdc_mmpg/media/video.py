@@ -52,7 +52,7 @@ def read_frames(
         path: path of the clip.
         choose: function from the number of frames in the clip (at least 1) to the K requested indices, ascending.
         image_size: side of the square that the model sees, in pixels.
-        decoder: "pyav", or "decord", which cannot read GIF or AV1 but is faster on some files.
+        decoder: "pyav", or "decord", which is faster on some files; decord 0.6 cannot read GIF or AV1, decord 2 can.
         side: pixels to which the shorter side of a frame is resized; None is `compute_shorter_side(image_size)`.
 
     Raises:
@@ -187,11 +187,18 @@ def _decode_pyav(path: Path) -> Iterator[av.VideoFrame]:
         yield from container.decode(stream)
 
 
-NO_DECORD = "decord is not installed (it lacks wheels for some platforms): use ARGS=--data.init_args.decoder=pyav"
+NO_DECORD = (
+    "decord is not installed (the packages decord and decord2 provide it; some platforms have wheels of neither): "
+    "use ARGS=--data.init_args.decoder=pyav"
+)
 
 
 def _import_decord() -> Any:
-    """Import decord and silence its log; refuse if it is not installed."""
+    """Import decord, of the package decord or decord2, and silence its log.
+
+    Raises:
+        DataError: neither is installed.
+    """
     try:
         import decord  # noqa: PLC0415  optional: it lacks wheels for some platforms
     except ImportError as error:
