@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 from rich.filesize import decimal
-from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError, format_names
 from cdc_mmpg.files import hash_file, remove_leftovers, write_listing
 from cdc_mmpg.media.frames import CANDIDATES, Frames, choose_candidates, compute_shorter_side
 from cdc_mmpg.media.video import NO_DECORD, Decoder
+from cdc_mmpg.progress import track
 from data_modules.decoding import DecodingSettings, decode_clips
 from data_modules.frame_index import NOT_DECODED, Entry, FrameIndex
 

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 from pebble import ProcessExpired, ProcessPool
-from rich.progress import track
 
 from cdc_mmpg.errors import CDCError, DataError
 from cdc_mmpg.files import atomic_write, hash_file
 from cdc_mmpg.media.frames import choose_candidates
 from cdc_mmpg.media.video import Decoder, read_frames
 from cdc_mmpg.program import hold_signals
+from cdc_mmpg.progress import track
 from data_modules.frame_index import ARRAY_FILE_NAME, NOT_DECODED, Entry, array_file_name, file_stem
 
 MAX_QUEUED_CLIPS = 64  # clips queued for the decoding processes: memory does not grow with the dataset

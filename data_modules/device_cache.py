@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.filesize import decimal
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.processors import measure_free_memory
+from cdc_mmpg.progress import track
 from data_modules.cache import FrameCache
 
 logger = logging.getLogger(__name__)

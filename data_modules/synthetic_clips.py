@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import av
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
 
 from cdc_mmpg.errors import CDCError, DataError
@@ -30,6 +29,7 @@ from cdc_mmpg.files import atomic_write
 from cdc_mmpg.media.frames import Frames
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, hold_signals, log_to_terminal, run_to_exit_code
+from cdc_mmpg.progress import track
 
 logger = logging.getLogger(__name__)
 

@@ -238,6 +238,10 @@ def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
     assert finished == {"linear", "adr_pretraining", "cdc_mmpg", "hyper", "hyper_fan_in"}
     assert re.search(r"^linear/seed0: INFO epoch 3 of 3: train/loss [\d.]+, val/accuracy [\d.]+", log, re.MULTILINE)
     assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", log, re.MULTILINE)
+    stages = log.partition("seconds by stage:\n")[2]
+    assert re.search(
+        r"^ +\d+  \d runs, 2 side by side\n +\d+  table\n +\d+  together; of this the runs spent \d+ on ", stages
+    )
     assert "fine_tuning/seed0 failed with exit code 6" in log
     summary = log[log.index("These runs have no results:") :]
     assert "fine_tuning/seed0: exit code 6" in summary

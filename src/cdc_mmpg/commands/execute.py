@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from cdc_mmpg.commands.plan import Plan, Step
 from cdc_mmpg.errors import CDCError
 from cdc_mmpg.program import REQUEUE_SIGNAL, Stopped, escape_controls, exit_on_signals
+from cdc_mmpg.progress import describe_seconds
 from cdc_mmpg.results import read_results
 from cdc_mmpg.training.cli import is_finished, refuse_other_settings
 
@@ -58,6 +59,7 @@ class Executor:
         self.runs = [step for step in self.steps if step.folder]
         self.outcomes: dict[str, Outcome] = {}
         self.skipped: dict[str, str] = {}  # skipped step: the failed step that it builds on
+        self.stage_seconds: dict[str, float] = {}  # by stage, in their order
         self._processes: dict[str, Any] = {}
         self._printing = threading.Lock()
         self._server: Any = None
@@ -109,25 +111,37 @@ class Executor:
         others = [step for step in self.steps if not step.folder]
         first = [step for step in others if step.name in needed]
         last = [step for step in others if step not in first and (step.program != "clips" or not self.runs)]
-        self._check_settings([step for step in waiting.values() if step.trains])
+        with self._timed("check of the settings"):
+            self._check_settings([step for step in waiting.values() if step.trains])
         if waiting:
             exit_on_signals()
             if code := self._run_in_sequence(first):
                 return code
-            self._run_in_parallel(waiting)
+            self._run_in_parallel(dict(waiting))
         failed = {name: outcome.code for name, outcome in self.outcomes.items() if outcome.code}
         missing = failed.keys() | self.skipped.keys()
         if missing and not any(read_results(Path(step.folder)) for step in self.runs):
             last = []  # a table without runs would only add an error
         code = self._run_in_sequence([step for step in last if not missing & set(step.needs)])
+        if ended := [step for name, step in waiting.items() if name in self.outcomes]:
+            self._print_seconds(ended)
         self._print_failures(failed)
         return next(iter(failed.values()), code)
 
     def _run_in_sequence(self, steps: Sequence[Step]) -> int:
         for step in steps:
-            if code := self.run_program(step.program, step.arguments):
+            with self._timed(step.program):
+                code = self.run_program(step.program, step.arguments)
+            if code:
                 return code
         return 0
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the duration of the block to a stage."""
+        begun = time.monotonic()
+        yield
+        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.monotonic() - begun
 
     def _note_finished(self, step: Step) -> bool:
         """Return whether a step's run is finished, and record it; refuse one that finished with other settings.
@@ -157,7 +171,7 @@ class Executor:
             raise SystemExit(code)
 
     def _run_in_parallel(self, waiting: dict[str, Step]) -> None:
-        total, begun = len(waiting), time.monotonic()
+        total, begun, wanted = len(waiting), time.monotonic(), list(waiting.values())
         running: dict[Future[int], tuple[Step, int, float]] = {}
         slots = list(range(self.plan.jobs))
         with ThreadPoolExecutor(max_workers=self.plan.jobs) as pool:
@@ -176,6 +190,8 @@ class Executor:
                         step, slot, since = running.pop(future)
                         slots = sorted([*slots, slot])
                         self.outcomes[step.name] = Outcome(future.result(), time.monotonic() - since)
+                        if step.alone:
+                            self.stage_seconds[step.name] = self.outcomes[step.name].seconds
                         self._print_progress(step, total, begun)
                         self.after_run()
             except Stopped as error:
@@ -183,6 +199,10 @@ class Executor:
                 if error.number == REQUEUE_SIGNAL:  # the run has already asked SLURM to requeue the job
                     raise SystemExit(128 + error.number) from error
                 raise
+        if side_by_side := [step for step in wanted if step.name in self.outcomes and not step.alone]:
+            alone = sum(self.stage_seconds.get(step.name, 0.0) for step in wanted)
+            stage = f"{len(side_by_side)} runs, {self.plan.jobs} side by side"
+            self.stage_seconds[stage] = time.monotonic() - begun - alone
 
     def _find_ready_steps(self, waiting: dict[str, Step]) -> list[Step]:
         """Return the steps that can start, in the plan's order; skip steps that build on a failed one."""
@@ -247,6 +267,21 @@ class Executor:
         end = f", about {describe_seconds(left)} left" if total > number else ""
         how = f"failed with exit code {outcome.code}" if outcome.code else f"finished{describe_score(step.folder)}"
         self._print(f"{number} of {total}: {step.name} {how} in {describe_seconds(outcome.seconds)}{end}")
+
+    def _print_seconds(self, runs: Sequence[Step]) -> None:
+        """Print the seconds of every stage, and what the runs of this command spent them on."""
+        lines = [f"{seconds:8,.0f}  {stage}" for stage, seconds in self.stage_seconds.items() if seconds >= 0.5]
+        total = dict.fromkeys(("train", "test", "all"), 0.0)
+        for step in runs:
+            if results := read_results(Path(step.folder)):
+                spent = results.get("seconds", {}) | {"all": self.outcomes[step.name].seconds}
+                total = {part: value + spent.get(part, 0.0) for part, value in total.items()}
+        train, test, every = total.values()
+        lines.append(
+            f"{sum(self.stage_seconds.values()):8,.0f}  together; of this the runs spent {train:,.0f} on training, "
+            f"{test:,.0f} on testing, {every - train - test:,.0f} on starting, decoding and encoding"
+        )
+        self._print("\n".join(["seconds by stage:", *lines]))
 
     def _print_failures(self, failed: dict[str, int]) -> None:
         if not failed:
@@ -337,20 +372,14 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
         for descriptor in (1, 2):
             os.dup2(writer.fileno(), descriptor)
         writer.close()
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="replace", closefd=False) for n in (1, 2))  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr):  # not replaced: W&B logs what the streams of its import get
+            stream.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     if threads is not None:
         import torch  # noqa: PLC0415  already imported by the fork server
 
         os.environ[THREADS_VARIABLE] = str(threads)
         torch.set_num_threads(threads)
     sys.exit(run_program(program, arguments))
-
-
-def describe_seconds(seconds: float) -> str:
-    """Return a duration with a suitable unit: seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe_score(folder: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 
 from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
@@ -23,6 +22,7 @@ from cdc_mmpg.device.page import DEVICE_FOLDERS, PAGE, are_installed
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.evaluation.metrics import RIGHT
 from cdc_mmpg.models.generator import Generator
+from cdc_mmpg.progress import track
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
 MAX_TEST_QUESTIONS = 1_000  # number of test questions on which bundles are evaluated

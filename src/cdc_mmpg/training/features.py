@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from cdc_mmpg.files import remove_leftovers
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.heads import Head
 from cdc_mmpg.models.weights import save_safetensors
+from cdc_mmpg.progress import track
 from cdc_mmpg.training.matmul import exact_matmul
 
 logger = logging.getLogger(__name__)

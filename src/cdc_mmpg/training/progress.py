@@ -1,7 +1,6 @@
-"""Progress of a run: a bar on a terminal; else, and for parallel runs, a log line after every epoch."""
+"""Progress of a run: a bar on a terminal; else, and for parallel runs, a log line after every epoch and minute."""
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +8,14 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from cdc_mmpg.progress import Pace, describe_seconds, has_terminal
+
 logger = logging.getLogger(__name__)
 
 
 def draws_bar(enabled: bool | None) -> bool:
     """Return whether a progress bar is wanted and there is a terminal to draw it on."""
-    return enabled is not False and sys.stderr is not None and sys.stderr.isatty()
+    return enabled is not False and has_terminal()
 
 
 def choose_progress(enabled: bool | None, callbacks: Sequence[Callback]) -> list[Callback]:
@@ -44,23 +45,68 @@ class RunBar(TQDMProgressBar):
 
 
 class EpochLines(Callback):
-    """Log line after each epoch: the loss, the monitored metric, and an estimate of the remaining time."""
+    """Log line after each epoch: the loss, the monitored metric, and an estimate of the remaining time.
+
+    Between them a long epoch, validation or test logs its step once a minute.
+    """
+
+    def __init__(self) -> None:
+        self._pace, self._first = Pace(), 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._begun, self._first = time.monotonic(), trainer.current_epoch
+        self._pace, self._first = Pace(), trainer.current_epoch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the step, if a minute has passed."""
+        step, steps = batch_idx + 1, trainer.num_training_batches
+        if trainer.is_global_zero and self._pace.is_line_due():
+            rest = self._describe_rest(trainer, step / steps)
+            shown = _list_metrics(trainer, ["train/loss"])
+            logger.info("epoch %s: %s%s", describe_epoch(trainer), ", ".join([f"step {step} of {steps}", *shown]), rest)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the line; validation has already finished."""
+        """Log the line of the epoch; validation has already finished."""
         if not trainer.is_global_zero:
             return
-        number, last = trainer.current_epoch + 1, trainer.max_epochs or 0
-        seconds = (time.monotonic() - self._begun) / (number - self._first)
-        names = ("train/loss", str(getattr(pl_module, "monitor", "")))
-        metrics: dict[str, Any] = trainer.callback_metrics
-        shown = [f"{name} {float(metrics[name]):.4f}" for name in dict.fromkeys(names) if name in metrics]
-        left = f", about {seconds * (last - number):.0f} s left" if last > number else ""
-        logger.info("epoch %s: %s, %.1f s an epoch%s", describe_epoch(trainer), ", ".join(shown), seconds, left)
+        self._pace.last_line = time.monotonic()
+        seconds = (time.monotonic() - self._pace.begun) / (trainer.current_epoch + 1 - self._first)
+        shown = _list_metrics(trainer, ["train/loss", str(getattr(pl_module, "monitor", ""))])
+        shown.append(f"{describe_seconds(seconds)} an epoch{self._describe_rest(trainer, 1)}")
+        logger.info("epoch %s: %s", describe_epoch(trainer), ", ".join(shown))
+
+    def _describe_rest(self, trainer: Trainer, share: float) -> str:
+        """Return an estimate of the remaining time; `share` is how much of the current epoch is done."""
+        epochs = (trainer.max_epochs or 0) - self._first
+        return self._pace.describe_rest((trainer.current_epoch - self._first + share) / epochs) if epochs > 0 else ""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a test."""
+        self._pace = Pace()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Log the batch, if a minute has passed."""
+        self._log_batch(trainer, "validating", batch_idx + 1, trainer.num_val_batches)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Log the batch, if a minute has passed."""
+        self._log_batch(trainer, "testing", batch_idx + 1, trainer.num_test_batches)
+
+    def _log_batch(self, trainer: Trainer, doing: str, number: int, batches: Sequence[int | float]) -> None:
+        if trainer.is_global_zero and self._pace.is_line_due():
+            logger.info("%s: batch %d of %d", doing, number, sum(batches))
+
+
+def _list_metrics(trainer: Trainer, names: Sequence[str]) -> list[str]:
+    """Return those of the metrics that there are, with their names."""
+    metrics: dict[str, Any] = trainer.callback_metrics
+    return [f"{name} {float(metrics[name]):.4f}" for name in dict.fromkeys(names) if name in metrics]
 
 
 def describe_epoch(trainer: Trainer) -> str:
