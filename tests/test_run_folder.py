@@ -20,7 +20,7 @@ from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError
 from cdc_mmpg.files import HOST_TAG, LOCK_NAME, lock_folder
 from cdc_mmpg.program import Stopped, run_to_exit_code
 from cdc_mmpg.results import RESUME
-from cdc_mmpg.training import loggers as dashboard
+from cdc_mmpg.training import wandb_record
 from cdc_mmpg.training.cli import main
 from cdc_mmpg.training.reopen import IMPORTS_VARIABLE, load_finished_results, reopen
 from conftest import write_clip
@@ -366,39 +366,59 @@ def test_a_run_under_nohup_survives_a_closed_terminal(fit, tmp_path):
     assert finish(process) == 0, (tmp_path / "log").read_text()
 
 
+SECRET = "s3cr3t" * 7
+WANDB_SETTINGS: list[dict[str, str]] = [
+    {"WANDB_BASE_URL": "wandb.example.org"},
+    {"WANDB_BASE_URL": f"http://user:{SECRET}@127.0.0.1:9", "WANDB_MODE": "online"},
+    {"WANDB_PROJECT": "team/project"},
+    {"WANDB_CONSOLE": "yes"},
+    {"WANDB_MODE": "nonsense"},
+    {"WANDB_RUN_ID": "a/b c?#"},
+    {"WANDB_DIR": "/proc/absent"},
+    {"WANDB_API_KEY": SECRET[:9], "WANDB_MODE": "online"},
+    {"WANDB_API_KEY": f"{SECRET}\r\n", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    {"WANDB_SILENT": "maybe"},
+    {"WANDB_SWEEP_ID": "of nobody"},
+    {"WANDB_CONFIG_DIR": "/proc/absent"},
+    {"HOME": "/proc/absent"},
+    {"WANDB_SERVICE": "nonsense"},
+]
+
+
+def record_with_each(settings: list[dict[str, str]], folder: Path) -> None:
+    """Start and end a record with each of the settings, which must not raise anything."""
+    wandb_record.PATIENCE_SECONDS = 3
+    os.environ.pop("WANDB_MODE", None)
+    before = os.environ.copy()
+    for number, variables in enumerate(settings):
+        os.environ.update(variables)
+        run = folder / "msvd" / "linear" / f"seed{number}"
+        record = wandb_record.start_record(run, wandb_record.Subject.of_run(run, "train"), {"learning_rate": 1e-4})
+        record.log_table("answers", ["question", "answer"], [["what?", "red"]])
+        record.summarise({"accuracy": 0.5})
+        record.end()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.mark.slow
+def test_no_setting_of_wandb_stops_a_record(tmp_path):
+    process = start(tmp_path / "log", record_with_each, WANDB_SETTINGS, tmp_path)
+    assert finish(process, 300) == 0, (tmp_path / "log").read_text()
+    assert SECRET[:9] not in (tmp_path / "log").read_text()
+
+
 def run_with_wandb(command: list[str], variables: dict[str, str]) -> int:
-    dashboard.PATIENCE_SECONDS = 3
+    wandb_record.PATIENCE_SECONDS = 3
     os.environ.pop("WANDB_MODE", None)
     os.environ.update(variables)
     return main(command)
 
 
-SECRET = "s3cr3t" * 7
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"WANDB_BASE_URL": "wandb.example.org"},
-        {"WANDB_BASE_URL": f"http://user:{SECRET}@127.0.0.1:9", "WANDB_MODE": "online"},
-        {"WANDB_PROJECT": "team/project"},
-        {"WANDB_CONSOLE": "yes"},
-        {"WANDB_MODE": "nonsense"},
-        {"WANDB_RUN_ID": "a/b c?#"},
-        {"WANDB_DIR": "/proc/absent"},
-        {"WANDB_API_KEY": SECRET[:9], "WANDB_MODE": "online"},
-        {"WANDB_API_KEY": f"{SECRET}\r\n", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"},
-        {"WANDB_SILENT": "maybe"},
-        {"WANDB_SWEEP_ID": "of nobody"},
-        {"WANDB_CONFIG_DIR": "/proc/absent"},
-        {"HOME": "/proc/absent"},
-        {"WANDB_SERVICE": "nonsense"},
-    ],
-    ids="-".join,
-)
-def test_no_setting_of_wandb_stops_a_run(variables, fit, tmp_path):
-    process = start(tmp_path / "log", run_with_wandb, fit("linear"), variables)
+@pytest.mark.parametrize("number", [0, 8], ids=["invalid", "no server"])
+def test_no_setting_of_wandb_stops_a_run(number, fit, tmp_path):
+    process = start(tmp_path / "log", run_with_wandb, fit("linear"), WANDB_SETTINGS[number])
     assert finish(process) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert SECRET[:9] not in log

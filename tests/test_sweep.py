@@ -1,19 +1,13 @@
 """Sweeps: grids without a server, and W&B's client and agent with a stand-in for W&B's server."""
 
-import contextlib
-import gzip
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,9 +18,8 @@ from cdc_mmpg.commands.execute import Executor
 from cdc_mmpg.commands.plan import Step
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.results import hash_command
-from cdc_mmpg.training import loggers as dashboard
-from cdc_mmpg.training.cli import main
 from processes import finish, start
+from wandb_server import run_online, serve
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -311,127 +304,6 @@ def test_the_provided_sweep_runs_make_and_parses(tmp_path):
 # With a server
 
 
-class Server(ThreadingHTTPServer):
-    """The part of W&B's server that its client needs: it receives runs, and hands out the runs of one sweep.
-
-    Args:
-        commands: parameters of the sweep's runs, by run.
-        known: whether the API key is accepted.
-        silent: whether it stops responding once a run has begun.
-    """
-
-    daemon_threads = True
-
-    def __init__(
-        self, commands: dict[str, dict[str, object]] | None = None, known: bool = True, silent: bool = False
-    ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.commands, self.known, self.silent = list((commands or {}).items()), known, silent
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.begun: dict[str, dict[str, object]] = {}  # settings at the start of a run, by run
-        self.summaries: dict[str, dict[str, object]] = {}
-        self.histories: dict[str, list[dict[str, object]]] = {}
-        self.sweeps: list[dict[str, object]] = []
-        self.tables: list[str] = []
-        self.closing = threading.Event()
-
-    def reply(self, name: str, variables: dict[str, object]) -> object:  # noqa: PLR0911  one branch per query
-        project = {"id": "P", "name": "cdc-mmpg", "entity": {"id": "E", "name": "me"}}
-        if name == "Viewer" and self.known:
-            return {"viewer": {"id": "V", "username": "me", "entity": "me", "email": "", "flags": "{}",
-                               "teams": {"edges": []}}}  # fmt: skip
-        if name == "UpsertBucket":
-            self.begun.setdefault(variables["name"], variables)
-            bucket = {"id": "B", "name": variables["name"], "displayName": "x", "project": project,
-                      "sweepName": variables["sweep"], "historyLineCount": 0}  # fmt: skip
-            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        if name == "CreateRunFiles":
-            files = [
-                {"name": file, "uploadUrl": f"{self.url}/{variables['run']}/{file}"} for file in variables["files"]
-            ]
-            return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
-        if name == "UpsertSweep":
-            self.sweeps.append(yaml.safe_load(variables["config"]))
-            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
-        if name == "SweepWithRuns":
-            return {"project": {"sweep": {"id": "S", "name": "sweep1", "config": yaml.safe_dump(self.sweeps[-1]),
-                                          "runs": {"edges": []}}}}  # fmt: skip
-        if name == "CreateAgent":
-            return {"createAgent": {"agent": {"id": "A"}}}
-        if name == "Heartbeat":
-            commands = []
-            if not json.loads(variables["runState"]):
-                commands = [{"type": "exit"}]
-                if self.commands:
-                    run, parameters = self.commands.pop(0)
-                    arguments = {key: {"value": value} for key, value in parameters.items()}
-                    commands = [{"type": "run", "run_id": run, "args": arguments, "program": None}]
-            return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
-        if name == "CreateArtifact":
-            self.tables.append(str(variables["input"]["artifactCollectionName"]))
-            sequence = {"id": "Q", "latestArtifact": None}
-            return {"createArtifact": {"artifact": {"id": "T", "state": "COMMITTED", "artifactSequence": sequence}}}
-        return {"model": None, "project": None, "entity": None, "viewer": None}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *arguments: object) -> None:
-        """Log nothing."""
-
-    def do_GET(self) -> None:
-        self.do_POST()
-
-    def do_PUT(self) -> None:
-        self.do_POST()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        reply: object = {}
-        if self.server.silent and self.server.begun:
-            self.server.closing.wait()
-            return
-        if self.path == "/graphql":
-            request = json.loads(body)
-            name = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
-            reply = {"data": self.server.reply(name, request.get("variables") or {})}
-        elif self.path.endswith("wandb-summary.json"):
-            self.server.summaries[self.path.split("/")[1]] = json.loads(body)
-        elif self.path.endswith("file_stream"):
-            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            self.server.histories.setdefault(self.path.split("/")[-2], []).extend(map(json.loads, lines))
-        content = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(content)
-
-
-@contextlib.contextmanager
-def serve(**arguments: object) -> Iterator[Server]:
-    server = Server(**arguments)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
-
-
-def run_online(command: list[str], url: str, **environment: str) -> int:
-    os.environ.pop("WANDB_MODE", None)  # the key alone enables W&B
-    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40} | environment
-    dashboard.UPLOAD_SECONDS = 3
-    return main(command)
-
-
 def test_server_receives_every_run_of_a_command_with_its_results(fit, tmp_path):
     with serve() as server:
         overfitting = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=0.01")
@@ -443,7 +315,7 @@ def test_server_receives_every_run_of_a_command_with_its_results(fit, tmp_path):
         results, summary = json.loads((folder / "results.json").read_text()), server.summaries[run]
         assert (folder / "wandb" / "id").read_text() == run
         assert (begun["project"], begun["displayName"]) == ("cdc-mmpg", f"msvd/{method}/seed0")
-        assert (begun["groupName"], begun["jobType"]) == ("msvd", method)
+        assert (begun["groupName"], begun["jobType"]) == (f"msvd/{method}", "train")
         assert set(begun["tags"]) == {"msvd", method, "seed0"}
         assert summary["val/accuracy"] == results["metrics"]["val/accuracy"]  # the value of the best epoch
         assert summary["test/loss"] == results["metrics"]["test/loss"]
@@ -455,7 +327,7 @@ def test_server_receives_every_run_of_a_command_with_its_results(fit, tmp_path):
         if method == "linear":
             assert logged[-1]["val/accuracy"] < summary["val/accuracy"], "choose a run whose best epoch is not its last"
         for split in ("val", "test"):
-            assert any(name.startswith(f"run-{run}-{split}examples") for name in server.tables)
+            assert any(name.startswith(f"run-{run}-{split}examples") for name in server.list_artifacts("run_table"))
     assert "environment variables will be ignored" not in (tmp_path / "log").read_text()
 
 
@@ -557,6 +429,22 @@ def test_signal_reaches_the_run_of_the_agent_which_saves(fit, tmp_path):
     assert "stopped by SIGTERM" in log
     assert "Traceback" not in log
     assert list(tmp_path.rglob("resume/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_each_gpu_has_an_agent(folder):
+    """Each of two runs waits until the other runs, too, on another GPU."""
+    wait = "for i in `seq 900`; do [ `ls gpus | wc -l` = 2 ] && exit 0; sleep 0.1; done; exit 1"
+    (folder / "Makefile").write_text(f"train:\n\tmkdir -p gpus && touch gpus/$$CUDA_VISIBLE_DEVICES && {wait}\n")
+    path = write_sweep(folder, parameters={"METHOD": {"values": ["linear", "hyper"]}})
+    with serve(commands={"run1": {"METHOD": "linear"}, "run2": {"METHOD": "hyper"}}) as server:
+        environment = {key: value for key, value in ENVIRONMENT.items() if key != "WANDB_MODE"}
+        environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "CUDA_VISIBLE_DEVICES": "6,7"}
+        done = subprocess.run([sys.executable, "-m", "cdc_mmpg", "sweep", str(path)], env=environment, check=False,
+                              capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (folder / "gpus").iterdir()) == ["6", "7"]
+    assert not server.commands
 
 
 def test_sweep_refused_by_the_server_names_the_remedy(folder):

@@ -59,6 +59,7 @@ from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import describe_provenance, write_json
+from cdc_mmpg.training.wandb_record import Subject, start_record
 from cdc_mmpg.wire.messages import LayerKind, Versions
 
 logger = logging.getLogger("cdc_mmpg.benchmarks.delay")  # not `__name__`, which differs when run as a program
@@ -132,6 +133,20 @@ def write_delay(folder: Path, requests: int, proxy: bool, congestion: str = CONG
     with atomic_write(folder / DELAY_PAGE) as file:
         file.write(format_page(result).encode())
     print(f"{folder / DELAY_JSON}, {folder / DELAY_PAGE}: {result['seconds']:.0f} s")
+    record_delay(folder, result)
+
+
+def record_delay(folder: Path, result: dict[str, Any]) -> None:
+    """Record a measurement in W&B: the cells as tables, and the median times of the device's answers."""
+    config = {name: result[name] for name in ("machine", "link", "requests", "commit")}
+    record = start_record(folder / "delay", Subject("delay", folder.absolute().name, "delay"), config)
+    if record.run is None:
+        return
+    for name, cells in (("delay/cells", result["cells"]), ("delay/far", result["delay"]["cells"])):
+        columns = [column for column in cells[0] if column != "requests"]
+        record.log_table(name, columns, [[cell[column] for column in columns] for cell in cells])
+    record.summarise({f"delay/{answer['name']}/p50_ms": answer["whole_p50_ms"] for answer in result["answers"]})
+    record.end()
 
 
 def choose_network(stack: ExitStack, proxy: bool, congestion: str = CONGESTION) -> tuple[Network, str]:

@@ -102,7 +102,7 @@ def _run(path: Path, out: Path) -> None:
 
 
 def is_online() -> bool:
-    """Return whether W&B's server is used, by the rules of `training.loggers`."""
+    """Return whether W&B's server is used, by the rules of `training.wandb_record`."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode == "online"
     import wandb  # noqa: PLC0415  takes a second
@@ -211,7 +211,7 @@ def run_by_agent(sweep: Sweep, out: Path) -> None:
             f"{place}: cannot be created ({error.strerror}): choose another folder with --out, or make it writable"
         ) from error
     os.environ["WANDB_DIR"] = str(place.absolute())  # the agent would use the working directory
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `training.loggers`
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `training.wandb_record`
     for name in MAKE_ENVIRONMENT:
         os.environ.pop(name, None)
     project = os.environ.get("WANDB_PROJECT") or sweep.config.get("project")

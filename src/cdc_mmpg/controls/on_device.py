@@ -51,6 +51,7 @@ from cdc_mmpg.training.reopen import (
     reopen,
     run_evaluation,
 )
+from cdc_mmpg.training.wandb_record import record_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -130,23 +131,22 @@ def evaluate_fine_tuned(
     outcomes = comparison.outcomes()
     summary, parameters = data.summary(), model.parameter_counts()
     trained = max(recipe["trained"] for recipe in comparison.recipe.values())
-    write_json(
-        {
-            **describe_evaluation(folder, experiment, source, arguments),
-            "metrics": {"test/accuracy": model.head.evaluate(outcomes)["accuracy"]},
-            "classes": model.head.outputs,
-            "questions": {split: row["questions"] for split, row in summary.items()},
-            "data": summary,
-            **evaluate_outcomes(data, outcomes, folder / "predictions.test.csv"),
-            "recipe": comparison.recipe,
-            "encoder": results.get("encoder"),
-            "parameters": parameters._replace(trained=trained)._asdict(),
-            "bytes": model.traffic()._asdict(),
-            "seconds": comparison.seconds,
-        },
-        folder / RESULTS,
-    )
+    written = {
+        **describe_evaluation(folder, experiment, source, arguments),
+        "metrics": {"test/accuracy": model.head.evaluate(outcomes)["accuracy"]},
+        "classes": model.head.outputs,
+        "questions": {split: row["questions"] for split, row in summary.items()},
+        "data": summary,
+        **evaluate_outcomes(data, outcomes, folder / "predictions.test.csv"),
+        "recipe": comparison.recipe,
+        "encoder": results.get("encoder"),
+        "parameters": parameters._replace(trained=trained)._asdict(),
+        "bytes": model.traffic()._asdict(),
+        "seconds": comparison.seconds,
+    }
+    write_json(written, folder / RESULTS)
     print(f"written: {folder / RESULTS}")
+    record_evaluation(run, folder, written)
 
 
 class Comparison:

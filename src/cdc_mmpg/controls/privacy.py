@@ -44,6 +44,7 @@ from cdc_mmpg.training.reopen import (
     run_evaluation,
 )
 from cdc_mmpg.training.sessions import SessionDataModule
+from cdc_mmpg.training.wandb_record import record_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -109,17 +110,16 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     shown = [contents[sample.clip] for sample in sessions.anchors.samples]
     with threadpool_limits(1):  # the matrices are too small to benefit from threads
         probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
-    write_json(
-        {
-            **describe_evaluation(folder, experiment, source, arguments),
-            "floats": int(anchors.shape[-1]),
-            "clips": len(shown),
-            "probes": probes,
-            "seconds": {"train": 0.0, "test": perf_counter() - start},
-        },
-        folder / RESULTS,
-    )
+    written = {
+        **describe_evaluation(folder, experiment, source, arguments),
+        "floats": int(anchors.shape[-1]),
+        "clips": len(shown),
+        "probes": probes,
+        "seconds": {"train": 0.0, "test": perf_counter() - start},
+    }
+    write_json(written, folder / RESULTS)
     print(f"written: {folder / RESULTS}")
+    record_evaluation(run, folder, written)
 
 
 class Target(NamedTuple):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cdc_mmpg.device.page import DEVICE_FOLDERS
 from cdc_mmpg.files import atomic_write, hash_json
 from cdc_mmpg.results import write_json
+from cdc_mmpg.training.wandb_record import Content, name_artifact
 
 CLOUD_SETTINGS, GENERATOR, SIGNING_KEY, EXPORT_REPORT = (
     "cloud.json",
@@ -30,3 +32,12 @@ def write_content(path: Path, content: bytes) -> None:
 def count_folder_bytes(folder: Path) -> int:
     """Return the total size of the files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def describe_bundles(run: Path, out: Path) -> Content:
+    """Return the artifact with the bundles of an export, without the cloud's signing key, which must stay secret."""
+    dataset, method, seed = run.absolute().parts[-3:]
+    folders = [out / name for name in (*DEVICE_FOLDERS.values(), "cloud")]
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(out)): path for path in paths if path.name != SIGNING_KEY}
+    return Content(name_artifact(dataset, method, seed, "bundles"), "bundle", files)

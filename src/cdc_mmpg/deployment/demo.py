@@ -17,6 +17,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from cdc_mmpg.deployment.bundle_files import describe_bundles
 from cdc_mmpg.deployment.local import LocalService
 from cdc_mmpg.device import Device
 from cdc_mmpg.device.page import DEMO_FILE, DEMO_FOLDER, DEVICE_FOLDERS, install
@@ -24,7 +25,10 @@ from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import Stopped, exit_on_signals, run_to_exit_code
 from cdc_mmpg.results import write_json
+from cdc_mmpg.training.wandb_record import Subject, start_record
 
+# Columns of the table of a session's answers in W&B.
+ANSWER_COLUMNS = ("clip", "question", "answer", "static", "adapted", "clips", "bytes up", "bytes down", "ms")
 UNLABELLED_CLIPS = 2  # number of clips that the device records before each clip with questions
 # Decoders of phones refuse small frames and full colour resolution. Enlarged by this, a pixel has its own chroma.
 ENLARGEMENT = 4
@@ -79,6 +83,7 @@ def play(options: argparse.Namespace) -> None:
         raise CheckpointError(f"{options.run}: not exported: make export METHOD={options.run.parent.name}")
     session = read_session(options.run, options.data, options.device, options.seed)
     write_session(session, options.data, bundles / DEMO_FOLDER)
+    answers: list[list[str | int | float]] = []
     web = [] if options.terminal else ["--web", str(bundles)]
     if web:
         install()
@@ -87,17 +92,40 @@ def play(options: argparse.Namespace) -> None:
         LocalService(bundles / "cloud", Path(scratch) / "service.log", *web, port=options.port) as service,
     ):
         if options.terminal:
-            play_in_terminal(session, bundles, options.bundle, service.url)
+            answers = play_in_terminal(session, bundles, options.bundle, service.url)
         else:
             address = f"{service.url}/?bundle={options.bundle}"
             opened = "opened in your browser" if webbrowser.open(address) else "open it in a browser"
             print(f"{address}: {opened}. Ctrl-C ends the service.", flush=True)
             with suppress(Stopped):
                 signal.pause()
+    config = {
+        "device": session.device,
+        "bundle": options.bundle,
+        "place": "terminal" if options.terminal else "browser",
+    }
+    record_session(options.run, bundles, config, answers)
 
 
-def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: str) -> None:
-    """Play a session with the Python client; print every answer and the accuracy."""
+def record_session(
+    run: Path, bundles: Path, config: dict[str, str], answers: Sequence[Sequence[str | int | float]]
+) -> None:
+    """Record a session in W&B: the bundles that it used, and the answers, if they were given in the terminal."""
+    record = start_record(bundles, Subject.of_run(run, "demo"), config)
+    if record.run is None:
+        return
+    record.use(describe_bundles(run, bundles))
+    if answers:
+        record.log_table("demo/answers", ANSWER_COLUMNS, answers)
+        columns = dict(zip(ANSWER_COLUMNS, zip(*answers, strict=True), strict=True))
+        for place in ("static", "adapted"):
+            right = [given == answer for given, answer in zip(columns[place], columns["answer"], strict=True)]
+            record.summarise({f"demo/{place}": sum(right) / len(right)})
+    record.end()
+
+
+def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: str) -> list[list[str | int | float]]:
+    """Play a session with the Python client; print every answer and the accuracy; return rows of `ANSWER_COLUMNS`."""
     device = Device(bundles / bundle, url, deadline=5.0)
     count = sum(bool(step.question) for step in session.steps)
     print(f"cloud: {url}, device: {bundles / bundle}, {device.model.layout.kind} layers")
@@ -105,6 +133,7 @@ def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: 
     print(f"{'clips':>5}  {'question':<34} {'right':<8} {'static':<10} {'adapted':<10} {'running %':>13} "
           f"{'B up':>5} {'B down':>6} {'ms':>6}")  # fmt: skip
     right, number, up, down = {"static": 0, "adapted": 0}, 0, 0, 0
+    answers: list[list[str | int | float]] = []
     for clip, question, answer in session.steps:
         path = bundles / DEMO_FOLDER / clip
         if not question:
@@ -116,6 +145,8 @@ def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: 
         right["static"] += reply.unadapted == answer
         right["adapted"] += reply.text == answer
         number, up, down = number + 1, up + reply.bytes_up, down + reply.bytes_down
+        answers.append([clip, question, answer, reply.unadapted, reply.text, reply.anchors, reply.bytes_up,
+                        reply.bytes_down, milliseconds])  # fmt: skip
         marked = [f"{text} {'✓' if text == answer else '✗'}" for text in (reply.unadapted, reply.text)]
         running = " → ".join(f"{100 * value / number:.0f}" for value in right.values())
         print(f"{reply.anchors:>5}  {question:<34} {answer:<8} {marked[0]:<10} {marked[1]:<10} {running:>13} "
@@ -126,6 +157,7 @@ def play_in_terminal(session: RecordedSession, bundles: Path, bundle: str, url: 
     print(
         f"\n{count} questions: static {static:.1f} %, adapted {adapted:.1f} %; in total {up:,} bytes up, {down:,} down"
     )
+    return answers
 
 
 def read_session(run: Path, data: Path, device: str | None, seed: int) -> RecordedSession:

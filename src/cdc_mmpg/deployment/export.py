@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cdc_mmpg.deployment.bundle_files import EXPORT_REPORT
+from cdc_mmpg.deployment.bundle_files import EXPORT_REPORT, describe_bundles
 from cdc_mmpg.deployment.demo import read_session, write_session
 from cdc_mmpg.deployment.source import SPECIAL_WORDS, Source
 from cdc_mmpg.device.page import DEMO_FOLDER, DEVICE_FOLDERS
@@ -27,6 +27,7 @@ from cdc_mmpg.media.text import BERT_VOCABULARY_SIZE, TextEncoder
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import write_json
 from cdc_mmpg.training.reopen import load_finished_results, reopen
+from cdc_mmpg.training.wandb_record import Subject, describe_checkpoint, list_figures, start_record
 
 RETRIEVAL_REFUSAL = "retrieval cannot be served: it ranks stored clips, while a device answers questions about one clip"
 MAX_WORDS = 6_000  # largest number of words kept: 1.2 MB in int8
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else export_run(options.run, out, options.all_words)
         )
         print(format_summary(report, out))
+        if not options.untrained:
+            record_export(options.run, out, report)
 
     return run_to_exit_code(run)
 
@@ -108,6 +111,16 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
         write_session(read_session(run, clips, None, 0), clips, out / DEMO_FOLDER)
     write_json(report, out / EXPORT_REPORT)
     return report
+
+
+def record_export(run: Path, out: Path, report: dict[str, Any]) -> None:
+    """Record an export in W&B: its figures, the bundles, and the checkpoint that they were made of."""
+    record = start_record(out, Subject.of_run(run, "export"), {"report": report})
+    if record.run is not None:
+        record.use(describe_checkpoint(run))
+        record.log(describe_bundles(run, out))
+        record.summarise(list_figures(report))
+        record.end()
 
 
 def export_untrained(configurations: Sequence[Path], out: Path, all_words: bool = False) -> dict[str, Any]:

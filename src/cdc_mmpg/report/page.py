@@ -6,7 +6,6 @@ was computed, and its sources (see `evidence.facts`).
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cdc_mmpg.report.document import Page
 from cdc_mmpg.report.examples import add_examples
 from cdc_mmpg.report.sections import add_controls, add_findings, add_provenance, add_tables, add_worlds
 from cdc_mmpg.results import write_json
+from cdc_mmpg.training.wandb_record import Subject, start_record
 
 
 def build_page(folder: Path, data: Path | None = None) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -67,10 +67,9 @@ def write_page(folder: Path, root: Path | None) -> None:
     with atomic_write(folder / "report.html") as file:
         file.write(escape_controls(html).encode())
     write_json(entries, folder / "report.json")
-    if os.environ.get("WANDB_MODE") != "disabled":
-        from cdc_mmpg.training.loggers import publish  # noqa: PLC0415  imports Lightning, which takes 10 s
-
-        numbers = {name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)}
-        publish(folder, html, numbers)
+    record = start_record(folder / "report", Subject("report", folder.absolute().name, "report"), {})
+    record.summarise({name: entry["value"] for name, entry in entries.items() if isinstance(entry["value"], float)})
+    record.log_page("report", html)
+    record.end()
     for name in ("report.html", "report.json"):
         print(f"written: {folder / name}")

@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -23,7 +24,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_only
 
 from cdc_mmpg.data.sampling import EpochDataModule, plan_batches
-from cdc_mmpg.errors import CheckpointError, ConfigError
+from cdc_mmpg.errors import CDCError, CheckpointError, ConfigError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.files import atomic_write, expand_home, hash_file, lock_folder, remove_leftovers
 from cdc_mmpg.launchers import find_launch
@@ -33,6 +34,7 @@ from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.corrected import Corrected
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.processors import count_processors
+from cdc_mmpg.program import Stopped
 from cdc_mmpg.results import (
     ANNOTATIONS_KEY,
     CONFIG,
@@ -57,7 +59,7 @@ from cdc_mmpg.training.checks import check_pair, check_trainer, has_begun
 from cdc_mmpg.training.corrections import CorrectedDataModule
 from cdc_mmpg.training.features import FeatureDataModule
 from cdc_mmpg.training.group import GROUPS_VARIABLE, GroupStrategy, choose_cluster_environment, leave_group
-from cdc_mmpg.training.loggers import ExampleTable, build_loggers, finish_loggers
+from cdc_mmpg.training.loggers import ExampleTable, RunRecord, build_loggers, find_record, finish_loggers
 from cdc_mmpg.training.matmul import Matmul, set_matmul
 from cdc_mmpg.training.parser import LINKED_KEYS, Parser, explain_unknown_key, flatten, list_given_paths
 from cdc_mmpg.training.progress import choose_progress, draws_bar
@@ -245,6 +247,7 @@ class Experiment(LightningCLI):
                 *choose_progress(config["enable_progress_bar"], config["callbacks"] or []),
                 StopOnSignal(self.folder),
                 ExampleTable(self.folder, self.dataset),
+                RunRecord(self.folder, self.settings, self.dataset),
                 *build_checkpoint_callbacks(self.folder, self.model.monitor, self.model.monitor_mode),
             ]
         if config["strategy"] in ("auto", "ddp") and several:
@@ -274,7 +277,7 @@ class Experiment(LightningCLI):
         if self.subcommand == "fit":
             self._lock_folder(trainer)
             if trainer.is_global_zero:
-                trainer.loggers = build_loggers(self.folder, self.settings)
+                trainer.loggers = build_loggers(self.folder, self.model, self.settings)
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
 
@@ -327,8 +330,14 @@ class Experiment(LightningCLI):
         )  # fmt: skip
         try:
             trainer.fit(model, datamodule, ckpt_path=find_newest_state(self.folder), weights_only=True)
-        except OSError as error:  # from the CSV logger, whose errors name no file
-            error.filename = error.filename or str(self.folder)
+        except Stopped as error:
+            find_record(trainer.loggers).end(128 + error.number, f"stopped by {signal.Signals(error.number).name}")
+            raise
+        except Exception as error:
+            if isinstance(error, OSError):  # from the CSV logger, whose errors name no file
+                error.filename = error.filename or str(self.folder)
+            code = error.exit_code if isinstance(error, CDCError) else CDCError.exit_code
+            find_record(trainer.loggers).end(code, str(error))
             raise
         if not (self.folder / "best.ckpt").is_file():
             raise CheckpointError(f"{self.folder}/best.ckpt is missing: delete {self.folder} to train anew")
@@ -381,7 +390,7 @@ class Experiment(LightningCLI):
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
-        finish_loggers(trainer.loggers, results)
+        finish_loggers(trainer.loggers, self.folder, self.settings, results)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

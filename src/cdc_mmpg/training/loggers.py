@@ -1,13 +1,9 @@
-"""Logs of a run: always CSV, usually also Weights & Biases, all in the run's folder."""
+"""Logs of a training run: always CSV, usually also Weights & Biases, all in the run's folder."""
 
-import contextlib
 import csv
 import io
-import logging
-import os
-import re
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,186 +11,144 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from cdc_mmpg.data.batch import Split
+from cdc_mmpg.data.batch import SPLITS, Split
 from cdc_mmpg.data.interface import VideoTextData
 from cdc_mmpg.evaluation.metrics import CAPTIONS, rank_all
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.answering import Answering
+from cdc_mmpg.results import ANNOTATIONS_KEY, read_inputs
+from cdc_mmpg.training.wandb_record import (
+    Content,
+    Record,
+    Subject,
+    WeightsKind,
+    describe_checkpoint,
+    describe_weights,
+    list_accuracies,
+    list_figures,
+    name_artifact,
+    read_predictions,
+    start_record,
+)
 
-logger = logging.getLogger(__name__)
-
-PROJECT = "cdc-mmpg"
 MAX_TABLE_EXAMPLES = 8  # rows of a table of examples
-PATIENCE_SECONDS = 15  # timeout for a server that does not answer
-UPLOAD_SECONDS = 120  # timeout of the final upload; the rest stays on disk
-# Variables that `build_loggers` sets itself, or that cannot make W&B fail.
-PRESERVED_VARIABLES = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_ERROR_REPORTING")
-AGENT_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # set by a sweep's agent for its run
+# Files of weights that runs exchange: type of the artifact, and argument of the model that names such a file.
+EXCHANGED_FILES: dict[str, tuple[WeightsKind, str]] = {
+    "encoder.safetensors": ("encoder", "encoder.checkpoint"),
+    "adr.safetensors": ("reasoner", "adr"),
+    "reading.safetensors": ("reading", "reading"),
+}
 
 
-def build_loggers(run: Path, config: dict[str, Any]) -> list[Logger]:
-    """Return the loggers of a run: CSV in `logs/`, and W&B in `wandb/` unless WANDB_MODE is disabled.
-
-    W&B works offline unless a key is configured (WANDB_API_KEY or ~/.netrc) or WANDB_MODE is set. A server that does
-    not answer delays the start or the end by some seconds. With invalid settings W&B works offline without them; if
-    that fails, too, only CSV is logged. Under a sweep's agent, a run of METHOD is the run that the agent waits for; the
-    runs that it builds on are separate W&B runs.
+class RecordLogger(WandbLogger):
+    """Logger that logs to the W&B run of a record.
 
     Args:
-        run: `<dataset>/<method>/seed<N>`, whose parts name the W&B run, its group and its tags.
+        record: record with a W&B run.
+    """
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(experiment=record.run)
+        self.record = record
+
+
+def build_loggers(run: Path, model: LightningModule, config: dict[str, Any]) -> list[Logger]:
+    """Return the loggers of a run: CSV in `logs/`, and W&B in `wandb/` (see `start_record`).
+
+    Args:
+        run: folder of the run.
+        model: model to train.
         config: configuration to record with the run.
     """
-    boards: list[Logger] = [CSVLogger(run, name="logs")]
-    if not os.environ.get("WANDB_MODE", "-").strip():
-        del os.environ["WANDB_MODE"]  # W&B refuses an empty value
-    if os.environ.get("WANDB_MODE", "").strip().lower() == "disabled":
-        return boards
-    folder = run.absolute() / "wandb"
-    for name in ("CACHE", "DATA", "ARTIFACT"):  # W&B would use the home and the working directory
-        os.environ[f"WANDB_{name}_DIR"] = str(folder / name.lower())
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it sends even offline: 14 s a run
-    method = run.absolute().parts[-2]
-    awaited = AGENT_VARIABLES[0] in os.environ and os.environ.get("METHOD", method) == method  # make exports METHOD
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        wandb_run = _start_wandb_run(run, config, awaited)
-    except Exception as error:  # the client raises many unrelated types
-        logger.warning(
-            "W&B cannot be used (%s): logging offline; upload later with `wandb sync %s/wandb/offline-run-*`",
-            _describe_error(error), run,
-        )  # fmt: skip
-        # So that the next run of this process neither waits again nor reads the invalid settings.
-        for name in [name for name in os.environ if name.startswith("WANDB_") and name not in PRESERVED_VARIABLES]:
-            del os.environ[name]
-        os.environ |= {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(folder / "config")}  # not the home's
-        try:
-            wandb_run = _start_wandb_run(run, config, False, uuid.uuid4().hex)  # the first id may be in use
-        except Exception as again:
-            logger.warning("W&B cannot be used at all (%s): the logs are in %s/logs", _describe_error(again), run)
-            os.environ["WANDB_MODE"] = "disabled"
-            return boards
-    return [*boards, WandbLogger(experiment=wandb_run)]
+    subject = Subject.of_run(run, "train" if isinstance(model, Answering) else "pretraining")
+    record = start_record(run, subject, config)
+    return [CSVLogger(run, name="logs"), *([RecordLogger(record)] if record.run else [])]
 
 
-def _start_wandb_run(run: Path, config: dict[str, Any], awaited: bool, identity: str | None = None) -> Any:
-    """Start a W&B run.
-
-    Args:
-        run: see `build_loggers`.
-        config: see `build_loggers`.
-        awaited: whether a sweep's agent waits for this run.
-        identity: id of the W&B run; None for the one in the run's folder, or a new one.
-    """
-    import wandb  # noqa: PLC0415  takes seconds
-
-    dataset, method, seed = run.absolute().parts[-3:]
-    if "@" in os.environ.get("WANDB_BASE_URL", ""):  # the client prints the URL
-        raise ValueError("WANDB_BASE_URL contains a password: remove it and set WANDB_API_KEY")
-    kept = run / "wandb" / "id"  # a resumed run keeps its W&B run
-    if awaited:
-        kept.write_text(os.environ[AGENT_VARIABLES[1]])
-    elif identity is None:
-        if not kept.is_file():
-            kept.write_text(uuid.uuid4().hex)
-        identity = kept.read_text()
-    wandb.teardown()  # W&B caches the environment, and an earlier run in this process may have failed
-    with contextlib.nullcontext() if awaited else _without_agent():
-        mode: Any = os.environ.get("WANDB_MODE")
-        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-        wandb_run = wandb.init(
-            project=None if awaited else os.environ.get("WANDB_PROJECT", PROJECT),
-            name=f"{dataset}/{method}/{seed}",
-            group=dataset,
-            job_type=method,
-            tags=[part[:64] for part in (dataset, method, seed)],  # the maximum length
-            id=None if awaited else identity,
-            resume="allow",
-            dir=run,
-            mode=mode,
-            config=config,
-            settings=wandb.Settings(
-                init_timeout=PATIENCE_SECONDS,
-                finish_timeout=UPLOAD_SECONDS,
-                silent=mode == "offline",
-                console="off",
-            ),
-        )
-    wandb_run.define_metric("trainer/global_step")  # the horizontal axis
-    wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return wandb_run
+def find_record(boards: Sequence[Logger]) -> Record:
+    """Return the record among the loggers, or one that does nothing."""
+    return next((board.record for board in boards if isinstance(board, RecordLogger)), Record())
 
 
-def _describe_error(error: Exception) -> str:
-    """Return an error as one line without the values of settings, which may be the key."""
-    if callable(errors := getattr(error, "errors", None)):  # of pydantic
-        return "; ".join(f"WANDB_{'.'.join(map(str, part['loc'])).upper()}: {part['type']}" for part in errors())
-    text = " ".join(str(error).split())
-    for name, value in os.environ.items():
-        if name.startswith("WANDB_") and value and re.search("KEY|TOKEN|PASS|SECRET", name):
-            text = text.replace(value, "...")
-    return f"{type(error).__name__}: " + re.sub(r"//[^/@\s]*@", "//...@", text)[:300]
+def find_weights(model: dict[str, Any], name: str) -> str | None:
+    """Return the path of the weights that a model starts from, by the name of an argument; None if there are none."""
+    value: Any = model
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) and Path(value).is_file() else None
 
 
-@contextlib.contextmanager
-def _without_agent() -> Iterator[None]:
-    """Hide the variables of a sweep's agent during the block."""
-    hidden = {name: os.environ.pop(name) for name in AGENT_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ |= hidden
-
-
-def finish_loggers(boards: Sequence[Logger], results: dict[str, Any]) -> None:
-    """Write a run's results to its W&B summary and end the W&B run, so that the next run starts a new one.
+def finish_loggers(boards: Sequence[Logger], run: Path, config: dict[str, Any], results: dict[str, Any]) -> None:
+    """Record a run's results, answers and artifacts, and end its W&B run.
 
     The summary gets the monitored metric of the best epoch in place of the last one; a sweep optimises that number.
     (`define_metric(summary="max")` would store a table instead of a number.)
 
     Args:
         boards: loggers of the run.
+        run: folder of the run.
+        config: configuration of the run.
         results: content of `results.json`.
     """
-    for board in boards:
-        if isinstance(board, WandbLogger):
-            figures = {
-                f"test/{case}/{group}": cells["all"]["value"]
-                for case, groups in results.get("accuracy", {}).items()
-                for group, cells in groups.items()
-                if "all" in cells
-            }
-            costs = {f"{part}/{name}": value for part in ("parameters", "bytes", "seconds")
-                     for name, value in results[part].items()}  # fmt: skip
-            best = {"best_epoch": results["best_epoch"]}
-            try:
-                board.experiment.summary.update(results["metrics"] | figures | costs | best)
-                board.experiment.finish()
-            except Exception as error:  # results.json is already written, so a server error is only logged
-                logger.warning(
-                    "W&B could not finish the run (%s): `wandb sync` uploads the rest", _describe_error(error)
-                )
+    record = find_record(boards)
+    if record.run is None:
+        return
+    costs = {part: results[part] for part in ("parameters", "bytes", "seconds")}
+    best = {"best_epoch": results["best_epoch"]}
+    record.summarise({**results["metrics"], **list_accuracies(results), **list_figures(costs), **best})
+    weights = config["model"]["init_args"]
+    written = [
+        describe_weights(run / name, kind)
+        for name, (kind, argument) in EXCHANGED_FILES.items()
+        if (run / name).is_file() and (name == "encoder.safetensors" or not find_weights(weights, argument))
+    ]  # what a run loaded and only keeps a copy of is no output
+    record.log(describe_checkpoint(run), *written)
+    if (answers := run / "predictions.test.csv").is_file():
+        record.log_table("test/predictions", *read_predictions(answers))
+    record.end()
 
 
-def publish(folder: Path, page: str, figures: Mapping[str, float]) -> None:
-    """Publish a dataset's report as a separate W&B run.
+class RunRecord(Callback):
+    """Callback that records what a run builds on and how long its epochs take; logs short epochs, too.
 
     Args:
-        folder: `checkpoints/<dataset>`.
-        page: HTML of the report.
-        figures: values in the report, by name.
+        run: folder of the run.
+        config: configuration of the run.
+        data: dataset of the run.
     """
-    for board in build_loggers(folder / "report" / "page", {}):
-        if isinstance(board, WandbLogger):
-            import wandb  # noqa: PLC0415  see `build_loggers`
 
-            try:
-                board.experiment.log({"report": wandb.Html(page, inject=False)})
-                board.experiment.summary.update(dict(figures))
-                board.experiment.finish()
-            except Exception as error:  # the page is already written, so a server error is only logged
-                logger.warning(
-                    "W&B could not save the report (%s): `wandb sync` uploads the rest", _describe_error(error)
-                )
+    def __init__(self, run: Path, config: dict[str, Any], data: VideoTextData) -> None:
+        self.run, self.config, self.data = run, config, data
+        self._epoch_start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the inputs; log every step, or the last one, of an epoch that is shorter than the logging interval."""
+        steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))
+        record = find_record(trainer.loggers)
+        if record.run is None:
+            return
+        reads_captions = getattr(pl_module, "reads", "") == "captions"
+        digests = {"annotations": read_inputs(self.run)[ANNOTATIONS_KEY]}
+        if reads_captions:
+            digests["captions"] = trainer.datamodule.fingerprint("train", frames=True)
+        else:
+            digests |= {split: self.data.fingerprint(split, frames=True) for split in SPLITS}
+        name = name_artifact(self.run.absolute().parts[-3], "captions" if reads_captions else "data")
+        described = Content(name, "dataset", digests=digests)
+        weights = [(kind, find_weights(self.config["model"]["init_args"], argument))
+                   for kind, argument in EXCHANGED_FILES.values()]  # fmt: skip
+        record.use(described, *(describe_weights(Path(path), kind) for kind, path in weights if path))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._epoch_start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the seconds of the epoch, with its validation."""
+        seconds = {"seconds/epoch": time.perf_counter() - self._epoch_start, "epoch": trainer.current_epoch}
+        for board in trainer.loggers:
+            board.log_metrics(seconds, step=trainer.global_step - 1)
 
 
 class ExampleTable(Callback):
@@ -206,7 +160,7 @@ class ExampleTable(Callback):
     """
 
     def __init__(self, run: Path, data: VideoTextData) -> None:
-        self.run, self.data, self.tables = run, data, True
+        self.run, self.data = run, data
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table of validation samples."""
@@ -232,16 +186,12 @@ class ExampleTable(Callback):
         csv.writer(text).writerows([("clip", "question", "prediction", "answer"), *rows])
         with atomic_write(self.run / f"examples.{split}.csv") as file:
             file.write(text.getvalue().encode())
-        for board in trainer.loggers:
-            if isinstance(board, WandbLogger) and self.tables:
-                import wandb  # noqa: PLC0415  see `build_loggers`
+        record = find_record(trainer.loggers)
+        if record.run is None:
+            return
+        import wandb  # noqa: PLC0415  takes seconds
 
-                strips = [wandb.Image(np.concatenate(list(example.frames), axis=1)) for example, _ in examples]
-                table = [[strip, *row] for strip, row in zip(strips, rows, strict=True)]
-                try:
-                    board.log_table(f"{split}/examples", ["frames", "clip", "question", "prediction", "answer"], table)
-                except Exception as error:  # a table is sent at once, and the server may be unreachable by now
-                    logger.warning(
-                        "W&B could not save a table (%s): this run logs no more tables", _describe_error(error)
-                    )
-                    self.tables = False
+        strips = [wandb.Image(np.concatenate(list(example.frames), axis=1)) for example, _ in examples]
+        table = [(strip, *row) for strip, row in zip(strips, rows, strict=True)]
+        columns = ("frames", "clip", "question", "prediction", "answer")
+        record.log_table(f"{split}/examples", columns, table, trainer.global_step - 1)
