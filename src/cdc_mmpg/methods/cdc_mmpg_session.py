@@ -17,7 +17,7 @@ from cdc_mmpg.methods.answering import Answering, DeploymentParts
 from cdc_mmpg.methods.base import ANCHOR_BYTES, ParameterCounts, Traffic, check_virtual, count
 from cdc_mmpg.models.all_in_one import AllInOne
 from cdc_mmpg.models.device_axes import DeviceAxes
-from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer
+from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA, StaticLayer, round_parts
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.models.heads import Head, LastLayer
 from cdc_mmpg.models.modulation import BiasFDA, FiLMFDA, ModulatingFDA
@@ -98,6 +98,16 @@ class Session(Answering):
             upload: (B, 192) means over the anchors' uploads; with `reads_sets` the individual anchors, (B, n, 192).
             anchors: (B,) number of anchors in `upload`; 0 means that nothing was uploaded.
         """
+
+    def session_layer(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer that a device installs for a session with anchors (n, 192): weight (L, D), bias (L).
+
+        Raises:
+            ConfigError: the method generates no layer from a session.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} generates no layer from a session: use a method that does (METHOD=cdc_mmpg_session)"
+        )
 
     def scores(self, batch: Any, split: Split) -> dict[str, Tensor]:
         """Return the case drawn in training; in the test, one case per number of anchors and one for another device."""
@@ -200,6 +210,14 @@ class CDCMMPGSession(Session):
     def device_layers(self, frame_features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shared layer, used without a session, repeated for every clip."""
         return self.shared.repeat(len(frame_features))
+
+    def session_layer(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Session`; without anchors, the shared layer. Its parts are rounded as they are sent."""
+        if not len(anchors):
+            return self.shared.weight, self.shared.bias
+        parts = self.fda.parts(self.axes(anchors.mean(0, keepdim=True)))
+        weight, bias = self.fda.install(round_parts(parts, self.payload))
+        return weight[0], bias[0]
 
     def deployment_parts(self) -> DeploymentParts:
         """Return axes and hypernetwork, and as offline layer the shared one."""

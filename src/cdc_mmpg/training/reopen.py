@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cdc_mmpg.training.experiment import Experiment
 
 WEIGHTS = "best.ckpt"
+VOCABULARY = "vocab.txt"  # in the folder of a run from a release
 ALLOWED_PACKAGES = ("cdc_mmpg", "data_modules")  # packages whose classes a run's configuration may name
 IMPORTS_VARIABLE = "CDC_MMPG_IMPORTS"  # environment variable: further allowed packages, separated by commas
 
@@ -133,7 +135,7 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
         reads_data: whether the dataset will be read; if so, its annotations must not have changed since training.
 
     Raises:
-        ConfigError: the configuration lacks a part, or names a class of another package.
+        ConfigError: the configuration lacks a part, or names a class of another package or of one that is not here.
         DataError: the annotations have changed since training; names the folder.
         CheckpointError: the weights are damaged.
     """
@@ -149,8 +151,9 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
         for name in ("adr", "reading"):  # the run's copies
             if model.get(name):
                 model[name] = str(run / f"{name}.safetensors")
-        if vocab:
-            data["vocab"] = vocab
+        released = run / VOCABULARY
+        if vocab or (released.is_file() and not Path(data.get("vocab") or "").is_file()):
+            data["vocab"] = vocab or str(released)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run / CONFIG}: not the configuration of a run ({error!r}): train anew") from error
     settings["trainer"] = {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto",
@@ -171,18 +174,23 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
 
 
 def _refuse_foreign_classes(run: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a configuration with classes of packages that are not allowed, before any class is imported.
+    """Refuse a configuration with classes of packages that are not allowed or not here, before any is imported.
 
     Raises:
         ConfigError: names the classes, and how to allow them.
     """
     allowed = {*ALLOWED_PACKAGES, *filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(","))}
-    foreign = sorted({path for path in _list_class_paths(settings) if path.partition(".")[0] not in allowed})
-    if foreign:
-        packages = ",".join(sorted({path.partition(".")[0] for path in foreign}))
+    package_of = {path: path.partition(".")[0] for path in sorted(_list_class_paths(settings))}
+    if foreign := [path for path, package in package_of.items() if package not in allowed]:
+        packages = ",".join(sorted({package_of[path] for path in foreign}))
         raise ConfigError(
             f"{run / CONFIG} names classes outside this project, whose code would run: {', '.join(foreign)}. If you "
             f"trust the run and that code, set {IMPORTS_VARIABLE}={packages} in the environment"
+        )
+    if absent := sorted({package for package in package_of.values() if find_spec(package) is None}):
+        raise ConfigError(
+            f"{run / CONFIG} names classes of {', '.join(absent)}, which cannot be imported: work in the folder of the "
+            "project, where data_modules is, or name the folders of these packages in PYTHONPATH"
         )
 
 
