@@ -60,7 +60,7 @@ def write_deployment(
     from cdc_mmpg.models.heads import MultipleChoice, OpenEnded
 
     torch.manual_seed(1)
-    encoder = AllInOne(image_size=32, depth=2, vocab_size=len(WORDS), text_length=16)
+    encoder = AllInOne(image_size=32, depth=1, vocab_size=len(WORDS), text_length=16)
     torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
     head = OpenEnded(5) if task == "open_ended" else MultipleChoice()
     if method == "cdc_mmpg":

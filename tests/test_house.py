@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in (
 ))]  # fmt: skip
 
 # From the ground up: a room imports from lower layers and from itself, not from the room beside it.
-GROUND = {"catalogue", "dimensions", "errors", "files", "launchers", "processors", "program", "results"}
+GROUND = {"catalogue", "dimensions", "errors", "files", "launchers", "processors", "program", "progress", "results"}
 LAYERS = (
     GROUND,
     {"media", "wire"},
@@ -81,7 +81,8 @@ def test_imports_flow_one_way(path):
 
 
 LIGHT = (
-    *("catalogue", "dimensions", "errors", "files", "launchers", "processors", "program", "results", "training/cli"),
+    *("catalogue", "dimensions", "errors", "files", "launchers", "processors", "program", "progress", "results"),
+    "training/cli",
     *("media", "wire", "device", "evidence", "report", "commands", "evaluation/metrics"),
     *("deployment/bundle_files", "deployment/demo", "deployment/export", "deployment/local", "deployment/source"),
 )  # fmt: skip
@@ -130,14 +131,18 @@ def test_every_method_has_a_configuration_and_an_entry_in_the_catalogue():
 
 DEVICE_WORDS = ("session", "corrected", "mean_anchor", "in_context")
 NEEDS_DEVICES = [name for name in METHODS if any(word in name for word in DEVICE_WORDS)]
-# Datasets that know no devices refuse these. MSVD tries all, each of the others one: a parse takes half a second.
+# Datasets that know no devices refuse these.
 REFUSED = [*NEEDS_DEVICES, "encoder_pretraining"]
+# The synthetic dataset and MSVD try all methods; the others the paper's two phases, its simplest baseline, and two more
+# in turn: a parse takes a second.
+ACCEPTED = [name for name in METHODS if name not in REFUSED]
 PAIRS = [
     pytest.param(dataset, method, marks=() if dataset in ("synthetic", "msvd") else pytest.mark.slow)
     for number, dataset in enumerate(DATASETS)
     for method in METHODS
-    if method not in REFUSED or dataset in ("synthetic", "msvd") or method == REFUSED[number % len(REFUSED)]
-]
+    if dataset in ("synthetic", "msvd") or method in ("adr_pretraining", "cdc_mmpg", "linear")
+    or method in (REFUSED[number % len(REFUSED)], ACCEPTED[number % len(ACCEPTED)])
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dataset", "method"), PAIRS)
@@ -194,17 +199,6 @@ def test_a_key_is_set_in_one_file_only():
             assert not first & second
 
 
-def test_requirements_pin_what_the_package_asks_for():
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
-    pinned = (ROOT / "requirements.txt").read_text()
-    for requirement in wanted:
-        name = re.split(r"[;\[ ]", requirement)[0]
-        assert re.search(rf"^{re.escape(name)}(\[\w+\])?==\d", pinned, re.MULTILINE), name
-
-
 # The tests may run under make themselves, with variables of their own.
 OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
 
@@ -233,14 +227,14 @@ def run_tiny(log: Path, program: str, arguments: list[str]) -> int:
 
 def commands_to_try() -> list[tuple[str, dict[str, str]]]:
     """The different commands of all pages, each a target with its variables, that have no tests of their own."""
-    elsewhere = ("test", "check", "web", "serve", "device", "delay", "benchmark", "sweep")
+    elsewhere = ("test", "check", "web", "serve", "device", "delay", "benchmark", "sweep", "release", "workspace")
     processes = {"DEVICES": "1", "LAUNCH": "", "COMPILE": "0"}  # several, and compiling, have tests, too
     listed = [command for page in PAGES for command in commands(page)]
     assert listed[:2] == [["train"], ["test"]]
     different = {}
     for target, *variables in listed:
         named = dict(variable.split("=", 1) for variable in variables)
-        if target not in elsewhere and "SEEDS" not in named:
+        if target not in elsewhere and "SEEDS" not in named and not {"release.zip", "llava.csv"} & {*named.values()}:
             request = (target, *sorted((name, value) for name, value in named.items() if name not in processes))
             different[request] = (target, named | {name: processes[name] for name in processes.keys() & named.keys()})
     return list(different.values())
@@ -286,6 +280,13 @@ def test_the_commands_of_the_pages_run(tmp_path, msvd, synthetic):
     assert set(ran) == {
         "train", "table", "tables", "report", "predict", "figures", "data", "checkpoint", "export", "demo"
     }  # fmt: skip
+    released = {"METHOD": "cdc_mmpg_session", "SEED": seeds[True], "OUT": str(out)}
+    for program, *arguments in make("release", *(f"{key}={value}" for key, value in released.items())):
+        assert run_tiny(tmp_path / "log", program, arguments) == 0, (tmp_path / "log").read_text()
+    (release,) = out.glob("release-*.zip")
+    released |= {"RELEASE": str(release), "OUT": str(tmp_path / "elsewhere"), "VIDEO": str(clip), "QUESTION": "what?"}
+    ((program, *arguments),) = make("predict", *(f"{key}={value}" for key, value in released.items()))
+    assert run_tiny(tmp_path / "log", program, arguments) == 0, (tmp_path / "log").read_text()
     assert (out / "msvd" / "data.json").exists()
     for dataset, others in (("msvd", {"adr_pretraining_frozen"}), ("synthetic", {"encoder_pretraining", "privacy"})):
         methods = {path.parents[1].name for path in (out / dataset).rglob("results.json")}

@@ -28,6 +28,7 @@ from cdc_mmpg.catalogue import (
 )
 from cdc_mmpg.commands.request import METHOD_GROUPS, Request
 from cdc_mmpg.errors import ConfigError
+from cdc_mmpg.files import expand_home
 from cdc_mmpg.processors import count_processors, find_gpus
 
 
@@ -210,8 +211,8 @@ class Plan:
             yield f"--model.init_args.encoder.checkpoint={encoder}"
         if method.adr:
             yield f"--model.init_args.adr={request.root}/{run._replace(method=method.adr).name}/adr.safetensors"
-        if method.uses_reading and request.pretrains:
-            yield f"--model.init_args.reading={request.reading_of(run.encoder_seed, pretraining)}"
+        if method.uses_reading and (reading := request.reading_of(run.encoder_seed, pretraining)):
+            yield f"--model.init_args.reading={reading}"
         yield from list_variant_arguments(run.method, run.variant) if run.variant else ()
         yield from request.words("ARGS")
         yield from request.words(f"ARGS_{run.method}")
@@ -221,6 +222,12 @@ class Plan:
         request = self.request
         places = [f"--data.init_args.root={data}", f"--data.init_args.cache_dir={request.cache}"]
         return places + ([f"--data.init_args.vocab={request.vocab}"] if request.vocab else [])
+
+    def list_dataset_arguments(self) -> list[str]:
+        """Return the arguments that configure the dataset alone, with a method that all datasets have."""
+        paths = ("experiments/methods/linear.yaml", f"experiments/datasets/{self.request.configuration}.yaml")
+        configurations = [word for path in paths for word in ("--config", path)]
+        return [*configurations, *self.places(self.request.data), *self.request.words("ARGS")]
 
     def count_processors_per_run(self) -> int:
         """Return the number of processors of each parallel run."""
@@ -303,13 +310,19 @@ def plan_data(request: Request) -> Plan:
     """Plan the check of a dataset, with the configuration of `linear`: the preparation is the same for all methods."""
     plan = Plan(request)
     clips = plan.add_data("linear", request.encoder_seed(request.seed))
-    configurations = ("experiments/methods/linear.yaml", f"experiments/datasets/{request.configuration}.yaml")
-    arguments = [
-        request.root,
-        *(word for path in configurations for word in ("--config", path)),
-        *plan.places(request.data),
-    ]
-    plan.add(Step("data", "data", (*arguments, *request.words("ARGS")), tuple(clips)))
+    plan.add(Step("data", "data", (request.root, *plan.list_dataset_arguments()), tuple(clips)))
+    return plan
+
+
+def plan_table(request: Request) -> Plan:
+    """Plan the table of methods, after the scoring of other models' predictions if there are any."""
+    plan = Plan(request)
+    if files := [expand_home(file) for file in request.words("PREDICTIONS")]:
+        clips = plan.add_data("linear", request.seed)
+        given = [f"--predictions={file}" for file in files]
+        arguments = (request.root, *given, f"--seed_everything={request.seed}", *plan.list_dataset_arguments())
+        plan.add(Step("score", "score", arguments, tuple(clips)))
+    plan.add(Step("table", "table", (request.root,), tuple(plan.steps)))
     return plan
 
 
@@ -326,12 +339,28 @@ def plan_demo(request: Request) -> Plan:
     return plan
 
 
+def plan_release(request: Request) -> Plan:
+    """Plan a release of METHOD's runs (main: in both worlds) and what they build on, with the session's bundles."""
+    requests = request.in_all_worlds() if not request["METHOD"] else [request]
+    merged, folders = Plan(request), []
+    for world in requests:
+        plan = _plan_world(world)
+        folders += [step.folder for step in plan.steps.values() if step.folder]
+        if f"{world.served_run}" in folders and not Path(world.served_run, "deployment", "export.json").is_file():
+            merged.add(Step(f"export of {world.dataset}", "export", (world.served_run,)))
+        merged.add(Step(f"report of {world.dataset}", "report", (world.root, "--data", world.data)))
+    merged.add(Step("release", "release", (request.out, *dict.fromkeys(folders)), tuple(merged.steps)))
+    return merged
+
+
 def plan_with_page(request: Request) -> Plan:
     """Plan an export or the service, after the installation of the page's libraries if they are wanted.
 
-    An export is tried as a browser runs it, if npm is there.
+    An export is tried as a browser runs it, if npm is there. One of a release needs the test clips, which are made.
     """
     plan, exports = Plan(request), request.command == "export"
+    if exports and request["RELEASE"]:
+        plan.add_data(request.served, request.encoder_seed(request.seed))
     if request["WEB"] == "1" or (exports and shutil.which("npm")):
         plan.add(Step("web", "web", ("--optional",) if exports else ()))
     arguments = tuple(ARGUMENTS[request.command](request))
@@ -363,12 +392,12 @@ def _service_address(request: Request) -> str:
 
 
 ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
-    "table": lambda request: [request.root],
     "report": lambda request: [request.root, "--data", request.data],
     "figures": lambda request: [request.root, "--data", request.data],
     "predict": lambda request: [
         f"--run={request.served_run}", *_question_options(request),
-        *([f"--vocab={request.vocab}"] if request.vocab else []),
+        *(f"--session={clip}" for clip in request.words("SESSION")),
+        *([f"--vocab={request.vocab}"] if request["VOCAB"] or Path(request.vocab).is_file() else []),
     ],
     "web": lambda request: [],
     "export": lambda request: [request.served_run, *request.words("ARGS")],
@@ -388,14 +417,17 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
     "delay": lambda request: [request.root, *request.words("ARGS")],
     "checkpoint": lambda request: [request["FILE"]],
     "sweep": lambda request: ["experiments/sweep.yaml"],
+    "workspace": lambda request: [],
     "benchmark": lambda request: request.words("ARGS"),
 }  # fmt: skip
 PLANS: dict[str, Callable[[Request], Plan]] = {
     "train": plan_training,
     "tables": plan_tables,
     "data": plan_data,
+    "table": plan_table,
     "demo": plan_demo,
     **dict.fromkeys(ARGUMENTS, plan_one),
+    "release": plan_release,
     "export": plan_with_page,
     "serve": plan_with_page,
 }

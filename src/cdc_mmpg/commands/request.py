@@ -1,7 +1,7 @@
 """Variables of a command, checked, and the paths and methods that they select.
 
 `make train DATASET=msvd` and `cdc-mmpg train DATASET=msvd` are the same: variables are arguments NAME=value, or set in
-the environment. Only the standard library is imported here, so that a wrong variable is refused at once.
+the environment. Neither torch nor Lightning is imported here, so that a wrong variable is refused at once.
 """
 
 import difflib
@@ -23,9 +23,11 @@ from cdc_mmpg.catalogue import (
     list_methods,
     list_variants,
 )
+from cdc_mmpg.deployment.opened_release import find_encoder, is_release, open_release
 from cdc_mmpg.errors import ConfigError
 from cdc_mmpg.files import expand_home
 
+RELEASES = "releases"  # folder of opened releases, in OUT
 METHOD_GROUPS = ("main", "all")  # values of METHOD: the rows that are trained in every world, and all methods
 WHOLE_NUMBER = "[1-9][0-9]{0,2}"
 # For variables with a restricted value: regular expression of the value, whether it may be empty, description.
@@ -66,17 +68,30 @@ COMMAND_VARIABLES = {
     "train": TRAINING_VARIABLES,
     "data": TRAINING_VARIABLES,  # so that it takes the same command line as `train`
     "tables": (*PLACE_VARIABLES, "FULL", "CHECKPOINT", *TRAINING_VARIABLES[len(RUN_VARIABLES) + 3 :]),
-    "table": PLACE_VARIABLES,
-    "report": PLACE_VARIABLES,
+    "table": (*PLACE_VARIABLES, "PREDICTIONS", "SEED", "VOCAB", "ARGS"),
+    "report": (*PLACE_VARIABLES, "RELEASE"),
+    "release": (*RUN_VARIABLES, "SEEDS"),
     "figures": PLACE_VARIABLES,
-    "predict": (*RUN_VARIABLES, *QUESTION_VARIABLES, "VOCAB"),
-    "export": (*RUN_VARIABLES, "ARGS"),
+    "predict": (*RUN_VARIABLES, "RELEASE", *QUESTION_VARIABLES, "SESSION", "VOCAB"),
+    "export": (*RUN_VARIABLES, "RELEASE", "ARGS"),
     "web": (),
-    "serve": (*RUN_VARIABLES, "WEB", "HOST", "PORT", "WORKERS", "KEYS", "CERTIFICATE", "CERTIFICATE_KEY", "ARGS"),
-    "device": (*RUN_VARIABLES, *QUESTION_VARIABLES, "CLOUD", "HOST", "PORT", "INT8", "ARGS"),
+    "serve": (
+        *RUN_VARIABLES,
+        "RELEASE",
+        "WEB",
+        "HOST",
+        "PORT",
+        "WORKERS",
+        "KEYS",
+        "CERTIFICATE",
+        "CERTIFICATE_KEY",
+        "ARGS",
+    ),
+    "device": (*RUN_VARIABLES, "RELEASE", *QUESTION_VARIABLES, "CLOUD", "HOST", "PORT", "INT8", "ARGS"),
     "demo": (*TRAINING_VARIABLES, "DEMO", "PORT"),
     "delay": (*PLACE_VARIABLES, "ARGS"),
     "sweep": (),
+    "workspace": (),
     "checkpoint": ("FILE",),
     "benchmark": ("OF", "ARGS"),
 }
@@ -125,7 +140,6 @@ class Request:
         # The tasks of MSRVTT, and of TGIF, use the same clips and share their folder and frames. The synthetic worlds
         # share captioned clips.
         family = re.sub(rf"^(msrvtt|tgif|{SYNTHETIC})_.*", r"\1", self.dataset)
-        self.root = f"{self.out}/{self.dataset}"  # of the runs
         self.cache = expand_home(self["CACHE"] or f"{self.out}/{family}/data")
         self.first_data = expand_home(
             self["DATA"] or (f"{self.cache}/clips" if self.is_synthetic else f"data/{family}")
@@ -215,6 +229,16 @@ class Request:
         """Folder of the data of the requested run."""
         return self.data_of(self.encoder_seed(self.seed))
 
+    @cached_property
+    def runs(self) -> str:
+        """Folder of the datasets' folders: that of the opened RELEASE, or OUT."""
+        return str(open_release(self["RELEASE"], Path(self.out) / RELEASES)) if self["RELEASE"] else self.out
+
+    @property
+    def root(self) -> str:
+        """Folder of the dataset's runs."""
+        return f"{self.runs}/{self.dataset}"
+
     @property
     def served(self) -> str:
         """Method that predicts and is deployed: METHOD, or the session variant if METHOD is not a single method."""
@@ -238,14 +262,22 @@ class Request:
             pretraining: variant of that run, if it is the pretraining.
         """
         if source in ("", PRETRAINING) and not (self.pretrains and source):
-            return self["CHECKPOINT"]
+            return str(self._released_encoder(seed) or self["CHECKPOINT"])
         changed = f".{pretraining}" if pretraining and source == PRETRAINING else ""
         return f"{self.root_of(source)}/{source}{changed}/seed{seed}/encoder.safetensors"
 
+    def _released_encoder(self, seed: int) -> Path | None:
+        """Return the pretrained encoder of a seed if CHECKPOINT is a release, else None."""
+        if not is_release(self["CHECKPOINT"]):
+            return None
+        return find_encoder(open_release(self["CHECKPOINT"], Path(self.out) / RELEASES), seed)
+
     def reading_of(self, seed: int, pretraining: str = "") -> str:
-        """Return the path of the reading network that the pretraining of a seed, or a variant of it, writes."""
-        encoder = self.encoder_of(PRETRAINING, seed, pretraining)
-        return str(Path(encoder).with_name("reading.safetensors"))
+        """Return the path of the reading network that belongs to the encoder; empty if the encoder has none."""
+        if not self.is_synthetic:
+            return ""
+        reading = Path(self.encoder_of(PRETRAINING, seed, pretraining)).with_name("reading.safetensors")
+        return str(reading) if self.pretrains or reading.is_file() else ""
 
     def root_of(self, method: str) -> str:
         """Return the folder of a method's runs; the pretraining, which all worlds share, is in the first world's."""
