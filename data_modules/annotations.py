@@ -114,6 +114,15 @@ class AnnotationRow(NamedTuple):
             raise self.refusal(keys, f"a whole number from 0 to {number - 1}")
         return value
 
+    def question_id(self, key: str) -> str:
+        """Return the id of a question, stored as text or number; "" without the field."""
+        value = self.value(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise self.refusal([key], "a text or an integer")
+        return str(value).strip()
+
     def _check(self, keys: Sequence[str], text: str) -> None:
         """Refuse half of a surrogate pair: JSON can express it, but no tokenizer accepts it."""
         if not text.isascii() and re.search("[\ud800-\udfff]", text):

@@ -1,5 +1,6 @@
 """The base of all datasets of clips with texts: frame cache, text encoding, splits as batches."""
 
+import itertools
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -328,6 +329,26 @@ class VideoTextDataModule(AnnotatedSplits):
             )
             for index, sample in enumerate(self._splits[split].samples)
         ]
+
+    def locate_test_questions(self) -> dict[str, int | None]:
+        """Return the position of every annotated test question by its id; None if it is left out with its clip.
+
+        A question whose annotation has no id has the number of its place in the file, from 0.
+
+        Raises:
+            DataError: two questions have the same id.
+        """
+        positions: dict[str, int | None] = {}
+        kept = itertools.count()
+        for place, sample in enumerate(self.samples("test")):
+            identity = sample.id or str(place)
+            if identity in positions:
+                raise DataError(
+                    f"{self.root}, split test: several questions have the id {identity!r:.80}, so predictions by id "
+                    "are ambiguous: fix the annotation file, or fetch it again"
+                )
+            positions[identity] = next(kept) if self.is_ready(sample.clip) else None
+        return positions
 
     def _find_device(self, clip: str) -> tuple[str, str]:
         """Return a clip's device and the device's group."""

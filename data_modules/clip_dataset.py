@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     type: str = ""  # type of the question, "" if unknown
     options: tuple[str, ...] = ()  # candidates of a multiple choice, or the clip's captions
     right: int = 0  # index of the right candidate
+    id: str = ""  # id of the question in the annotation, "" without one
 
 
 class ClipDataset(Dataset[VideoTextBatch]):

@@ -80,6 +80,7 @@ class MSRVTTChoice(MSRVTT, MultipleChoiceDataModule):
             Sample(
                 read_clip_name(row, "clip_name", "video_id"), "",
                 options=row.texts(CHOICES, "options"), right=row.index_below(CHOICES, "answer"),
+                id=row.question_id("qid"),
             )
             for row in rows
         ]  # fmt: skip

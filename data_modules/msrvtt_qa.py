@@ -71,10 +71,9 @@ class MSRVTTQA(MSRVTT, VideoQADataModule):
         path = choose_file(self.files(*names), self.remedy())
         samples = []
         for row in read_json_lines(path) if path.suffix == ".jsonl" else read_json_list(path):
-            question = row.field(str, "question")
-            samples.append(
-                Sample(read_clip_name(row, "video_id"), question, row.line("answer"), read_question_type(row, question))
-            )
+            clip, question, answer = read_clip_name(row, "video_id"), row.field(str, "question"), row.line("answer")
+            kind = read_question_type(row, question)
+            samples.append(Sample(clip, question, answer, kind, id=row.question_id("id")))
         return samples
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:

@@ -72,7 +72,7 @@ class MSVDQA(VideoQADataModule):
         return self.read_questions(f"{split}_qa.json")
 
     def read_questions(self, name: str) -> list[Sample]:
-        """Read all samples of an annotation file; other fields of its rows, such as the id, are ignored."""
+        """Read all samples of an annotation file; other fields of its rows are ignored."""
         names = self._read_mapping()
         path = self.root / name
         samples = []
@@ -80,7 +80,8 @@ class MSVDQA(VideoQADataModule):
             question, answer, number = row.field(str, "question"), row.line("answer"), row.field(int, "video_id")
             if number not in names:
                 raise row.refusal(["video_id"], "a clip in youtube_mapping.txt")
-            samples.append(Sample(names[number], question, answer, read_question_type(row, question)))
+            kind = read_question_type(row, question)
+            samples.append(Sample(names[number], question, answer, kind, id=row.question_id("id")))
         return samples
 
     def read_json(self, path: Path) -> Any:

@@ -145,7 +145,8 @@ class TGIFFrameQA(TGIF, VideoQADataModule):
 
     def sample(self, row: AnnotationRow) -> Sample:
         """Return the sample of a row; see `TGIF`."""
-        return Sample(row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), row.line("answer"), self._type(row))
+        clip, question, answer = row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), row.line("answer")
+        return Sample(clip, question, answer, self._type(row), id=row.question_id("vid_id"))
 
     def read_answers(self, training_answers: Iterable[str]) -> Answers:
         """Read the vocabulary; see the class."""
@@ -176,8 +177,9 @@ class TGIFChoice(TGIF, MultipleChoiceDataModule):
         has_list = "options" in row.fields
         options = row.texts(5, "options") if has_list else tuple(row.field(str, key) for key in OPTIONS)
         return Sample(
-            row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), options=options, right=row.index_below(5, "answer")
-        )
+            row.clip(*CLIP_NAME_KEYS), row.field(str, "question"), options=options, right=row.index_below(5, "answer"),
+            id=row.question_id("vid_id"),
+        )  # fmt: skip
 
 
 class TGIFAction(TGIFChoice):

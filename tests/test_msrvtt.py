@@ -95,7 +95,7 @@ def test_both_formats_give_the_same_samples(folders):
     for split in SPLITS:
         assert [sample[:3] for sample in original.samples(split)] == [sample[:3] for sample in clipbert.samples(split)]
         assert {sample.clip for sample in original.samples(split)} == {f"video{number}" for number in CLIPS[split]}
-    assert original.samples("val")[0] == ("video6513", "what is the man doing?", "red", "what", (), 0)
+    assert original.samples("val")[0] == ("video6513", "what is the man doing?", "red", "what", (), 0, "40")
     assert [sample.type for sample in original.samples("val")[:4]] == ["what", "who", "how", "other"]
     assert {sample.type for sample in clipbert.samples("val")} == {"what"}  # as the file states
 
@@ -371,8 +371,8 @@ def test_the_9k_and_7k_protocols_hold_out_validation_clips_and_test_on_1k_a(fold
     assert clips["val"] == {"9k": ["video8", "video6513"], "7k": ["video6513"]}[protocol]  # must never change
     assert not set(clips["train"]) & set(clips["val"])
     assert data.samples("test") == [
-        ("video7012", "", "", "", ("is 7012, the man, in it",), 0),
-        ("video7015", "", "", "", ("is 7015, the man, in it",), 0),
+        ("video7012", "", "", "", ("is 7012, the man, in it",), 0, ""),
+        ("video7015", "", "", "", ("is 7015, the man, in it",), 0, ""),
     ]
     assert {sample.options for sample in data.samples("val")} == {
         tuple(list_captions(int(clip[5:]))) for clip in clips["val"]

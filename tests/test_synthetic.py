@@ -246,6 +246,11 @@ def test_the_msvd_loader_reads_the_dataset(synthetic, data, tmp_path):
         assert plain.read_split(split) == data.read_split(split)
 
 
+def test_every_test_question_has_an_id_of_its_own(data):
+    assert list(data.locate_test_questions().values()) == list(range(len(data.samples("test"))))
+    assert all(sample.id for sample in data.samples("test"))
+
+
 def test_decoded_frames_equal_the_rendered_ones(synthetic, data):
     sample = data.dataset("test", augment=False).samples[0]
     camera = synthetic_clips.draw_camera(0, str(data.devices[sample.clip]["device"]))

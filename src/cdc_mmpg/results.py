@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # in the folder of a run: its complete configuration
 INPUTS = "inputs.json"  # digests of the files that the run started from
 RESULTS = "results.json"
+PREDICTIONS = "predictions.test.csv"  # answers of the test
 ANNOTATIONS_KEY = "content of data.init_args.root (annotations)"  # key of `INPUTS`
 RESUME = "resume"  # in the folder of a run: its last two complete states, deleted when it has results
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
@@ -45,6 +46,7 @@ RESULTS_SHAPE: Shape = {
     "accuracy": _CELLS, "floors": _CELLS, "median_rank": {"*": {"*": NUMBER}}, "payloads": {"*": {"bytes": NUMBER}},
     "data": {"*": {"ceiling": NUMBER, "left_out": NUMBER}},
     "domains": {"kind": str, "held_out": [str]},
+    "predictions": {"file": str, "sha256": str, "unanswered": int},
     "published": [{"split": str, "what": str, "published": NUMBER, "here": NUMBER, "same": bool}],
     "probes": [{"what": str, "from": str, **dict.fromkeys(
         ("accuracy", "degrees", "low", "high", "chance", "majority", "number"), NUMBER)}],

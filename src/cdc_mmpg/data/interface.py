@@ -155,6 +155,9 @@ class VideoTextData(Protocol):
     def origins(self, split: Split) -> list[SampleOrigin]:
         """Return the origin of each sample."""
 
+    def locate_test_questions(self) -> dict[str, int | None]:
+        """Return the position of every annotated test question by its id; None if it is left out with its clip."""
+
     def word_counts(self, split: Split) -> Counter[int]:
         """Count how often each WordPiece occurs in a split's texts."""
 

@@ -1,7 +1,7 @@
 """Evaluation of a test by task: metrics with intervals for results.json, and a table of all answers."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from math import comb
 from pathlib import Path
@@ -37,18 +37,7 @@ def _evaluate_answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> d
     correct: dict[str, ArrayLike] = {
         case: rows[:, 0] == rows[:, 1] for case, (where, rows) in outcomes.items() if len(where) == len(origins)
     }
-    if data.task == "open_ended":
-        trained = [(label, origin.type) for label, origin in
-                   zip(data.labels("train").tolist(), data.origins("train"), strict=True)
-                   if label != UNKNOWN_LABEL]  # fmt: skip
-        words = [*data.answers(), UNKNOWN_ANSWER]
-        guesses = guess_answers([words[label] for label, _ in trained], [kind for _, kind in trained], types)
-        labels = [words[label] if label != UNKNOWN_LABEL else "" for label in data.labels("test").tolist()]
-        floors: dict[str, ArrayLike] = {
-            name: [guess == true for guess, true in zip(given, labels, strict=True)] for name, given in guesses.items()
-        }
-    else:
-        floors = {"chance": [1 / len(data.texts("test", i)) for i in range(len(origins))]}
+    floors = _score_floors(data, origins)
     accuracy = compute_accuracies(correct | floors, clips, devices, groups, types)
     given = [[""] * len(origins) for _ in outcomes]
     marks = [["."] * len(origins) for _ in outcomes]
@@ -67,6 +56,42 @@ def _evaluate_answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> d
         "floors": {name: accuracy[name] for name in floors},
         **_measure_by_group(outcomes, np.array(devices), np.array(groups)),
     }
+
+
+def evaluate_words(
+    data: VideoTextData, case: str, words: Sequence[str], correct: Sequence[bool], table: Path
+) -> dict[str, Any]:
+    """Return accuracy and floors of one case as `evaluate_outcomes` does, and write its answers to `table` (CSV).
+
+    Args:
+        data: dataset of questions.
+        case: name of the case.
+        words: (N,) answer to each test question.
+        correct: (N,) whether each answer is right.
+        table: file to write.
+    """
+    origins = data.origins("test")
+    clips, devices, groups, types, *_ = (list(column) for column in zip(*origins, strict=True))
+    floors = _score_floors(data, origins)
+    accuracy = compute_accuracies({case: correct} | floors, clips, devices, groups, types)
+    rows = zip(origins, words, correct, strict=True)
+    lines = ([*origin, word, "r" if right else "w"] for origin, word, right in rows)
+    _write_table(table, [*SampleOrigin._fields, case, RIGHT], lines)
+    return {"accuracy": {case: accuracy[case]}, "floors": {name: accuracy[name] for name in floors}}
+
+
+def _score_floors(data: VideoTextData, origins: Sequence[SampleOrigin]) -> dict[str, ArrayLike]:
+    """Return whether baselines that ignore the video are right, (N,) by name; of chance, how often."""
+    if data.task != "open_ended":
+        return {"chance": [1 / len(data.texts("test", i)) for i in range(len(origins))]}
+    trained = [(label, origin.type) for label, origin in
+               zip(data.labels("train").tolist(), data.origins("train"), strict=True)
+               if label != UNKNOWN_LABEL]  # fmt: skip
+    words = [*data.answers(), UNKNOWN_ANSWER]
+    types = [origin.type for origin in origins]
+    guesses = guess_answers([words[label] for label, _ in trained], [kind for _, kind in trained], types)
+    labels = [words[label] if label != UNKNOWN_LABEL else "" for label in data.labels("test").tolist()]
+    return {name: [guess == true for guess, true in zip(given, labels, strict=True)] for name, given in guesses.items()}
 
 
 def _measure_by_group(

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from cdc_mmpg.catalogue import METHOD_LABELS
 from cdc_mmpg.evaluation.metrics import RECALLS, RIGHT
-from cdc_mmpg.results import RESULTS, find_results, read_results
+from cdc_mmpg.results import PREDICTIONS, RESULTS, find_results, read_results
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 
-PREDICTIONS = "predictions.test.csv"
 QUESTION_COLUMNS = ["clip", "device", "group", "type", "question", "answer"]  # the first columns of PREDICTIONS
 ALL_GROUPS, ALL_TYPES = "test", "all"  # group and type that hold every question
 
@@ -55,6 +54,11 @@ class Run:
         self.place = Path(os.path.relpath(path, quoted_from or path.parents[1])).as_posix()
         self.name = path.parent.name
         self.seed = int(path.name.removeprefix("seed"))
+
+    @property
+    def is_external(self) -> bool:
+        """Whether a predictions file gave the answers, of a model that was not trained here."""
+        return bool(self.find("predictions"))
 
     def locate(self, *keys: str) -> str:
         """Return the source of a value in the results, as `facts` writes sources."""

@@ -84,6 +84,25 @@ def note_unpublished_counts(runs: list[Run]) -> CitedText:
     return join_texts(template, *counts) if counts else NO_TEXT
 
 
+def note_predictions(runs: list[Run]) -> CitedText:
+    """Return a note on rows whose answers are from predictions files, with unanswered questions; empty without any."""
+    counts = []
+    for run in runs:
+        if run.is_external:
+            name = escape_braces(run.find("predictions", "file"))
+            keys = [("predictions", "unanswered"), ("questions", ALL_GROUPS)]
+            facts = [Fact(run.find(*key), f"{run.find(*key):,}", "value", (run.locate(*key),)) for key in keys]
+            counts.append(cite(f"{name}: {{}} of {{}} questions unanswered", *facts))
+    if not counts:
+        return NO_TEXT
+    listed = "; ".join("{}" for _ in counts)
+    return join_texts(
+        f"Predictions of other models ({listed}): right if equal to the annotated answer but for case, repeated blanks "
+        "and a final full stop; unanswered questions count as wrong, and answers outside the vocabulary can be right.",
+        *counts,
+    )
+
+
 def is_on_published_splits(runs: list[Run]) -> bool:
     """Return whether these runs used the published splits, complete and unchanged."""
     return not is_partial(runs) and not any(map(describe_domains, runs)) and not find_unpublished_counts(runs)

@@ -19,7 +19,9 @@ from cdc_mmpg.report.method_table import KNOWLEDGE_HEADER, build_method_table
 
 def write_caption(evidence: Evidence) -> str:
     """Return the caption of the table of methods, which must have at least one row."""
-    runs = [run for run in find_method_runs(evidence) if is_trained(run.name)] or find_method_runs(evidence)
+    answering = find_method_runs(evidence)
+    external = [run for run in answering if run.is_external]
+    runs = [run for run in answering if is_trained(run.name) and not run.is_external] or answering
     groups, types = evidence.groups, find_question_types(evidence)
     queries = "captions" if evidence.is_retrieval else "questions"
 
@@ -29,7 +31,8 @@ def write_caption(evidence: Evidence) -> str:
     gain_column = table.header.index(GAIN_HEADER)
     known = [run.find("data", ALL_GROUPS, "ceiling") for run in runs]
     ceilings = _join_unique(f"{100 * ceiling:.1f} %" for ceiling in known if ceiling is not None)
-    limit = f"; no method can exceed {ceilings} (answers outside the vocabulary)"
+    trained = "trained method" if external else "method"
+    limit = f"; no {trained} can exceed {ceilings} (answers outside the vocabulary)"
     limit = "" if ceilings in ("100.0 %", "") else limit
     resampled = "clips" if groups == [ALL_GROUPS] else "devices, then their clips"
     by_world = "seeds, each with its own world and pretraining; intervals over several seeds resample the seeds first"
@@ -39,13 +42,17 @@ def write_caption(evidence: Evidence) -> str:
     meanings = "; ".join(f"{letter} = {KNOWLEDGE[letter]}" for letter in letters)
     splits = dict.fromkeys(f"{split}: {source}" for run in runs for split, source in (run.find("splits") or {}).items())
     machines = [machine for run in runs if (machine := run.find("machine"))]
-    commits = [shorten_commit(commit) for run in runs if (commit := run.find("commit"))]
+    commits = [shorten_commit(commit) for run in dict.fromkeys([*runs, *external]) if (commit := run.find("commit"))]
     steps = [
         f"{step} (recipe: {recipe})"
         for run in runs
         if (recipe := run.find("recipe_questions_per_step")) and (step := run.find("questions_per_step")) != recipe
     ]
-    encoders = [str(_locate_encoder(evidence.folder, run) or run.find("encoder") or "random weights") for run in runs]
+    encoders = [
+        str(_locate_encoder(evidence.folder, run) or run.find("encoder") or "random weights")
+        for run in runs
+        if not run.is_external
+    ]
     monitors = [monitor.replace("val/", "validation ") for run in runs if (monitor := run.find("monitor"))]
     sentences = [
         f"{evidence.dataset}: {_join_unique(_format_questions(run, ALL_GROUPS) for run in runs)} test {queries}, "
@@ -65,7 +72,7 @@ def write_caption(evidence: Evidence) -> str:
         f"Knows (beyond the training questions and answers): {meanings}." if letters else "",
         "D-Param, C-Param: parameters on device and in cloud; up, down: bytes sent each way; epoch: best / trained.",
         f"Splits: {'; '.join(splits)}." if splits else "",
-        f"Encoder from: {_join_unique(encoders)}.",
+        f"Encoder from: {_join_unique(encoders)}." if encoders else "",
         _describe_pretraining(evidence, runs),
         f"Best epoch by {_join_unique(monitors)}, tested once." if monitors else "",
         f"Questions per training step: {_join_unique(steps)}." if steps else "",

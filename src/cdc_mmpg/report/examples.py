@@ -16,10 +16,11 @@ from cdc_mmpg.catalogue import METHOD_LABELS
 from cdc_mmpg.errors import DataError
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import cite
-from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS, Run
+from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
 from cdc_mmpg.evidence.selection import describe_group, find_adaptive_side, find_static_side
 from cdc_mmpg.media.video import read_frames
 from cdc_mmpg.report.document import Page, Paragraph
+from cdc_mmpg.results import PREDICTIONS
 
 CLIP_SUFFIXES = (".mp4", ".avi", ".gif", ".webm", ".mkv", ".mov")
 EXAMPLES_PER_KIND = 4

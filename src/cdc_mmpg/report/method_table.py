@@ -6,7 +6,12 @@ from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import NO_TEXT, CitedText, Table, cite, join_texts
 from cdc_mmpg.evidence.pairing import Gain, Side
 from cdc_mmpg.evidence.runs import ALL_GROUPS, ALL_TYPES, Run
-from cdc_mmpg.evidence.selection import find_method_runs, find_question_types, is_on_published_splits
+from cdc_mmpg.evidence.selection import (
+    find_method_runs,
+    find_question_types,
+    is_on_published_splits,
+    note_predictions,
+)
 from cdc_mmpg.report.cells import (
     GAIN_HEADER,
     MEDIAN_HEADERS,
@@ -47,7 +52,8 @@ def build_method_table(evidence: Evidence) -> Table:
         accuracies = _build_accuracy_cells(evidence, row, seeds, gain, types, quotes)
         letters = [cite(find_knowledge(row))] if knows else []
         rows.append((row.label, [*accuracies, *letters, *_build_cost_cells(evidence, row, seeds)]))
-    return Table("methods", "Methods side by side", header, rows, quotes.write_notes())
+    notes = [*quotes.write_notes(), *filter(None, [note_predictions(runs)])]
+    return Table("methods", "Methods side by side", header, rows, notes)
 
 
 def _build_accuracy_header(evidence: Evidence, types: list[str]) -> list[str]:

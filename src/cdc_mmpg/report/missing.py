@@ -20,9 +20,10 @@ from cdc_mmpg.catalogue import (
     name_frames_variant,
 )
 from cdc_mmpg.evidence.comparisons import Evidence
-from cdc_mmpg.evidence.runs import ALL_GROUPS, PREDICTIONS
+from cdc_mmpg.evidence.runs import ALL_GROUPS
 from cdc_mmpg.evidence.selection import find_method_runs
 from cdc_mmpg.report.paper_tables import build_frames_table
+from cdc_mmpg.results import PREDICTIONS
 
 FURTHER_WORLDS = WORLDS.keys() - {SYNTHETIC}  # worlds in which the paper's reasoner is not studied
 
@@ -72,12 +73,15 @@ def find_missing(evidence: Evidence) -> list[tuple[str, list[str]]]:
 
 
 def format_command(evidence: Evidence, name: str, seeds: Sequence[int]) -> str:
-    """Return the shell command that trains a method, or a variant of one, with one seed or several."""
-    words = ["make", "train", f"DATASET={evidence.dataset}", f"METHOD={name}"]
+    """Return the shell command that trains a method, or scores a predictions file, with one seed or several."""
+    file = next((run.find("predictions", "file") for run in evidence.find_runs(name) if run.is_external), None)
+    what = ["table", f"PREDICTIONS={shlex.quote(file)}"] if file else ["train", f"METHOD={name}"]
+    words = ["make", what[0], f"DATASET={evidence.dataset}", what[1]]
     if len(seeds) == 1:
         words.append(f"SEED={seeds[0]}")
     else:
-        words.append(f"SEEDS={len(seeds)}" if list(seeds) == list(range(len(seeds))) else "SEED=$seed")
+        counted = list(seeds) == list(range(len(seeds))) and not file
+        words.append(f"SEEDS={len(seeds)}" if counted else "SEED=$seed")
     if name in STUDY:
         words.append("ENCODER_SEED=0")  # one encoder for all seeds
     out = evidence.folder.parent
@@ -85,6 +89,6 @@ def format_command(evidence: Evidence, name: str, seeds: Sequence[int]) -> str:
         words.append(f"OUT={shlex.quote(str(out))}")
     encoders = (run.find("encoder") for run in evidence.find_runs("linear"))
     given = [encoder for encoder in encoders if encoder and PRETRAINING not in Path(encoder).parts]
-    words += [f"CHECKPOINT={shlex.quote(encoder)}" for encoder in given[:1]]
+    words += [f"CHECKPOINT={shlex.quote(encoder)}" for encoder in given[:1] if not file]
     line = " ".join(words)
     return f"for seed in {' '.join(map(str, seeds))}; do {line}; done" if "SEED=$seed" in words else line

@@ -37,6 +37,7 @@ from cdc_mmpg.evidence.selection import (
     find_question_types,
     find_unpublished_counts,
     is_comparable_with_paper,
+    note_predictions,
     note_unpublished_counts,
 )
 from cdc_mmpg.report.cells import (
@@ -108,6 +109,7 @@ def build_paper_table(evidence: Evidence) -> Table:
     ]
     sizes = dict.fromkeys(run.find("reasoner") for run in runs)
     notes += [CitedText(REASONER_NOTES[size]) for size in sizes if size in REASONER_NOTES]
+    notes += filter(None, [note_predictions(runs)])
     if shown:
         notes += [CitedText("The paper's columns quote it as printed, including its errors."), *quotes.write_notes()]
     if number and not comparable:

@@ -128,7 +128,7 @@ def add_provenance(page: Page, evidence: Evidence) -> None:
         if text:
             page.add_paragraph(f"Versions{count}: {text}.")
     page.add(Heading("Commands"))
-    page.add_paragraph("Each command trains a method, and first the runs that it depends on.")
+    page.add_paragraph("Each command trains a method, and first the runs that it depends on, or scores predictions.")
     page.add(CodeBlock([
         format_command(evidence, name, [run.seed for run in seeds]) for name, seeds in evidence.runs.items()
     ]))  # fmt: skip
