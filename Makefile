@@ -27,7 +27,7 @@ environment: .venv/.ready ## build .venv from requirements.lock: PYTHON=
 	@echo "Building .venv: about 3 GB to fetch and 6 GB on disk, mostly CUDA for PyTorch; one minute to several."
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + ": name one with PYTHON=")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | $(PY) -m pip install --quiet --require-hashes -r /dev/stdin
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | $(PY) -m pip install --quiet --require-hashes --only-binary :all: -r /dev/stdin
 
 # A release younger than a week is not taken: malware is mostly found within days (lightning 2.6.2 and 2.6.3: one).
 lock: .venv/bin/uv ## resolve requirements.txt into requirements.lock, keeping what fits: ARGS=--upgrade

@@ -208,7 +208,7 @@ def test_marks_become_numbers_by_case(tmp_path):
                     "b,d,seen,who,q?,man,red,man,wr\n")  # fmt: skip
     columns, rows = wandb_record.read_predictions(path)
     assert columns[6:] == ["n16", "n0", "n16 is right", "n0 is right"]
-    assert [row[6:] for row in rows] == [["red", "", 1, -1], ["red", "man", 0, 1]]
+    assert [row[6:] for row in rows] == [["red", "", 1, None], ["red", "man", 0, 1]]
     path.write_text("direction,clip,caption,own\nVR,a,,3\n")
     assert wandb_record.read_predictions(path) == (["direction", "clip", "caption", "own"], [["VR", "a", "", 3]])
 

@@ -58,15 +58,16 @@ def _prepare(docs: Any, dataset: str, name_clip: Callable[[Mapping[str, Any]], s
 
     Args:
         docs: rows, a `datasets.Dataset`.
-        dataset: name of the dataset in `experiments/datasets`.
+        dataset: name of the dataset in `experiments/datasets`; with rows for ids it gets the ending "_rows".
         name_clip: function that returns the name of a row's clip.
         key: column of the question's id; without it the id is the row's number, from 0.
     """
 
     def convert(row: Mapping[str, Any], number: int) -> dict[str, Any]:
         options = [_unquote(row[column]) for column in OPTIONS if column in row]
+        named = dataset if key in row else f"{dataset}_rows"
         return {
-            "dataset": dataset, "id": str(row.get(key, number)), "clip": name_clip(row),
+            "dataset": named, "id": str(row.get(key, number)), "clip": name_clip(row),
             "question": _unquote(row["question"]), "answer": _unquote(str(row["answer"])), "options": options,
         }  # fmt: skip
 
@@ -126,8 +127,10 @@ def choose_option(response: str, options: Sequence[str]) -> str:
 
 
 def write_predictions(items: Sequence[Mapping[str, str]], args: Any = None) -> None:
-    """Write the answers as a predictions file, `<output_path>/<dataset>/<model>.csv`, for `make table PREDICTIONS=`."""
+    """Write the answers for `make table PREDICTIONS=`: `<output_path>/<dataset>/<model>[-<arguments>].csv`."""
     folder = Path(getattr(args, "output_path", None) or ".") / items[0]["dataset"]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{getattr(args, 'model', 'model')}.csv").open("w", newline="", encoding="utf-8") as file:
+    named = [str(value) for name in ("model", "model_args") if (value := getattr(args, name, None))]
+    name = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(named))[:150].strip("-.") or "model"
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("id", "answer"), *((item["id"], item["answer"]) for item in items)])

@@ -58,7 +58,7 @@ from cdc_mmpg.models.fda import FDA, Adaptor, BasisFDA, LowRankFDA
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
-from cdc_mmpg.results import describe_provenance, write_json
+from cdc_mmpg.results import PREDICTIONS, describe_provenance, write_json
 from cdc_mmpg.training.wandb_record import Subject, start_record
 from cdc_mmpg.wire.messages import LayerKind, Versions
 
@@ -335,7 +335,7 @@ def find_exported_devices(folder: Path) -> list[ExportedDevice]:
     for report in sorted(folder.glob("*/seed*/deployment/export.json")):
         run = report.parents[1]
         try:
-            with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
+            with (run / PREDICTIONS).open(newline="", encoding="utf-8") as file:
                 row = next(csv.DictReader(file))
             clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{row['clip']}.*"))
         except (OSError, ValueError, StopIteration, KeyError, csv.Error):

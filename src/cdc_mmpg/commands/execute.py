@@ -278,8 +278,8 @@ class Executor:
                 total = {part: value + spent.get(part, 0.0) for part, value in total.items()}
         train, test, every = total.values()
         lines.append(
-            f"{sum(self.stage_seconds.values()):8,.0f}  together; of this the runs spent {train:,.0f} on training, "
-            f"{test:,.0f} on testing, {every - train - test:,.0f} on starting, decoding and encoding"
+            f"{sum(self.stage_seconds.values()):8,.0f}  together; the runs, added up: {train:,.0f} training, "
+            f"{test:,.0f} testing, {max(0, every - train - test):,.0f} starting, decoding and encoding"
         )
         self._print("\n".join(["seconds by stage:", *lines]))
 

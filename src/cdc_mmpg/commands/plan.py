@@ -17,6 +17,7 @@ from cdc_mmpg.catalogue import (
     PRETRAINING,
     REASONERS,
     RECIPE_FRAMES,
+    SESSION,
     STUDY_SEEDS,
     SYNTHETIC,
     VARIANT_RUNS,
@@ -340,14 +341,18 @@ def plan_demo(request: Request) -> Plan:
 
 
 def plan_release(request: Request) -> Plan:
-    """Plan a release of METHOD's runs (main: in both worlds) and what they build on, with the session's bundles."""
+    """Plan a release of METHOD's runs (main: in both worlds) and what they build on, with the sessions' bundles.
+
+    The pretraining is left out where there is none, as after a training with CHECKPOINT.
+    """
     requests = request.in_all_worlds() if not request["METHOD"] else [request]
     merged, folders = Plan(request), []
     for world in requests:
-        plan = _plan_world(world)
-        folders += [step.folder for step in plan.steps.values() if step.folder]
-        if f"{world.served_run}" in folders and not Path(world.served_run, "deployment", "export.json").is_file():
-            merged.add(Step(f"export of {world.dataset}", "export", (world.served_run,)))
+        runs = [step.folder for step in _plan_world(world).steps.values() if step.folder]
+        folders += [run for run in runs if PRETRAINING not in run or Path(run, "results.json").is_file()]
+        for run in (f"{world.root}/{world.served}/seed{seed}" for seed in world.seeds):
+            if world.served.startswith(SESSION) and not Path(run, "deployment", "export.json").is_file():
+                merged.add(Step(f"export of {run}", "export", (run,)))
         merged.add(Step(f"report of {world.dataset}", "report", (world.root, "--data", world.data)))
     merged.add(Step("release", "release", (request.out, *dict.fromkeys(folders)), tuple(merged.steps)))
     return merged
@@ -397,10 +402,13 @@ ARGUMENTS: dict[str, Callable[[Request], Sequence[str]]] = {
     "predict": lambda request: [
         f"--run={request.served_run}", *_question_options(request),
         *(f"--session={clip}" for clip in request.words("SESSION")),
-        *([f"--vocab={request.vocab}"] if request["VOCAB"] or Path(request.vocab).is_file() else []),
+        *([f"--vocab={request.vocab}"] if request["VOCAB"] or (request.vocab and not request["RELEASE"]) else []),
     ],
     "web": lambda request: [],
-    "export": lambda request: [request.served_run, *request.words("ARGS")],
+    "export": lambda request: [
+        request.served_run, *([f"--data={request.data}", f"--cache={request.cache}"] if request["RELEASE"] else []),
+        *request.words("ARGS"),
+    ],
     "serve": lambda request: [
         f"{request.served_run}/deployment/cloud", "--host", request["HOST"] or "127.0.0.1",
         "--port", request["PORT"] or "8000",

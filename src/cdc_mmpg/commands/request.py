@@ -262,15 +262,15 @@ class Request:
             pretraining: variant of that run, if it is the pretraining.
         """
         if source in ("", PRETRAINING) and not (self.pretrains and source):
-            return str(self._released_encoder(seed) or self["CHECKPOINT"])
+            return str(find_encoder(self._released, seed)) if self._released else self["CHECKPOINT"]
         changed = f".{pretraining}" if pretraining and source == PRETRAINING else ""
         return f"{self.root_of(source)}/{source}{changed}/seed{seed}/encoder.safetensors"
 
-    def _released_encoder(self, seed: int) -> Path | None:
-        """Return the pretrained encoder of a seed if CHECKPOINT is a release, else None."""
-        if not is_release(self["CHECKPOINT"]):
-            return None
-        return find_encoder(open_release(self["CHECKPOINT"], Path(self.out) / RELEASES), seed)
+    @cached_property
+    def _released(self) -> Path | None:
+        """Folder of the opened release that CHECKPOINT names; None if it names something else."""
+        place = self["CHECKPOINT"]
+        return open_release(place, Path(self.out) / RELEASES) if is_release(place) else None
 
     def reading_of(self, seed: int, pretraining: str = "") -> str:
         """Return the path of the reading network that belongs to the encoder; empty if the encoder has none."""

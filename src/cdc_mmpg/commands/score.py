@@ -15,6 +15,7 @@ from cdc_mmpg.files import hash_file
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import PREDICTIONS, RESULTS, describe_provenance, write_json
 from cdc_mmpg.training.cli import check_paths
+from cdc_mmpg.training.wandb_record import Subject, list_accuracies, start_record
 
 ROW_NAME = re.compile(r"\w[\w.+-]*")  # of a file without its suffix
 
@@ -90,6 +91,10 @@ def score_files(folder: Path, files: Sequence[Path], dataset: Sequence[str], arg
             **describe_provenance(),
         }
         write_json(results, run / RESULTS)
+        record = start_record(run, Subject.of_run(run, "control"), {"predictions": results["predictions"]})
+        record.summarise(list_accuracies(results))
+        record.log_answers(run / PREDICTIONS)
+        record.end()
         number = results["questions"]["test"]
         print(f"{file}: {number - unanswered:,} of {number:,} test questions answered; written: {run / RESULTS}")
 
@@ -105,5 +110,5 @@ def _check_names(folder: Path, files: Sequence[Path]) -> None:
             raise ConfigError(f"{name}: {number} predictions files have this name, the label of the row: rename them")
         entries = [path.name for path in folder.glob(f"{name}/*") if not path.name.startswith("seed")]
         entries += [path.name for path in folder.glob(f"{name}/seed*/*")]
-        if name.partition(".")[0] in BY_NAME or not {*entries} <= {PREDICTIONS, RESULTS}:
+        if name.partition(".")[0] in BY_NAME or not {*entries} <= {PREDICTIONS, RESULTS, "wandb"}:
             raise ConfigError(f"{name}: {folder / name} is for other files: rename the predictions file")

@@ -41,7 +41,7 @@ from cdc_mmpg.data.interface import DeviceLabels, LabelsDevices, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
-from cdc_mmpg.results import RESULTS, write_json
+from cdc_mmpg.results import PREDICTIONS, RESULTS, write_json
 from cdc_mmpg.training.reopen import (
     describe_evaluation,
     identify_run,
@@ -137,7 +137,7 @@ def evaluate_fine_tuned(
         "classes": model.head.outputs,
         "questions": {split: row["questions"] for split, row in summary.items()},
         "data": summary,
-        **evaluate_outcomes(data, outcomes, folder / "predictions.test.csv"),
+        **evaluate_outcomes(data, outcomes, folder / PREDICTIONS),
         "recipe": comparison.recipe,
         "encoder": results.get("encoder"),
         "parameters": parameters._replace(trained=trained)._asdict(),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cdc_mmpg.device.page import DEVICE_FOLDERS
+from cdc_mmpg.deployment.opened_release import BUNDLE_CONTENT
 from cdc_mmpg.files import atomic_write, hash_json
 from cdc_mmpg.results import write_json
 from cdc_mmpg.training.wandb_record import Content, name_artifact
@@ -37,7 +37,6 @@ def count_folder_bytes(folder: Path) -> int:
 def describe_bundles(run: Path, out: Path) -> Content:
     """Return the artifact with the bundles of an export, without the cloud's signing key, which must stay secret."""
     dataset, method, seed = run.absolute().parts[-3:]
-    folders = [out / name for name in (*DEVICE_FOLDERS.values(), "cloud")]
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(out)): path for path in paths if path.name != SIGNING_KEY}
+    paths = {path.relative_to(out).as_posix(): path for path in sorted(out.glob("*/*"))}
+    files = {name: path for name, path in paths.items() if BUNDLE_CONTENT.fullmatch(name) and name[:5] != "demo/"}
     return Content(name_artifact(dataset, method, seed, "bundles"), "bundle", files)

@@ -23,6 +23,7 @@ from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.evaluation.metrics import RIGHT
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.progress import track
+from cdc_mmpg.results import PREDICTIONS
 from cdc_mmpg.wire.payloads import decode_matrices, encode_matrices
 
 MAX_TEST_QUESTIONS = 1_000  # number of test questions on which bundles are evaluated
@@ -78,7 +79,7 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     """
     labels = data.labels("test").tolist()
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:MAX_TEST_QUESTIONS].tolist())
-    predictions = run / "predictions.test.csv"
+    predictions = run / PREDICTIONS
     try:
         with predictions.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)

@@ -24,7 +24,7 @@ from cdc_mmpg.device.page import DEMO_FILE, DEMO_FOLDER, DEVICE_FOLDERS, install
 from cdc_mmpg.errors import CheckpointError, DataError
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import Stopped, exit_on_signals, run_to_exit_code
-from cdc_mmpg.results import write_json
+from cdc_mmpg.results import PREDICTIONS, write_json
 from cdc_mmpg.training.wandb_record import Subject, start_record
 
 # Columns of the table of a session's answers in W&B.
@@ -83,7 +83,6 @@ def play(options: argparse.Namespace) -> None:
         raise CheckpointError(f"{options.run}: not exported: make export METHOD={options.run.parent.name}")
     session = read_session(options.run, options.data, options.device, options.seed)
     write_session(session, options.data, bundles / DEMO_FOLDER)
-    answers: list[list[str | int | float]] = []
     web = [] if options.terminal else ["--web", str(bundles)]
     if web:
         install()
@@ -93,34 +92,28 @@ def play(options: argparse.Namespace) -> None:
     ):
         if options.terminal:
             answers = play_in_terminal(session, bundles, options.bundle, service.url)
+            record_session(options.run, bundles, {"device": session.device, "bundle": options.bundle}, answers)
         else:
             address = f"{service.url}/?bundle={options.bundle}"
             opened = "opened in your browser" if webbrowser.open(address) else "open it in a browser"
             print(f"{address}: {opened}. Ctrl-C ends the service.", flush=True)
             with suppress(Stopped):
                 signal.pause()
-    config = {
-        "device": session.device,
-        "bundle": options.bundle,
-        "place": "terminal" if options.terminal else "browser",
-    }
-    record_session(options.run, bundles, config, answers)
 
 
 def record_session(
     run: Path, bundles: Path, config: dict[str, str], answers: Sequence[Sequence[str | int | float]]
 ) -> None:
-    """Record a session in W&B: the bundles that it used, and the answers, if they were given in the terminal."""
+    """Record a session of the terminal in W&B: the bundles that it used, and its answers, at least one."""
     record = start_record(bundles, Subject.of_run(run, "demo"), config)
     if record.run is None:
         return
     record.use(describe_bundles(run, bundles))
-    if answers:
-        record.log_table("demo/answers", ANSWER_COLUMNS, answers)
-        columns = dict(zip(ANSWER_COLUMNS, zip(*answers, strict=True), strict=True))
-        for place in ("static", "adapted"):
-            right = [given == answer for given, answer in zip(columns[place], columns["answer"], strict=True)]
-            record.summarise({f"demo/{place}": sum(right) / len(right)})
+    record.log_table("demo/answers", ANSWER_COLUMNS, answers)
+    columns = dict(zip(ANSWER_COLUMNS, zip(*answers, strict=True), strict=True))
+    for place in ("static", "adapted"):
+        right = [given == answer for given, answer in zip(columns[place], columns["answer"], strict=True)]
+        record.summarise({f"demo/{place}": sum(right) / len(right)})
     record.end()
 
 
@@ -167,7 +160,7 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
         DataError: the clips are missing, or the device is not an unseen one.
     """
     try:
-        with (run / "predictions.test.csv").open(newline="", encoding="utf-8") as file:
+        with (run / PREDICTIONS).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         clips = json.loads((data / "devices.json").read_text(encoding="utf-8"))
         unseen = sorted({row["device"] for row in rows if row["group"] == "unseen"})

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="export the model of these configurations with random weights instead of the run, to measure size and "
         "speed of a deployment before training",
     )
+    parser.add_argument("--data", help="folder of the run's dataset, if it has moved since training")
+    parser.add_argument("--cache", help="folder of its decoded frames, likewise")
     parser.add_argument("--all-words", action="store_true", help="keep the whole vocabulary")
     options = parser.parse_args(arguments)
     log_to_terminal()
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = (
             export_untrained(options.untrained, out, options.all_words)
             if options.untrained
-            else export_run(options.run, out, options.all_words)
+            else export_run(options.run, out, options.all_words, options.data, options.cache)
         )
         print(format_summary(report, out))
         if not options.untrained:
@@ -66,13 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_to_exit_code(run)
 
 
-def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
+def export_run(
+    run: Path, out: Path, all_words: bool = False, data_root: str | None = None, cache: str | None = None
+) -> dict[str, Any]:
     """Export a finished run, check the bundles against torch, evaluate them on the test set and return the report.
 
     Args:
         run: folder of the run.
         out: folder of the bundles.
         all_words: whether to keep the whole vocabulary.
+        data_root: folder of the run's dataset, if it has moved since training.
+        cache: folder of its decoded frames, if it has moved.
 
     Raises:
         CheckpointError: the run is not finished, or is damaged.
@@ -86,7 +92,7 @@ def export_run(run: Path, out: Path, all_words: bool = False) -> dict[str, Any]:
     from cdc_mmpg.deployment.bundles import write_bundles  # noqa: PLC0415
     from cdc_mmpg.deployment.checks import evaluate_bundles  # noqa: PLC0415
 
-    experiment = reopen(run)
+    experiment = reopen(run, places={"root": data_root, "cache_dir": cache})
     method, data, settings = experiment.model, experiment.dataset, experiment.settings["data"]["init_args"]
     check_servable(method, results["task"])
     data.prepare_data()

@@ -1,4 +1,4 @@
-"""Release opened for use: fetched, verified against its digests, unpacked. No code in it runs, and no pickle is read.
+"""Release opened for use: fetched, verified against its digests, unpacked. Opening it runs no code in it.
 
 A release is an archive of `cdc-mmpg release`, a folder with its content, or the address of an archive.
 """
@@ -7,17 +7,21 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from cdc_mmpg.errors import CheckpointError, ConfigError
-from cdc_mmpg.files import atomic_write, expand_home, hash_file, lock_folder
+from cdc_mmpg.files import atomic_write, expand_home, hash_file
 from cdc_mmpg.progress import track
 
 MANIFEST = "release.json"
@@ -27,11 +31,27 @@ BLOCK = 1 << 20  # bytes read at once
 TIMEOUT_SECONDS = 60  # of a server that does not answer
 MAX_MANIFEST_BYTES = 16_000_000
 PINNED_ADDRESS = re.compile(r"(?P<address>https?://[^#]+)(#sha256=(?P<digest>[0-9a-f]{64}))?", re.IGNORECASE)
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file or folder in a release
+# Files of a release: nothing else is packed or unpacked.
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+BUNDLE_CONTENT = re.compile(
+    r"cloud/(cloud\.json|generator\.safetensors)|demo/(session\.json|[\w-]+\.mp4)|"
+    r"device(-int8)?/((bundle|tokenizer|answers)\.json|(encoder|head)\.onnx|(shared|basis)\.bin)"
+)
+RUN_CONTENT = re.compile(
+    r"results\.json|config\.yaml|inputs\.json|best\.ckpt|(adr|encoder|reading)\.safetensors|predictions\.test\.csv|"
+    rf"(answers|vocab)\.txt|CARD\.md|deployment/(export\.json|{BUNDLE_CONTENT.pattern})"
+)
+CONTENT = re.compile(
+    rf"worlds\.md|{NAME}/(tables?\.md|report\.(html|json))|{NAME}/{NAME}/seed\d+/({RUN_CONTENT.pattern})", re.ASCII
+)
+LEFTOVER_SECONDS = 86_400  # after which the folder of a killed unpacking is deleted
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError)
 
 
 def is_release(place: str) -> bool:
     """Return whether a path or address names a release, and not another kind of file."""
+    if not place:
+        return False
     path = Path(expand_home(place))
     if re.match("https?://", place, re.IGNORECASE) or (path / MANIFEST).is_file():
         return True
@@ -55,25 +75,48 @@ def open_release(place: str, cache: Path) -> Path:
         CheckpointError: the release is damaged, or of another version.
         CDCError: the folder cannot be written.
     """
-    source = _download(place, cache) if re.match("https?://", place, re.IGNORECASE) else Path(expand_home(place))
-    with _reading(source, place) as read:
-        with read(MANIFEST) as file:
-            content = file.read(MAX_MANIFEST_BYTES)
-        files = _check_manifest(content, place)
-        folder = cache / sha256(content).hexdigest()[:16]
-        if folder.is_dir():
-            return folder
-        with lock_folder(cache):
-            scratch = cache / f".{folder.name}.unpacking"
-            shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
-            for name, entry in track(files.items(), "unpacking"):
-                with read(name) as file, atomic_write(scratch / name) as target:
-                    _copy(file, target, entry, f"{place}: {name}")
-            for cloud in scratch.glob("*/*/*/deployment/cloud"):
-                _renew_key(cloud)
-            with atomic_write(scratch / MANIFEST) as target:
-                target.write(content)
-            os.replace(scratch, folder)
+    fetched = re.match("https?://", place, re.IGNORECASE)
+    source = _download(place, cache) if fetched else Path(expand_home(place))
+    try:
+        with _reading(source, place) as read:
+            return _unpack(read, place, cache)
+    except CheckpointError:
+        if fetched:
+            source.unlink(missing_ok=True)  # so that the next command fetches it again
+        raise
+
+
+def _unpack(read: Callable[[str], Any], place: str, cache: Path) -> Path:
+    """Unpack a release, unless it has been; return its folder."""
+    with read(MANIFEST) as file:
+        content = file.read(MAX_MANIFEST_BYTES)
+    files = _check_manifest(content, place)
+    folder = cache / sha256(content).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(entry["bytes"] for entry in files.values()), shutil.disk_usage(cache).free
+    if needed > free:
+        raise ConfigError(
+            f"{place}: unpacked it takes {needed:,} bytes, {free:,} are free in {cache}: make room (OUT=)"
+        )
+    for leftover in cache.glob(".unpacking-*"):
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(prefix=".unpacking-", dir=cache) as scratch:
+        unpacked = Path(scratch) / "release"
+        for name, entry in track(files.items(), "unpacking"):
+            with read(name) as file, atomic_write(unpacked / name) as target:
+                _copy(file, target, entry, f"{place}: {name}")
+        for cloud in unpacked.glob("*/*/*/deployment/cloud"):
+            _renew_key(cloud)
+        with atomic_write(unpacked / MANIFEST) as target:
+            target.write(content)
+        try:
+            os.replace(unpacked, folder)
+        except OSError:
+            if not folder.is_dir():  # else another command was faster
+                raise
     return folder
 
 
@@ -103,9 +146,12 @@ def _check_manifest(content: bytes, place: str) -> dict[str, dict[str, Any]]:
                                   f"commit {manifest.get('commit')}")  # fmt: skip
         files: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in files.items():
-            if not all(SAFE_NAME.fullmatch(part) for part in name.split("/")) or name == MANIFEST:
-                raise CheckpointError(f"{place}: refused, it has a file with an unsafe name: {name!r}")
-            if not isinstance(entry["bytes"], int) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            if not CONTENT.fullmatch(name):
+                raise CheckpointError(
+                    f"{place}: refused, it has a file that does not belong in a release: {name!r:.200}"
+                )
+            size = entry["bytes"]
+            if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
                 raise ValueError(f"entry of {name}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{place}: {MANIFEST} is damaged ({error}): fetch the release again") from error
@@ -125,7 +171,7 @@ def _reading(source: Path, place: str) -> Iterator[Callable[[str], Any]]:
     except FileNotFoundError as error:
         problem = "no such release" if not source.exists() else f"{damaged}: no {Path(error.filename or '').name}"
         raise ConfigError(f"{place}: {problem}; make release writes one") from error
-    except (KeyError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{damaged} ({error})") from error
 
 
@@ -150,6 +196,7 @@ def _renew_key(cloud: Path) -> None:
     from cdc_mmpg.device.model import BUNDLE_FILE  # noqa: PLC0415
     from cdc_mmpg.device.page import DEVICE_FOLDERS  # noqa: PLC0415
 
+    (cloud / SIGNING_KEY).unlink(missing_ok=True)
     public = load_or_create_key(cloud / SIGNING_KEY).public_key().public_bytes_raw().hex()
     for path in (cloud / CLOUD_SETTINGS, *(cloud.parent / name / BUNDLE_FILE for name in DEVICE_FOLDERS.values())):
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -167,17 +214,33 @@ def _download(place: str, cache: Path) -> Path:
     pinned = match and (match["digest"] or "").lower()
     if not match or not (place.lower().startswith("https://") or pinned):
         raise ConfigError(f"{place}: an https address is needed, or one that ends in #sha256=<the archive's digest>")
-    path = cache / "downloads" / f"{sha256(match['address'].encode()).hexdigest()[:16]}.zip"
-    if not path.is_file():
-        try:
-            with urllib.request.urlopen(match["address"], timeout=TIMEOUT_SECONDS) as reply, atomic_write(path) as file:
-                blocks = iter(lambda: reply.read(BLOCK), b"")
-                total = -(-int(reply.headers.get("Content-Length") or 0) // BLOCK) or None
-                for block in track(blocks, f"fetching {match['address']} (MiB)", total):
+    path = cache / "downloads" / f"{sha256(place.encode()).hexdigest()[:16]}.zip"
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(match["address"], timeout=TIMEOUT_SECONDS) as reply:
+            if not (pinned or reply.geturl().lower().startswith("https://")):
+                raise ConfigError(f"{place}: leads to {reply.geturl()}, which is not https: add #sha256=<digest>")
+            with atomic_write(path) as file:
+                for block in _read_blocks(reply, match["address"]):
                     file.write(block)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise ConfigError(f"{match['address']}: cannot be fetched ({error})") from error
+    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+        raise ConfigError(f"{match['address']}: cannot be fetched ({error})") from error
     if pinned and hash_file(path) != pinned:
         path.unlink()
         raise CheckpointError(f"{place}: the archive has another SHA-256 than the address says: ask for the right one")
     return path
+
+
+def _read_blocks(reply: Any, address: str) -> Iterator[bytes]:
+    """Yield the content of a reply; a ConfigError says that it broke off."""
+    expected, received = int(reply.headers.get("Content-Length") or 0), 0
+    blocks = track(iter(lambda: reply.read(BLOCK), b""), f"fetching {address} (MiB)", -(-expected // BLOCK) or None)
+    try:
+        for block in blocks:
+            received += len(block)
+            yield block
+    except (OSError, HTTPException) as error:
+        raise ConfigError(f"{address}: the connection broke off ({error}): run the same command again") from error
+    if received < expected:
+        raise ConfigError(f"{address}: the connection broke off after {received:,} of {expected:,} bytes: try again")

@@ -21,22 +21,18 @@ from typing import Any
 from rich.filesize import decimal
 
 from cdc_mmpg.catalogue import BY_NAME, PRETRAINING
-from cdc_mmpg.deployment.bundle_files import SIGNING_KEY
-from cdc_mmpg.deployment.opened_release import DEFAULT_ROOT, FORMAT, MANIFEST
+from cdc_mmpg.deployment.opened_release import BUNDLE_CONTENT, CONTENT, DEFAULT_ROOT, FORMAT, MANIFEST
 from cdc_mmpg.errors import CheckpointError
 from cdc_mmpg.files import atomic_write, hash_file
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.progress import track
-from cdc_mmpg.results import CONFIG, INPUTS, PREDICTIONS, RESULTS, describe_provenance, read_results, read_settings
-from cdc_mmpg.training.reopen import VOCABULARY, WEIGHTS
+from cdc_mmpg.results import CONFIG, describe_provenance, read_results, read_settings
+from cdc_mmpg.training.reopen import VOCABULARY
 
 CARD = "CARD.md"
-RUN_FILES = (RESULTS, CONFIG, INPUTS, WEIGHTS, PREDICTIONS, "answers.txt", "adr.safetensors", "encoder.safetensors",
-             "reading.safetensors")  # fmt: skip
-BUNDLES = ("deployment/export.json", *(f"deployment/{name}/*" for name in ("cloud", "device", "device-int8", "demo")))
-PAGES = ("worlds.md", *(f"*/{name}" for name in ("table.md", "tables.md", "report.html", "report.json")))
 TEXT_SUFFIXES = (".json", ".yaml", ".md", ".html")  # of files that may name paths of this machine
 PACKED_SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".txt")  # of files that compression makes smaller
+ABSOLUTE = re.compile(r"(?<=[\s\"'=])/(?:[^/\s\"'<>]+/)+")  # the folders of an absolute path
 TIME = (1980, 1, 1, 0, 0, 0)  # of every file in the archive, so that equal content makes equal archives
 
 
@@ -86,17 +82,20 @@ def write_release(root: Path, runs: Sequence[Path]) -> Path:
 
 def _list_contents(root: Path, results: dict[Path, dict[str, Any]]) -> Iterator[tuple[str, Path | bytes]]:
     """Yield the files of a release: the name in the archive, and the path or content."""
-    for pattern in PAGES:
-        yield from ((path.relative_to(root).as_posix(), path) for path in sorted(root.glob(pattern)))
+    datasets = sorted({run.parents[1] for run in results})
+    paths = [root / "worlds.md"] if len(datasets) > 1 else []
+    paths += [path for dataset in datasets for path in sorted(dataset.glob("*.*"))]
+    paths += [path for run in results for path in sorted(run.rglob("*"))]
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        if CONTENT.fullmatch(name) and path.is_file() and path.name not in (VOCABULARY, CARD):
+            yield name, path
     for run, found in results.items():
         place = run.relative_to(root).as_posix()
-        paths = [run / name for name in RUN_FILES]
-        paths += [path for pattern in BUNDLES for path in sorted(run.glob(pattern)) if path.name != SIGNING_KEY]
-        yield from ((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
         if (run / CONFIG).is_file():
-            vocab = Path(read_settings(run)["data"]["init_args"].get("vocab") or "")
-            if vocab.is_file():
-                yield f"{place}/{VOCABULARY}", vocab
+            given = read_settings(run)["data"]["init_args"].get("vocab") or ""
+            vocabs = (run / VOCABULARY, Path(given))  # the first one if the run is from a release
+            yield from [(f"{place}/{VOCABULARY}", vocab) for vocab in vocabs if vocab.is_file()][:1]
         yield f"{place}/{CARD}", write_card(place, found).encode()
 
 
@@ -108,12 +107,12 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 def _read_neutral(path: Path, root: Path) -> bytes:
     """Return the content of a file, with the paths of this machine replaced by those of a default checkout."""
     content = path.read_bytes()
-    if path.suffix not in TEXT_SUFFIXES:
-        return content
+    if path.suffix not in TEXT_SUFFIXES or BUNDLE_CONTENT.fullmatch(f"{path.parent.name}/{path.name}"):
+        return content  # bundles name no paths, and have digests
     text = content.decode()
     for folder, neutral in ((root.absolute(), DEFAULT_ROOT), (Path.cwd(), "."), (Path.home(), "~")):
         text = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", neutral, text) if folder != Path("/") else text
-    return text.encode()
+    return ABSOLUTE.sub("", text).encode()
 
 
 def write_card(place: str, results: dict[str, Any]) -> str:
@@ -148,8 +147,7 @@ def write_card(place: str, results: dict[str, Any]) -> str:
         "",
         "The authors of the suite have not chosen a licence yet: ask them before you use this.",
     ]
-    lines.append("Clips and weights were made from nothing by the suite." if synthetic else
-                 "The licences of the dataset and of the first weights hold as well.")  # fmt: skip
+    lines.append("Where the run started from other weights or data, their licences hold as well.")
     return "\n".join(lines) + "\n"
 
 

@@ -130,7 +130,7 @@ def _choose_option(prediction: Prediction, options: Sequence[str]) -> int:
     given, texts = normalize_answer(prediction.answer), [normalize_answer(option) for option in options]
     if given in texts:
         return texts.index(given)
-    if given.isdecimal() and int(given) < len(options):
+    if given.isdecimal() and len(given) < 4 and int(given) < len(options):
         return int(given)
     raise DataError(
         f"{prediction.place}: {prediction.answer!r:.80} is none of the question's {len(options)} options: write the "

@@ -34,11 +34,12 @@ from cdc_mmpg.methods.base import Method
 from cdc_mmpg.methods.corrected import Corrected
 from cdc_mmpg.models.weights import load_checkpoint
 from cdc_mmpg.processors import count_processors
-from cdc_mmpg.program import Stopped
+from cdc_mmpg.program import REQUEUE_SIGNAL, Stopped
 from cdc_mmpg.results import (
     ANNOTATIONS_KEY,
     CONFIG,
     INPUTS,
+    PREDICTIONS,
     RESULTS,
     RESUME,
     describe_provenance,
@@ -317,6 +318,22 @@ class Experiment(LightningCLI):
         return accumulated
 
     def fit(self, model: Method, datamodule: EpochDataModule) -> None:
+        """Train and test, see `_train_and_test`; record an early end in W&B, but that of a job which SLURM requeues."""
+        try:
+            self._train_and_test(model, datamodule)
+        except Stopped as error:
+            if error.number != REQUEUE_SIGNAL:
+                reason = f"stopped by {signal.Signals(error.number).name}"
+                find_record(self.trainer.loggers).end(128 + error.number, reason)
+            raise
+        except Exception as error:
+            if isinstance(error, OSError):  # from the CSV logger, whose errors name no file
+                error.filename = error.filename or str(self.folder)
+            code = error.exit_code if isinstance(error, CDCError) else CDCError.exit_code
+            find_record(self.trainer.loggers).end(code, str(error))
+            raise
+
+    def _train_and_test(self, model: Method, datamodule: EpochDataModule) -> None:
         """Train or resume; test the best epoch; export the files that later runs need; write the results last."""
         if model.reads != "captions" and self.settings["model"]["init_args"]["encoder"]["checkpoint"] is None:
             logger.warning(
@@ -328,17 +345,7 @@ class Experiment(LightningCLI):
             "%s: %s parameters on the device, %s in the cloud, %s trainable",
             self.folder, *(f"{number:,}" for number in parameters),
         )  # fmt: skip
-        try:
-            trainer.fit(model, datamodule, ckpt_path=find_newest_state(self.folder), weights_only=True)
-        except Stopped as error:
-            find_record(trainer.loggers).end(128 + error.number, f"stopped by {signal.Signals(error.number).name}")
-            raise
-        except Exception as error:
-            if isinstance(error, OSError):  # from the CSV logger, whose errors name no file
-                error.filename = error.filename or str(self.folder)
-            code = error.exit_code if isinstance(error, CDCError) else CDCError.exit_code
-            find_record(trainer.loggers).end(code, str(error))
-            raise
+        trainer.fit(model, datamodule, ckpt_path=find_newest_state(self.folder), weights_only=True)
         if not (self.folder / "best.ckpt").is_file():
             raise CheckpointError(f"{self.folder}/best.ckpt is missing: delete {self.folder} to train anew")
         best, timer = trainer.checkpoint_callback, next(c for c in trainer.callbacks if isinstance(c, Timer))
@@ -370,7 +377,7 @@ class Experiment(LightningCLI):
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
             **(
-                evaluate_outcomes(self.dataset, model.outcomes["test"], self.folder / "predictions.test.csv")
+                evaluate_outcomes(self.dataset, model.outcomes["test"], self.folder / PREDICTIONS)
                 if isinstance(model, Answering)
                 else {}
             ),

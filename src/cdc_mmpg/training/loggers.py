@@ -16,7 +16,7 @@ from cdc_mmpg.data.interface import VideoTextData
 from cdc_mmpg.evaluation.metrics import CAPTIONS, rank_all
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.methods.answering import Answering
-from cdc_mmpg.results import ANNOTATIONS_KEY, read_inputs
+from cdc_mmpg.results import ANNOTATIONS_KEY, PREDICTIONS, read_inputs
 from cdc_mmpg.training.wandb_record import (
     Content,
     Record,
@@ -27,7 +27,6 @@ from cdc_mmpg.training.wandb_record import (
     list_accuracies,
     list_figures,
     name_artifact,
-    read_predictions,
     start_record,
 )
 
@@ -98,13 +97,12 @@ def finish_loggers(boards: Sequence[Logger], run: Path, config: dict[str, Any], 
     record.summarise({**results["metrics"], **list_accuracies(results), **list_figures(costs), **best})
     weights = config["model"]["init_args"]
     written = [
-        describe_weights(run / name, kind)
+        (run / name, kind)
         for name, (kind, argument) in EXCHANGED_FILES.items()
         if (run / name).is_file() and (name == "encoder.safetensors" or not find_weights(weights, argument))
     ]  # what a run loaded and only keeps a copy of is no output
-    record.log(describe_checkpoint(run), *written)
-    if (answers := run / "predictions.test.csv").is_file():
-        record.log_table("test/predictions", *read_predictions(answers))
+    record.log(describe_checkpoint(run), *(describe_weights(path, kind) for path, kind in written))
+    record.log_answers(run / PREDICTIONS)
     record.end()
 
 
@@ -123,11 +121,14 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the inputs; log every step, or the last one, of an epoch that is shorter than the logging interval."""
+        self._epoch_start = time.perf_counter()  # a run that resumes within an epoch does not start it
         steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))
         record = find_record(trainer.loggers)
-        if record.run is None:
-            return
+        record.attempt("note the inputs", lambda: record.use(*self._describe_inputs(trainer, pl_module)))
+
+    def _describe_inputs(self, trainer: Trainer, pl_module: LightningModule) -> list[Content]:
+        """Return the artifacts that the run builds on: its dataset, and the weights that it loads."""
         reads_captions = getattr(pl_module, "reads", "") == "captions"
         digests = {"annotations": read_inputs(self.run)[ANNOTATIONS_KEY]}
         if reads_captions:
@@ -135,10 +136,10 @@ class RunRecord(Callback):
         else:
             digests |= {split: self.data.fingerprint(split, frames=True) for split in SPLITS}
         name = name_artifact(self.run.absolute().parts[-3], "captions" if reads_captions else "data")
-        described = Content(name, "dataset", digests=digests)
         weights = [(kind, find_weights(self.config["model"]["init_args"], argument))
                    for kind, argument in EXCHANGED_FILES.values()]  # fmt: skip
-        record.use(described, *(describe_weights(Path(path), kind) for kind, path in weights if path))
+        given = [describe_weights(Path(path), kind) for kind, path in weights if path]
+        return [Content(name, "dataset", digests=digests), *given]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

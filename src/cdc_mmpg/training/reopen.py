@@ -123,7 +123,9 @@ def is_done(folder: Path, source: Mapping[str, str]) -> bool:
     return True
 
 
-def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Experiment":
+def reopen(
+    run: Path, vocab: str | None = None, reads_data: bool = True, places: Mapping[str, str | None] | None = None
+) -> "Experiment":
     """Return the experiment of a finished run with the weights of its best epoch, on one CPU device.
 
     A configuration names classes, and importing a class runs its module. So only classes of this project and of the
@@ -133,6 +135,7 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
         run: folder of the run.
         vocab: path of `vocab.txt`, if it has moved since training.
         reads_data: whether the dataset will be read; if so, its annotations must not have changed since training.
+        places: arguments of the dataset that name folders which have moved since training; None keeps the run's.
 
     Raises:
         ConfigError: the configuration lacks a part, or names a class of another package or of one that is not here.
@@ -145,15 +148,15 @@ def reopen(run: Path, vocab: str | None = None, reads_data: bool = True) -> "Exp
         for part in (settings["model"], settings["data"], model["head"]):
             part["class_path"]
         model["encoder"]["checkpoint"] = None  # `best.ckpt` has all weights
+        data |= {name: place for name, place in (places or {}).items() if place}
         root = Path(data["root"])
         if "frame_cache" in data:
             data["frame_cache"] = "disk"  # an evaluation reads every frame only once
         for name in ("adr", "reading"):  # the run's copies
             if model.get(name):
                 model[name] = str(run / f"{name}.safetensors")
-        released = run / VOCABULARY
-        if vocab or (released.is_file() and not Path(data.get("vocab") or "").is_file()):
-            data["vocab"] = vocab or str(released)
+        if vocab or (run / VOCABULARY).is_file():
+            data["vocab"] = vocab or str(run / VOCABULARY)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run / CONFIG}: not the configuration of a run ({error!r}): train anew") from error
     settings["trainer"] = {"devices": 1, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto",

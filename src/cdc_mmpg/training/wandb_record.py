@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from cdc_mmpg.evaluation.metrics import RIGHT
 from cdc_mmpg.files import hash_file
-from cdc_mmpg.results import CONFIG
+from cdc_mmpg.results import CONFIG, PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,9 @@ class Content(NamedTuple):
 
         W&B recognises an artifact by its content: the same files are the same version, whichever run logs them.
         """
-        import wandb  # noqa: PLC0415  takes seconds
         from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry  # noqa: PLC0415
+
+        import wandb  # noqa: PLC0415  takes seconds
 
         artifact = wandb.Artifact(self.name, self.type, metadata={"sha256": self.hash_parts()})
         for name, path in self.files.items():
@@ -123,22 +124,22 @@ class Record:
 
             self._send(send, must_end=False)
 
-        self._attempt("note the inputs", note)
+        self.attempt("note its inputs", note)
 
     def log(self, *outputs: Content) -> None:
         """Log the artifacts that the command wrote."""
 
-        def log() -> None:
-            for part in outputs:
-                artifact = part.build()
-                self._send(partial(self.run.log_artifact, artifact, aliases=list(part.aliases)))
+        def log(part: Content) -> None:
+            artifact = part.build()
+            self._send(partial(self.run.log_artifact, artifact, aliases=list(part.aliases)))
 
-        self._attempt("save the artifacts", log)
+        for part in outputs:
+            self.attempt(f"save the artifact {part.name}", partial(log, part))
 
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None = None
     ) -> None:
-        """Log a table whose columns have the types of its first row.
+        """Log a table whose columns have the types of their first cells; None is an empty cell.
 
         Args:
             name: name of the table.
@@ -150,13 +151,23 @@ class Record:
         def log() -> None:
             import wandb  # noqa: PLC0415  takes seconds
 
-            types = [type(cell) if isinstance(cell, str | int | float) else None for cell in (rows[0] if rows else [])]
-            typed = {"dtype": types} if types and None not in types else {}  # else W&B unites the types of all cells
+            first = [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(columns))]
+            types = [type(cell) if isinstance(cell, str | int | float) else None for cell in first]
+            typed = {} if None in types else {"dtype": types}  # else W&B unites the types of all cells
             table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], **typed)
             at = {} if step is None else {"trainer/global_step": step}
             self._send(lambda: self.run.log({name: table, **at}))
 
-        self._attempt("save a table", log)
+        self.attempt(f"save the table {name}", log)
+
+    def log_answers(self, path: Path) -> None:
+        """Log the answers of a test, if there are any, as the table `test/predictions`."""
+
+        def log() -> None:
+            if path.is_file():
+                self.log_table("test/predictions", *read_predictions(path))
+
+        self.attempt("read the answers", log)
 
     def log_page(self, name: str, html: str) -> None:
         """Log an HTML page."""
@@ -167,11 +178,11 @@ class Record:
             page = wandb.Html(html, inject=False)
             self._send(lambda: self.run.log({name: page}))
 
-        self._attempt("save the page", log)
+        self.attempt("save the page", log)
 
     def summarise(self, figures: Mapping[str, Any]) -> None:
         """Write figures to the run's summary."""
-        self._attempt("save the summary", lambda: self.run.summary.update(dict(figures)))
+        self.attempt("save the summary", lambda: self.run.summary.update(dict(figures)))
 
     def end(self, code: int = 0, reason: str = "") -> None:
         """End the W&B run, so that the next one of this process starts a new one.
@@ -185,11 +196,11 @@ class Record:
         if reason and self.is_online:
             title = f"{self.run.name} ended with exit code {code}"
             alert = partial(self.run.alert, title=title, text=reason, level="ERROR")
-            self._attempt("send the alert", partial(self._send, alert))
+            self.attempt("send the alert", partial(self._send, alert))
         self._answers = True  # what came before an error is sent, too
         finish = partial(self.run.finish, exit_code=code)
         # A command that was told to stop has little time left.
-        self._attempt("end the run", partial(self._send, finish, must_end=False) if code else finish)
+        self.attempt("end the run", partial(self._send, finish, must_end=False) if code else finish)
         self.run = None
 
     def _send(self, action: Callable[[], object], must_end: bool = True) -> None:
@@ -217,7 +228,7 @@ class Record:
         if thread.is_alive() and must_end:
             raise TimeoutError(f"the server has not answered for {PATIENCE_SECONDS} s")
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Run an action; log an error as a warning. It is not tried again; nothing is if the server does not answer."""
         if self.run is None or not self._answers or what in self._failed:
             return
@@ -370,7 +381,7 @@ def read_predictions(path: Path) -> tuple[list[str], list[list[Any]]]:
     """Read the table of a test's answers (`evaluation.evaluate`); return columns and rows.
 
     The column of marks becomes a number for each case, 1 right and 0 wrong, whose mean is the accuracy of any selection
-    of questions; it is -1 for a question that the case does not answer. Ranks of a retrieval become numbers.
+    of questions; it is empty for a question that the case does not answer. Ranks of a retrieval become numbers.
     """
     with path.open(newline="", encoding="utf-8") as file:
         columns, *lines = csv.reader(file)
@@ -378,7 +389,7 @@ def read_predictions(path: Path) -> tuple[list[str], list[list[Any]]]:
         cases = columns[columns.index("answer") + 1 : -1]
         marks = {"r": 1, "w": 0}
         return [*columns[:-1], *(f"{case} is right" for case in cases)], [
-            [*line[:-1], *(marks.get(mark, -1) for mark in line[-1])] for line in lines
+            [*line[:-1], *map(marks.get, line[-1])] for line in lines
         ]
     return columns, [[*line[:3], *map(int, line[3:])] for line in lines]
 
@@ -418,8 +429,7 @@ def record_evaluation(run: Path, folder: Path, results: Mapping[str, Any]) -> No
     record.use(describe_checkpoint(run))
     costs = {part: results[part] for part in ("parameters", "bytes", "seconds") if part in results}
     record.summarise({**results.get("metrics", {}), **list_accuracies(results), **list_figures(costs)})
-    if (answers := folder / "predictions.test.csv").is_file():
-        record.log_table("test/predictions", *read_predictions(answers))
+    record.log_answers(folder / PREDICTIONS)
     if probes := results.get("probes"):
         columns = ["what", "from", "clips", "score", "low", "high", "chance", "majority"]
         scores = [{**probe, "score": probe.get("accuracy", probe.get("degrees"))} for probe in probes]
