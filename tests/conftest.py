@@ -74,8 +74,10 @@ def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
 
 
 # Files that take longest. They start first, so that no process is left alone with one at the end.
-LONG_FILES = ("test_house.py", "test_run_folder.py", "test_plan.py", "test_browser.py", "test_launchers.py",
-              "test_global_batch.py", "test_on_device.py", "test_cloud.py", "test_datasets.py")  # fmt: skip
+LONG_FILES = tuple(f"test_{name}.py" for name in (
+    "house", "launchers", "gpu_check", "browser", "two_processes", "sweep", "plan", "run_folder", "interruptions",
+    "cloud", "wandb", "global_batch", "cache", "export", "datasets", "device", "load", "external", "privacy", "on_device",
+))  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

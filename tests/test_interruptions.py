@@ -89,7 +89,9 @@ def assert_ends_as_uninterrupted(expected, key, folder: Path, last: Path) -> Non
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("method", ["fine_tuning", "cdc_mmpg", "adr_pretraining"])
+@pytest.mark.parametrize(
+    "method", ["fine_tuning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cdc_mmpg", "adr_pretraining"))]
+)
 def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(method, run, expected, tmp_path):
     """Kills come at random: in steps, saves and validations. Dropout, shuffling, augmentation and draws are on."""
     command, folder, last = run(method)
@@ -112,8 +114,15 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(method, r
     assert "finished on" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "accumulate"),
+    [
+        (signal.SIGTERM, 143, 2),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves_without_losing_one(number, code, accumulate, run, expected, tmp_path):
     options = [f"--data.init_args.per_device={2 // accumulate}"]
     command, folder, last = run("fine_tuning", *options)

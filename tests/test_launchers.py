@@ -86,6 +86,7 @@ def read_logs(folder: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob("log*")))
 
 
+@pytest.mark.slow
 def test_slurm_tasks_train_one_run_and_resume_it_after_a_requeue(fit, tools, tmp_path):
     """The reference is the first command of a chain: the second gets a new process group, the third is refused."""
     options = ["--trainer.devices=2", "--trainer.max_epochs=3", "--data.init_args.batch_size=2",

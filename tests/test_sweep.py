@@ -343,6 +343,7 @@ def test_unresponsive_server_delays_the_run_by_seconds_only(fit, tmp_path):
     assert list(folder.glob("wandb/run-*/*.wandb"))  # for `wandb sync`
 
 
+@pytest.mark.slow
 def test_agent_run_is_the_requested_method_not_its_prerequisites(fit, tmp_path):
     (tmp_path / "parameters.yaml").write_text("METHOD:\n  value: linear\n")
     environment = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of_the_agent", "METHOD": "linear",

@@ -411,6 +411,7 @@ def test_resize_smaller_than_the_crop_is_refused(synthetic, tmp_path):
         Synthetic(str(synthetic), str(tmp_path), 17, image_size=64, resize=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "batch_size"), [("encoder_pretraining", 8), ("cdc_mmpg_session", 3)])
 def test_interrupted_run_ends_with_the_same_weights(method, batch_size, synthetic, tmp_path):
     """Warm-up, the switch to questions, and session draws depend only on seed, epoch and index."""
