@@ -76,7 +76,7 @@ def write_msvd(root: Path, questions_per_clip: int = 4) -> Path:
 # Files that take longest. They start first, so that no process is left alone with one at the end.
 LONG_FILES = tuple(f"test_{name}.py" for name in (
     "house", "launchers", "gpu_check", "browser", "two_processes", "sweep", "plan", "run_folder", "interruptions",
-    "cloud", "wandb", "global_batch", "cache", "export", "datasets", "device", "load", "external", "privacy", "on_device",
+    "cloud", "wandb", "global_batch", "cache", "export", "datasets", "device", "load", "external", "privacy",
 ))  # fmt: skip
 
 

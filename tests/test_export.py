@@ -70,7 +70,7 @@ def test_device_scores_agree_with_torch_for_a_generated_layer(deployed):
 
 def build_method(folder: Path) -> CDCMMPGSession:
     """Return the method that `deployments.write_deployment` exports, built from the same seeds."""
-    encoder = AllInOne(image_size=32, depth=2, vocab_size=len(WORDS), text_length=16)
+    encoder = AllInOne(image_size=32, depth=1, vocab_size=len(WORDS), text_length=16)
     torch.nn.init.normal_(encoder.transformer.temporal_embed, std=0.5)
     method = CDCMMPGSession(encoder, OpenEnded(5), generated="low_rank", size=2)
     torch.nn.init.normal_(method.fda.hyper.weight, std=0.05)
