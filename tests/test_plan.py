@@ -183,6 +183,15 @@ def test_parallel_processes_see_only_their_own_gpu(tmp_path, msvd):
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["6", "7"]
 
 
+@pytest.mark.slow
+def test_wandb_gets_the_console_of_parallel_runs_whose_output_is_a_file(tmp_path, msvd):
+    words = format_variables(msvd, tmp_path / "out", METHOD="linear", SEEDS="2", JOBS="2")
+    assert start_training(words, tmp_path / "log", WANDB_MODE="offline").wait(300) == 0, (tmp_path / "log").read_text()
+    for seed in range(2):
+        (path,) = (tmp_path / "out" / "msvd" / "linear" / f"seed{seed}").glob("wandb/offline-run-*/files/output.log")
+        assert path.read_text().count(f"linear/seed{seed}: ") == 1, path.read_text()
+
+
 def test_steps_that_train_nothing_run_in_order(tmp_path):
     programs = []
     executor = Executor(plan("data", OUT=str(tmp_path)), lambda program, words: programs.append(program) or 0)
@@ -240,8 +249,9 @@ def test_a_run_that_fails_stops_only_what_builds_on_it(tmp_path, msvd):
     assert re.search(r"^\d of 8: linear/seed0 finished with test/accuracy [\d.]+ in \d+ s, about ", log, re.MULTILINE)
     stages = log.partition("seconds by stage:\n")[2]
     assert re.search(
-        r"^ +\d+  \d runs, 2 side by side\n +\d+  table\n +\d+  together; the runs, added up: \d+ training, ", stages
-    )
+        r"^ +\d+  \d runs, 2 side by side\n +\d+  table\n +\d+  together; the runs, added up: \d+ training, ", stages,
+        re.MULTILINE,
+    )  # fmt: skip
     assert "fine_tuning/seed0 failed with exit code 6" in log
     summary = log[log.index("These runs have no results:") :]
     assert "fine_tuning/seed0: exit code 6" in summary

@@ -4,6 +4,7 @@ A failed run stops only the runs that build on it; failures are listed at the en
 process that has already imported Lightning (a fork server), since the import takes 10 seconds or more.
 """
 
+import importlib
 import multiprocessing.connection
 import os
 import shlex
@@ -111,7 +112,7 @@ class Executor:
         others = [step for step in self.steps if not step.folder]
         first = [step for step in others if step.name in needed]
         last = [step for step in others if step not in first and (step.program != "clips" or not self.runs)]
-        with self._timed("check of the settings"):
+        with self._timed("imports and check of the settings"):
             self._check_settings([step for step in waiting.values() if step.trains])
         if waiting:
             exit_on_signals()
@@ -372,8 +373,9 @@ def run_forked(program: str, arguments: list[str], threads: int | None, writer: 
         for descriptor in (1, 2):
             os.dup2(writer.fileno(), descriptor)
         writer.close()
-        for stream in (sys.stdout, sys.stderr):  # not replaced: W&B logs what the streams of its import get
-            stream.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="replace", closefd=False) for n in (1, 2))  # noqa: SIM115
+        if capture := sys.modules.get("wandb.sdk.lib.console_capture"):  # it logs the streams of its import
+            importlib.reload(capture)
     if threads is not None:
         import torch  # noqa: PLC0415  already imported by the fork server
 
