@@ -57,8 +57,9 @@ benchmark: ## measure speed at the paper's size: training, or OF=loading, deploy
 data train tables table report figures predict export release web serve device demo delay sweep workspace checkpoint benchmark: .venv/.ready
 	+@set -- $@ --make; $(CDC)
 
-# Tests often wait for processes and time limits, so three workers suit two processors.
-PYTEST = $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Tests often wait for processes and time limits, so three workers suit two processors. Compiled files are kept: hundreds
+# of processes import the sources.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready ## run all tests but the slow ones: ARGS= for pytest
 	$(PYTEST) -m 'not slow' $(ARGS)
 

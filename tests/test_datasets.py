@@ -103,7 +103,9 @@ TEST_COUNTS = {
 }
 
 
-@pytest.mark.parametrize("dataset", WRITERS)
+@pytest.mark.parametrize(
+    "dataset", [name if name in ("msvd", "tgif") else pytest.param(name, marks=pytest.mark.slow) for name in WRITERS]
+)
 def test_make_data_prepares_the_clips_and_reports_counts(dataset, roots, out, capsys, caplog):
     assert run_prepare(dataset, roots[dataset], out) == 0
     report = json.loads((out / dataset / "data.json").read_text())

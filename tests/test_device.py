@@ -272,6 +272,7 @@ def test_a_damaged_stored_layer_is_not_used(deployed, fake, clips, tmp_path, dam
     assert open_device(deployed, None, state=tmp_path).answer(clips[0], QUESTION).origin == "shared"
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_or_the_new_layer(deployed, fake, clips, tmp_path):
     device = open_device(deployed, fake.url, state=tmp_path)
     receipts = []

@@ -139,6 +139,7 @@ def test_every_file_has_a_digest_and_only_the_owner_reads_the_key(deployed):
     assert (deployed / "choice" / "device" / "basis.bin").exists()
 
 
+@pytest.mark.slow
 def test_exporting_again_keeps_the_key_pair_and_the_versions(deployed, tmp_path):
     folder = Path(shutil.copytree(deployed / "sample", tmp_path / "sample"))
     before = (folder / "cloud" / "signing_key.pem").read_bytes(), read_settings(folder)["public_key"]

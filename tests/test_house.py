@@ -398,6 +398,7 @@ ALIASES = {
 }
 
 
+@pytest.mark.slow
 def test_datasets_go_by_the_names_that_people_type():
     for dataset, names in ALIASES.items():
         for name in names:

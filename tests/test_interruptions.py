@@ -258,6 +258,7 @@ def run_in_process_group(command: list[str]) -> int:
     return main(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_process_group_is_handled_by_the_run(number, code, run, expected, tmp_path):
     command, folder, last = run("fine_tuning")
@@ -370,6 +371,7 @@ def test_stopping_while_decoding_keeps_finished_clips(number, run, fit, tmp_path
     assert not list(frames.glob(".*"))
 
 
+@pytest.mark.slow
 def test_features_are_completed_after_a_kill_and_repaired_after_damage(run, tmp_path):
     command, _, _ = run("linear")
     data = tmp_path / "msvd" / "data"

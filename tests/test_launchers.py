@@ -125,6 +125,7 @@ def test_slurm_tasks_train_one_run_and_resume_it_after_a_requeue(fit, tools, tmp
         assert ours["logged"][-1] == theirs["logged"][-1]
 
 
+@pytest.mark.slow
 def test_independent_slurm_tasks_log_and_request_the_requeue_separately(fit, tools, tmp_path):
     """The second task is stopped while the first runs to its end."""
     commands = [[*fit("linear", "--trainer.devices=1", "--trainer.max_epochs=3", out=tmp_path / str(task)),

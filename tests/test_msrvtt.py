@@ -331,6 +331,7 @@ def test_a_test_clip_that_is_trained_on_is_found(copy_folder):
     assert find_shared_clips(build_small(MSRVTTChoice, root), SPLITS) == {("train", "test"): ["video4"]}
 
 
+@pytest.mark.slow
 def test_a_training_split_of_the_real_size_is_read(tmp_path):
     texts = [[f"{number} {place}" for place in range(20)] for number in range(6513)]
     data = write_captioned_clips(tmp_path, texts, [number % 20 for number in range(6513)])

@@ -54,6 +54,7 @@ def own_run(trained, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_for_one_command_at_a_time(fit, tmp_path):
     """A second command is refused and changes nothing while the first trains; killing the first frees the folder."""
     last = tmp_path / "last.pt"
@@ -129,11 +130,11 @@ def run_with_environment(command: list[str], variables: dict[str, str]) -> int:
     "variables",
     [
         {"RANK": "1"},
-        {"LOCAL_RANK": "1"},
-        {"SLURM_PROCID": "3"},
-        {"NODE_RANK": "2"},
-        {"JSM_NAMESPACE_RANK": "1"},
         {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"},
+        *(
+            pytest.param({name: "1"}, marks=pytest.mark.slow)
+            for name in ("LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "JSM_NAMESPACE_RANK")
+        ),
     ],
     ids=lambda variables: next(iter(variables)),
 )
@@ -270,6 +271,7 @@ def test_a_damaged_file_of_a_run_is_named(name, content, words, own_run, fit, tm
             reopen(own_run)
 
 
+@pytest.mark.slow
 def test_the_warning_about_counted_answers_comes_once(fit, writable_msvd, caplog):
     (writable_msvd / "answer_set.txt").unlink()
     assert main([*fit("linear", root=writable_msvd), "--data.init_args.num_classes=9"]) == 3
@@ -357,6 +359,7 @@ def run_under_nohup(command: list[str]) -> int:
     return main(command)
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_survives_a_closed_terminal(fit, tmp_path):
     last = tmp_path / "last.pt"
     command = [*fit("fine_tuning"), *build_recorder_arguments(last, STEP_SECONDS)]

@@ -346,6 +346,7 @@ def draw_captions() -> CaptionBatch:
     )
 
 
+@pytest.mark.slow
 def test_pretraining_memorizes_captions_and_questions():
     batch = draw_captions()._replace(text_ids=draw_captions().caption_ids, text_mask=draw_captions().caption_mask)
     method = train(EncoderPretraining(build_encoder(), OpenEnded(5), caption_epochs=60, learning_rate=2e-3), batch, 160)

@@ -265,6 +265,7 @@ def test_unreadable_sweep_files_are_refused(folder, capfd):
         assert f"{name}.yaml" in err
 
 
+@pytest.mark.slow
 def test_the_provided_sweep_runs_make_and_parses(tmp_path):
     """The commands of `make -n` for every combination parse against the real signatures."""
     spec = sweep.read_sweep(Path("experiments/sweep.yaml"))

@@ -53,6 +53,7 @@ def annotations() -> dict[str, list[dict[str, object]]]:
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()}
 
 
+@pytest.mark.slow
 def test_the_full_dataset_has_the_counts_of_its_data_sheet(annotations):
     questions = {name: len(rows) for name, rows in annotations.items() if name.endswith("_qa.json")}
     assert questions == {
