@@ -399,6 +399,7 @@ def test_impossible_settings_are_refused_with_the_reason(
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(roots, tmp_path, phase_one):
     """One pair of each task, trained and tested over gloo: 23, 7 and 5 test samples, clips with 2 to 6 captions."""
     uneven = {}

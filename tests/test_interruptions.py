@@ -230,6 +230,7 @@ def test_a_finished_run_is_not_reused_for_other_data(run, msvd, writable_msvd, t
     assert "data.init_args.root: " in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_phase_two_is_refused_after_phase_one_changed(run, phase_one, tmp_path):
     """It is refused when resuming, and after the run has finished."""
     adr = tmp_path / "adr.safetensors"

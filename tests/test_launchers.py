@@ -146,6 +146,7 @@ def test_independent_slurm_tasks_log_and_request_the_requeue_separately(fit, too
         assert "test/accuracy" in "".join(path.read_text() for path in folder.glob("logs/*/metrics.csv"))
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_requests_the_requeue_and_exits(fit, tools, tmp_path):
     environment = task_variables(0, 1, find_lasting_port(), tools) | {
         "SLURM_ARRAY_JOB_ID": "4700",

@@ -305,6 +305,7 @@ def test_the_provided_sweep_runs_make_and_parses(tmp_path):
 # With a server
 
 
+@pytest.mark.slow
 def test_server_receives_every_run_of_a_command_with_its_results(fit, tmp_path):
     with serve() as server:
         overfitting = fit("linear", "--trainer.max_epochs=6", "--model.init_args.learning_rate=0.01")

@@ -72,6 +72,7 @@ def test_the_full_dataset_has_the_counts_of_its_data_sheet(annotations):
         assert abs(type_counts[kind] / 2304 - expected_share) < 0.06, (kind, type_counts)
 
 
+@pytest.mark.slow
 def test_annotations_of_the_full_dataset_are_identical_on_every_machine(annotations):
     text = json.dumps(annotations, sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d3b1897606a3f17a"

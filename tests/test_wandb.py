@@ -171,6 +171,7 @@ def record_other_commands(root: Path, bundles: Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_other_commands_are_runs_of_the_same_project(offline, deployed, tmp_path):
     bundles, log = tmp_path / "deployment", offline.parent / "log_others"
     shutil.copytree(deployed / "sample", bundles)
