@@ -134,3 +134,4 @@ def write_predictions(items: Sequence[Mapping[str, str]], args: Any = None) -> N
     name = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(named))[:150].strip("-.") or "model"
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("id", "answer"), *((item["id"], item["answer"]) for item in items)])
+    print(f"PREDICTIONS={file.name}")
