@@ -77,9 +77,8 @@ class Content(NamedTuple):
 
         W&B recognises an artifact by its content: the same files are the same version, whichever run logs them.
         """
-        from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry  # noqa: PLC0415
-
         import wandb  # noqa: PLC0415  takes seconds
+        from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry  # noqa: PLC0415
 
         artifact = wandb.Artifact(self.name, self.type, metadata={"sha256": self.hash_parts()})
         for name, path in self.files.items():
