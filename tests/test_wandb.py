@@ -142,8 +142,8 @@ def test_wandb_sync_uploads_an_offline_run(offline):
     with serve() as server:
         environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
         environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
-        done = subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], env=environment, check=False, cwd=folder,
-                              capture_output=True, text=True, timeout=200)  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], env=environment, check=False,
+                              cwd=folder, capture_output=True, text=True, timeout=200)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(server.begun) == [(folder.parent / "id").read_text()]
     assert server.list_artifacts("model") == ["msvd-fine_tuning-seed0-checkpoint"]
