@@ -63,6 +63,7 @@ TRAINING_VARIABLES = (*RUN_VARIABLES, "SEEDS", "ENCODER_SEED", "CHECKPOINT", "VO
                       "LAUNCH", "PRECISION", "MATMUL", "COMPILE", "FRAME_CACHE", "EPOCHS", "ARGS",
                       "ARGS_<method>")  # fmt: skip
 QUESTION_VARIABLES = ("VIDEO", "QUESTION", "CHOICES")
+SERVICE_VARIABLES = ("WEB", "HOST", "PORT", "WORKERS", "KEYS", "CERTIFICATE", "CERTIFICATE_KEY")
 # Variables that each command reads.
 COMMAND_VARIABLES = {
     "train": TRAINING_VARIABLES,
@@ -75,18 +76,7 @@ COMMAND_VARIABLES = {
     "predict": (*RUN_VARIABLES, "RELEASE", *QUESTION_VARIABLES, "SESSION", "VOCAB"),
     "export": (*RUN_VARIABLES, "RELEASE", "ARGS"),
     "web": (),
-    "serve": (
-        *RUN_VARIABLES,
-        "RELEASE",
-        "WEB",
-        "HOST",
-        "PORT",
-        "WORKERS",
-        "KEYS",
-        "CERTIFICATE",
-        "CERTIFICATE_KEY",
-        "ARGS",
-    ),
+    "serve": (*RUN_VARIABLES, "RELEASE", *SERVICE_VARIABLES, "ARGS"),
     "device": (*RUN_VARIABLES, "RELEASE", *QUESTION_VARIABLES, "CLOUD", "HOST", "PORT", "INT8", "ARGS"),
     "demo": (*TRAINING_VARIABLES, "DEMO", "PORT"),
     "delay": (*PLACE_VARIABLES, "ARGS"),

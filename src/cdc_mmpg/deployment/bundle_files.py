@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cdc_mmpg.deployment.opened_release import BUNDLE_CONTENT
+from cdc_mmpg.device.page import DEVICE_FOLDERS
 from cdc_mmpg.files import atomic_write, hash_json
 from cdc_mmpg.results import write_json
 from cdc_mmpg.training.wandb_record import Content, name_artifact
@@ -37,6 +38,7 @@ def count_folder_bytes(folder: Path) -> int:
 def describe_bundles(run: Path, out: Path) -> Content:
     """Return the artifact with the bundles of an export, without the cloud's signing key, which must stay secret."""
     dataset, method, seed = run.absolute().parts[-3:]
-    paths = {path.relative_to(out).as_posix(): path for path in sorted(out.glob("*/*"))}
-    files = {name: path for name, path in paths.items() if BUNDLE_CONTENT.fullmatch(name) and name[:5] != "demo/"}
+    folders = (*DEVICE_FOLDERS.values(), "cloud")
+    paths = {f"{name}/{path.name}": path for name in folders for path in sorted((out / name).glob("*"))}
+    files = {name: path for name, path in paths.items() if BUNDLE_CONTENT.fullmatch(name)}
     return Content(name_artifact(dataset, method, seed, "bundles"), "bundle", files)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
@@ -30,6 +30,7 @@ DEFAULT_ROOT = "checkpoints"  # folder of the runs in a default checkout
 BLOCK = 1 << 20  # bytes read at once
 TIMEOUT_SECONDS = 60  # of a server that does not answer
 MAX_MANIFEST_BYTES = 16_000_000
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # what an address begins with
 PINNED_ADDRESS = re.compile(r"(?P<address>https?://[^#]+)(#sha256=(?P<digest>[0-9a-f]{64}))?", re.IGNORECASE)
 # Files of a release: nothing else is packed or unpacked.
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
@@ -37,15 +38,15 @@ BUNDLE_CONTENT = re.compile(
     r"cloud/(cloud\.json|generator\.safetensors)|demo/(session\.json|[\w-]+\.mp4)|"
     r"device(-int8)?/((bundle|tokenizer|answers)\.json|(encoder|head)\.onnx|(shared|basis)\.bin)"
 )
-RUN_CONTENT = re.compile(
+RUN_CONTENT = (
     r"results\.json|config\.yaml|inputs\.json|best\.ckpt|(adr|encoder|reading)\.safetensors|predictions\.test\.csv|"
     rf"(answers|vocab)\.txt|CARD\.md|deployment/(export\.json|{BUNDLE_CONTENT.pattern})"
 )
 CONTENT = re.compile(
-    rf"worlds\.md|{NAME}/(tables?\.md|report\.(html|json))|{NAME}/{NAME}/seed\d+/({RUN_CONTENT.pattern})", re.ASCII
+    rf"worlds\.md|{NAME}/(tables?\.md|report\.(html|json))|{NAME}/{NAME}/seed\d+/({RUN_CONTENT})", re.ASCII
 )
 LEFTOVER_SECONDS = 86_400  # after which the folder of a killed unpacking is deleted
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def is_release(place: str) -> bool:
@@ -53,7 +54,7 @@ def is_release(place: str) -> bool:
     if not place:
         return False
     path = Path(expand_home(place))
-    if re.match("https?://", place, re.IGNORECASE) or (path / MANIFEST).is_file():
+    if ADDRESS.match(place) or (path / MANIFEST).is_file():
         return True
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         return MANIFEST in archive.namelist()
@@ -75,7 +76,7 @@ def open_release(place: str, cache: Path) -> Path:
         CheckpointError: the release is damaged, or of another version.
         CDCError: the folder cannot be written.
     """
-    fetched = re.match("https?://", place, re.IGNORECASE)
+    fetched = ADDRESS.match(place)
     source = _download(place, cache) if fetched else Path(expand_home(place))
     try:
         with _reading(source, place) as read:
@@ -164,7 +165,7 @@ def _reading(source: Path, place: str) -> Iterator[Callable[[str], Any]]:
     damaged = f"{place}: damaged or incomplete, fetch the release again"
     try:
         if source.is_dir():
-            yield lambda name: (source / PurePosixPath(name)).open("rb")
+            yield lambda name: (source / name).open("rb")
             return
         with zipfile.ZipFile(source) as archive:
             yield archive.open
