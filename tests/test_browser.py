@@ -113,8 +113,12 @@ def test_the_demo_opens_a_page_and_ends_its_service(context, export, synthetic, 
     shutil.copytree(export, run / "deployment")
     (run / "deployment" / "export.json").write_text("{}")
     owners = json.loads((synthetic / "devices.json").read_text())
-    rows = [f"{name},{row['device']},unseen,what is it?,red" for name, row in owners.items() if row["role"] == "test"]
-    (run / "predictions.test.csv").write_text("\n".join(["clip,device,group,question,answer", *rows]) + "\n")
+    rows = [
+        f"{name},{row['device']},unseen,,what is it?,red,red,r" for name, row in owners.items() if row["role"] == "test"
+    ]
+    (run / "predictions.test.csv").write_text(
+        "\n".join(["clip,device,group,type,question,answer,n16,right", *rows]) + "\n"
+    )
     device = next(row["device"] for row in owners.values() if row["role"] == "test")
     command = [sys.executable, "-m", "cdc_mmpg", "demo", str(run), "--data", str(synthetic), "--device", device]
     environment = {**os.environ, "BROWSER": "true", "OMP_NUM_THREADS": "1"}

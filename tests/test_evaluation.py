@@ -12,8 +12,9 @@ import torch
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
 from cdc_mmpg.data.interface import SampleOrigin
+from cdc_mmpg.evaluation.answers import MARKS_COLUMN
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
-from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, compute_ranks, compute_recalls, rank_all
+from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, compute_ranks, compute_recalls, rank_all
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -80,9 +81,9 @@ def test_open_ended_questions_get_accuracies_floors_and_a_table(tmp_path):
     }
     assert values("floors", "majority_per_type", "test") == values("floors", "majority", "test")
     table = read_rows(tmp_path / "table.csv")
-    assert list(table[0]) == [*SampleOrigin._fields, "own", "other", "some", RIGHT]
+    assert list(table[0]) == [*SampleOrigin._fields, "own", "other", "some", MARKS_COLUMN]
     assert [row["some"] for row in table] == ["", f"test 1: {UNKNOWN_ANSWER}", "", f"test 3: {UNKNOWN_ANSWER}"]
-    assert [row[RIGHT] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, one letter per case
+    assert [row[MARKS_COLUMN] for row in table] == ["rw.", "wrw", "ww.", "rwr"]  # by label, one letter per case
     assert [row["clip"] for row in table] == ["test0", "test1", "test2", "test3"]
     assert [row["question"] for row in table] == ["color, no?", "size, no?", "size, no?", "shape, no?"]
     assert table[3]["own"] == f"test 3: {UNKNOWN_ANSWER}"

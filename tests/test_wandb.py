@@ -13,6 +13,7 @@ import pytest
 
 from cdc_mmpg.benchmarks import delay
 from cdc_mmpg.deployment import demo, export
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.files import hash_file
 from cdc_mmpg.report import workspace
 from cdc_mmpg.training import wandb_record
@@ -207,11 +208,14 @@ def test_marks_become_numbers_by_case(tmp_path):
     path = tmp_path / "predictions.test.csv"
     path.write_text("clip,device,group,type,question,answer,n16,n0,right\na,d,unseen,what,q?,red,red,,r.\n"
                     "b,d,seen,who,q?,man,red,man,wr\n")  # fmt: skip
-    columns, rows = wandb_record.read_predictions(path)
+    columns, rows = wandb_record.list_answers(read_answers(path))
     assert columns[6:] == ["n16", "n0", "n16 is right", "n0 is right"]
     assert [row[6:] for row in rows] == [["red", "", 1, None], ["red", "man", 0, 1]]
     path.write_text("direction,clip,caption,own\nVR,a,,3\n")
-    assert wandb_record.read_predictions(path) == (["direction", "clip", "caption", "own"], [["VR", "a", "", 3]])
+    assert wandb_record.list_answers(read_answers(path)) == (
+        ["direction", "clip", "caption", "own"],
+        [["VR", "a", "", 3]],
+    )
 
 
 def test_a_workspace_is_online_only(monkeypatch, capsys):

@@ -11,7 +11,6 @@ complete answer of the device client by stage, for every exported run of the dat
 """
 
 import argparse
-import csv
 import logging
 import platform
 import secrets
@@ -51,6 +50,7 @@ from cdc_mmpg.benchmarks.links import (
 from cdc_mmpg.deployment.cloud_bundle import write_cloud_bundle
 from cdc_mmpg.deployment.local import LocalService
 from cdc_mmpg.errors import CDCError, ConfigError
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.models.adr import ADR
 from cdc_mmpg.models.device_axes import DeviceAxes
@@ -335,13 +335,13 @@ def find_exported_devices(folder: Path) -> list[ExportedDevice]:
     for report in sorted(folder.glob("*/seed*/deployment/export.json")):
         run = report.parents[1]
         try:
-            with (run / PREDICTIONS).open(newline="", encoding="utf-8") as file:
-                row = next(csv.DictReader(file))
-            clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{row['clip']}.*"))
-        except (OSError, ValueError, StopIteration, KeyError, csv.Error):
+            asked = read_answers(run / PREDICTIONS).asked
+            clip = next(path for path in folder.glob(f"data/clips/YouTubeClips/{asked['clip'][0]}.*"))
+            question = asked["question"][0]
+        except (OSError, ValueError, StopIteration, KeyError):
             continue
         for name in ("device", "device-int8"):
-            devices.append(ExportedDevice(f"{run.parent.name}/{name}", report.parent / name, clip, row["question"]))
+            devices.append(ExportedDevice(f"{run.parent.name}/{name}", report.parent / name, clip, question))
     return devices
 
 

@@ -250,7 +250,9 @@ def _plan_world(request: Request) -> Plan:
     if request.pretrains and not request["SEEDS"]:  # first, since it uses all processors
         source = request.encoder_seed(request.seed)
         plan.add_run(RunName(PRETRAINING, source, source, find_pretraining_variant(request.method.partition(".")[2])))
-    for name, seed in [(name, seed) for name in request.methods for seed in request.seeds]:
+    # Controls first, with the runs that they evaluate: the two take longest, and none is then left alone at the end.
+    methods = sorted(request.methods, key=lambda name: BY_NAME[name.partition(".")[0]].program == "fit")
+    for name, seed in [(name, seed) for name in methods for seed in request.seeds]:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
     if any(BY_NAME[name.partition(".")[0]].label and BY_NAME[name.partition(".")[0]].program == "fit"
            for name in request.methods):  # fmt: skip
@@ -323,6 +325,8 @@ def plan_table(request: Request) -> Plan:
         given = [f"--predictions={file}" for file in files]
         arguments = (request.root, *given, f"--seed_everything={request.seed}", *plan.list_dataset_arguments())
         plan.add(Step("score", "score", arguments, tuple(clips)))
+    elif unread := [name for name in ("SEED", "VOCAB", "ARGS") if request.given.get(name)]:
+        raise ConfigError(f"{unread[0]}={request[unread[0]]}: `table` reads it only with PREDICTIONS=: leave it out")
     plan.add(Step("table", "table", (request.root,), tuple(plan.steps)))
     return plan
 

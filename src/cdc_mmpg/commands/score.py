@@ -5,7 +5,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +67,18 @@ def score_files(folder: Path, files: Sequence[Path], dataset: Sequence[str], arg
         )
     data.prepare_data()
     data.setup("test")
-    seed, summary = experiment.settings["seed_everything"], data.summary()
+    summary = data.summary()
     for file, answers in zip(files, predictions, strict=True):
-        run = folder / file.stem / f"seed{seed}"
+        run = folder / file.stem / f"seed{experiment.settings['seed_everything']}"
         scores = score_predictions(data, answers, run / PREDICTIONS)
         unanswered = scores.pop("unanswered")
         results = {
-            "dataset": folder.absolute().name,
-            "method": file.stem,
-            "seed": seed,
-            "task": data.task,
-            "protocol": data.protocol,
-            "splits": data.notes,
-            "published": data.published(),
-            "domains": data.domains and {"kind": data.domains, "held_out": data.held_out},
+            **experiment.describe(run, arguments),
+            **describe_provenance(),
             "predictions": {"file": file.name, "sha256": hash_file(file), "unanswered": unanswered},
             "questions": {split: row["questions"] for split, row in summary.items()},
             "data": summary,
             **scores,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "arguments": list(arguments),
-            **describe_provenance(),
         }
         write_json(results, run / RESULTS)
         record = start_record(run, Subject.of_run(run, "control"), {"predictions": results["predictions"]})

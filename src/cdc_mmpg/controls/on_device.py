@@ -41,9 +41,8 @@ from cdc_mmpg.data.interface import DeviceLabels, LabelsDevices, SampleOrigin
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.evaluation.evaluate import evaluate_outcomes
 from cdc_mmpg.methods.fine_tuning import FineTuning
-from cdc_mmpg.results import PREDICTIONS, RESULTS, write_json
+from cdc_mmpg.results import PREDICTIONS, RESULTS, describe_provenance, write_json
 from cdc_mmpg.training.reopen import (
-    describe_evaluation,
     identify_run,
     is_done,
     load_finished_results,
@@ -132,7 +131,10 @@ def evaluate_fine_tuned(
     summary, parameters = data.summary(), model.parameter_counts()
     trained = max(recipe["trained"] for recipe in comparison.recipe.values())
     written = {
-        **describe_evaluation(folder, experiment, source, arguments),
+        **experiment.describe(folder, arguments),
+        **describe_provenance(),
+        "made_of": source,
+        "devices": "1 x cpu",
         "metrics": {"test/accuracy": model.head.evaluate(outcomes)["accuracy"]},
         "classes": model.head.outputs,
         "questions": {split: row["questions"] for split, row in summary.items()},

@@ -33,9 +33,8 @@ from threadpoolctl import threadpool_limits
 from cdc_mmpg.data.interface import Content, DescribesClips
 from cdc_mmpg.errors import ConfigError, DataError
 from cdc_mmpg.methods.answering import Answering
-from cdc_mmpg.results import RESULTS, write_json
+from cdc_mmpg.results import RESULTS, describe_provenance, write_json
 from cdc_mmpg.training.reopen import (
-    describe_evaluation,
     identify_run,
     is_done,
     load_finished_results,
@@ -111,7 +110,10 @@ def evaluate(run: Path, arguments: Sequence[str] = ()) -> None:
     with threadpool_limits(1):  # the matrices are too small to benefit from threads
         probes = probe_all(anchors, sessions.pools, sessions.casts, shown, data.seed)
     written = {
-        **describe_evaluation(folder, experiment, source, arguments),
+        **experiment.describe(folder, arguments),
+        **describe_provenance(),
+        "made_of": source,
+        "devices": "1 x cpu",
         "floats": int(anchors.shape[-1]),
         "clips": len(shown),
         "probes": probes,

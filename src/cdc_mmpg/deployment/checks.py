@@ -1,6 +1,5 @@
 """Checks of exported bundles: scores against torch's, and accuracy on the run's test questions."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdc_mmpg.data.batch import UNKNOWN_LABEL, VideoTextBatch
-from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
+from cdc_mmpg.data.batch import VideoTextBatch
+from cdc_mmpg.data.interface import VideoTextData
 from cdc_mmpg.deployment.bundle_files import GENERATOR
 from cdc_mmpg.deployment.source import Source
 from cdc_mmpg.device.model import DeviceModel, Features
 from cdc_mmpg.device.page import DEVICE_FOLDERS, PAGE, are_installed
 from cdc_mmpg.errors import CheckpointError
-from cdc_mmpg.evaluation.metrics import RIGHT
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.models.generator import Generator
 from cdc_mmpg.progress import track
 from cdc_mmpg.results import PREDICTIONS
@@ -81,16 +80,11 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     drawn = sorted(np.random.default_rng(data.seed).permutation(len(labels))[:MAX_TEST_QUESTIONS].tolist())
     predictions = run / PREDICTIONS
     try:
-        with predictions.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        given = [row[len(SampleOrigin._fields)] for row in rows]
-        if len(rows) != len(labels):
-            raise ValueError(f"{len(rows)} questions, but the dataset has {len(labels)}")
-        by_label = header[-1] == RIGHT
-        answers = [data.word("test", i, labels[i]) if labels[i] != UNKNOWN_LABEL else "" for i in range(len(labels))]
-        # Correctness by label; tables of earlier versions have only words.
-        right = [row[-1][0] == "r" if by_label else given[i] == answers[i] for i, row in enumerate(rows)]
-    except (OSError, ValueError, IndexError, csv.Error) as error:
+        table = read_answers(predictions)
+        given, right = (next(iter(columns.values())) for columns in (table.given, table.right))  # of the first case
+        if len(given) != len(labels):
+            raise ValueError(f"{len(given)} questions, but the dataset has {len(labels)}")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{predictions}: not a valid table of test answers ({error}): train again") from error
 
     generator = Generator.load(out / "cloud" / GENERATOR)

@@ -1,7 +1,6 @@
 """Demo: the session of a device unseen in training, played in the browser or question by question in the terminal."""
 
 import argparse
-import csv
 import json
 import random
 import shutil
@@ -22,6 +21,7 @@ from cdc_mmpg.deployment.local import LocalService
 from cdc_mmpg.device import Device
 from cdc_mmpg.device.page import DEMO_FILE, DEMO_FOLDER, DEVICE_FOLDERS, install
 from cdc_mmpg.errors import CheckpointError, DataError
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.files import atomic_write
 from cdc_mmpg.program import Stopped, exit_on_signals, run_to_exit_code
 from cdc_mmpg.results import PREDICTIONS, write_json
@@ -160,10 +160,10 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
         DataError: the clips are missing, or the device is not an unseen one.
     """
     try:
-        with (run / PREDICTIONS).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        asked = read_answers(run / PREDICTIONS).asked
+        rows = list(zip(*(asked[name] for name in ("clip", "device", "group", "question", "answer")), strict=True))
         clips = json.loads((data / "devices.json").read_text(encoding="utf-8"))
-        unseen = sorted({row["device"] for row in rows if row["group"] == "unseen"})
+        unseen = sorted({owner for _, owner, group, *_ in rows if group == "unseen"})
         if not unseen:
             raise ValueError("it has no device unseen in training")
         if device is None:
@@ -171,10 +171,10 @@ def read_session(run: Path, data: Path, device: str | None, seed: int) -> Record
         elif device not in unseen:
             raise DataError(f"{device!r} is not an unseen device: choose from {', '.join(unseen)}")
         unlabelled = [name for name, row in clips.items() if row["device"] == device and row["role"] == "history"]
-        asked = [Step(f"{row['clip']}.mp4", row["question"], row["answer"]) for row in rows if row["device"] == device]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        steps = [Step(f"{clip}.mp4", question, answer) for clip, owner, _, question, answer in rows if owner == device]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{data}: not the synthetic dataset on which {run} was tested ({error})") from error
-    return RecordedSession(device, list(interleave(unlabelled, asked)))
+    return RecordedSession(device, list(interleave(unlabelled, steps)))
 
 
 def interleave(unlabelled: Sequence[str], asked: Sequence[Step]) -> Iterator[Step]:

@@ -1,8 +1,7 @@
 """Evaluation of a test by task: metrics with intervals for results.json, and a table of all answers."""
 
-import csv
-from collections.abc import Iterable, Sequence
-from io import StringIO
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from cdc_mmpg.data.batch import UNKNOWN_ANSWER, UNKNOWN_LABEL
 from cdc_mmpg.data.interface import SampleOrigin, VideoTextData
-from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, RIGHT, Outcomes, compute_accuracies, guess_answers, rank_all
-from cdc_mmpg.files import atomic_write
+from cdc_mmpg.evaluation.answers import QUESTION_COLUMNS, AnswersTable, write_answers
+from cdc_mmpg.evaluation.metrics import CAPTIONS, RECALLS, Outcomes, compute_accuracies, guess_answers, rank_all
 
 
 def evaluate_outcomes(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
@@ -31,53 +30,50 @@ def evaluate_outcomes(data: VideoTextData, outcomes: Outcomes, table: Path) -> d
 
 
 def _evaluate_answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> dict[str, Any]:
-    """Evaluate tasks with predictions and labels; a case that answers a part of the questions is rated on these."""
+    """Evaluate tasks with predictions and labels; an answer is right if the labels are equal."""
     origins = data.origins("test")
-    clips, devices, groups, types, *_ = (list(column) for column in zip(*origins, strict=True))
-    correct: dict[str, ArrayLike] = {
-        case: rows[:, 0] == rows[:, 1] for case, (where, rows) in outcomes.items() if len(where) == len(origins)
-    }
-    floors = _score_floors(data, origins)
-    accuracy = compute_accuracies(correct | floors, clips, devices, groups, types)
-    given = [[""] * len(origins) for _ in outcomes]
-    marks = [["."] * len(origins) for _ in outcomes]
-    for case_words, case_marks, (case, (where, rows)) in zip(given, marks, outcomes.items(), strict=True):
+    given = {case: [""] * len(origins) for case in outcomes}
+    right: dict[str, list[bool | None]] = {case: [None] * len(origins) for case in outcomes}
+    for case, (where, rows) in outcomes.items():
         for i, (label, true) in zip(where.tolist(), rows[:, :2].astype(int).tolist(), strict=True):
-            case_words[i] = data.word("test", i, label)
-            case_marks[i] = "r" if label == true else "w"
-        if case not in correct:
-            parts = [[column[i] for i in where.tolist()] for column in (clips, devices, groups, types)]
-            accuracy |= compute_accuracies({case: rows[:, 0] == rows[:, 1]}, parts[0], parts[1], parts[2], parts[3])
-    right = map("".join, zip(*marks, strict=True))
-    lines = ([*origin, *columns] for origin, *columns in zip(origins, *given, right, strict=True))
-    _write_table(table, [*SampleOrigin._fields, *outcomes, RIGHT], lines)
-    return {
-        "accuracy": {case: accuracy[case] for case in outcomes},
-        "floors": {name: accuracy[name] for name in floors},
-        **_measure_by_group(outcomes, np.array(devices), np.array(groups)),
-    }
+            given[case][i], right[case][i] = data.word("test", i, label), label == true
+    devices, groups = (np.array([origin[place] for origin in origins]) for place in (1, 2))
+    return {**rate_answers(data, given, right, table), **_measure_by_group(outcomes, devices, groups)}
 
 
-def evaluate_words(
-    data: VideoTextData, case: str, words: Sequence[str], correct: Sequence[bool], table: Path
+def rate_answers(
+    data: VideoTextData,
+    given: Mapping[str, Sequence[str]],
+    right: Mapping[str, Sequence[bool | None]],
+    table: Path,
 ) -> dict[str, Any]:
-    """Return accuracy and floors of one case as `evaluate_outcomes` does, and write its answers to `table` (CSV).
+    """Return accuracy and floors as `evaluate_outcomes` does, and write the answers to `table` (CSV).
+
+    A case that answers a part of the questions is rated on these.
 
     Args:
         data: dataset of questions.
-        case: name of the case.
-        words: (N,) answer to each test question.
-        correct: (N,) whether each answer is right.
+        given: by case, (N,) answer to each test question.
+        right: by case, (N,) whether each answer is right; None for a question that was not asked.
         table: file to write.
     """
     origins = data.origins("test")
-    clips, devices, groups, types, *_ = (list(column) for column in zip(*origins, strict=True))
+    asked = dict(zip(QUESTION_COLUMNS, zip(*origins, strict=True), strict=True))
+    clips, devices, groups, types = (asked[name] for name in ("clip", "device", "group", "type"))
     floors = _score_floors(data, origins)
-    accuracy = compute_accuracies({case: correct} | floors, clips, devices, groups, types)
-    rows = zip(origins, words, correct, strict=True)
-    lines = ([*origin, word, "r" if right else "w"] for origin, word, right in rows)
-    _write_table(table, [*SampleOrigin._fields, case, RIGHT], lines)
-    return {"accuracy": {case: accuracy[case]}, "floors": {name: accuracy[name] for name in floors}}
+    complete: dict[str, ArrayLike] = {case: np.array(marks, bool) for case, marks in right.items() if None not in marks}
+    accuracy = compute_accuracies(complete | floors, clips, devices, groups, types)
+    for case, marks in right.items():
+        if case not in complete:
+            where = [i for i, mark in enumerate(marks) if mark is not None]
+            parts = [[column[i] for i in where] for column in (clips, devices, groups, types)]
+            rated = np.array([marks[i] for i in where], bool)
+            accuracy |= compute_accuracies({case: rated}, parts[0], parts[1], parts[2], parts[3])
+    write_answers(AnswersTable(asked, given, right), table)
+    return {
+        "accuracy": {case: accuracy[case] for case in right},
+        "floors": {name: accuracy[name] for name in floors},
+    }
 
 
 def _score_floors(data: VideoTextData, origins: Sequence[SampleOrigin]) -> dict[str, ArrayLike]:
@@ -144,12 +140,16 @@ def _evaluate_retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) ->
         case: {group: {kind: cells[kind] for kind in kinds if kind in cells} for group, cells in groups_of.items()}
         for case, groups_of in accuracy.items()
     }
-    rows = [("VR", name, "", *(int(both[0][i]) for both in ranks.values())) for i, name in enumerate(names)]
-    seen: dict[int, int] = {}
-    for i, owner in enumerate(owners):
-        place = seen[owner] = seen.get(owner, -1) + 1
-        rows.append(("TR", names[owner], data.texts("test", owner)[place], *(int(b[1][i]) for b in ranks.values())))
-    _write_table(table, ["direction", "clip", "caption", *ranks], rows)
+    texts, seen = [], Counter[int]()
+    for owner in owners:
+        texts.append(data.texts("test", owner)[seen[owner]])
+        seen[owner] += 1
+    asked = {
+        "direction": [way for way, clips_of in queries.items() for _ in clips_of],
+        "clip": [clip for clips_of in queries.values() for clip in clips_of],
+        "caption": [""] * len(names) + texts,
+    }
+    write_answers(AnswersTable(asked, {case: np.concatenate(both).tolist() for case, both in ranks.items()}, {}), table)
     medians = {
         case: {way: float(np.median(places)) for way, places in zip(queries, both, strict=True)}
         for case, both in ranks.items()
@@ -159,10 +159,3 @@ def _evaluate_retrieval(data: VideoTextData, outcomes: Outcomes, table: Path) ->
         "floors": {"chance": kept["chance"]},
         "median_rank": medians,
     }
-
-
-def _write_table(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    text = StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())

@@ -17,7 +17,6 @@ CHUNK_DRAWS = 100  # bootstrap draws held in memory at once
 
 CAPTIONS = "captions"  # key of the captions' embeddings in outcomes; the other keys are cases with embeddings of clips
 RECALLS = (1, 5, 10)  # K of recall@K
-RIGHT = "right"  # last column of the answers table, one letter per case: "r" right, "w" wrong, "." not asked
 MAX_SCORES = 30_000_000  # similarities held in memory at once: 120 MB
 TIE = 1e-6  # tolerance for equal similarities of unit vectors, from float32 precision
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cdc_mmpg.data.interface import VideoTextData
 from cdc_mmpg.errors import DataError
-from cdc_mmpg.evaluation.evaluate import evaluate_words
+from cdc_mmpg.evaluation.evaluate import rate_answers
 
 COLUMNS = ("id", "answer")  # of a predictions file; others are ignored
 CASE = "predicted"  # case of the run's test
@@ -122,7 +122,7 @@ def score_predictions(data: VideoTextData, predictions: dict[str, Prediction], t
             is_right = normalize_answer(answer) == normalize_answer(options[labels[place]])
         words.append(answer)
         correct.append(is_right)
-    return {**evaluate_words(data, CASE, words, correct, table), "unanswered": unanswered}
+    return {**rate_answers(data, {CASE: words}, {CASE: correct}, table), "unanswered": unanswered}
 
 
 def _choose_option(prediction: Prediction, options: Sequence[str]) -> int:

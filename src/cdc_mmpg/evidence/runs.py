@@ -1,6 +1,5 @@
 """Finished runs: their results, and their answers in the test."""
 
-import csv
 import logging
 import os
 from collections import Counter
@@ -13,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdc_mmpg.catalogue import METHOD_LABELS
-from cdc_mmpg.evaluation.metrics import RECALLS, RIGHT
+from cdc_mmpg.evaluation.answers import AnswersTable, read_answers
+from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.results import PREDICTIONS, RESULTS, find_results, read_results
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 
-QUESTION_COLUMNS = ["clip", "device", "group", "type", "question", "answer"]  # the first columns of PREDICTIONS
 ALL_GROUPS, ALL_TYPES = "test", "all"  # group and type that hold every question
 
 
@@ -86,66 +85,43 @@ class Run:
         """Answers of the run; None if the file is missing or, with a warning, unusable."""
         path = self.path / PREDICTIONS
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
-            if not rows or any(len(row) != len(header) for row in rows):
-                raise ValueError("it has no rows, or rows of different lengths")
-            return _read_ranks(header, rows) if header[0] == "direction" else self._read_answers(header, rows)
+            table = read_answers(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, IndexError, csv.Error) as error:
+        except (OSError, ValueError) as error:
             logger.warning(
                 "%s: cannot be used (%s), so its answers are left out: restore the file or its permissions, or delete "
                 "the folder and train anew",
                 path, error,
             )  # fmt: skip
             return None
-
-    def _read_answers(self, header: list[str], rows: list[list[str]]) -> RunAnswers:
-        """Read answers to questions, which are right or wrong by label, as in the results.
-
-        Raises:
-            ValueError: the table has unexpected columns, or it is from a version without labels and its shares of
-                right words differ from the results' shares of right labels.
-        """
-        start, words = len(QUESTION_COLUMNS), range(len(QUESTION_COLUMNS), len(header))
-        if header[:start] != QUESTION_COLUMNS:
-            raise ValueError(f"unexpected columns: {', '.join(header[:start])}")
-        if header[-1] == RIGHT:
-            mark_values = {"r": 1.0, "w": 0.0, ".": np.nan}
-            if any(len(row[-1]) != len(words) - 1 or not set(row[-1]) <= mark_values.keys() for row in rows):
-                raise ValueError(f"column {RIGHT!r} does not fit the other columns")
-            marks = np.array([[mark_values[letter] for letter in row[-1]] for row in rows]).reshape(len(rows), -1)
-            correct = {case: marks[:, place] for place, case in enumerate(header[start:-1])}
-        else:
-            correct = {
-                header[i]: np.array([np.nan if row[i] == "" else float(row[i] == row[start - 1]) for row in rows])
-                for i in words
-            }
-            for case, values in correct.items():
-                share = self.find("accuracy", case, ALL_GROUPS, ALL_TYPES, "value")
-                if share is not None and abs(np.nanmean(values) - share) > 0.5 / len(rows):
-                    raise ValueError(f"right words and right labels differ in {case}: it is from an earlier version")
-        clips, devices, groups = ([row[place] for row in rows] for place in range(3))
-        # The key leaves out the group: whether a device is seen depends on the run.
-        keys = _number_repeats(row[:2] + row[3:start] for row in rows)
-        return RunAnswers(keys, clips, devices, groups, correct, [])
+        return _take_answers(table) if table.right else _take_ranks(table)
 
 
-def _read_ranks(header: list[str], rows: list[list[str]]) -> RunAnswers:
-    """Read the ranks of retrieval as answers of clips and captions.
+def _take_answers(table: AnswersTable) -> RunAnswers:
+    """Take the answers to questions, which are right or wrong by label, as in the results."""
+    clips, devices, groups, types, questions, answers = (list(column) for column in table.asked.values())
+    # The key leaves out the group: whether a device is seen depends on the run.
+    keys = _number_repeats(zip(clips, devices, types, questions, answers, strict=True))
+    correct = {case: np.array(marks, np.float64) for case, marks in table.right.items()}  # None becomes NaN
+    return RunAnswers(keys, clips, devices, groups, correct, [])
+
+
+def _take_ranks(table: AnswersTable) -> RunAnswers:
+    """Take the ranks of retrieval as answers of clips and captions.
 
     The value of a row is the mean of its recalls at 1, 5 and 10. Both directions have the same total weight, so the
     mean over all rows is the mean of the six recalls.
     """
-    direction_rows = Counter(row[0] for row in rows)
-    weights = np.array([len(rows) / (len(direction_rows) * direction_rows[row[0]]) for row in rows])
-    correct = {}
-    for i, case in enumerate(header[3:], 3):
-        ranks = np.array([int(row[i]) for row in rows])
-        correct[case] = weights * np.mean([ranks <= k for k in RECALLS], axis=0)
-    clips = [row[1] for row in rows]
-    return RunAnswers(_number_repeats(row[:3] for row in rows), clips, clips, [""] * len(rows), correct, [])
+    directions, clips, captions = (list(column) for column in table.asked.values())
+    numbers = Counter(directions)
+    weights = np.array([len(directions) / (len(numbers) * numbers[direction]) for direction in directions])
+    correct = {
+        case: weights * np.mean([np.array(ranks, np.int64) <= k for k in RECALLS], axis=0)
+        for case, ranks in table.given.items()
+    }
+    keys = _number_repeats(zip(directions, clips, captions, strict=True))
+    return RunAnswers(keys, clips, clips, [""] * len(clips), correct, [])
 
 
 def _number_repeats(keys: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:

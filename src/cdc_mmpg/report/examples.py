@@ -1,12 +1,10 @@
 """Section of examples: clips with a question that only the static or only the adaptive method answers correctly."""
 
-import csv
 import os
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from math import isnan
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from cdc_mmpg.catalogue import METHOD_LABELS
 from cdc_mmpg.errors import DataError
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import cite
 from cdc_mmpg.evidence.runs import ALL_GROUPS, Run
@@ -77,12 +76,11 @@ def choose_examples(
 
     def read_words(run: Run, case: str) -> Iterator[tuple[tuple[str, ...], tuple[str, bool]]]:
         assert run.answers is not None
-        with (run.path / PREDICTIONS).open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        place = header.index(case)
-        for key, row, right in zip(run.answers.keys, rows, run.answers.correct[case].tolist(), strict=True):
-            if group in (row[2], ALL_GROUPS) and not isnan(right):
-                yield key, (row[place], bool(right))
+        table = read_answers(run.path / PREDICTIONS)
+        columns = (run.answers.keys, table.asked["group"], table.given[case], table.right[case])
+        for key, of_group, word, right in zip(*columns, strict=True):
+            if group in (of_group, ALL_GROUPS) and right is not None:
+                yield key, (str(word), right)
 
     static_words = dict(read_words(second, other))
     chosen: tuple[list[ClipExample], list[ClipExample]] = ([], [])

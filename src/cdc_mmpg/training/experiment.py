@@ -357,16 +357,8 @@ class Experiment(LightningCLI):
         with atomic_write(self.folder / ANSWERS_FILE) as file:
             file.write("\n".join(self.dataset.answers()).encode())
         summary = (datamodule if model.reads == "captions" else self.dataset).summary()
-        dataset, method, _ = self.folder.absolute().parts[-3:]
         results = {
-            "dataset": dataset,
-            "method": method,
-            "seed": self.settings["seed_everything"],
-            "task": self.dataset.task,
-            "protocol": self.dataset.protocol,
-            "splits": self.dataset.notes,
-            "published": self.dataset.published(),
-            "domains": self.dataset.domains and {"kind": self.dataset.domains, "held_out": self.dataset.held_out},
+            **self.describe(self.folder, self.arguments),
             "metrics": metrics,
             "monitor": best.monitor,
             "best_epoch": load_checkpoint(Path(best.best_model_path))["epoch"],
@@ -388,16 +380,35 @@ class Experiment(LightningCLI):
             "bytes": model.traffic()._asdict(),
             "payloads": {name: {"bytes": size} for name, size in model.payloads().items()},
             "seconds": {"train": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
-            "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "computed": self._describe_computing(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "arguments": self.arguments,
             **self.identity,
         }
         write_json(results, self.folder / RESULTS)
         shutil.rmtree(self.folder / RESUME, ignore_errors=True)
         finish_loggers(trainer.loggers, self.folder, self.settings, results)
+
+    def describe(self, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the first entries of results.json: on which data, with which seed, where, when and by which command.
+
+        Args:
+            folder: folder of the results, `<dataset>/<name>/seed<N>`.
+            arguments: arguments of the command.
+        """
+        data, (dataset, method, _) = self.dataset, folder.absolute().parts[-3:]
+        return {
+            "dataset": dataset,
+            "method": method,
+            "seed": self.settings["seed_everything"],
+            "task": data.task,
+            "protocol": data.protocol,
+            "splits": data.notes,
+            "published": data.published(),
+            "domains": data.domains and {"kind": data.domains, "held_out": data.held_out},
+            "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "arguments": list(arguments),
+        }
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

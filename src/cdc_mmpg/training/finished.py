@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.evaluation.metrics import RIGHT
+from cdc_mmpg.evaluation.answers import read_answers
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment
 from cdc_mmpg.media.frames import Frames, choose_candidates, choose_middle_candidates, crop
 from cdc_mmpg.media.text import TextEncoder, pad
 from cdc_mmpg.media.video import read_frames
-from cdc_mmpg.results import PREDICTIONS, read_settings
+from cdc_mmpg.results import PREDICTIONS, RESULTS, read_settings
 from cdc_mmpg.training.reopen import load_finished_results, reopen
 
 if TYPE_CHECKING:
@@ -215,22 +215,21 @@ class FinishedRun:
             import pandas  # noqa: PLC0415  optional
         except ModuleNotFoundError as error:
             raise ConfigError("a frame of the predictions needs pandas: install it (pip install pandas)") from error
-        path, cases = self.folder / PREDICTIONS, list(self.results["accuracy"])
+        path = self.folder / PREDICTIONS
         try:
-            frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
-            if self.results["task"] == "retrieval":
-                return frame.astype(dict.fromkeys(cases, int))
-            marks = frame.pop(RIGHT)
-            if not marks.str.fullmatch(f"[rw.]{{{len(cases)}}}").all():
-                raise ValueError(f"column {RIGHT!r} does not fit the other columns")
-            for place, case in enumerate(cases):
-                right = marks.str[place].map({"r": True, "w": False}).astype("boolean")
-                frame.insert(frame.columns.get_loc(case) + 1, f"{case}_right", right)
-        except (OSError, ValueError, KeyError) as error:
+            table = read_answers(path)
+            if list(table.given) != list(self.results["accuracy"]):
+                raise ValueError(f"its cases are {', '.join(table.given)}, not those of {RESULTS}")
+        except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: cannot be read ({error}): restore it, or delete {self.folder} and train anew"
             ) from error
-        return frame
+        columns: dict[str, Any] = dict(table.asked)
+        for case, given in table.given.items():
+            columns[case] = given
+            if table.right:
+                columns[f"{case}_right"] = pandas.array(table.right[case], "boolean")
+        return pandas.DataFrame(columns)
 
     @property
     def _answering(self) -> "Answering":

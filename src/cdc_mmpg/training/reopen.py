@@ -2,10 +2,8 @@
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from cdc_mmpg.errors import CheckpointError, ConfigError, DataError
 from cdc_mmpg.files import hash_file, lock_folder
 from cdc_mmpg.launchers import check_environment
-from cdc_mmpg.processors import count_processors
 from cdc_mmpg.program import exit_on_signals, log_to_terminal, run_to_exit_code
 from cdc_mmpg.results import (
     ANNOTATIONS_KEY,
     CONFIG,
     RESULTS,
-    describe_provenance,
     find_results,
     hash_annotations,
     read_inputs,
@@ -207,32 +203,3 @@ def _list_class_paths(tree: Any) -> Iterator[str]:
     elif isinstance(tree, list):
         for value in tree:
             yield from _list_class_paths(value)
-
-
-def describe_evaluation(
-    folder: Path, experiment: "Experiment", source: Mapping[str, str], arguments: Sequence[str]
-) -> dict[str, Any]:
-    """Return the first entries of an evaluation's results: what was evaluated, where, when and by which command.
-
-    Args:
-        folder: folder of the evaluation, see `locate_evaluation`.
-        experiment: experiment of the run.
-        source: name and digest of the run, see `identify_run`.
-        arguments: arguments of the command.
-    """
-    data = experiment.dataset
-    return {
-        "dataset": folder.parent.parent.name,
-        "method": folder.parent.name,
-        "seed": experiment.settings["seed_everything"],
-        "task": data.task,
-        "protocol": data.protocol,
-        "splits": data.notes,
-        "published": data.published(),
-        "made_of": dict(source),
-        "machine": f"{count_processors()} processors, {platform.system()} {platform.machine()}",
-        "devices": "1 x cpu",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": list(arguments),
-        **describe_provenance(),
-    }

@@ -5,7 +5,6 @@ an alert: an offline run has its inputs as configuration, with digests.
 """
 
 import contextlib
-import csv
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, NamedTuple
 
-from cdc_mmpg.evaluation.metrics import RIGHT
+from cdc_mmpg.evaluation.answers import AnswersTable, read_answers
 from cdc_mmpg.files import hash_file
 from cdc_mmpg.results import CONFIG, PREDICTIONS
 
@@ -164,7 +163,7 @@ class Record:
 
         def log() -> None:
             if path.is_file():
-                self.log_table("test/predictions", *read_predictions(path))
+                self.log_table("test/predictions", *list_answers(read_answers(path)))
 
         self.attempt("read the answers", log)
 
@@ -376,21 +375,16 @@ def describe_weights(path: Path, kind: WeightsKind) -> Content:
     return Content(name_artifact(*written, kind), kind, {path.name: path})
 
 
-def read_predictions(path: Path) -> tuple[list[str], list[list[Any]]]:
-    """Read the table of a test's answers (`evaluation.evaluate`); return columns and rows.
+def list_answers(table: AnswersTable) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of a test's answers.
 
-    The column of marks becomes a number for each case, 1 right and 0 wrong, whose mean is the accuracy of any selection
-    of questions; it is empty for a question that the case does not answer. Ranks of a retrieval become numbers.
+    The marks of a case become a column of numbers, 1 right and 0 wrong, whose mean is the accuracy of any selection of
+    questions; it is empty for a question that the case does not answer.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        columns, *lines = csv.reader(file)
-    if columns[-1] == RIGHT:
-        cases = columns[columns.index("answer") + 1 : -1]
-        marks = {"r": 1, "w": 0}
-        return [*columns[:-1], *(f"{case} is right" for case in cases)], [
-            [*line[:-1], *map(marks.get, line[-1])] for line in lines
-        ]
-    return columns, [[*line[:3], *map(int, line[3:])] for line in lines]
+    right = {f"{case} is right": [None if mark is None else int(mark) for mark in marks]
+             for case, marks in table.right.items()}  # fmt: skip
+    columns = {**table.asked, **table.given, **right}
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def list_figures(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
