@@ -135,6 +135,9 @@ def test_a_pretraining_variant_provides_the_encoder_of_the_run_named_after_it():
     assert f"--model.init_args.reading={folder}/reading.safetensors" in fit_arguments
     assert "--model.init_args.anchor_weight=0" not in fit_arguments
     assert "--model.init_args.anchor_weight=0" in steps["encoder_pretraining.no_anchor_loss/seed0"].arguments
+    deeper = plan("train", METHOD="fine_tuning.depth6").steps
+    for name in ("encoder_pretraining.depth6/seed0", "fine_tuning.depth6/seed0"):
+        assert "--model.init_args.encoder.depth=6" in deeper[name].arguments
     all_steps = plan("tables").steps
     assert "encoder_pretraining/seed0" in all_steps
     assert "synthetic_memory/cdc_mmpg_session.no_anchor_loss/seed0" in all_steps

@@ -877,6 +877,22 @@ def test_a_variant_is_compared_with_its_method(tmp_path):
     assert build_variants_table(Evidence(tmp_path / "nothing")) is None
 
 
+def test_a_deeper_encoder_gives_the_accuracy_of_split_inference(tmp_path):
+    root = tmp_path / "synthetic"
+    write_answers(root, "fine_tuning", cases={"own": 0.5})
+    parameters = {"device": 2_900_000, "cloud": 0, "trained": 7}
+    write_answers(root, "fine_tuning.depth6", cases={"own": 0.9}, parameters=parameters)
+    evidence = Evidence(root)
+    table = build_paper_table(evidence)
+    split = dict(zip(table.header[1:], dict(table.rows)["Split inference: 6 layers in the cloud, from the frames"],
+                     strict=True))  # fmt: skip
+    texts = {name: cell.text for name, cell in split.items()}
+    assert texts["unseen %"] == evidence.cite_accuracy(Side("fine_tuning.depth6")).text
+    assert texts["vs fine-tuning"].startswith("+")
+    assert (texts["D-Param"], texts["C-Param"]) == ("0", "2,900,000")
+    assert (texts["bytes up"], texts["bytes down"]) == (f"{3 * 64 * 64 * 3:,}", "2")
+
+
 def test_missing_runs_are_listed_with_their_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     root = Path("checkpoints") / "msvd"

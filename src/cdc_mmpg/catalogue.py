@@ -198,6 +198,7 @@ DEVICE_COUNTS = (12, 24, 48)  # training devices, in place of the synthetic data
 ARC = "arc"  # group of unseen devices whose casts lie in the arc that is held out of training
 _VARIANT_SESSIONS = (SESSION, f"{SESSION}_collected")
 _PRETRAINING_METHODS = (SESSION, f"{SESSION}_feature", PRETRAINING)
+DEEPER = "depth6"  # variant with a larger encoder, which only a cloud would run
 
 
 class Variant(NamedTuple):
@@ -205,7 +206,8 @@ class Variant(NamedTuple):
 
     label: str
     methods: tuple[str, ...]  # with the pretraining among them the change makes new encoders
-    arguments: tuple[str, ...]  # of the pretraining if it is one of the methods, else of the methods' runs
+    arguments: tuple[str, ...]
+    changed: tuple[str, ...] = ()  # methods whose runs have the arguments; empty for all
 
 
 VARIANTS = {
@@ -215,12 +217,18 @@ VARIANTS = {
     **{f"devices{n}": Variant(f"{n} devices train", ("linear", *_VARIANT_SESSIONS),
                               (f"--data.init_args.most_devices={n}",)) for n in DEVICE_COUNTS},
     "no_background": Variant("captions without the background", _PRETRAINING_METHODS,
-                             ("--data.init_args.name_backgrounds=false",)),
+                             ("--data.init_args.name_backgrounds=false",), (PRETRAINING,)),
     "no_anchor_loss": Variant("no loss on anchors in the pretraining", _PRETRAINING_METHODS,
-                              ("--model.init_args.anchor_weight=0",)),
+                              ("--model.init_args.anchor_weight=0",), (PRETRAINING,)),
+    DEEPER: Variant("an encoder of 6 layers instead of 3", (BASELINE, SESSION, PRETRAINING),
+                    ("--model.init_args.encoder.depth=6",)),
+    "paper_qa": Variant("the reasoner in the paper's size", ("cdc_mmpg", "adr_pretraining"),
+                        ("--model.init_args.preset=paper_qa",), ("adr_pretraining",)),
 }  # fmt: skip
 # Runs of variants that answer questions.
-VARIANT_RUNS = tuple(f"{run}.{key}" for key, change in VARIANTS.items() for run in change.methods if run != PRETRAINING)
+VARIANT_RUNS = tuple(
+    f"{run}.{key}" for key, change in VARIANTS.items() for run in change.methods if run in METHOD_LABELS
+)
 STUDY = {f"cdc_mmpg_frozen.{variant}": label for variant, label in REASONERS.items()}
 STUDY_SEEDS = range(5)
 
@@ -272,8 +280,8 @@ def find_pretraining_variant(variant: str) -> str:
 def list_variant_arguments(method: str, variant: str) -> list[str]:
     """Return the arguments that make a variant of a method."""
     if variant in VARIANTS:
-        changed = VARIANTS[variant]
-        return list(changed.arguments) if method == PRETRAINING or PRETRAINING not in changed.methods else []
+        change = VARIANTS[variant]
+        return list(change.arguments) if method in (change.changed or change.methods) else []
     if variant.startswith("frames"):
         return [f"--data.init_args.num_frames={variant.removeprefix('frames')}"]
     if not method.startswith("adr_"):  # phase two loads the reasoner that phase one's variant trained

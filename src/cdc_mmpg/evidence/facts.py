@@ -27,6 +27,7 @@ from cdc_mmpg.wire.messages import FRAMING_BYTES, HEADER
 HEADER_BYTES = HEADER.size
 ANSWER_BYTES = 2  # id of an answer, which the cloud sends in split inference
 FEATURE_BYTES = 768  # 192 float32 values: the uploaded feature
+CLIP_BYTES = 36_864  # three frames of 64 x 64 pixels, uncompressed: a clip of the synthetic dataset
 ZERO_BYTES = 0  # traffic of a method without a cloud
 
 BYTES_PER_MIB = 2**20

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from cdc_mmpg.catalogue import (
     BASELINE,
+    DEEPER,
     FRAME_COUNTS,
     METHOD_LABELS,
     PAPER_METHODS,
@@ -17,6 +18,7 @@ from cdc_mmpg.evaluation.metrics import RECALLS
 from cdc_mmpg.evidence.comparisons import Evidence
 from cdc_mmpg.evidence.facts import (
     ANSWER_BYTES,
+    CLIP_BYTES,
     FEATURE_BYTES,
     HEADER_BYTES,
     NO_TEXT,
@@ -143,23 +145,36 @@ def _cite_traffic(way: str, sent: Fact) -> dict[str, CitedText]:
 
 
 def _build_computed_rows(evidence: Evidence) -> list[tuple[str, dict[str, CitedText]]]:
-    """Return the rows that need no run: split inference, and the generator on the device."""
+    """Return the rows with computed bytes: split inference, and the generator on the device."""
     rows: list[tuple[str, dict[str, CitedText]]] = []
     if not evidence.is_retrieval:
         up, down = cite_constant(FEATURE_BYTES, "FEATURE_BYTES"), cite_constant(ANSWER_BYTES, "ANSWER_BYTES")
         rows.append(
             ("Split inference: the cloud answers (computed)", _cite_traffic("up", up) | _cite_traffic("down", down))
         )
-    for method, label in (("cdc_mmpg", "Generator on the device (computed)"),):
-        for run in evidence.find_runs(method)[:1]:
-            sizes = [evidence.cite_value(run, "parameters", place) for place in ("device", "cloud")]
-            known = [size for size in sizes if size]
-            rows.append((label, {
-                "D-Param": cite("{}", add_facts(*known)) if len(known) == 2 else NO_TEXT,
-                "C-Param": cite("{}", NO_BYTES),
-                **_cite_traffic("up", NO_BYTES), **_cite_traffic("down", NO_BYTES),
-            }))  # fmt: skip
+    deeper = Side(f"{BASELINE}.{DEEPER}")
+    for run in evidence.find_runs(deeper.name)[:1]:
+        up, down = cite_constant(CLIP_BYTES, "CLIP_BYTES"), cite_constant(ANSWER_BYTES, "ANSWER_BYTES")
+        (gain,) = compare_with_fine_tuning(evidence, [deeper])
+        rows.append(("Split inference: 6 layers in the cloud, from the frames", {
+            f"{evidence.group} %": evidence.cite_accuracy(deeper),
+            GAIN_HEADER: gain.format() if gain else NO_TEXT,
+            "D-Param": cite("{}", NO_BYTES), "C-Param": _cite_all_parameters(evidence, run),
+            **_cite_traffic("up", up), **_cite_traffic("down", down),
+            "seeds": count_seeds(evidence.find_runs(deeper.name)),
+        }))  # fmt: skip
+    for run in evidence.find_runs("cdc_mmpg")[:1]:
+        rows.append(("Generator on the device (computed)", {
+            "D-Param": _cite_all_parameters(evidence, run), "C-Param": cite("{}", NO_BYTES),
+            **_cite_traffic("up", NO_BYTES), **_cite_traffic("down", NO_BYTES),
+        }))  # fmt: skip
     return rows
+
+
+def _cite_all_parameters(evidence: Evidence, run: Run) -> CitedText:
+    """Return the number of a run's parameters on device and cloud together."""
+    known = [size for place in ("device", "cloud") if (size := evidence.cite_value(run, "parameters", place))]
+    return cite("{}", add_facts(*known)) if len(known) == 2 else NO_TEXT
 
 
 def build_frames_table(evidence: Evidence) -> Table | None:
