@@ -1095,7 +1095,7 @@ def test_nothing_is_missing_after_make_tables(tmp_path):
     fits = re.findall(r'default_root_dir="?[^ "]*/synthetic/([\w.]+)/seed(\d+)', listing.stdout)
     controls = re.findall(r"-m cdc_mmpg (on_device|prompts|privacy) \S*/seed(\d+)", listing.stdout)
     trained = sorted({(name, int(seed)) for name, seed in (*fits, *controls)})
-    assert len({name for name, _ in trained}) == 69
+    assert len({name for name, _ in trained}) == 74
     for name, seed in trained:
         changes = {"accuracy": {}} if name.partition(".")[0] in ("encoder_pretraining", "privacy") else {}
         if not name.startswith("adr_"):
