@@ -26,8 +26,7 @@ METHODS = (
 )  # fmt: skip
 # Methods on the other tasks: those whose steps depend on the task.
 OTHER_TASK_METHODS = (
-    "adr_pretraining", "cdc_mmpg", "fine_tuning", "linear", "hyper", "cdc_mmpg_session", "cdc_mmpg_session_basis",
-    "session_concatenated", "session_oracle",
+    "adr_pretraining", "cdc_mmpg", "fine_tuning", "linear", "hyper", "cdc_mmpg_session", "session_concatenated",
 )  # fmt: skip
 BUILDS_ON = {
     "adr_pretraining": (("encoder.checkpoint", "encoder_pretraining/seed0/encoder.safetensors"),),
@@ -54,7 +53,7 @@ def build_arguments(root: Path, out: Path, dataset: str, method: str) -> list[st
         options += ["--model.init_args.virtual=1"]
     if is_other_task and "session" in method:
         options += ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04]"]
-        options += [] if method == "session_oracle" else ["--model.init_args.axes=null"]
+        options += ["--model.init_args.axes=null"]
     folder = out / dataset / method / "seed0"
     return [
         "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",

@@ -212,13 +212,14 @@ def compare_weights(first: Path, second: Path) -> dict[str, Any]:
 def syncs() -> dict[str, Any]:
     """Count host synchronizations per training step by method and line, as CUDA reports them."""
     import torch
+
+    if not torch.cuda.is_available():
+        return {"skipped": "no GPU"}
+
     from lightning import Callback, Trainer
     from torch.utils.data import DataLoader
 
     from cdc_mmpg.benchmarks.training import BENCHMARK_ROWS, Sizes, build_method, draw_batch
-
-    if not torch.cuda.is_available():
-        return {"skipped": "no GPU"}
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:

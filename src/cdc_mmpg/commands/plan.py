@@ -325,8 +325,6 @@ def plan_table(request: Request) -> Plan:
         given = [f"--predictions={file}" for file in files]
         arguments = (request.root, *given, f"--seed_everything={request.seed}", *plan.list_dataset_arguments())
         plan.add(Step("score", "score", arguments, tuple(clips)))
-    elif unread := [name for name in ("SEED", "VOCAB", "ARGS") if request.given.get(name)]:
-        raise ConfigError(f"{unread[0]}={request[unread[0]]}: `table` reads it only with PREDICTIONS=: leave it out")
     plan.add(Step("table", "table", (request.root,), tuple(plan.steps)))
     return plan
 
