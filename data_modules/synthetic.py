@@ -80,7 +80,7 @@ class Synthetic(MSVDQA):
 
     Args:
         arguments, options: see `VideoTextDataModule`.
-        most_devices: number of the 96 devices that train, the first by name; None is all.
+        most_devices: number of the devices that train, the first by name; None is all.
         held_out_arc: devices whose cast is in [0, held_out_arc) degrees do not train; in the test, unseen devices with
             such a cast are the group "arc", and training devices that do not train the group "left out".
         name_backgrounds: whether captions name the hue of the background.

@@ -1,8 +1,8 @@
 """Generator of the synthetic dataset: colour constancy with real video files in MSVD-QA's layout.
 
 `cdc-mmpg clips <folder>` renders it, resumes where it was stopped, or checks a finished dataset;
-`--size toy` renders a small one. The data sheet, `data_modules.synthetic.Synthetic`, describes the files.
-This module does not import torch.
+`--size toy` renders a small one, `--size wide` one with more devices. `data_modules.synthetic.Synthetic` describes the
+files. This module does not import torch.
 """
 
 import argparse
@@ -71,10 +71,12 @@ class DatasetCounts(NamedTuple):
     questions: int = 3  # questions about a clip
 
 
-# Datasets by `--size`: the full one, and one that shows in minutes that training works, but not how good a method is.
+# Datasets by `--size`: the full one; one that shows in minutes that training works, but not how good a method is; one
+# with four times as many training devices.
 DATASET_SIZES = {
     "full": DatasetCounts(),
     "toy": DatasetCounts(seen=16, unseen=8, val=6, captioned=480),
+    "wide": DatasetCounts(seen=384),
 }
 
 
@@ -473,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Render or check the dataset; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder of the dataset")
-    parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: a small dataset to try in minutes")
+    parser.add_argument("--size", choices=DATASET_SIZES, default="full", help="toy: small; wide: 384 training devices")
     parser.add_argument("--world", choices=get_args(World), default="sky", help="the hues that reveal a camera's cast")
     parser.add_argument("--seed", type=int, default=0, help="seed of devices, clips and questions")
     options = parser.parse_args(arguments)

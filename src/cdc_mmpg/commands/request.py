@@ -55,7 +55,7 @@ VALUE_FORMS = {
            'the benchmark to run instead of training: "loading", "deployment" or "adapting"'),
     "FRAME_CACHE": ("disk|device", True, 'where batches are read from: "disk", or "device" for the memory of the GPU '
                                          "(or CPU) that trains"),
-    "SIZE": ("full|toy", True, 'the size of the synthetic dataset: "full" or "toy"'),
+    "SIZE": ("full|toy|wide", True, 'the size of the synthetic dataset: "full", "toy" or "wide"'),
 }  # fmt: skip
 PLACE_VARIABLES = ("DATASET", "DATA", "CACHE", "OUT", "SIZE")
 RUN_VARIABLES = (*PLACE_VARIABLES, "METHOD", "SEED")
