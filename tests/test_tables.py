@@ -867,12 +867,14 @@ def test_a_variant_is_compared_with_its_method(tmp_path):
     evidence = Evidence(root)
     rows = dict(build_variants_table(evidence).rows)
     assert list(rows) == ["Session, n = 16: a quarter of the casts held out", "F-linear: 24 devices train"]
-    outside, arc, gain, seeds = (cell.text for cell in rows["Session, n = 16: a quarter of the casts held out"])
+    texts = [cell.text for cell in rows["Session, n = 16: a quarter of the casts held out"]]
+    outside, gain, arc, gain_in_arc, seeds = texts
     assert outside
     assert arc
     assert gain.startswith("−")  # on questions outside the arc, of devices unseen in both runs
+    assert gain_in_arc.startswith("−")
     assert seeds == "1"
-    assert rows["F-linear: 24 devices train"][2].text == ""  # the run with all devices is missing
+    assert rows["F-linear: 24 devices train"][1].text == ""  # the run with all devices is missing
     assert evidence.groups == ["unseen", "seen"]  # the other tables have no column for the arc
     assert build_variants_table(Evidence(tmp_path / "nothing")) is None
 

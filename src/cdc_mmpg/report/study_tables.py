@@ -55,11 +55,15 @@ def build_variants_table(evidence: Evidence) -> Table | None:
         for method in variant.methods:
             if runs := evidence.find_runs(f"{method}.{name}"):
                 side = Side(f"{method}.{name}")
-                gain = evidence.compare(side, Side(method))
-                arc = evidence.cite_accuracy(side, ARC) if any(_has_group(run, ARC) for run in runs) else NO_TEXT
-                cells = [evidence.cite_accuracy(side), arc, gain.format() if gain else NO_TEXT, count_seeds(runs)]
-                rows.append((f"{METHOD_LABELS.get(method, method)}: {variant.label}", cells))
-    header = ["method: change", f"{evidence.group} %", "held-out casts %", "vs unchanged", "seeds"]
+                cells = []
+                for devices in (evidence.group, ARC):
+                    known = any(_has_group(run, devices) for run in runs)
+                    gain = evidence.compare(side, Side(method), devices)
+                    cells += [evidence.cite_accuracy(side, devices) if known else NO_TEXT]
+                    cells += [gain.format() if gain else NO_TEXT]
+                rows.append((f"{METHOD_LABELS.get(method, method)}: {variant.label}", [*cells, count_seeds(runs)]))
+    group = evidence.group
+    header = ["method: change", f"{group} %", "vs unchanged", "held-out casts %", "vs unchanged, same casts", "seeds"]
     return Table("variants", "Training variants", header, rows) if rows else None
 
 
