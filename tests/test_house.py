@@ -437,12 +437,13 @@ def test_a_tilde_is_the_home():
             f"--data.init_args.cache_dir={home}/cache"} <= set(command)  # fmt: skip
 
 
-def test_a_toy_has_a_folder_of_its_own():
-    lines = make("train", "SIZE=toy", "METHOD=linear")
+@pytest.mark.parametrize("size", ["toy", "wide"])
+def test_another_size_has_a_folder_of_its_own(size):
+    lines = make("train", f"SIZE={size}", "METHOD=linear")
     fits = [line for line in lines if "fit" in line]
     assert fits
-    assert all(any("=checkpoints/toy/synthetic/" in word for word in line) for line in fits)
-    assert lines[0] == ["clips", "checkpoints/toy/synthetic/data/clips", "--size", "toy"]
+    assert all(any(f"=checkpoints/{size}/synthetic/" in word for word in line) for line in fits)
+    assert lines[0] == ["clips", f"checkpoints/{size}/synthetic/data/clips", "--size", size]
 
 
 def test_the_recipes_order_is_makes():

@@ -1049,7 +1049,8 @@ def test_results_without_a_key_still_give_a_row(key, tmp_path):
     ["", "\n", "clip,device\n", "direction,clip,caption,own\nVR,a,,x\n", "a,b\n1,2\n",
      "clip,device,group,type,question,answer,own,right\na,a,,,q,red,red,x\n",
      "clip,device,group,type,question,answer,own,right\na,a,,,q,red,red,\n",
-     "clip,device,group,type,question,answer,own\na,a,,,q,red,red\n"],
+     "clip,device,group,type,question,answer,own\na,a,,,q,red,red\n",
+     "clip,device,group,type,question,answer,right\na,a,,,q,red,\n"],
 )  # fmt: skip
 def test_damaged_table_of_answers_omits_only_the_differences(damage, tmp_path, caplog):
     root = tmp_path / "synthetic"

@@ -70,7 +70,8 @@ def read_answers(path: Path) -> AnswersTable:
         return AnswersTable(asked, ranks, {})
     given = dict(zip(header[number:-1], columns[number:-1], strict=True))
     marks = columns[-1]
-    if header[-1] != MARKS_COLUMN or not all(len(row) == len(given) and set(row) <= MARKS.keys() for row in marks):
-        raise ValueError(f"no column {MARKS_COLUMN!r} at the end with a mark for every case")
+    fits = all(len(row) == len(given) and set(row) <= MARKS.keys() for row in marks)
+    if not given or header[-1] != MARKS_COLUMN or not fits:
+        raise ValueError(f"no cases, or no column {MARKS_COLUMN!r} at the end with a mark for every case")
     right = {case: [MARKS[row[place]] for row in marks] for place, case in enumerate(given)}
     return AnswersTable(asked, given, right)
