@@ -247,7 +247,7 @@ def test_answers_of_exported_runs_are_measured_by_stage(tmp_path, deployed):
     (run / "deployment" / "export.json").write_text("{}")
     assert delay.find_exported_devices(tmp_path / "synthetic") == []  # no test results, so no question to ask
     (run / "predictions.test.csv").write_text(
-        "clip,device,group,type,question,answer,n16,right\nfirst,d,unseen,,what is it?,red,red,r\n"
+        "clip,device,group,type,question,answer\nfirst,d,unseen,,what is it?,red\n"
     )
     clip = write_clip(tmp_path / "synthetic" / "data" / "clips" / "YouTubeClips" / "first.mp4", codec="libx264")
     bundles = delay.find_exported_devices(tmp_path / "synthetic")

@@ -246,10 +246,10 @@ def test_ranks_of_retrieval_are_numbers(copied):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not enough values"),
-        ("clip,device,group,type,question,answer,own\na,d,seen,x,y?,1,1\n", "no column 'right'"),
-        ("clip,device,group,type,question,answer,own,right\na,d,seen,x,y?,1,1,rr\n", "a mark for every case"),
-        ("clip,device,group,type,question,answer,other,right\na,d,seen,x,y?,1,1,r\n", "its cases are other"),
+        ("", "no rows"),
+        ("clip,device,group,type,question,answer,own\na,d,seen,x,y?,1,1\n", "'right'"),
+        ("clip,device,group,type,question,answer,own,right\na,d,seen,x,y?,1,1,rr\n", "column 'right' does not fit"),
+        ("clip,device,group,type,question,answer,other,right\na,d,seen,x,y?,1,1,r\n", "own"),
     ],
 )
 def test_a_damaged_table_of_predictions_is_named(text, words, copied):

@@ -1063,6 +1063,19 @@ def test_damaged_table_of_answers_omits_only_the_differences(damage, tmp_path, c
     assert f"delete {folder} and train anew: it has no" in (root / "tables.md").read_text()
 
 
+def test_answers_without_marks_are_used_if_words_and_labels_agree(tmp_path, caplog):
+    root = tmp_path / "synthetic"
+    write_answers(root, "fine_tuning")
+    folder = write_answers(root, "linear", cases={"own": 0.7})
+    gain = Evidence(root).compare(Side("linear"), Side("fine_tuning"))
+    path = folder / "predictions.test.csv"
+    path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")).value.value == gain.value.value
+    path.write_text(path.read_text().replace("wrong", "red"))  # equal candidates: more words than labels are correct
+    assert Evidence(root).compare(Side("linear"), Side("fine_tuning")) is None
+    assert "right words and right labels differ in own" in caplog.text
+
+
 def test_unknown_method_has_a_row(tmp_path, capsys):
     root = tmp_path / "synthetic"
     write_answers(root, "fine_tuning", cases={"own": 0.5})

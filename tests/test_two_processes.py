@@ -52,8 +52,8 @@ def build_arguments(root: Path, out: Path, dataset: str, method: str) -> list[st
     if not is_other_task and method in ("cdc_mmpg_session", "in_context", "linear", "fine_tuning"):
         options += ["--model.init_args.virtual=1"]
     if is_other_task and "session" in method:
-        options += ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04]"]
-        options += ["--model.init_args.axes=null"]
+        options += ["--data.init_args.domains=casts", "--data.init_args.held_out=[camera04]",
+                    "--model.init_args.axes=null"]  # fmt: skip
     folder = out / dataset / method / "seed0"
     return [
         "fit", f"--config=experiments/methods/{method}.yaml", f"--config=experiments/datasets/{dataset}.yaml",

@@ -271,7 +271,7 @@ class Executor:
 
     def _print_seconds(self, runs: Sequence[Step]) -> None:
         """Print the seconds of every stage, and what the runs of this command spent them on."""
-        lines = [f"{seconds:8,.0f}  {stage}" for stage, seconds in self.stage_seconds.items() if seconds >= 0.5]
+        lines = [f"{seconds:8,.0f}  {stage}" for stage, seconds in self.stage_seconds.items()]
         total = dict.fromkeys(("train", "test", "all"), 0.0)
         for step in runs:
             if results := read_results(Path(step.folder)):

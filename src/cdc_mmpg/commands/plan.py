@@ -23,6 +23,7 @@ from cdc_mmpg.catalogue import (
     VARIANT_RUNS,
     WORLDS,
     find_pretraining_variant,
+    is_trained,
     list_methods,
     list_variant_arguments,
     name_frames_variant,
@@ -251,7 +252,7 @@ def _plan_world(request: Request) -> Plan:
         source = request.encoder_seed(request.seed)
         plan.add_run(RunName(PRETRAINING, source, source, find_pretraining_variant(request.method.partition(".")[2])))
     # Controls first, with the runs that they evaluate: the two take longest, and none is then left alone at the end.
-    methods = sorted(request.methods, key=lambda name: BY_NAME[name.partition(".")[0]].program == "fit")
+    methods = sorted(request.methods, key=is_trained)
     for name, seed in [(name, seed) for name in methods for seed in request.seeds]:
         plan.add_run(find_run(name, seed, request.encoder_seed(seed)))
     if any(BY_NAME[name.partition(".")[0]].label and BY_NAME[name.partition(".")[0]].program == "fit"

@@ -81,7 +81,7 @@ def evaluate_bundles(source: Source, data: "VideoTextData", run: Path, out: Path
     predictions = run / PREDICTIONS
     try:
         table = read_answers(predictions)
-        (given, *_), (right, *_) = table.given.values(), table.right.values()  # of the first case
+        (given, *_), (right, *_) = table.given.values(), (table.right or table.compare_words()).values()
         if len(given) != len(labels):
             raise ValueError(f"{len(given)} questions, but the dataset has {len(labels)}")
     except (OSError, ValueError) as error:

@@ -25,12 +25,20 @@ class AnswersTable(NamedTuple):
     Attributes:
         asked: what was asked, by the names of `QUESTION_COLUMNS` or `RANK_COLUMNS`.
         given: answers by case, "" where a case was not asked; in retrieval the rank of the right text or clip.
-        right: whether the answers are right, by case, None where a case was not asked; empty in retrieval.
+        right: whether the answers are right by label, by case, None where a case was not asked; empty in retrieval, and
+            in tables of earlier versions, which have no marks.
     """
 
     asked: Mapping[str, Sequence[str]]
     given: Mapping[str, Sequence[str | int]]
     right: Mapping[str, Sequence[bool | None]]
+
+    def compare_words(self) -> dict[str, list[bool | None]]:
+        """Return whether the answers have the words of the right ones, by case; None where a case was not asked."""
+        return {
+            case: [word == true if word else None for word, true in zip(words, self.asked["answer"], strict=True)]
+            for case, words in self.given.items()
+        }
 
 
 def write_answers(table: AnswersTable, path: Path) -> None:
@@ -54,24 +62,23 @@ def read_answers(path: Path) -> AnswersTable:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
+            lines = list(csv.reader(file))
     except csv.Error as error:
         raise ValueError(str(error)) from error
-    if not rows or any(len(row) != len(header) for row in rows):
+    if len(lines) < 2 or any(len(line) != len(lines[0]) for line in lines):
         raise ValueError("it has no rows, or rows of different lengths")
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    names = RANK_COLUMNS if header[0] == RANK_COLUMNS[0] else QUESTION_COLUMNS
-    number = len(names)
-    if tuple(header[:number]) != names or len(set(header)) != len(header):
+    header, *rows = lines
+    names = RANK_COLUMNS if header[:1] == ["direction"] else QUESTION_COLUMNS
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    if tuple(header[: len(names)]) != names or len(columns) != len(header):
         raise ValueError(f"unexpected columns: {', '.join(header)}")
-    asked = dict(zip(names, columns[:number], strict=True))
+    asked = {name: columns.pop(name) for name in names}
     if names == RANK_COLUMNS:
-        ranks = {case: [int(rank) for rank in ranks] for case, ranks in zip(header[3:], columns[3:], strict=True)}
-        return AnswersTable(asked, ranks, {})
-    given = dict(zip(header[number:-1], columns[number:-1], strict=True))
-    marks = columns[-1]
-    fits = all(len(row) == len(given) and set(row) <= MARKS.keys() for row in marks)
-    if not given or header[-1] != MARKS_COLUMN or not fits:
-        raise ValueError(f"no cases, or no column {MARKS_COLUMN!r} at the end with a mark for every case")
-    right = {case: [MARKS[row[place]] for row in marks] for place, case in enumerate(given)}
-    return AnswersTable(asked, given, right)
+        return AnswersTable(asked, {case: [int(rank) for rank in ranks] for case, ranks in columns.items()}, {})
+    if header[-1] != MARKS_COLUMN:
+        return AnswersTable(asked, columns, {})
+    marks = columns.pop(MARKS_COLUMN)
+    if not columns or any(len(row) != len(columns) or not set(row) <= MARKS.keys() for row in marks):
+        raise ValueError(f"column {MARKS_COLUMN!r} does not fit the other columns")
+    right = {case: [MARKS[row[place]] for row in marks] for place, case in enumerate(columns)}
+    return AnswersTable(asked, columns, right)

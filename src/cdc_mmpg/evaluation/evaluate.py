@@ -38,11 +38,12 @@ def _evaluate_answers(data: VideoTextData, outcomes: Outcomes, table: Path) -> d
         for i, (label, true) in zip(where.tolist(), rows[:, :2].astype(int).tolist(), strict=True):
             given[case][i], right[case][i] = data.word("test", i, label), label == true
     devices, groups = (np.array([origin[place] for origin in origins]) for place in (1, 2))
-    return {**rate_answers(data, given, right, table), **_measure_by_group(outcomes, devices, groups)}
+    return {**rate_answers(data, origins, given, right, table), **_measure_by_group(outcomes, devices, groups)}
 
 
 def rate_answers(
     data: VideoTextData,
+    origins: Sequence[SampleOrigin],
     given: Mapping[str, Sequence[str]],
     right: Mapping[str, Sequence[bool | None]],
     table: Path,
@@ -53,11 +54,11 @@ def rate_answers(
 
     Args:
         data: dataset of questions.
+        origins: (N,) its test questions.
         given: by case, (N,) answer to each test question.
         right: by case, (N,) whether each answer is right; None for a question that was not asked.
         table: file to write.
     """
-    origins = data.origins("test")
     asked = dict(zip(QUESTION_COLUMNS, zip(*origins, strict=True), strict=True))
     clips, devices, groups, types = (asked[name] for name in ("clip", "device", "group", "type"))
     floors = _score_floors(data, origins)

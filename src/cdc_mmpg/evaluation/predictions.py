@@ -109,7 +109,8 @@ def score_predictions(data: VideoTextData, predictions: dict[str, Prediction], t
     by_place = {place: predictions[identity] for identity, place in places.items() if identity in predictions}
     words, correct, unanswered = [], [], 0
     labels = data.labels("test").tolist()
-    for place, origin in enumerate(data.origins("test")):
+    origins = data.origins("test")
+    for place, origin in enumerate(origins):
         given = by_place.get(place)
         if not given or not normalize_answer(given.answer):
             answer, is_right, unanswered = NO_ANSWER, False, unanswered + 1
@@ -122,7 +123,7 @@ def score_predictions(data: VideoTextData, predictions: dict[str, Prediction], t
             is_right = normalize_answer(answer) == normalize_answer(options[labels[place]])
         words.append(answer)
         correct.append(is_right)
-    return {**rate_answers(data, {CASE: words}, {CASE: correct}, table), "unanswered": unanswered}
+    return {**rate_answers(data, origins, {CASE: words}, {CASE: correct}, table), "unanswered": unanswered}
 
 
 def _choose_option(prediction: Prediction, options: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +86,9 @@ class Run:
         path = self.path / PREDICTIONS
         try:
             table = read_answers(path)
+            if "direction" in table.asked:
+                return _take_ranks(table)
+            return _take_answers(table, table.right or self._judge_words(table))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -95,15 +98,27 @@ class Run:
                 path, error,
             )  # fmt: skip
             return None
-        return _take_answers(table) if table.right else _take_ranks(table)
+
+    def _judge_words(self, table: AnswersTable) -> dict[str, list[bool | None]]:
+        """Return which answers are right by their words, for a table of a version without marks.
+
+        Raises:
+            ValueError: the shares of right words differ from the results' shares of right labels.
+        """
+        right = table.compare_words()
+        for case, marks in right.items():
+            share = self.find("accuracy", case, ALL_GROUPS, ALL_TYPES, "value")
+            if share is not None and abs(np.nanmean(np.array(marks, np.float64)) - share) > 0.5 / len(marks):
+                raise ValueError(f"right words and right labels differ in {case}: it is from an earlier version")
+        return right
 
 
-def _take_answers(table: AnswersTable) -> RunAnswers:
+def _take_answers(table: AnswersTable, right: Mapping[str, Sequence[bool | None]]) -> RunAnswers:
     """Take the answers to questions, which are right or wrong by label, as in the results."""
     clips, devices, groups, types, questions, answers = (list(column) for column in table.asked.values())
     # The key leaves out the group: whether a device is seen depends on the run.
     keys = _number_repeats(zip(clips, devices, types, questions, answers, strict=True))
-    correct = {case: np.array(marks, np.float64) for case, marks in table.right.items()}  # None becomes NaN
+    correct = {case: np.array(marks, np.float64) for case, marks in right.items()}  # None becomes NaN
     return RunAnswers(keys, clips, devices, groups, correct, [])
 
 

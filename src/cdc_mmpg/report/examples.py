@@ -5,6 +5,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from math import isnan
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -76,11 +77,10 @@ def choose_examples(
 
     def read_words(run: Run, case: str) -> Iterator[tuple[tuple[str, ...], tuple[str, bool]]]:
         assert run.answers is not None
-        table = read_answers(run.path / PREDICTIONS)
-        columns = (run.answers.keys, table.asked["group"], table.given[case], table.right[case])
-        for key, of_group, word, right in zip(*columns, strict=True):
-            if group in (of_group, ALL_GROUPS) and right is not None:
-                yield key, (str(word), right)
+        words, correct = read_answers(run.path / PREDICTIONS).given[case], run.answers.correct[case].tolist()
+        for key, of_group, word, right in zip(run.answers.keys, run.answers.groups, words, correct, strict=True):
+            if group in (of_group, ALL_GROUPS) and not isnan(right):
+                yield key, (str(word), bool(right))
 
     static_words = dict(read_words(second, other))
     chosen: tuple[list[ClipExample], list[ClipExample]] = ([], [])

@@ -147,21 +147,17 @@ def _cite_traffic(way: str, sent: Fact) -> dict[str, CitedText]:
 def _build_computed_rows(evidence: Evidence) -> list[tuple[str, dict[str, CitedText]]]:
     """Return the rows with computed bytes: split inference, and the generator on the device."""
     rows: list[tuple[str, dict[str, CitedText]]] = []
+    answer = cite_constant(ANSWER_BYTES, "ANSWER_BYTES")
     if not evidence.is_retrieval:
-        up, down = cite_constant(FEATURE_BYTES, "FEATURE_BYTES"), cite_constant(ANSWER_BYTES, "ANSWER_BYTES")
-        rows.append(
-            ("Split inference: the cloud answers (computed)", _cite_traffic("up", up) | _cite_traffic("down", down))
-        )
+        up = _cite_traffic("up", cite_constant(FEATURE_BYTES, "FEATURE_BYTES"))
+        rows.append(("Split inference: the cloud answers (computed)", up | _cite_traffic("down", answer)))
     deeper = Side(f"{BASELINE}.{DEEPER}")
-    for run in evidence.find_runs(deeper.name)[:1]:
-        up, down = cite_constant(CLIP_BYTES, "CLIP_BYTES"), cite_constant(ANSWER_BYTES, "ANSWER_BYTES")
+    if runs := evidence.find_runs(deeper.name):
         (gain,) = compare_with_fine_tuning(evidence, [deeper])
         rows.append(("Split inference: 6 layers in the cloud, from the frames", {
-            f"{evidence.group} %": evidence.cite_accuracy(deeper),
-            GAIN_HEADER: gain.format() if gain else NO_TEXT,
-            "D-Param": cite("{}", NO_BYTES), "C-Param": _cite_all_parameters(evidence, run),
-            **_cite_traffic("up", up), **_cite_traffic("down", down),
-            "seeds": count_seeds(evidence.find_runs(deeper.name)),
+            **_build_method_cells(evidence, deeper.name, runs, gain),
+            "D-Param": cite("{}", NO_BYTES), "C-Param": _cite_all_parameters(evidence, runs[0]),
+            **_cite_traffic("up", cite_constant(CLIP_BYTES, "CLIP_BYTES")), **_cite_traffic("down", answer),
         }))  # fmt: skip
     for run in evidence.find_runs("cdc_mmpg")[:1]:
         rows.append(("Generator on the device (computed)", {

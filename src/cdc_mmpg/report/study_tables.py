@@ -57,19 +57,12 @@ def build_variants_table(evidence: Evidence) -> Table | None:
                 side = Side(f"{method}.{name}")
                 cells = []
                 for devices in (evidence.group, ARC):
-                    known = any(_has_group(run, devices) for run in runs)
                     gain = evidence.compare(side, Side(method), devices)
-                    cells += [evidence.cite_accuracy(side, devices) if known else NO_TEXT]
-                    cells += [gain.format() if gain else NO_TEXT]
+                    cells += [evidence.cite_accuracy(side, devices), gain.format() if gain else NO_TEXT]
                 rows.append((f"{METHOD_LABELS.get(method, method)}: {variant.label}", [*cells, count_seeds(runs)]))
     group = evidence.group
     header = ["method: change", f"{group} %", "vs unchanged", "held-out casts %", "vs unchanged, same casts", "seeds"]
     return Table("variants", "Training variants", header, rows) if rows else None
-
-
-def _has_group(run: Run, group: str) -> bool:
-    """Return whether a run was tested on devices of a group."""
-    return bool(run.find("accuracy", run.find_case(None) or "", group))
 
 
 def build_reasoner_table(evidence: Evidence) -> Table | None:

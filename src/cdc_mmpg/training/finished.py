@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cdc_mmpg.dimensions import FEATURE_DIM
 from cdc_mmpg.errors import ConfigError, DataError
-from cdc_mmpg.evaluation.answers import read_answers
+from cdc_mmpg.evaluation.answers import MARKS_COLUMN, read_answers
 from cdc_mmpg.files import expand_home
 from cdc_mmpg.launchers import check_environment
 from cdc_mmpg.media.frames import Frames, choose_candidates, choose_middle_candidates, crop
@@ -218,8 +218,10 @@ class FinishedRun:
         path = self.folder / PREDICTIONS
         try:
             table = read_answers(path)
-            if list(table.given) != list(self.results["accuracy"]):
-                raise ValueError(f"its cases are {', '.join(table.given)}, not those of {RESULTS}")
+            if not table.right and self.results["task"] != "retrieval":
+                raise ValueError(f"no column {MARKS_COLUMN!r}")
+            if list(table.given) != (cases := list(self.results["accuracy"])):
+                raise ValueError(f"its cases are {', '.join(table.given)}, those of {RESULTS} {', '.join(cases)}")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: cannot be read ({error}): restore it, or delete {self.folder} and train anew"
